@@ -1,0 +1,15 @@
+"""Gemma 4 inference from scratch: NumPy for the formulas.
+
+    model = refimpl.load("model.gguf")
+    ids = model.tokenizer.encode("def main():")
+    print(refimpl.generate(model, ids, max_new_tokens=64).text)
+"""
+
+from refimpl.decode.generate import Output, Stats, generate, stream
+from refimpl.decode.model import Model, load
+from refimpl.decode.tokenizer import TokenizerError
+from refimpl.formats.container import GGUFError
+from refimpl.model.cache import ContextFull
+
+__version__ = "0.1.0"
+__all__ = ["ContextFull", "GGUFError", "Model", "Output", "Stats", "TokenizerError", "generate", "load", "stream"]

@@ -1,0 +1,267 @@
+"""The command line: arguments in, text out. The only file that prints.
+
+Text goes to standard output; progress, timings and complaints to standard error. Exit status: 0, 1 for a failure (one line says what),
+2 for wrong usage, 130 after Ctrl-C.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Gemma 4 inference from scratch, readable and checked. Without -m: the small model that ships.")
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+ModelPath = Annotated[Path | None, typer.Option("-m", "--model", help="GGUF file (the first part of a split one)", show_default=False)]
+Context = Annotated[int | None, typer.Option("-c", "--ctx-size", min=1, help="context in tokens (default: the model's)",
+                                            show_default=False)]
+Temperature = Annotated[float | None, typer.Option("--temp", min=0.0, help="0 takes the likeliest (default: the file's, else 1.0)",
+                                                   show_default=False)]
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="0 is off (default: the file's, else 64)", show_default=False)]
+TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="1 is off (default: the file's, else 0.95)",
+                                            show_default=False)]
+MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off (default: the file's, else 0)",
+                                            show_default=False)]
+Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="of the random choices: same seed, same text")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
+NewTokens = Annotated[int, typer.Option("-n", "--predict", min=0, help="new tokens at most")]
+
+
+class Failure(Exception):
+    """A reason to stop that the user can do something about."""
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False):
+    if version:
+        import refimpl
+
+        print(refimpl.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    model: ModelPath = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text to continue; - reads standard input")] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="read the prompt from a file")] = None,
+    predict: NewTokens = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a question: use the file's chat template")] = False,
+    think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
+    special: Annotated[bool, typer.Option("--special", help="special tokens in the prompt count, and are shown in the text")] = False,
+    ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
+    as_json: Json = False, verbose: Verbose = False,
+):
+    """Continue a prompt."""
+    import refimpl
+
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give the text with -p TEXT, -p - or -f FILE")
+    if think and not chat:
+        raise typer.BadParameter("--think needs --chat")
+    text = read_prompt(prompt, file)
+    m = load(model)
+    if chat:
+        ids = chat_ids(m, [{"role": "user", "content": text}], think)
+    else:
+        ids = m.tokenizer.encode(text, special=special)
+    out = refimpl.Output()
+    with bar("prompt", len(ids)) as step:
+        pieces = refimpl.stream(m, ids, max_new_tokens=predict, n_ctx=ctx, seed=seed, special=special, output=out, progress=step,
+                                **sampling_of(m, temp, top_k, top_p, min_p))
+        first = next(pieces, "")
+    if not as_json:
+        write(text if not chat and not special else "")
+    interrupted = speak(first, pieces, out, silent=as_json)
+    if as_json:
+        print(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)))
+    else:
+        write("\n")
+    if verbose:
+        tell(out.stats)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def chat(
+    model: ModelPath = None,
+    system: Annotated[str | None, typer.Option("--system", help="instruction ahead of the conversation")] = None,
+    think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
+    predict: NewTokens = 1024,
+    ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
+    verbose: Verbose = False,
+):
+    """Talk to an instruction-tuned model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
+    import refimpl
+    from refimpl.decode.chat import split_thought
+
+    m = load(model)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        errors.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line.strip():
+            break
+        messages.append({"role": "user", "content": line.strip()})
+        out = refimpl.Output()
+        pieces = refimpl.stream(m, chat_ids(m, messages, think), max_new_tokens=predict, n_ctx=ctx, seed=seed, output=out,
+                                **sampling_of(m, temp, top_k, top_p, min_p))
+        speak("", pieces, out)
+        write("\n")
+        messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
+        if verbose:
+            tell(out.stats)
+
+
+@app.command()
+def inspect(
+    model: ModelPath = None,
+    ctx: Context = None,
+    as_json: Json = False,
+):
+    """Show what is in a file: metadata, layers, tensor types and sizes, and the memory it will need."""
+    from refimpl.lab.inspect import as_text, describe
+
+    described = describe(model, ctx)
+    print(json.dumps(described) if as_json else as_text(described))
+
+
+# ---- helpers
+
+def load(path: Path | None):
+    """The model, and what is odd about its file on standard error."""
+    import refimpl
+
+    m = refimpl.load(path)
+    for warning in m.tokenizer.warnings:
+        errors.print(f"note: {warning}")
+    return m
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from -p, standard input or a file."""
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise Failure(f"{file}: at byte {e.start}: not UTF-8 text") from None
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise Failure(f"standard input: at byte {e.start}: not UTF-8 text") from None
+
+
+def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
+    """Token ids of a conversation. Text of the user is cut up apart, so that markers in it stay text."""
+    from refimpl.decode.chat import encode_chat
+
+    return encode_chat(m.tokenizer, m.file.metadata.get("tokenizer.chat_template"), messages, thinking=think)
+
+
+def sampling_of(m, temp, top_k, top_p, min_p) -> dict[str, float]:
+    """The file's own sampling settings, else Gemma's, under what the command line says."""
+    from refimpl.decode.sampling import Sampling
+
+    given = {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    s = Sampling.from_metadata(m.file.metadata, **{name: value for name, value in given.items() if value is not None})
+    return {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+
+
+def speak(first: str, pieces, out, silent: bool = False) -> bool:
+    """Prints the pieces as they come. Returns whether Ctrl-C cut them short; what was said stays."""
+    try:
+        if not silent:
+            write(first)
+        for piece in pieces:
+            if not silent:
+                write(piece)
+    except KeyboardInterrupt:
+        out.stats.stop = "interrupted"
+        return True
+    return False
+
+
+def write(text: str):
+    """To standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def report(stats) -> dict[str, object]:
+    """The figures of a run, for programs."""
+    return {"n_prompt": stats.n_prompt, "n_generated": stats.n_generated, "prompt_seconds": round(stats.prompt_seconds, 4),
+            "decode_seconds": round(stats.decode_seconds, 4), "prompt_per_second": round(stats.prompt_per_second, 2),
+            "decode_per_second": round(stats.decode_per_second, 2), "stop": stats.stop}
+
+
+def tell(stats):
+    """The figures of a run, for people."""
+    errors.print(f"prompt {stats.n_prompt} tokens, {stats.prompt_per_second:.1f}/s; new {stats.n_generated} tokens, "
+                 f"{stats.decode_per_second:.1f}/s; stopped by {stats.stop}")
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int):
+    """A progress bar on standard error, gone when done, silent when that is no terminal. Yields step(n)."""
+    if not errors.is_terminal:
+        yield lambda n: None
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def main():
+    """Runs the command line. Whatever goes wrong becomes one line on standard error."""
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status or 0)
+    except BrokenPipeError:
+        # the reader of our output has left; keep the interpreter from complaining about it when it closes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except typer.Exit as e:
+        sys.exit(e.exit_code)
+    except Exception as e:
+        sys.exit(complain(e))
+
+
+def complain(e: Exception) -> int:
+    """One line for an error; returns the exit status. An error of ours that nobody foresaw keeps its traceback."""
+    import click
+
+    from refimpl.formats.container import GGUFError
+    from refimpl.model.cache import ContextFull
+
+    if isinstance(e, click.UsageError):
+        errors.print(f"refimpl: {e.format_message()}")
+        return 2
+    if isinstance(e, OSError) and e.filename is not None:
+        errors.print(f"refimpl: {e.filename}: {e.strerror}")
+        return 1
+    if isinstance(e, (GGUFError, ContextFull, Failure, ValueError, OSError)):
+        errors.print(f"refimpl: {' '.join(str(e).split())}")
+        return 1
+    if isinstance(e, MemoryError):
+        errors.print("refimpl: not enough memory")
+        return 1
+    raise e
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The plain loop: one token after the other. It is the oracle for everything faster."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from refimpl.decode.model import Model
+from refimpl.decode.sampling import Sampler, Sampling
+from refimpl.model.cache import ContextFull
+
+
+@dataclass
+class Stats:
+    """What a run took. `stop` is why it ended: "end" (an end-of-generation token), "limit", "context" or "interrupted"."""
+
+    n_prompt: int = 0
+    n_generated: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    stop: str = ""
+
+    @property
+    def prompt_per_second(self) -> float:
+        """Prompt tokens per second."""
+        return self.n_prompt / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def decode_per_second(self) -> float:
+        """New tokens per second. The first one comes out of the prompt and is not counted."""
+        return max(self.n_generated - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class Output:
+    """The new ids (an end-of-generation id is not among them), their text, and the figures of the run."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    stats: Stats = field(default_factory=Stats)
+
+
+def generate(model: Model, ids: Sequence[int], **options) -> Output:
+    """Continues `ids`. Takes the options of `stream`. Ctrl-C ends it early and keeps what was said."""
+    output = Output()
+    try:
+        for _ in stream(model, ids, output=output, **options):
+            pass
+    except KeyboardInterrupt:
+        output.stats.stop = "interrupted"
+    return output
+
+
+def stream(model: Model, ids: Sequence[int], *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
+           top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, n_ctx: int | None = None, special: bool = False,
+           output: Output | None = None, progress: Callable[[int], None] = lambda n: None) -> Iterator[str]:
+    """Continues `ids` and yields pieces of text as they are decided (a piece may be empty while a character is incomplete).
+
+    Stops at any end-of-generation token, after `max_new_tokens`, or at the end of a context of `n_ctx` (the model's own when None).
+    `temperature` 0 takes the likeliest token. `special=True` shows control tokens in the text. `output` is filled in on the way;
+    `progress(n)` is told of prompt tokens done. Raises ContextFull when the prompt alone does not fit, ValueError for an option
+    out of its range.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
+    sampler = Sampler(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+                      suppress=model.tokenizer.suppress)
+    ids = model.checked(ids)
+    cache = model.new_cache(n_ctx)
+    if len(ids) > cache.n_ctx:
+        raise ContextFull(f"the prompt has {len(ids)} tokens, the context holds {cache.n_ctx}")
+    output = Output() if output is None else output
+    stats, text = output.stats, model.tokenizer.stream(special=special)
+    began = time.perf_counter()
+    state_D = model.states(ids, cache, progress=progress)[-1]
+    stats.n_prompt, stats.prompt_seconds = len(ids), time.perf_counter() - began
+    began = time.perf_counter()
+    while not stats.stop:
+        if len(output.ids) == max_new_tokens:
+            stats.stop = "limit"
+            break
+        new = sampler.pick(model.head(state_D[None])[0])
+        if new in model.tokenizer.end_of_generation:
+            stats.stop = "end"
+            break
+        output.ids.append(new)
+        piece = text.push(new)
+        output.text += piece
+        stats.n_generated, stats.decode_seconds = len(output.ids), time.perf_counter() - began
+        yield piece
+        if cache.length == cache.n_ctx:
+            stats.stop = "context"
+        elif len(output.ids) < max_new_tokens:
+            state_D = model.states([new], cache)[-1]
+    rest = text.finish()
+    output.text += rest
+    if rest:
+        yield rest

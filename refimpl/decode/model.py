@@ -1,0 +1,109 @@
+"""A model ready to use: file, configuration, weights and tokenizer together."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from refimpl import reference
+from refimpl.decode.tokenizer import Tokenizer
+from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.formats.matrix import Matrix
+from refimpl.model import gemma4
+from refimpl.model.cache import Cache
+from refimpl.model.config import Config, config_from_gguf
+from refimpl.model.weights import Weights, vocabulary_size, weights_from_gguf
+
+BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
+CHUNK = 256                               # rows of a prompt in one call
+KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weights="auto"` holds in memory
+
+
+class Model:
+    """A Gemma 4 text model. `load` makes one."""
+
+    def __init__(self, file: GGUFFile, config: Config, weights: Weights, tokenizer: Tokenizer, backend):
+        self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
+
+    @property
+    def name(self) -> str:
+        """What the file calls itself."""
+        return str(self.file.metadata.get("general.name", self.file.path.stem))
+
+    def new_cache(self, n_ctx: int | None = None) -> Cache:
+        """An empty cache for `n_ctx` positions, the model's whole context when None."""
+        return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, CHUNK)
+
+    def states(self, ids: Sequence[int], cache: Cache, tap: gemma4.Tap = gemma4.no_tap,
+               progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
+        """Runs and commits `ids` after what the cache holds, chunk by chunk. Returns the final normed states, float32 (T, D).
+
+        `progress(n)` is told of every chunk of n tokens done.
+        """
+        ids_T = self.checked(ids)
+        states = []
+        for first in range(0, len(ids_T), cache.max_rows):
+            part = ids_T[first:first + cache.max_rows]
+            states.append(gemma4.forward(self.config, self.weights, self.backend, part, cache, tap))
+            cache.advance(len(part))
+            progress(len(part))
+        return np.concatenate(states)
+
+    def head(self, state_TD: np.ndarray) -> np.ndarray:
+        """Logits of states, float32 (T, V)."""
+        return gemma4.head(self.config, self.weights, self.backend, state_TD)
+
+    def logits(self, ids: Sequence[int], tap: gemma4.Tap = gemma4.no_tap) -> np.ndarray:
+        """float32 (T, V): the logits at every position of `ids`, from a fresh cache."""
+        logit_TV = self.head(self.states(ids, self.new_cache(), tap))
+        tap("result_output", logit_TV)
+        return logit_TV
+
+    def checked(self, ids: Sequence[int]) -> np.ndarray:
+        """`ids` as an array. Raises ValueError for none at all, or one outside of the vocabulary."""
+        ids_T = np.asarray(ids)
+        if ids_T.ndim != 1 or not len(ids_T) or ids_T.dtype.kind not in "iu":
+            raise ValueError("expected a list of at least one token id")
+        outside = ids_T[(ids_T < 0) | (ids_T >= self.config.n_vocab)]
+        if len(outside):
+            raise ValueError(f"token id {outside[0]} is outside of the vocabulary (0 to {self.config.n_vocab - 1})")
+        return ids_T.astype(np.int64)
+
+
+def load(path: str | os.PathLike | None = None, *, backend: str = "reference", arithmetic: str = "exact",
+         weights: str = "auto") -> Model:
+    """Loads a Gemma 4 GGUF file; without a path, the small model that ships with the package.
+
+    `backend="reference"` with `arithmetic="exact"` (float32 throughout) is what there is so far. `weights` says how matrices are held:
+    "quantized" as they lie in the mapped file, dequantized at each use; "float32", dequantized once; "auto", float32 where that takes
+    less than 512 MiB. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used.
+    """
+    if backend != "reference":
+        raise ValueError(f"backend={backend!r}: this version has 'reference' only")
+    if arithmetic != "exact":
+        raise ValueError(f"arithmetic={arithmetic!r}: the reference computes 'exact' only")
+    if weights not in ("auto", "quantized", "float32"):
+        raise ValueError(f"weights={weights!r}: expected 'auto', 'quantized' or 'float32'")
+    file = open_gguf(BUILT_IN if path is None else path)
+    config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
+    hold = weights == "float32" or weights == "auto" and float32_bytes(file) < KEEP_FLOAT32_BELOW
+    matrices = weights_from_gguf(file, config, _dequantized if hold else _as_it_is)
+    tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
+    if tokenizer.n_vocab != config.n_vocab:
+        raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
+    return Model(file, config, matrices, tokenizer, reference)
+
+
+def float32_bytes(file: GGUFFile) -> int:
+    """What all weights would take as float32."""
+    return sum(4 * info.n_bytes // BLOCKS[info.type].n_bytes * BLOCKS[info.type].elements for info in file.tensors.values())
+
+
+def _as_it_is(name: str, matrix: Matrix) -> Matrix:
+    return matrix
+
+
+def _dequantized(name: str, matrix: Matrix) -> Matrix:
+    return matrix.dequantized()

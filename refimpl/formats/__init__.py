@@ -1,0 +1,1 @@
+"""File formats and number formats: GGUF, safetensors, and the codecs of their block types."""

@@ -1,0 +1,55 @@
+"""A weight matrix as it lies in the file: rows of blocks, dequantized when somebody asks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.codecs import dequantize
+
+CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`shape` is (O, D): O output rows of D weights each; or (E, O, D) for the experts of a layer.
+
+    `raw` is uint8 of shape (O, Y) or (E, O, Y), usually a read-only view of the mapped file; `type` names the block type.
+    """
+
+    raw: np.ndarray
+    type: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes in weights, not bytes."""
+        block = BLOCKS[self.type]
+        return (*self.raw.shape[:-1], self.raw.shape[-1] // block.n_bytes * block.elements)
+
+    def expert(self, e: int) -> "Matrix":
+        """The matrix of expert `e`."""
+        return Matrix(self.raw[e], self.type)
+
+    def rows(self, first: int, end: int) -> "Matrix":
+        """Output rows first..end-1 (of every expert, where there are experts). No copy."""
+        return Matrix(self.raw[..., first:end, :], self.type)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """The rows with these ids, as float32 (len(ids), D). For embeddings: only these rows are dequantized."""
+        return dequantize(self.raw[ids], self.type)
+
+    def float32(self) -> np.ndarray:
+        """All weights as float32."""
+        return dequantize(self.raw, self.type)
+
+    def chunks(self):
+        """Yields (first row, end row, float32 weights) over all output rows, at most CHUNK_BYTES of weights at a time."""
+        n_rows, n_cols = self.shape
+        step = max(1, CHUNK_BYTES // (4 * n_cols))
+        for first in range(0, n_rows, step):
+            end = min(first + step, n_rows)
+            yield first, end, self.rows(first, end).float32()
+
+    def dequantized(self) -> "Matrix":
+        """The same weights held as float32 in memory: quicker to use, 7 times the size of Q4_0."""
+        return Matrix(np.ascontiguousarray(self.float32()).view(np.uint8), "F32")

@@ -1,0 +1,86 @@
+"""Q6_K: 256 weights, 6 bits each, in 16 sub-blocks of 16 with an 8-bit scale each and no minimum.
+
+    210 bytes (6.5625 bits a weight); the scale comes last
+    byte 0                    128               192          208  209
+         | ql[0] ... ql[127]  | qh[0] .. qh[63] | scales[16] | d   |
+           lower 4 bits         upper 2 bits      int8         f16
+
+    The block goes in two halves of 128 weights: 64 bytes of ql and 32 bytes of qh each.
+    ql[64 h + i], bits  7..4          3..0                 i = 0 .. 63
+                      | q[i + 64]   | q[i]         |
+    qh[32 h + i], bits  7 6         5 4         3 2         1 0         i = 0 .. 31
+                      | q[i + 96] | q[i + 64] | q[i + 32] | q[i] |
+
+Formula: w = (d * s) * (q - 32), q = lower + 16 * upper, s of the sub-block. Source: block_q6_K (ggml-common.h).
+"""
+
+import numpy as np
+
+from refimpl.formats.blocks import BLOCKS, blocks_of, bytes_of, fields_of, pack, rows_of, unpack
+from refimpl.formats.floats import reciprocal
+from refimpl.formats.q4_k import half_scale
+
+_F32 = np.float32
+
+
+def dequantize_q6_k(raw: np.ndarray) -> np.ndarray:
+    """uint8 (*lead, n_blocks * 210) -> float32 (*lead, n_blocks * 256). w = (d*s) * (q - 32); bit-equal to gguf-py."""
+    blocks = fields_of(raw, BLOCKS["Q6_K"])
+    scale = blocks["d"].astype(_F32)[..., None] * blocks["scales"].astype(_F32)
+    low = unpack(blocks["ql"], n_bits=4, group=64)
+    high = unpack(blocks["qh"], n_bits=2, group=32)
+    q = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
+    w = scale[..., None] * q.reshape(*q.shape[:-1], 16, 16).astype(_F32)
+    return rows_of(w.reshape(q.shape))
+
+
+def quantize_q6_k(x: np.ndarray) -> np.ndarray:
+    """float32 (*lead, D) -> uint8 (*lead, D // 256 * 210). Least squares; raises where float16 cannot hold d.
+
+    As in Q4_K: the best real scale of each sub-block, then d from the largest, rounded to float16, then the best 8-bit
+    integer next to the rounded one.
+    """
+    x = blocks_of(x, BLOCKS["Q6_K"])
+    parts = x.reshape(*x.shape[:-1], 16, 16)
+    scale = _fit(parts)
+    furthest = np.take_along_axis(scale, np.abs(scale).argmax(axis=-1, keepdims=True), axis=-1)
+    d, inverse_d = half_scale(furthest / _F32(-128))
+    s0 = np.rint(scale * inverse_d)
+
+    best = np.full(scale.shape, np.inf, _F32)
+    best_s, best_q = np.zeros_like(s0), np.zeros_like(parts)
+    for ds in (0, -1, 1):
+        s = (s0 + _F32(ds)).clip(-128, 127)
+        step = (d.astype(_F32) * s)[..., None]
+        q = np.rint(parts * reciprocal(step)).clip(-32, 31)
+        difference = step * q - parts
+        error = np.einsum("...j,...j->...", difference, difference)
+        better = error < best
+        best, best_s, best_q = np.where(better, error, best), np.where(better, s, best_s), np.where(better[..., None], q, best_q)
+    q = (best_q + _F32(32)).astype(np.uint8).reshape(x.shape)
+    return bytes_of(
+        BLOCKS["Q6_K"],
+        ql=pack(q & np.uint8(0x0F), n_bits=4, group=64),
+        qh=pack(q >> np.uint8(4), n_bits=2, group=32),
+        scales=best_s.astype(np.int8),
+        d=d[..., 0],
+    )
+
+
+def _fit(x: np.ndarray) -> np.ndarray:
+    """Real scale (...) of sub-blocks (..., 16), of either sign, for x ~ scale * q with q in -32 .. 31.
+
+    For levels that send the weight of largest magnitude near -32, the scale that fits them best is sum(xq) / sum(qq),
+    and it takes sum(xq)**2 / sum(qq) off the squared error.
+    """
+    furthest = np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)
+    inverse = reciprocal(furthest)
+    best_scale = best_gain = np.zeros(x.shape[:-1], _F32)
+    for steps in np.linspace(31, 33, 21, dtype=_F32):
+        q = np.rint(x * (-steps * inverse)).clip(-32, 31)
+        sum_xq, sum_qq = np.einsum("...j,...j->...", x, q), np.einsum("...j,...j->...", q, q)
+        scale = sum_xq * reciprocal(sum_qq)
+        gain = scale * sum_xq
+        better = gain > best_gain
+        best_gain, best_scale = np.where(better, gain, best_gain), np.where(better, scale, best_scale)
+    return best_scale

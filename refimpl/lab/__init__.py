@@ -1,0 +1,1 @@
+"""Tools for people who look into models and engines."""

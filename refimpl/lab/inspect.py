@@ -1,0 +1,100 @@
+"""What is in a Gemma 4 file, as plain data and as text. Reads no weights."""
+
+import os
+from collections import defaultdict
+
+import numpy as np
+
+from refimpl.decode.model import BUILT_IN, CHUNK, KEEP_FLOAT32_BELOW, float32_bytes
+from refimpl.formats.container import GGUFFile, open_gguf
+from refimpl.model.cache import cache_bytes
+from refimpl.model.config import Config, MoeFfn, config_from_gguf
+from refimpl.model.weights import vocabulary_size
+
+LONG = 16           # array entries shown
+
+
+def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[str, object]:
+    """Metadata, layers, tensors by type, and memory in bytes for a context of `n_ctx` (the model's own when None).
+
+    Raises GGUFError for a file that is no Gemma 4 model.
+    """
+    file = open_gguf(BUILT_IN if path is None else path)
+    config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
+    n_ctx = config.n_ctx if n_ctx is None else n_ctx
+    return {
+        "path": str(file.path), "gguf_version": file.version, "file_bytes": file.n_bytes,
+        "metadata": {key: _plain(value) for key, value in file.metadata.items()},
+        "model": {"n_vocab": config.n_vocab, "n_embd": config.n_embd, "n_layer": config.n_layer, "n_ctx": config.n_ctx,
+                  "n_ple": config.n_ple, "softcap": config.softcap, "n_parameters": float32_bytes(file) // 4},
+        "layers": [_layer(config, i) for i in range(config.n_layer)],
+        "types": _types(file),
+        "tensors": [{"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.n_bytes} for t in file.tensors.values()],
+        "memory": _memory(file, config, n_ctx),
+    }
+
+
+def _memory(file: GGUFFile, config: Config, n_ctx: int) -> dict[str, object]:
+    held = float32_bytes(file)
+    mapped = held >= KEEP_FLOAT32_BELOW
+    return {"n_ctx": n_ctx, "weights": "quantized, in the mapped file" if mapped else "float32",
+            "weight_bytes": file.n_bytes if mapped else held, "kv_bytes": cache_bytes(config, n_ctx, CHUNK)}
+
+
+def _layer(config: Config, i: int) -> dict[str, object]:
+    spec = config.layers[i]
+    ffn = {"n_ff": spec.ffn.n_ff}
+    if isinstance(spec.ffn, MoeFfn):
+        ffn |= {"n_expert": spec.ffn.n_expert, "n_expert_used": spec.ffn.n_used, "n_ff_expert": spec.ffn.n_ff_expert}
+    return {"layer": i, "kind": spec.kind.value, "n_head": spec.n_head, "n_kv": spec.n_kv, "head_dim": spec.head_dim,
+            "window": spec.window, "kv_from": spec.kv_from, "values_are_keys": spec.values_are_keys} | ffn
+
+
+def _types(file: GGUFFile) -> dict[str, dict[str, int]]:
+    types = defaultdict(lambda: {"tensors": 0, "bytes": 0})
+    for tensor in file.tensors.values():
+        types[tensor.type]["tensors"] += 1
+        types[tensor.type]["bytes"] += tensor.n_bytes
+    return dict(types)
+
+
+def _plain(value):
+    """JSON can hold it: long arrays are cut, with their length."""
+    if isinstance(value, (str, int, float, bool)):
+        return value
+    head = [entry.item() if isinstance(entry, np.generic) else entry for entry in value[:LONG]]
+    return head if len(value) <= LONG else {"length": len(value), "first": head}
+
+
+def as_text(described: dict[str, object]) -> str:
+    """The same for people."""
+    lines = [f"{described['path']}: GGUF v{described['gguf_version']}, {size(described['file_bytes'])}", ""]
+    for key, value in described["metadata"].items():
+        shown = f"{value['length']} entries, first {value['first'][:4]}" if isinstance(value, dict) else repr(value)
+        lines.append(f"  {key} = {shown if len(shown) <= 100 else shown[:97] + '...'}")
+    model = described["model"]
+    lines += ["", f"{model['n_parameters']:,} parameters, {model['n_layer']} layers of width {model['n_embd']}, "
+              f"{model['n_vocab']} pieces, context {model['n_ctx']}", "", "layer  kind     heads  kv  width  window  keys from  feed-forward"]
+    for layer in described["layers"]:
+        source = "own" if layer["kv_from"] == layer["layer"] else str(layer["kv_from"])
+        source += ", = values" if layer["values_are_keys"] and source == "own" else ""
+        ffn = str(layer["n_ff"])
+        if "n_expert" in layer:
+            ffn += f" + {layer['n_expert_used']} of {layer['n_expert']} experts of {layer['n_ff_expert']}"
+        lines.append(f"{layer['layer']:>5}  {layer['kind']:<7}  {layer['n_head']:>5}  {layer['n_kv']:>2}  {layer['head_dim']:>5}  "
+                     f"{layer['window'] or 'all':>6}  {source:<9}  {ffn}")
+    lines.append("")
+    for name, entry in described["types"].items():
+        lines.append(f"{name:>8}: {entry['tensors']:>4} tensors, {size(entry['bytes'])}")
+    memory = described["memory"]
+    lines += ["", f"memory: weights {size(memory['weight_bytes'])} ({memory['weights']}), keys and values {size(memory['kv_bytes'])} "
+              f"for a full context of {memory['n_ctx']} (-c sets another)"]
+    return "\n".join(lines)
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for people: powers of 1000, as disks are sold."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.2f} {unit}"
+    return f"{n_bytes} B"

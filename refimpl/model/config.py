@@ -1,0 +1,205 @@
+"""What a Gemma 4 model looks like, read from GGUF metadata. No defaults: a key that is missing or unknown is an error.
+
+The dimension key. Arrays carry their shape as a suffix (`x_TD`), in these letters:
+
+    T tokens in this call      S keys in reach            D model width (n_embd)
+    N query heads              K key/value heads          G query heads per key/value head, N / K
+    H width of a head          R pairs rotated, H / 2     A all query heads together, N * H
+    F dense feed-forward width E experts                  X experts picked per token      M expert width
+    P per-layer input width    L layers                   V vocabulary                    O output rows of a matrix
+    Y bytes in a row           B blocks                   Q elements in a block
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from refimpl.formats.container import GGUFError
+
+ARCHITECTURE = "gemma4"
+
+
+class Kind(Enum):
+    """How far a layer sees: a window of the latest positions, or everything."""
+
+    SLIDING = "sliding"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class DenseFfn:
+    """One feed-forward network of width `n_ff`."""
+
+    n_ff: int
+
+
+@dataclass(frozen=True)
+class MoeFfn:
+    """`n_used` of `n_expert` networks of width `n_ff_expert`, beside a dense one of width `n_ff` that every token uses."""
+
+    n_ff: int
+    n_expert: int
+    n_used: int
+    n_ff_expert: int
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: what it sees and where its keys and values come from."""
+
+    index: int
+    kind: Kind
+    n_head: int
+    n_kv: int
+    head_dim: int
+    window: int | None        # latest positions in sight, the query's own included; None: all of them
+    kv_from: int              # the layer whose keys and values it reads; `index` where it makes its own
+    values_are_keys: bool     # no value projection: the values are the key projection, before the key's norm and rotation
+    ffn: DenseFfn | MoeFfn
+
+    @property
+    def has_own_kv(self) -> bool:
+        """Does it project keys and values of its own?"""
+        return self.kv_from == self.index
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole model. `n_ple` is the width of the per-layer inputs, 0 for models without; `softcap` None: logits are not capped."""
+
+    n_vocab: int
+    n_embd: int
+    n_ctx: int
+    n_ple: int
+    norm_eps: float
+    rope_base_sliding: float
+    rope_base_full: float
+    softcap: float | None
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers, L."""
+        return len(self.layers)
+
+    def last_own(self, kind: Kind) -> int:
+        """The last layer of this kind that makes its own keys and values: donor of shared layers, and what a drafter reads."""
+        return max(layer.index for layer in self.layers if layer.kind is kind and layer.has_own_kv)
+
+
+_PREFIX = ARCHITECTURE + "."
+_KNOWN = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "expert_count", "expert_used_count",
+    "expert_feed_forward_length", "embedding_length_per_layer_input", "final_logit_softcapping", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.key_length_swa", "attention.value_length_swa", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+    "attention.sliding_window_pattern", "attention.shared_kv_layers", "rope.freq_base", "rope.freq_base_swa",
+    "rope.dimension_count", "rope.dimension_count_swa",
+}
+
+
+class _Keys:
+    """The metadata under `gemma4.`, with one clear line for everything that does not fit."""
+
+    def __init__(self, metadata: Mapping[str, object], path):
+        self.path = path
+        self.values = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
+        unknown = sorted(set(self.values) - _KNOWN)
+        if unknown:
+            self.fail(f"{_PREFIX}{unknown[0]} is not a key this version knows, and it may change the result; "
+                      "a newer refimpl may read the file")
+
+    def fail(self, what: str):
+        raise GGUFError(self.path, None, what)
+
+    def number(self, key: str, low: float, high: float, kind: type = int):
+        """A required number within low..high."""
+        if key not in self.values:
+            self.fail(f"metadata key {_PREFIX}{key} is missing")
+        value = self.values[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not isinstance(value, int)):
+            self.fail(f"{_PREFIX}{key} is {value!r}, expected one {kind.__name__}")
+        if not low <= value <= high:
+            self.fail(f"{_PREFIX}{key} is {value}, expected {low} to {high}")
+        return kind(value)
+
+    def per_layer(self, key: str, n_layer: int, low: int, high: int) -> list[int]:
+        """A number per layer, written as one for all or as an array."""
+        value = self.values.get(key)
+        if not isinstance(value, np.ndarray):
+            return [self.number(key, low, high)] * n_layer
+        if len(value) != n_layer:
+            self.fail(f"{_PREFIX}{key} has {len(value)} entries for {n_layer} layers")
+        if value.dtype.kind not in "iub" or not all(low <= int(v) <= high for v in value):
+            self.fail(f"{_PREFIX}{key} has entries outside {low} to {high}")
+        return [int(v) for v in value]
+
+
+def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[str], n_vocab: int, path) -> Config:
+    """Reads the configuration of a Gemma 4 text model. Raises GGUFError naming the key that is missing, unknown or senseless.
+
+    `tensor_names` tells what no key says: which layers have no value projection. Source: llama.cpp's converter (conversion/gemma.py).
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture == "gemma4-assistant":
+        raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone; give its target as the model")
+    if architecture != ARCHITECTURE:
+        raise GGUFError(path, None, f"architecture is {architecture!r}; refimpl runs {ARCHITECTURE} only")
+    keys = _Keys(metadata, path)
+    big = 1 << 20
+    n_layer = keys.number("block_count", 1, 1024)
+    pattern = keys.per_layer("attention.sliding_window_pattern", n_layer, 0, 1)
+    n_shared = keys.number("attention.shared_kv_layers", 0, n_layer - 1) if "attention.shared_kv_layers" in keys.values else 0
+    n_head = keys.per_layer("attention.head_count", n_layer, 1, big)
+    n_kv = keys.per_layer("attention.head_count_kv", n_layer, 1, big)
+    n_ff = keys.per_layer("feed_forward_length", n_layer, 1, big)
+    window = keys.number("attention.sliding_window", 1, 1 << 30)
+    head_dim = {Kind.FULL: _head_dim(keys, ""), Kind.SLIDING: _head_dim(keys, "_swa")}
+    n_expert = keys.number("expert_count", 0, big) if "expert_count" in keys.values else 0
+    kinds = [Kind.SLIDING if sliding else Kind.FULL for sliding in pattern]
+
+    layers = []
+    for i, kind in enumerate(kinds):
+        if n_head[i] % n_kv[i]:
+            keys.fail(f"layer {i} has {n_head[i]} query heads, no multiple of its {n_kv[i]} key/value heads")
+        kv_from = i
+        if i >= n_layer - n_shared:
+            donors = [j for j in range(n_layer - n_shared) if kinds[j] is kind]
+            if not donors:
+                keys.fail(f"layer {i} shares keys and values, but no {kind.value} layer before it makes any")
+            kv_from = donors[-1]
+        has_values = f"blk.{i}.attn_v.weight" in tensor_names or f"blk.{i}.attn_qkv.weight" in tensor_names
+        layers.append(LayerSpec(
+            index=i, kind=kind, n_head=n_head[i], n_kv=n_kv[i], head_dim=head_dim[kind],
+            window=window if kind is Kind.SLIDING else None, kv_from=kv_from, values_are_keys=not has_values,
+            ffn=_ffn(keys, i, n_ff[i], n_expert, tensor_names, n_layer)))
+    return Config(
+        n_vocab=n_vocab, n_embd=keys.number("embedding_length", 1, big), n_ctx=keys.number("context_length", 1, 1 << 30),
+        n_ple=keys.number("embedding_length_per_layer_input", 0, big), norm_eps=keys.number(
+            "attention.layer_norm_rms_epsilon", 0.0, 1.0, float),
+        rope_base_sliding=keys.number("rope.freq_base_swa", 1.0, 1e12, float) if "rope.freq_base_swa" in keys.values else 10_000.0,
+        rope_base_full=keys.number("rope.freq_base", 1.0, 1e12, float),
+        softcap=keys.number("final_logit_softcapping", 1e-6, 1e9, float) if "final_logit_softcapping" in keys.values else None,
+        layers=tuple(layers))
+
+
+def _head_dim(keys: _Keys, suffix: str) -> int:
+    """Keys, values and the rotation must have one width: Gemma 4 has no other form."""
+    width = keys.number(f"attention.key_length{suffix}", 2, 1 << 16)
+    for other in (f"attention.value_length{suffix}", f"rope.dimension_count{suffix}"):
+        if other in keys.values and keys.number(other, 2, 1 << 16) != width:
+            keys.fail(f"{_PREFIX}{other} is {keys.values[other]}, expected {width} as in attention.key_length{suffix}")
+    if width % 2:
+        keys.fail(f"{_PREFIX}attention.key_length{suffix} is {width}, expected an even number")
+    return width
+
+
+def _ffn(keys: _Keys, i: int, n_ff: int, n_expert: int, tensor_names: Collection[str], n_layer: int) -> DenseFfn | MoeFfn:
+    if f"blk.{i}.ffn_gate_inp.weight" not in tensor_names:
+        return DenseFfn(n_ff)
+    if n_expert < 1:
+        keys.fail(f"layer {i} has a router, but {_PREFIX}expert_count is {n_expert}")
+    return MoeFfn(n_ff, n_expert, keys.number("expert_used_count", 1, n_expert),
+                  keys.per_layer("expert_feed_forward_length", n_layer, 1, 1 << 20)[i])

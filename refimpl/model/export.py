@@ -1,0 +1,134 @@
+"""From transformers' configuration and tensor names to a Gemma 4 GGUF file: what llama.cpp's converter does, for arrays in memory.
+
+Used to export the models we train and the random ones that the tests compare with transformers.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.codecs import quantize
+
+_GLOBAL = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+}
+_LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    "router.proj.weight": "ffn_gate_inp.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+    "pre_feedforward_layernorm_2.weight": "pre_ffw_norm_2.weight",
+    "post_feedforward_layernorm_1.weight": "post_ffw_norm_1.weight",
+    "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
+    "per_layer_input_gate.weight": "inp_gate.weight",
+    "per_layer_projection.weight": "proj.weight",
+    "post_per_layer_input_norm.weight": "post_norm.weight",
+    "layer_scalar": "layer_output_scale.weight",
+}
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a tensor of transformers' Gemma4ForCausalLM. Raises KeyError for one that has none."""
+    name = name.removeprefix("model.")
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    return f"blk.{match[1]}.{_LAYER[match[2]]}" if match else _GLOBAL[name]
+
+
+def stays_float32(name: str, shape: tuple[int, ...]) -> bool:
+    """Vectors and the router's matrix are never quantized."""
+    return len(shape) < 2 or name.endswith("ffn_gate_inp.weight")
+
+
+def gguf_metadata(config: Mapping[str, object]) -> dict[str, object]:
+    """The `gemma4.*` keys for a `Gemma4TextConfig().to_dict()`."""
+    kinds = config["layer_types"]
+    n_layer, full = len(kinds), kinds.index("full_attention")
+    overrides = {int(i): layer for i, layer in config["per_layer_config"].items()}
+    head_dim = overrides[full]["head_dim"]
+    n_kv = [overrides.get(i, {}).get("num_key_value_heads", config["num_key_value_heads"]) for i in range(n_layer)]
+    n_shared = config["num_kv_shared_layers"]
+    n_ff = [config["intermediate_size"] * (2 if config["use_double_wide_mlp"] and i >= n_layer - n_shared else 1)
+            for i in range(n_layer)]
+    rope = config["rope_parameters"]
+    keys = {
+        "block_count": n_layer,
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": _one_or_array(n_ff),
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": _one_or_array(n_kv),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.key_length_swa": config["head_dim"],
+        "attention.value_length_swa": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "attention.sliding_window": config["sliding_window"],
+        "attention.sliding_window_pattern": np.array([kind == "sliding_attention" for kind in kinds]),
+        "attention.shared_kv_layers": n_shared,
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"] or 0,
+        "rope.freq_base": float(rope["full_attention"]["rope_theta"]),
+        "rope.freq_base_swa": float(rope["sliding_attention"]["rope_theta"]),
+        "rope.dimension_count": head_dim,
+        "rope.dimension_count_swa": config["head_dim"],
+    }
+    if config["final_logit_softcapping"] is not None:
+        keys["final_logit_softcapping"] = float(config["final_logit_softcapping"])
+    if config["enable_moe_block"]:
+        keys |= {"expert_count": config["num_experts"], "expert_used_count": config["top_k_experts"],
+                 "expert_feed_forward_length": config["moe_intermediate_size"]}
+    return {"general.architecture": "gemma4"} | {f"gemma4.{key}": value for key, value in keys.items()}
+
+
+def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
+                 type_of) -> Iterable[tuple[str, str, np.ndarray]]:
+    """Yields (name, block type, data) for `write_gguf`, from a state dict of float32 arrays.
+
+    `type_of(name, shape)` chooses the type of every tensor that may be quantized; a type whose block does not divide the row falls
+    back to the next one that does, as llama.cpp's quantizer does (Q4_K to Q5_0, Q5_K to Q5_1, Q6_K to Q8_0, else F16).
+    """
+    full = config["layer_types"].index("full_attention")
+    head_dim = {int(i): layer for i, layer in config["per_layer_config"].items()}[full]["head_dim"]
+    n_rotated = int(config["rope_parameters"]["full_attention"]["partial_rotary_factor"] * head_dim // 2)
+    yield "rope_freqs.weight", "F32", np.where(np.arange(head_dim // 2) < n_rotated, 1, 1e30).astype(np.float32)
+    for hf_name, value in state.items():
+        if hf_name == "lm_head.weight" and config["tie_word_embeddings"]:
+            continue
+        name = "output.weight" if hf_name == "lm_head.weight" else gguf_name(hf_name)
+        value = np.asarray(value, np.float32)
+        block = "F32" if stays_float32(name, value.shape) else fitting_type(type_of(name, value.shape), value.shape[-1])
+        plain = {"F32": np.float32, "F16": np.float16}.get(block)
+        yield name, block, quantize(value, block) if plain is None else value.astype(plain)
+
+
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q5_0": "F16", "Q5_1": "F16", "Q8_0": "F16"}
+
+
+def fitting_type(block: str, n_cols: int) -> str:
+    """`block`, or its replacement where a row of `n_cols` weights is not a whole number of blocks."""
+    while n_cols % BLOCKS[block].elements:
+        block = _FALLBACK[block]
+    return block
+
+
+def _one_or_array(values: list[int]) -> int | np.ndarray:
+    return values[0] if len(set(values)) == 1 else np.array(values, np.int32)

@@ -1,0 +1,278 @@
+"""From the tensor names of a GGUF file to weights named by what they do. The only place that knows the file's names.
+
+Every tensor is either used, exactly once, or left out for a stated reason; anything else in the file is an error.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.formats.codecs import DEQUANTIZABLE
+from refimpl.formats.container import GGUFError, GGUFFile
+from refimpl.formats.matrix import Matrix
+from refimpl.model.config import Config, Kind, LayerSpec, MoeFfn
+from refimpl.reference.ops import rope_frequencies
+
+
+@dataclass(frozen=True)
+class OwnKv:
+    """The projections of a layer that makes its own keys and values. `value_OD` is `key_OD` itself where values are keys."""
+
+    key_OD: Matrix
+    value_OD: Matrix
+    key_norm_H: np.ndarray
+
+
+@dataclass(frozen=True)
+class SharedKv:
+    """A layer that reads the keys and values of another one and has none of its own."""
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Attention of one layer."""
+
+    norm_before_D: np.ndarray
+    query_AD: Matrix
+    query_norm_H: np.ndarray
+    kv: OwnKv | SharedKv
+    output_DA: Matrix
+    norm_after_D: np.ndarray
+
+
+@dataclass(frozen=True)
+class DenseWeights:
+    """A gated feed-forward network (Shazeer 2020, arXiv:2002.05202)."""
+
+    gate_FD: Matrix
+    up_FD: Matrix
+    down_DF: Matrix
+
+
+@dataclass(frozen=True)
+class MoeWeights:
+    """The experts of a layer, their router, and the norms around both branches."""
+
+    dense: DenseWeights
+    norm_after_dense_D: np.ndarray
+    router_scale_D: np.ndarray
+    router_ED: Matrix
+    expert_scale_E: np.ndarray
+    norm_before_experts_D: np.ndarray
+    gate_EMD: Matrix
+    up_EMD: Matrix
+    down_EDM: Matrix
+    norm_after_experts_D: np.ndarray
+
+
+@dataclass(frozen=True)
+class PerLayerWeights:
+    """How a layer takes in its own embedding of the token (PLE; Gemma 3n)."""
+
+    gate_PD: Matrix
+    projection_DP: Matrix
+    norm_after_D: np.ndarray
+
+
+@dataclass(frozen=True)
+class NoPerLayer:
+    """A layer without per-layer input."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer."""
+
+    spec: LayerSpec
+    attention: AttentionWeights
+    norm_before_ffn_D: np.ndarray
+    ffn: DenseWeights | MoeWeights
+    norm_after_ffn_D: np.ndarray
+    per_layer: PerLayerWeights | NoPerLayer
+    output_scale: np.float32
+
+
+@dataclass(frozen=True)
+class PerLayerEmbedding:
+    """The table of per-layer inputs, all layers of a token side by side, and what is mixed in from the main embedding."""
+
+    table_VLP: Matrix
+    projection_LPD: Matrix
+    norm_P: np.ndarray
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights of a model. `head_VD` is the embedding itself in tied models. `ignored` maps tensor name -> reason."""
+
+    embedding_VD: Matrix
+    per_layer: PerLayerEmbedding | NoPerLayer
+    layers: tuple[LayerWeights, ...]
+    norm_D: np.ndarray
+    head_VD: Matrix
+    rope_frequency_R: dict[Kind, np.ndarray]
+    ignored: dict[str, str]
+
+
+class _Taker:
+    """Hands out tensors by name, checks their shapes, remembers which were used."""
+
+    def __init__(self, file: GGUFFile, prepare: Callable[[str, Matrix], Matrix]):
+        self.file, self.prepare = file, prepare
+        self.unused = dict(file.tensors)
+
+    def has(self, name: str) -> bool:
+        return name in self.file.tensors
+
+    def raw(self, name: str, shape: tuple[int, ...], ready: bool = False) -> Matrix:
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise GGUFError(self.file.path, None, f"tensor {name} is missing")
+        if info.shape != shape:
+            raise GGUFError(self.file.path, info.offset, f"tensor {name} has shape {info.shape}, expected {shape} (rows first)")
+        if info.type not in DEQUANTIZABLE:
+            raise GGUFError(self.file.path, info.offset, f"tensor {name} is {info.type}, which this version cannot read; "
+                            f"it reads {', '.join(sorted(DEQUANTIZABLE))}")
+        if name not in self.unused:
+            raise AssertionError(f"tensor {name} was taken twice")
+        del self.unused[name]
+        return Matrix(self.file.raw(name), info.type)
+
+    def matrix(self, name: str, *shape: int) -> Matrix:
+        return self.prepare(name, self.raw(name, shape))
+
+    def vector(self, name: str, size: int) -> np.ndarray:
+        return self.raw(name, (size,)).float32()
+
+    def ignore(self, name: str, reason: str, ignored: dict[str, str]):
+        if self.unused.pop(name, None) is not None:
+            ignored[name] = reason
+
+
+def vocabulary_size(file: GGUFFile) -> int:
+    """Rows of the embedding."""
+    info = file.tensors.get("token_embd.weight")
+    if info is None or len(info.shape) != 2:
+        raise GGUFError(file.path, None, "tensor token_embd.weight is missing or no matrix; this is no complete model")
+    return info.shape[0]
+
+
+def weights_from_gguf(file: GGUFFile, config: Config, prepare: Callable[[str, Matrix], Matrix]) -> Weights:
+    """Collects the weights of a Gemma 4 model.
+
+    `prepare(name, matrix)` may hold a matrix in another form (a backend's own layout, or dequantized). Raises GGUFError for a tensor
+    that is missing, has another shape, a type that cannot be read, or is one nobody uses.
+    """
+    take = _Taker(file, prepare)
+    ignored: dict[str, str] = {}
+    embedding = take.matrix("token_embd.weight", config.n_vocab, config.n_embd)
+    head = take.matrix("output.weight", config.n_vocab, config.n_embd) if take.has("output.weight") else embedding
+    weights = Weights(
+        embedding_VD=embedding,
+        per_layer=_per_layer_embedding(take, config),
+        layers=tuple(_layer(take, config, spec, ignored) for spec in config.layers),
+        norm_D=take.vector("output_norm.weight", config.n_embd),
+        head_VD=head,
+        rope_frequency_R=_rope(take, config),
+        ignored=ignored)
+    if take.unused:
+        name, info = next(iter(take.unused.items()))
+        raise GGUFError(file.path, info.offset, f"{len(take.unused)} tensors that a Gemma 4 text model does not have, first: {name}")
+    return weights
+
+
+def _rope(take: _Taker, config: Config) -> dict[Kind, np.ndarray]:
+    frequency = {}
+    for layer in config.layers:
+        if layer.kind in frequency:
+            continue
+        n_pairs = layer.head_dim // 2
+        divisor = np.ones(n_pairs, np.float32)
+        if layer.kind is Kind.FULL:
+            divisor = take.vector("rope_freqs.weight", n_pairs)
+        base = config.rope_base_full if layer.kind is Kind.FULL else config.rope_base_sliding
+        frequency[layer.kind] = rope_frequencies(layer.head_dim, base, divisor)
+    return frequency
+
+
+def _per_layer_embedding(take: _Taker, config: Config) -> PerLayerEmbedding | NoPerLayer:
+    if not config.n_ple:
+        return NoPerLayer()
+    width = config.n_layer * config.n_ple
+    return PerLayerEmbedding(
+        table_VLP=take.matrix("per_layer_token_embd.weight", config.n_vocab, width),
+        projection_LPD=take.matrix("per_layer_model_proj.weight", width, config.n_embd),
+        norm_P=take.vector("per_layer_proj_norm.weight", config.n_ple))
+
+
+def _layer(take: _Taker, config: Config, spec: LayerSpec, ignored: dict[str, str]) -> LayerWeights:
+    blk, d = f"blk.{spec.index}.", config.n_embd
+    attention = _attention(take, spec, d, ignored)
+    scale_name = blk + "layer_output_scale.weight"
+    return LayerWeights(
+        spec=spec,
+        attention=attention,
+        norm_before_ffn_D=take.vector(blk + "ffn_norm.weight", d),
+        ffn=_moe(take, spec, d) if isinstance(spec.ffn, MoeFfn) else _dense(take, spec, d),
+        norm_after_ffn_D=take.vector(blk + "post_ffw_norm.weight", d),
+        per_layer=PerLayerWeights(
+            gate_PD=take.matrix(blk + "inp_gate.weight", config.n_ple, d),
+            projection_DP=take.matrix(blk + "proj.weight", d, config.n_ple),
+            norm_after_D=take.vector(blk + "post_norm.weight", d)) if config.n_ple else NoPerLayer(),
+        output_scale=take.vector(scale_name, 1)[0] if take.has(scale_name) else np.float32(1))
+
+
+def _attention(take: _Taker, spec: LayerSpec, d: int, ignored: dict[str, str]) -> AttentionWeights:
+    blk = f"blk.{spec.index}."
+    n_query, n_key = spec.n_head * spec.head_dim, spec.n_kv * spec.head_dim
+    if take.has(blk + "attn_qkv.weight"):
+        fused = take.raw(blk + "attn_qkv.weight", (n_query + 2 * n_key, d))
+        query, key, value = (take.prepare(blk + name, fused.rows(first, first + n)) for name, first, n in (
+            ("attn_q.weight", 0, n_query), ("attn_k.weight", n_query, n_key), ("attn_v.weight", n_query + n_key, n_key)))
+    else:
+        query = take.matrix(blk + "attn_q.weight", n_query, d)
+        if spec.has_own_kv:
+            key = take.matrix(blk + "attn_k.weight", n_key, d)
+            value = key if spec.values_are_keys else take.matrix(blk + "attn_v.weight", n_key, d)
+    if spec.has_own_kv:
+        kv = OwnKv(key, value, take.vector(blk + "attn_k_norm.weight", spec.head_dim))
+    else:
+        kv = SharedKv()
+        for name in ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight"):
+            take.ignore(blk + name, f"layer {spec.index} reads the keys and values of layer {spec.kv_from}", ignored)
+    return AttentionWeights(
+        norm_before_D=take.vector(blk + "attn_norm.weight", d),
+        query_AD=query,
+        query_norm_H=take.vector(blk + "attn_q_norm.weight", spec.head_dim),
+        kv=kv,
+        output_DA=take.matrix(blk + "attn_output.weight", d, n_query),
+        norm_after_D=take.vector(blk + "post_attention_norm.weight", d))
+
+
+def _dense(take: _Taker, spec: LayerSpec, d: int) -> DenseWeights:
+    blk, f = f"blk.{spec.index}.", spec.ffn.n_ff
+    return DenseWeights(take.matrix(blk + "ffn_gate.weight", f, d), take.matrix(blk + "ffn_up.weight", f, d),
+                        take.matrix(blk + "ffn_down.weight", d, f))
+
+
+def _moe(take: _Taker, spec: LayerSpec, d: int) -> MoeWeights:
+    blk, e, m = f"blk.{spec.index}.", spec.ffn.n_expert, spec.ffn.n_ff_expert
+    if take.has(blk + "ffn_gate_up_exps.weight"):       # gate rows first, then up rows, within each expert
+        fused = take.raw(blk + "ffn_gate_up_exps.weight", (e, 2 * m, d))
+        gate = take.prepare(blk + "ffn_gate_exps.weight", fused.rows(0, m))
+        up = take.prepare(blk + "ffn_up_exps.weight", fused.rows(m, 2 * m))
+    else:
+        gate, up = take.matrix(blk + "ffn_gate_exps.weight", e, m, d), take.matrix(blk + "ffn_up_exps.weight", e, m, d)
+    scale_name = blk + "ffn_down_exps.scale"
+    return MoeWeights(
+        dense=_dense(take, spec, d),
+        norm_after_dense_D=take.vector(blk + "post_ffw_norm_1.weight", d),
+        router_scale_D=take.vector(blk + "ffn_gate_inp.scale", d),
+        router_ED=take.matrix(blk + "ffn_gate_inp.weight", e, d),
+        # absent where a converter folded it into the weights (NVFP4 files)
+        expert_scale_E=take.vector(scale_name, e) if take.has(scale_name) else np.ones(e, np.float32),
+        norm_before_experts_D=take.vector(blk + "pre_ffw_norm_2.weight", d),
+        gate_EMD=gate, up_EMD=up,
+        down_EDM=take.matrix(blk + "ffn_down_exps.weight", e, d, m),
+        norm_after_experts_D=take.vector(blk + "post_ffw_norm_2.weight", d))

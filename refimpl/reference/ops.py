@@ -1,0 +1,58 @@
+"""The small functions between the matrix products: norms, rotation, activation, softmax. They exist once, for all backends.
+
+float32 in, float32 out, and every constant is made float32 before it meets an array: in NumPy 2 a float64 scalar is contagious.
+"""
+
+import numpy as np
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. transformers: Gemma4RMSNorm (the weight is not 1 + w)."""
+    return rms_normalise(x, eps) * weight
+
+
+def rms_normalise(x: np.ndarray, eps: float) -> np.ndarray:
+    """The norm without a weight, as used on values and in front of the router."""
+    mean_square = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
+    return x * (mean_square + np.float32(eps)) ** np.float32(-0.5)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))): "gelu_pytorch_tanh" (Hendrycks & Gimpel 2016, section 2)."""
+    inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """exp(x) / sum(exp(x)) over the last axis, the maximum taken out first. -inf gets weight 0."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True, dtype=np.float32)
+
+
+def softcap(x: np.ndarray, cap: float) -> np.ndarray:
+    """cap * tanh(x / cap): squeezes logits into (-cap, cap). Gemma 2 (arXiv:2408.00118), section 2."""
+    return np.tanh(x / np.float32(cap)) * np.float32(cap)
+
+
+def rope_frequencies(head_dim: int, base: float, divisor_R: np.ndarray) -> np.ndarray:
+    """Angle per position of each of the R = head_dim / 2 rotated pairs: base^(-2r / head_dim) / divisor[r], float32 (R,).
+
+    The divisor is 1 for ordinary RoPE (Su et al. 2021, arXiv:2104.09864). Gemma 4's full layers rotate only their fastest quarter
+    ("proportional"): the file says so by a divisor of 1e30 for the others, which makes their angle 0.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (1.0 / np.float64(base) ** exponent.astype(np.float64) / divisor_R).astype(np.float32)
+
+
+def rope_angles(pos_T: np.ndarray, frequency_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin) of every position and pair, float32 (T, R) each."""
+    angle_TR = np.einsum("T,R->TR", pos_T.astype(np.float32), frequency_R)
+    return np.cos(angle_TR), np.sin(angle_TR)
+
+
+def rotate(x_TNH: np.ndarray, cos_TR: np.ndarray, sin_TR: np.ndarray) -> np.ndarray:
+    """Rotates pair (x[r], x[r + R]) of each head by its angle: NeoX pairing, halves and not neighbours."""
+    n_pairs = x_TNH.shape[-1] // 2
+    a, b = x_TNH[..., :n_pairs], x_TNH[..., n_pairs:]
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

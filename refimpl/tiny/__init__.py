@@ -1,0 +1,1 @@
+"""The small trained models that ship with the package, and the scripts that trained them."""

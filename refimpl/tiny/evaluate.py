@@ -1,0 +1,76 @@
+"""How good is the built-in model? Bits per byte of the held-out modules: `python -m refimpl.tiny.evaluate [model.gguf]`.
+
+Beside it, on the same text: a 5-gram model over the same vocabulary from the same training text, and `xz -9` of the held-out files.
+Needs the standard library of the Python that the model was trained on; another version's text is other text.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import sys
+
+import numpy as np
+
+from refimpl.decode.model import Model, load
+from refimpl.tiny.corpus import Corpus, read_corpus
+from refimpl.tiny.ngram import NgramModel
+
+WINDOW = 512
+
+
+def model_bits(model: Model, ids: list[int], report=lambda n: None) -> float:
+    """Bits the model needs for ids[1:]: windows of 512 that overlap by half, only what is new in each counted."""
+    bits, end, lo = 0.0, 1, 0
+    while end < len(ids):
+        hi = min(lo + WINDOW, len(ids) - 1)
+        n_new = hi + 1 - end
+        state_TD = model.states(ids[lo:hi], model.new_cache())[-n_new:]
+        logit_TV = model.head(state_TD).astype(np.float64)
+        top_T = logit_TV.max(axis=1)
+        log_sum_T = top_T + np.log(np.exp(logit_TV - top_T[:, None]).sum(axis=1))
+        bits += float((log_sum_T - logit_TV[np.arange(n_new), ids[end:hi + 1]]).sum()) / math.log(2)
+        report(n_new)
+        end, lo = hi + 1, lo + WINDOW // 2
+    return bits
+
+
+def encode_file(model: Model, text: str) -> list[int]:
+    """<bos>, the text, <eos>: as in training."""
+    return [*model.tokenizer.encode(text), model.tokenizer.eos]
+
+
+def evaluate(model: Model, corpus: Corpus, limit: int | None = None) -> dict[str, object]:
+    """Bits per byte of the held-out files (the first `limit` of them) for the model and both baselines."""
+    held = dict(list(corpus.heldout.items())[:limit])
+    n_bytes = sum(len(text.encode()) for text in held.values())
+    files = [encode_file(model, text) for text in held.values()]
+    train = [np.array(encode_file(model, text)) for text in (*corpus.library.values(), *corpus.tests.values())]
+    packed = lzma.compress("".join(held.values()).encode(), preset=9)
+    n_tokens = sum(map(len, files)) - len(files)
+    ngram = NgramModel(train)
+    return {
+        "python": corpus.python, "files": len(held), "bytes": n_bytes, "tokens": n_tokens,
+        "bytes_per_token": round(n_bytes / n_tokens, 3),
+        "xz -9": round(8 * len(packed) / n_bytes, 4),
+        "5-gram": round(sum(ngram.bits(np.array(ids)) for ids in files) / n_bytes, 4),
+        "model": round(sum(model_bits(model, ids, _dot) for ids in files) / n_bytes, 4),
+    }
+
+
+def _dot(n: int):
+    if sys.stderr.isatty():
+        print(".", end="", file=sys.stderr, flush=True)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", help="a GGUF file with the same vocabulary (default: the built-in model)")
+    parser.add_argument("--files", type=int, help="only the first N held-out files")
+    args = parser.parse_args()
+    print(json.dumps(evaluate(load(args.model), read_corpus(), args.files), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Tiny random Gemma 4 models in the five shapes, built with transformers' own classes, and their GGUF files."""
+
+import numpy as np
+import torch
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+from refimpl.formats.codecs import dequantize, quantize
+from refimpl.formats.writer import write_gguf
+from refimpl.model.export import fitting_type, gguf_metadata, gguf_name, gguf_tensors, stays_float32
+
+V = 300
+BYTES = [f"<0x{b:02X}>" for b in range(256)]
+PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *BYTES, *"abcdefghijklmnopqrstuvwxyz", "\u2581", *"0123456789", "th", "\n"]
+COMMON = dict(
+    vocab_size=V, hidden_size=64, num_attention_heads=4, head_dim=16, global_head_dim=32, sliding_window=7,
+    final_logit_softcapping=30.0, max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    hidden_size_per_layer_input=0, vocab_size_per_layer_input=V, tie_word_embeddings=True)
+
+
+def pattern(n_sliding: int, times: int) -> list[str]:
+    return (["sliding_attention"] * n_sliding + ["full_attention"]) * times
+
+
+SHAPES = {
+    # PLE, 5 of 10 layers share keys and values, and those have a double-wide MLP; one key/value head
+    "E2B": dict(num_key_value_heads=1, intermediate_size=96, layer_types=pattern(4, 2), num_hidden_layers=10,
+                num_kv_shared_layers=5, use_double_wide_mlp=True, hidden_size_per_layer_input=32),
+    "E4B": dict(num_key_value_heads=2, intermediate_size=128, layer_types=pattern(5, 2), num_hidden_layers=12,
+                num_kv_shared_layers=5, hidden_size_per_layer_input=32),
+    "12B": dict(num_key_value_heads=2, num_global_key_value_heads=1, attention_k_eq_v=True, intermediate_size=128,
+                layer_types=pattern(5, 1), num_hidden_layers=6),
+    "26B-A4B": dict(num_key_value_heads=2, num_global_key_value_heads=1, attention_k_eq_v=True, intermediate_size=96,
+                    layer_types=pattern(5, 1), num_hidden_layers=6, enable_moe_block=True, num_experts=16, top_k_experts=3,
+                    moe_intermediate_size=32),
+    "31B": dict(num_key_value_heads=4, num_global_key_value_heads=2, attention_k_eq_v=True, intermediate_size=160,
+                layer_types=pattern(5, 2), num_hidden_layers=12),
+}
+
+
+def random_model(shape: str, seed: int = 0, **overrides) -> Gemma4ForCausalLM:
+    """A model whose every norm, scale and matrix is random and matters."""
+    torch.manual_seed(seed)
+    config = Gemma4TextConfig(**COMMON | SHAPES[shape] | overrides)
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = Gemma4ForCausalLM(config).eval().float()
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        with torch.no_grad():
+            if name.endswith("layer_scalar"):
+                p.uniform_(0.6, 1.2)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                p.uniform_(0.3, 0.9)          # keeps the scores of a random model from amplifying rounding
+            elif p.ndim == 1 and name in dict(model.named_parameters()):
+                p.uniform_(0.4, 1.6)
+            elif p.ndim >= 2:
+                p.normal_(0, 1.5 if "router" in name else p.shape[-1] ** -0.5)
+    return model
+
+
+def state_of(model) -> dict[str, np.ndarray]:
+    """Parameters and the layer scalars, as float32 arrays."""
+    return {name: value.detach().numpy().copy() for name, value in model.state_dict().items()
+            if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
+
+
+def tokenizer_metadata(pieces: list[str] = PIECES, n: int = V) -> dict[str, object]:
+    """A small vocabulary for random models: bytes, letters, one merge."""
+    pieces = [*pieces, *(f"<unused{i}>" for i in range(n - len(pieces)))]
+    types = [3, 3, 3, 2, 3] + [6] * 256 + [1] * (len(PIECES) - 261) + [5] * (n - len(PIECES))
+    return {
+        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.scores": np.zeros(n, np.float32), "tokenizer.ggml.token_type": np.array(types, np.int32),
+        "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.padding_token_id": 0, "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False}
+
+
+def write_model(path, model, block: str = "F32", extra: dict | None = None, change=lambda tensors: tensors):
+    """Writes `model` as GGUF, all matrices in `block` where it fits. `change` may edit the list of tensors first."""
+    config = model.config.to_dict()
+    tensors = change(list(gguf_tensors(config, state_of(model), lambda name, shape: block)))
+    write_gguf(path, gguf_metadata(config) | tokenizer_metadata() | (extra or {}), tensors)
+    return path
+
+
+def round_to(model, block: str):
+    """Gives the transformers model the very weights that a file of `block` holds."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name == "lm_head.weight" or stays_float32(gguf_name(name), tuple(p.shape)):
+                continue
+            fit = fitting_type(block, p.shape[-1])
+            p.copy_(torch.from_numpy(dequantize(quantize(p.numpy(), fit), fit)))
+    return model
+
+
+def oracle(model, ids) -> dict[str, np.ndarray]:
+    """From transformers in float32, eager, without a cache: what the router decides, every layer's output, and the logits.
+
+    The router's weights and the per-layer inputs are compared on their own because the layer's output does not depend on their
+    scale: a norm behind them takes any common factor out again.
+    """
+    values = {}
+
+    def keep(name, pick):
+        return lambda module, args, out: values.__setitem__(name, pick(out).detach().numpy().copy())
+
+    hooks = []
+    for i, layer in enumerate(model.model.layers):
+        if model.config.enable_moe_block:
+            hooks += [layer.router.register_forward_hook(keep(f"ffn_moe_topk-{i}", lambda out: out[2])),
+                      layer.router.register_forward_hook(keep(f"ffn_moe_weights-{i}", lambda out: out[1]))]
+        hooks.append(layer.register_forward_hook(keep(f"l_out-{i}", lambda out: out[0])))
+    if model.config.hidden_size_per_layer_input:
+        with torch.no_grad():
+            tokens = torch.tensor([list(ids)])
+            x = model.model.embed_tokens(tokens)
+            table = model.model.get_per_layer_inputs(tokens, x)
+            values["inp_per_layer"] = model.model.project_per_layer_inputs(x, table)[0].numpy()
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return values | {"result_output": out.logits[0].numpy()}
+
+
+def prompt(n: int = 40, seed: int = 1) -> list[int]:
+    """<bos> and random ids: six windows long."""
+    return [2, *np.random.default_rng(seed).integers(5, V, n - 1).tolist()]
+
+
+def worst(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference, relative to the largest value; infinite where the shapes differ."""
+    assert np.isfinite(theirs).all()
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -1,0 +1,203 @@
+"""Chat rendering: golden strings of Google's template, the rules of transformers, and templates that mean harm."""
+
+import json
+import time
+
+import pytest
+
+from refimpl.decode import chat
+from refimpl.decode.chat import GEMMA4_TEMPLATE, ChatError, render_chat, split_thought
+
+TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
+HI = [{"role": "user", "content": "hi"}]
+EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+# Rendered by llama.cpp's models/templates/google-gemma-4-31B-it.jinja (SHA-256 85a08664...) with transformers 5.22.2.
+# (messages, thinking, add_generation_prompt, prompt without <bos>)
+GOLDEN = [
+    (turns(("user", " hi \n")), False, True,
+     "<|turn>user\nhi<turn|>\n<|turn>model\n" + EMPTY_THOUGHT),
+    (turns(("user", "hi")), True, True,
+     "<|turn>system\n<|think|>\n<turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\n"),
+    (turns(("user", "hi")), False, False,
+     "<|turn>user\nhi<turn|>\n"),
+    (turns(("system", " be brief\n"), ("user", "hi")), False, True,
+     "<|turn>system\nbe brief<turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\n" + EMPTY_THOUGHT),
+    (turns(("system", "be brief"), ("user", "hi")), True, True,
+     "<|turn>system\n<|think|>\nbe brief<turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\n"),
+    (turns(("developer", "d"), ("user", "a"), ("assistant", " b "), ("user", "c")), False, True,
+     "<|turn>system\nd<turn|>\n<|turn>user\na<turn|>\n<|turn>model\nb<turn|>\n<|turn>user\nc<turn|>\n"
+     "<|turn>model\n" + EMPTY_THOUGHT),
+    (turns(("user", "a"), ("model", "b"), ("user", "c")), True, True,
+     "<|turn>system\n<|think|>\n<turn|>\n<|turn>user\na<turn|>\n<|turn>model\nb<turn|>\n<|turn>user\nc<turn|>\n<|turn>model\n"),
+    (turns(("user", "a"), ("assistant", "<|channel>thought\nlong\n<channel|> b <|channel>x<channel|>c\n"), ("user", "d")),
+     True, True,
+     "<|turn>system\n<|think|>\n<turn|>\n<|turn>user\na<turn|>\n<|turn>model\nb c<turn|>\n"
+     "<|turn>user\nd<turn|>\n<|turn>model\n"),
+    (turns(("user", "a"), ("assistant", "b"), ("assistant", "c")), False, True,
+     "<|turn>user\na<turn|>\n<|turn>model\nb<turn|>\nc<turn|>\n<|turn>model\n" + EMPTY_THOUGHT),
+    (turns(("user", "a"), ("model", "b"), ("model", "c")), False, False,
+     "<|turn>user\na<turn|>\n<|turn>model\nb<turn|>\n<|turn>model\nc<turn|>\n"),
+    (turns(("user", "a"), ("system", "s"), ("developer", "d"), ("user", "")), False, True,
+     "<|turn>user\na<turn|>\n<|turn>system\ns<turn|>\n<|turn>developer\nd<turn|>\n<|turn>user\n<turn|>\n"
+     "<|turn>model\n" + EMPTY_THOUGHT),
+    (turns(("system", "only")), True, True,
+     "<|turn>system\n<|think|>\nonly<turn|>\n<|turn>model\n"),
+    (turns(("user", "<b>{{ 1 }}\n\n x & y</b>")), False, True,
+     "<|turn>user\n<b>{{ 1 }}\n\n x & y</b><turn|>\n<|turn>model\n" + EMPTY_THOUGHT),
+    (turns(("user", [{"type": "text", "text": " p "}, {"type": "text", "text": "q"}]),
+           ("assistant", [{"type": "text", "text": "r<channel|>s"}])), False, True,
+     "<|turn>user\npq<turn|>\n<|turn>model\nrs<turn|>\n<|turn>model\n" + EMPTY_THOUGHT),
+]
+
+
+@pytest.mark.parametrize("messages, thinking, prompted, expected", GOLDEN)
+def test_our_template_renders_what_googles_renders(messages, thinking, prompted, expected):
+    got = render_chat(GEMMA4_TEMPLATE, messages, thinking=thinking, add_generation_prompt=prompted, **TOKENS)
+    assert got == "<bos>" + expected
+
+
+@pytest.mark.parametrize("messages, tools", [
+    (HI, [{"type": "function", "function": {"name": "f"}}]), ([*HI, {"role": "tool", "content": "1"}], None),
+    ([*HI, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}], None),
+    ([{"role": "user", "content": [{"type": "image"}]}], None)])
+def test_our_template_refuses_what_it_would_leave_out(messages, tools):
+    with pytest.raises(ChatError, match="this template has"):
+        render_chat(GEMMA4_TEMPLATE, messages, tools=tools, **TOKENS)
+
+
+def test_a_rendered_prompt_becomes_control_tokens():
+    from test_tokenizer import TOKENIZER
+
+    ids = TOKENIZER.encode(render_chat(GEMMA4_TEMPLATE, HI, **TOKENS), special=True, bos=False)
+    assert ids[0] == TOKENIZER.bos and ids.count(TOKENIZER.bos) == 1
+    assert [TOKENIZER.piece(i) for i in ids if TOKENIZER.piece(i).startswith("<")] == [
+        "<bos>", "<|turn>", "<turn|>", "<|turn>", "<|channel>", "<channel|>"]
+
+
+# Each is checked in the child process and, trusted, in this one; and against transformers.
+RULES = {
+    "blocks take their line with them": "a\n    {% if true %}\nb\n    {% endif %}\nc",
+    "tojson keeps HTML and non-ASCII": "{{ {'b': '<é>', 'a': [1, none, true, 1.5]} | tojson }}{{ [1] | tojson(indent=2) }}",
+    "loop controls": "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}"
+                     "{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "generation blocks": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "namespace": "{% set n = namespace(a=1) %}{% for i in range(3) %}{% set n.a = n.a + i %}{% endfor %}{{ n.a }}",
+    "dict": "{{ dict(a=1) }}{{ dict.fromkeys('ab', 0) }}",
+    "no escaping": "{{ '<&>' }}{{ messages[0].content }}",
+    "variables": "{{ bos_token }}{{ eos_token }}{{ add_generation_prompt }}{{ enable_thinking }}"
+                 "{{ tools is none }}{{ documents is none }}",
+    "reasoning under its standard name": "{{ messages[1].reasoning_content }}{{ messages[1].thinking }}",
+    "the year": "{{ strftime_now('%Y') }}",
+    "undefined is empty": "[{{ nothing }}]{{ nothing is defined }}",
+}
+
+
+@pytest.fixture(params=["child", "here"])
+def process(request, monkeypatch):
+    if request.param == "here":
+        monkeypatch.setattr(chat, "_reply_of_child", chat._reply)
+    return request.param
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_templates_mean_what_they_mean_in_transformers(rule, process):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": "1 < 2"}, {"role": "assistant", "content": "yes", "reasoning": "why"}]
+    expected, _ = render_jinja_template([messages], chat_template=RULES[rule], add_generation_prompt=True, enable_thinking=True,
+                                        **TOKENS)
+    assert render_chat(RULES[rule], messages, thinking=True, **TOKENS) == expected[0] != ""
+
+
+FORBIDDEN = {
+    "class": "{{ ''.__class__.__mro__ }}", "globals": "{{ cycler.__init__.__globals__ }}",
+    "changing the messages": "{{ messages.append(1) }}",
+    "underscore in a namespace": "{% set n = namespace(_a=1) %}",
+    "assigned later": "{% set n = namespace() %}{% set n.__a = 1 %}",
+    "dict's own attributes": "{{ dict.__class__.__mro__ }}",
+    "attr filter": "{{ ''|attr('__class__')|attr('mro') }}{{ 1/0 }}",
+    "another file": "{% include '/etc/passwd' %}", "syntax": "{% if %}", "division": "{{ 1 / 0 }}",
+    "recursion": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "deep nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "its own error": "{{ raise_exception('roles must\nalternate') }}",
+}
+
+
+@pytest.mark.parametrize("case", FORBIDDEN)
+def test_errors_are_one_line(case, process):
+    with pytest.raises(ChatError) as caught:
+        render_chat(FORBIDDEN[case], HI, **TOKENS)
+    assert str(caught.value).startswith("chat template: ") and "\n" not in str(caught.value) and len(str(caught.value)) < 350
+    if case == "its own error":
+        assert "roles must alternate" in str(caught.value)
+
+
+BOMBS = {
+    "nested loops": ("{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", "2 s"),
+    "constant folded": ("{{ 'x' * 10**9 }}", "memory"),
+    "at run time": ("{{ messages[0].content * 10**9 }}", "memory"),
+    "doubling": ("{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "memory"),
+    "format": ("{{ '%1000000000d' % 1 }}", "memory"),
+    "filter": ("{{ 'x' | center(10**9) }}", "memory"),
+    "long output": ("{% for i in range(90000) %}{{ messages[0].content * 1000 }}{% endfor %}", "grows beyond"),
+    "big number": ("{{ (10 ** (10 ** 9)) | string }}", "2 s"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_that_means_harm_is_stopped(bomb):
+    template, words = BOMBS[bomb]
+    start = time.monotonic()
+    with pytest.raises(ChatError, match=words):
+        render_chat(template, HI, **TOKENS)
+    assert time.monotonic() - start < 15  # about 2 s of processor time; the rest is room for a busy machine
+
+
+def test_known_templates_start_no_process_and_others_do(monkeypatch):
+    monkeypatch.setattr(chat, "_reply_of_child", lambda request: {"text": "child"})
+    assert render_chat(GEMMA4_TEMPLATE, HI, **TOKENS) != "child" == render_chat(GEMMA4_TEMPLATE + " ", HI, **TOKENS)
+
+
+def test_a_child_that_cannot_run_is_an_error(monkeypatch):
+    for executable in ("", "/nonexistent/python"):
+        monkeypatch.setattr(chat.sys, "executable", executable)
+        with pytest.raises(ChatError, match="start"):
+            render_chat("x", HI, **TOKENS)
+
+
+def test_a_child_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(chat, "WALL_SECONDS", 0.01)
+    with pytest.raises(ChatError, match="took more than 0.01 s"):
+        render_chat("x", HI, **TOKENS)
+
+
+@pytest.mark.parametrize("template, messages, words", [
+    (None, HI, "no chat template"), ("  ", HI, "no chat template"),
+    ("x" * (chat.MAX_TEMPLATE_CHARS + 1), HI, "characters"),
+    ("x", [], "at least one"), ("x", "hi", "at least one"), ("x", ["hi"], "message 0"),
+    ("x", [*HI, {"content": "a"}], "message 1"),
+    ("x", [{"role": "user", "content": object()}], "plain JSON"), ("x", [{"role": "user", "content": b"a"}], "plain JSON")])
+def test_refuses_what_is_no_conversation(template, messages, words):
+    with pytest.raises(ChatError, match=words):
+        render_chat(template, messages, **TOKENS)
+
+
+def test_odd_characters_survive_both_processes(process):
+    messages = turns(("user", "é 🙂 \x00 \u2028 {{ 1 + 1 }} <|turn>"))
+    assert render_chat("{{ messages[0].content }}\n\n", messages, **TOKENS) == messages[0]["content"] + "\n"
+    assert json.dumps(messages)  # unchanged and still plain
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("just text \n", ("", "just text \n")), ("", ("", "")),
+    ("<|channel>thought\nso it is\n<channel|>yes", ("so it is", "yes")), ("<|channel>thought\n<channel|> yes\n", ("", " yes\n")),
+    ("<|channel>thought\nnot done", ("not done", "")), ("<|channel>", ("", "")),
+    ("a<|channel>thought\n1<channel|>b<|channel>thought\n2\n\n3<channel|>c", ("1\n2\n\n3", "abc"))])
+def test_thought_and_answer(text, expected):
+    assert split_thought(text) == expected
