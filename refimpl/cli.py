@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Gemma 4 inference from scratch, readable and checked. Without -m: the small model that ships.")
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -40,12 +40,14 @@ class Failure(Exception):
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False):
+def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False):
     if version:
         import refimpl
 
         print(refimpl.__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        errors.print(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -243,12 +245,11 @@ def main():
 
 def complain(e: Exception) -> int:
     """One line for an error; returns the exit status. An error of ours that nobody foresaw keeps its traceback."""
-    import click
-
     from refimpl.formats.container import GGUFError
     from refimpl.model.cache import ContextFull
 
-    if isinstance(e, click.UsageError):
+    usage_error = typer.BadParameter.__base__       # typer carries a copy of click or uses the installed one, by its version
+    if isinstance(e, usage_error):
         errors.print(f"refimpl: {e.format_message()}")
         return 2
     if isinstance(e, OSError) and e.filename is not None:

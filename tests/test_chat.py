@@ -1,7 +1,6 @@
 """Chat rendering: golden strings of Google's template, the rules of transformers, and templates that mean harm."""
 
 import json
-import time
 
 import pytest
 
@@ -122,6 +121,7 @@ FORBIDDEN = {
     "assigned later": "{% set n = namespace() %}{% set n.__a = 1 %}",
     "dict's own attributes": "{{ dict.__class__.__mro__ }}",
     "attr filter": "{{ ''|attr('__class__')|attr('mro') }}{{ 1/0 }}",
+    "changing them through the type": "{{ dict.update(messages[0], {'role': 'x'}) }}{{ messages[0].role }}",
     "another file": "{% include '/etc/passwd' %}", "syntax": "{% if %}", "division": "{{ 1 / 0 }}",
     "recursion": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     "deep nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
@@ -153,10 +153,11 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_template_that_means_harm_is_stopped(bomb):
     template, words = BOMBS[bomb]
-    start = time.monotonic()
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with pytest.raises(ChatError, match=words):
         render_chat(template, HI, **TOKENS)
-    assert time.monotonic() - start < 15  # about 2 s of processor time; the rest is room for a busy machine
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 3.5  # processor time: a busy machine does not matter
 
 
 def test_known_templates_start_no_process_and_others_do(monkeypatch):

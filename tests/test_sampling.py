@@ -114,6 +114,17 @@ def test_one_draw_for_each_token(options):
     assert sampler._random.random() == twin.random()
 
 
+@pytest.mark.parametrize("u, expected", [(0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_a_draw_takes_the_first_token_whose_cumulative_probability_exceeds_it(u, expected):
+    class Fixed:
+        def random(self):
+            return u
+
+    sampler = Sampler(Sampling(**WIDE_OPEN))
+    sampler._random = Fixed()
+    assert sampler.pick(np.array([-np.inf, 0, -np.inf, 0, -np.inf], np.float32)) == expected
+
+
 def test_a_seed_repeats_and_another_does_not():
     logits_V = np.random.default_rng(1).standard_normal(500).astype(np.float32)
     runs = []

@@ -20,7 +20,8 @@ from refimpl.decode.tokenizer import Tokenizer, TokenizerError
 from refimpl.tiny.vocabulary import CONTROL, MARKERS, tokenizer_from_parts, train_vocabulary
 
 SPACE, BOM, MARK = "\u2581", "\ufeff", "\ufffd"
-VISIBLE = ["<table>", "</td>", "\n\n", "\n\n\n", "\t\t", "<|channel>", "<channel|>"]  # user-defined in the second vocabulary
+# what is user-defined in the second vocabulary
+VISIBLE = ["<table>", "</td>", "\n\n", "\n\n\n", "\t\t", "<|channel>", "<channel|>", SPACE + "q"]
 
 
 def parts_of(hf: HuggingFace) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -34,7 +35,7 @@ def trained() -> HuggingFace:
 
 
 def with_visible_pieces(hf: HuggingFace) -> HuggingFace:
-    """The same vocabulary in the style of Gemma 3: HTML tags and runs of newlines are added tokens outside the merges."""
+    """In the style of Gemma 3: HTML tags and runs of newlines are added tokens outside the merges; conversation markers are special."""
     vocab, merges = parts_of(hf)
     for piece in VISIBLE:
         vocab.setdefault(piece, len(vocab))
@@ -42,7 +43,7 @@ def with_visible_pieces(hf: HuggingFace) -> HuggingFace:
     plain = json.loads(hf.to_str())
     plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] not in VISIBLE]
     hf = HuggingFace.from_str(json.dumps(plain))
-    hf.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in VISIBLE])
+    hf.add_tokens([AddedToken(piece, normalized=False, special="|" in piece) for piece in VISIBLE])
     return hf
 
 
@@ -200,7 +201,7 @@ class Lazy:
         return self.items[i]
 
     def tolist(self):
-        return list(self.items)
+        return self.items
 
 
 def test_takes_lazy_string_arrays_and_leaves_them_alone():
@@ -236,6 +237,7 @@ def damaged_by_google():
 def test_repairs_the_defect_of_googles_files(monkeypatch, merges_lost_it_too):
     good, bad, merges, table = damaged_by_google()
     monkeypatch.setattr(ours, "LOST_BOM", table)
+    bad["tokenizer.ggml.tokens"] = Lazy(bad["tokenizer.ggml.tokens"])
     bad["tokenizer.ggml.merges"] = [merge.removeprefix(BOM) if merges_lost_it_too else merge for merge in merges]
     expected, tokenizer = Tokenizer.from_metadata(good, "good"), Tokenizer.from_metadata(bad, "bad.gguf")
     assert len(tokenizer.warnings) == 1 and "byte order mark" in tokenizer.warnings[0] and "bad.gguf" in tokenizer.warnings[0]
@@ -268,6 +270,13 @@ def test_of_unknown_duplicates_the_first_id_wins():
     assert tokenizer.encode("return\v") == TOKENIZER.encode("return\v")
     assert tokenizer.decode([tokenizer.n_vocab - 2, tokenizer.n_vocab - 1]) == "return\v"
     assert len(tokenizer.warnings) == 1 and "2 tokens repeat" in tokenizer.warnings[0] and "'return'" in tokenizer.warnings[0]
+
+
+def test_byte_pieces_are_known_by_their_spelling():
+    metadata = dict(PAIRS["tiny"][2])
+    types = metadata["tokenizer.ggml.token_type"]
+    tokenizer = Tokenizer.from_metadata(metadata | {"tokenizer.ggml.token_type": np.where(types == 6, 1, types)}, "x")
+    assert tokenizer.decode(tokenizer.encode("🙂")) == "🙂"
 
 
 def changed(key, change):

@@ -76,7 +76,7 @@ class Sampler:
         id_K, p_K = self.distribution(logits_V)
         cumulative_K = np.cumsum(p_K)
         threshold = self._random.random() * cumulative_K[-1]
-        # side="right" passes over ids of probability 0; the minimum guards the product above against rounding up to the sum
+        # "right" is the strict comparison of the rule above; the minimum is for a product that rounds up to the whole sum
         return int(id_K[min(np.searchsorted(cumulative_K, threshold, side="right"), len(id_K) - 1)])
 
     def distribution(self, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

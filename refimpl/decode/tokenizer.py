@@ -6,7 +6,8 @@ bytes. The merging itself is done by the Hugging Face `tokenizers` library, from
 is reading and checking the file, and decoding.
 
 What follows whom:
-- A piece of type user-defined always matches in the text; a control piece (`<bos>`, `<|turn>`) only when `special=True`.
+- A piece of type user-defined always matches in the text; a control piece (`<bos>`, `<|turn>`) only when `special=True`. So do markers
+  of a conversation that converters type user-defined to keep them visible (`<|channel>`): they are special where they come from.
 - A piece that ends generation counts as control whatever the file says (`<|tool_response>` is marked user-defined): as llama.cpp.
 - llama.cpp cuts the text at runs of newlines before merging, Hugging Face does not. The two differ only if a piece mixes
   newlines with other characters or if a run of newlines has a piece that its merges do not reach; among Gemma 4's 262,144 pieces
@@ -59,8 +60,9 @@ class Tokenizer:
         self.markers = tuple(pieces[i] for i in [*sorted(control), *(i for i in visible if pieces[i][0] == "<" and "|" in pieces[i])])
         self._pieces, self._control, self._bytes = pieces, control, bytes_
         # Two front ends over one model (the model is shared, not copied): which added tokens they match is the difference.
-        self._plain = _encoder(bpe, [pieces[i] for i in visible], [])
-        self._marked = _encoder(bpe, [pieces[i] for i in visible], [pieces[i] for i in sorted(control)])
+        everywhere = [pieces[i] for i in visible if pieces[i] not in self.markers]
+        self._plain = _encoder(bpe, everywhere, [])
+        self._marked = _encoder(bpe, everywhere, self.markers)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object], name: str) -> "Tokenizer":
@@ -154,9 +156,7 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What was still held back: U+FFFD for each byte of a character that was never completed."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)  # final also makes it ready for the next character
 
 
 codecs.register_error("refimpl.one_mark_per_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
@@ -245,13 +245,13 @@ class _Reader:
         key = f"tokenizer.ggml.{key}"
         value = self._get(key)
         self.require(not isinstance(value, str | bytes) and hasattr(value, "__len__"), f"{key} is not an array of strings")
-        items = value.tolist() if hasattr(value, "tolist") else list(value)
+        items = list(value.tolist() if hasattr(value, "tolist") else value)  # our own: repairs must not reach the caller's
         self.require(set(map(type, items)) <= {str}, f"{key} is not an array of strings")
         try:
             "".join(items).encode()
         except UnicodeEncodeError:
             raise TokenizerError(f"{self.name}: {key} holds a string that is not valid UTF-8") from None
-        return list(items)  # our own list: repairs must not reach the caller's metadata
+        return items
 
     def integers(self, key: str) -> np.ndarray:
         key = f"tokenizer.ggml.{key}"

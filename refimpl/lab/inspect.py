@@ -74,7 +74,8 @@ def as_text(described: dict[str, object]) -> str:
         lines.append(f"  {key} = {shown if len(shown) <= 100 else shown[:97] + '...'}")
     model = described["model"]
     lines += ["", f"{model['n_parameters']:,} parameters, {model['n_layer']} layers of width {model['n_embd']}, "
-              f"{model['n_vocab']} pieces, context {model['n_ctx']}", "", "layer  kind     heads  kv  width  window  keys from  feed-forward"]
+              f"{model['n_vocab']} pieces, context {model['n_ctx']}", "",
+              "layer  kind     heads  kv  width  window  keys from  feed-forward"]
     for layer in described["layers"]:
         source = "own" if layer["kv_from"] == layer["layer"] else str(layer["kv_from"])
         source += ", = values" if layer["values_are_keys"] and source == "own" else ""

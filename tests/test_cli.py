@@ -1,0 +1,144 @@
+"""The command line as a user meets it: a process, its output, its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shapes import random_model, tokenizer_metadata, write_model
+
+from refimpl.formats.writer import write_gguf
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args, stdin=None, env=None, cwd=ROOT):
+    """(exit status, standard output, standard error)"""
+    done = subprocess.run([sys.executable, "-m", "refimpl", *map(str, args)], input=stdin, capture_output=True, cwd=cwd, timeout=120,
+                          env={**os.environ, "NO_COLOR": "1", **(env or {})})
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def assert_one_line(result, status: int, *says: str):
+    code, out, err = result
+    assert code == status, (code, err)
+    assert out == "" and len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    for words in says:
+        assert words in err, err
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("cli") / "small.gguf", random_model("12B"))
+
+
+def test_built_in_model_continues_a_prompt_on_standard_output():
+    code, out, err = run("generate", "-p", "def main(", "-n", 12, "--temp", 0, "-v")
+    assert code == 0 and out.startswith("def main(") and len(out) > 12
+    assert "new 12 tokens" in err and "Traceback" not in err
+
+
+def test_json_is_one_object_with_ids_text_and_timings():
+    code, out, err = run("generate", "-p", "class ", "-n", 5, "--seed", 3, "--json")
+    result = json.loads(out)
+    assert code == 0 and len(result["ids"]) == result["n_generated"] == 5 and result["stop"] == "limit" and err == ""
+    again = json.loads(run("generate", "-p", "class ", "-n", 5, "--seed", 3, "--json")[1])
+    assert again["ids"] == result["ids"]
+    assert json.loads(run("generate", "-p", "class ", "-n", 5, "--seed", 4, "--json")[1])["ids"] != result["ids"]
+
+
+def test_prompt_from_standard_input_and_file(tmp_path):
+    (tmp_path / "p.txt").write_text("import os\n")
+    wanted = run("generate", "-p", "import os\n", "-n", 4, "--temp", 0)
+    assert run("generate", "-p", "-", "-n", 4, "--temp", 0, stdin=b"import os\n") == wanted
+    assert run("generate", "-f", tmp_path / "p.txt", "-n", 4, "--temp", 0) == wanted
+
+
+def test_inspect_for_people_and_programs(small):
+    code, out, _ = run("inspect", "-m", small)
+    assert code == 0 and "sliding" in out and "parameters" in out and "memory" in out
+    described = json.loads(run("inspect", "-m", small, "--json", "-c", 100)[1])
+    assert described["metadata"]["general.architecture"] == "gemma4" and len(described["layers"]) == 6
+    assert described["memory"]["kv_bytes"] == sum(8 * (1 * 32 * 100 if i == 5 else 2 * 16 * 100) for i in range(6))
+
+
+def test_chat_keeps_the_history(tmp_path):
+    from refimpl.decode.chat import GEMMA4_TEMPLATE
+
+    pieces = tokenizer_metadata()["tokenizer.ggml.tokens"]
+    types = tokenizer_metadata()["tokenizer.ggml.token_type"].copy()
+    for digit, marker in (("8", "<|turn>"), ("9", "<turn|>")):
+        types[pieces.index(digit)], pieces[pieces.index(digit)] = 3, marker
+    extra = {"tokenizer.chat_template": GEMMA4_TEMPLATE, "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": types}
+    path = write_model(tmp_path / "chat.gguf", random_model("12B"), extra=extra)
+    code, out, err = run("chat", "-m", path, "-n", 5, "--temp", 0, "-v", stdin=b"hello\nhow <|turn>\n\n")
+    assert code == 0, err
+    prompts = [int(line.split()[1]) for line in err.replace("> ", "").splitlines() if line.startswith("prompt")]
+    assert len(prompts) == 2 and prompts[1] > prompts[0] + len("how <|turn>")
+
+
+def test_chat_on_a_file_without_a_template_says_so(small):
+    code, out, err = run("chat", "-m", small, stdin=b"hello\n")
+    assert code == 1 and "no chat template" in err and "Traceback" not in err
+
+
+def test_bad_input_gets_one_line(small, tmp_path):
+    whole = small.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[:-100])
+    (tmp_path / "text.gguf").write_text("hello")
+    write_gguf(tmp_path / "llama.gguf", {"general.architecture": "llama"}, [("token_embd.weight", "F32", np.zeros((4, 4), np.float32))])
+    write_gguf(tmp_path / "draft.gguf", {"general.architecture": "gemma4-assistant"},
+               [("token_embd.weight", "F32", np.zeros((4, 4), np.float32))])
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+
+    def tq(tensors):
+        return [(name, "TQ1_0", np.zeros((*data.shape[:-1], 54), np.uint8)) if name == "blk.0.ffn_up.weight" else (name, block, data)
+                for name, block, data in tensors]
+    other = write_model(tmp_path / "type.gguf", random_model("12B", hidden_size=256), change=tq)
+
+    for name, says in (("missing.gguf", "no such file"), ("cut.gguf", "cut.gguf"), ("text.gguf", "GGUF"), ("llama.gguf", "'llama'"),
+                       ("draft.gguf", "drafter"), (other.name, "TQ1_0"), (".", "folder")):
+        assert_one_line(run("generate", "-p", "x", "-m", tmp_path / name), 1, says)
+        if name != other.name:      # a type that cannot be computed with can still be looked at
+            assert_one_line(run("inspect", "-m", tmp_path / name), 1, says)
+    assert "TQ1_0" in run("inspect", "-m", other)[1]
+    assert_one_line(run("generate", "-m", small, "-p", "abcdefgh", "-c", 4), 1, "9 tokens", "holds 4")
+    assert_one_line(run("generate", "-f", tmp_path / "latin.txt"), 1, "UTF-8")
+    assert_one_line(run("generate", "-f", tmp_path / "nothing.txt"), 1, "No such file")
+    assert_one_line(run("generate", "-p", "-", stdin=b"caf\xe9"), 1, "UTF-8")
+    assert_one_line(run("generate", "-p", "x", "--min-p", 1), 1, "min_p")
+
+
+def test_wrong_usage_gets_status_2():
+    for args in (["generate", "-p", "x", "-n", "-1"], ["generate"], ["generate", "-p", "x", "-f", "y"], ["generate", "-p", "x", "--temp", "-1"],
+                 ["nonsense"], ["generate", "-p", "x", "--nonsense"], ["generate", "-p", "x", "--think"]):
+        code, out, err = run(*args)
+        assert code == 2 and out == "" and "Traceback" not in err and len(err.strip().splitlines()) == 1, (args, err)
+
+
+def test_empty_prompt_is_a_prompt():
+    code, out, err = run("generate", "-p", "", "-n", 3, "--temp", 0)
+    assert code == 0 and out.strip("\n") != "" or "Traceback" not in err
+
+
+def test_closed_pipe_ends_quietly():
+    command = f"{sys.executable} -m refimpl generate -p 'def ' -n 200 --temp 0 | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=120)
+    assert done.stdout == b"d" and done.stderr == b""
+
+
+def test_ctrl_c_keeps_what_was_said():
+    code = ("import os, signal, threading, sys; threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT)).start();"
+            "sys.argv = ['refimpl', 'generate', '-p', 'def ', '-n', '100000', '--temp', '1']; from refimpl.cli import main; main()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 130 and done.stdout.startswith(b"def ") and len(done.stdout) > 10
+    assert b"Traceback" not in done.stderr
+
+
+def test_it_needs_no_writable_folder(tmp_path):
+    """Nothing is written anywhere: an unwritable home or cache folder changes nothing."""
+    env = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
+    assert run("generate", "-p", "def ", "-n", 2, env=env)[0] == 0
