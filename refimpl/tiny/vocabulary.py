@@ -5,6 +5,8 @@ back to its UTF-8 bytes. Pieces never mix newlines with other characters (llama.
 a space but not begin with one, so that a prompt like `def ` ends where a piece ends.
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -15,16 +17,26 @@ MARKERS = ("<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|too
            "<|tool_response>", "<tool_response|>", '<|"|>')
 SPACE = "\u2581"
 SIZE = 4096
+ALPHABET = 110
 
 
 def train_vocabulary(texts: Iterable[str], size: int = SIZE) -> Tokenizer:
-    """Learns the merges from `texts`. Returns a `tokenizers` Tokenizer that encodes text without adding special tokens."""
+    """Learns the merges from `texts`. Returns a `tokenizers` Tokenizer that encodes text without adding special tokens.
+
+    Characters that are not ASCII get a piece if they are among the commonest, up to 110 characters in all. They are counted here because
+    the library breaks ties by chance.
+    """
+    texts = list(texts)
+    count = Counter()
+    for text in texts:
+        count.update(text.replace(" ", SPACE))
+    ascii_ = [chr(c) for c in range(33, 127)] + ["\n", "\t", SPACE]
+    others = sorted((c for c in count if c not in ascii_), key=lambda c: (-count[c], c))[:ALPHABET - len(ascii_)]
     byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
     tokenizer = _pipeline(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\w+{SPACE}?|[^\w\n{SPACE}]+{SPACE}?|{SPACE}+|\n+"), "isolated")
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*CONTROL, *MARKERS, *byte_pieces], min_frequency=2,
-                                  initial_alphabet=[chr(c) for c in range(32, 127) if c != 32] + ["\n", "\t", SPACE],
-                                  limit_alphabet=110, show_progress=False)
+                                  initial_alphabet=[*ascii_, *others], limit_alphabet=len(ascii_) + len(others), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer_from_parts(tokenizer.get_vocab(), _merges(tokenizer))
 
@@ -44,7 +56,5 @@ def _pipeline(model: models.BPE) -> Tokenizer:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
