@@ -24,7 +24,7 @@ class NgramModel:
             history, first, n_followers = np.unique(gram >> BITS, return_index=True, return_counts=True)
             total = np.add.reduceat(count, first)
             once, twice = (count == 1).sum(), (count == 2).sum()
-            self.tables.append((gram, count, history, total, n_followers, once / (once + 2 * twice)))
+            self.tables.append((gram, count, history, total, n_followers, (once + 0.5) / (once + 2 * twice + 1)))
 
     def bits(self, ids: np.ndarray) -> float:
         """Bits that the model needs for ids[1:], each token after the ones before it."""

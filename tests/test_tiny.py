@@ -1,0 +1,159 @@
+"""The model that ships: it is what transformers says it is, its training can be repeated, and its baselines are sound."""
+
+import json
+import math
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from shapes import oracle, worst
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+import refimpl
+from refimpl.decode.model import BUILT_IN
+from refimpl.formats.codecs import dequantize, quantize
+from refimpl.model.export import gguf_name
+from refimpl.tiny import corpus, export, network, optimiser, train
+from refimpl.tiny.ngram import NgramModel
+
+PROMPT = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        if not self.items:\n" * 4
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return refimpl.load()
+
+
+@pytest.fixture(scope="module")
+def as_transformers():
+    """transformers' model with the weights of the shipped file, which reach it through the gguf package."""
+    config = Gemma4TextConfig(**network.SHAPE)
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = Gemma4ForCausalLM(config).eval()
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1].tolist())
+               for t in gguf.GGUFReader(BUILT_IN).tensors}
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name != "lm_head.weight":
+                value.copy_(torch.from_numpy(np.array(tensors[gguf_name(name)])))
+    return model
+
+
+def test_shipped_file_equals_transformers_at_every_layer(built_in, as_transformers):
+    ids, got = built_in.tokenizer.encode(PROMPT), {}
+    assert len(ids) > 2 * 64, "the prompt must cross the window"
+    built_in.logits(ids, tap=got.__setitem__)
+    for name, want in oracle(as_transformers, ids).items():
+        if not name.startswith("ffn_moe_topk"):         # experts may change places where their weights are equal
+            assert worst(got[name], want) < 1e-4, name
+
+
+def test_shipped_file_has_the_features_of_the_26b(built_in):
+    config, types = built_in.config, {info.type for info in built_in.file.tensors.values()}
+    kinds = [layer.kind.value for layer in config.layers]
+    assert kinds == ["sliding"] * 5 + ["full"] and config.layers[0].window == 64 and config.softcap == 30
+    assert config.layers[5].values_are_keys and config.layers[5].head_dim == 2 * config.layers[0].head_dim
+    assert {(layer.ffn.n_expert, layer.ffn.n_used) for layer in config.layers} == {(128, 8)}
+    assert types == {"Q4_0", "F32"} and BUILT_IN.stat().st_size < 12e6
+
+
+def test_all_experts_are_in_use(built_in):
+    """Over some library code, every expert of every layer is chosen by some token."""
+    text = "".join(list(corpus.read_corpus().validation.values())[:3])
+    ids, seen = built_in.tokenizer.encode(text)[:3000], {}
+    built_in.states(ids, built_in.new_cache(), tap=lambda name, value: seen.setdefault(name, []).append(value))
+    for i in range(6):
+        used = np.unique(np.concatenate([chosen.ravel() for chosen in seen[f"ffn_moe_topk-{i}"]]))
+        assert len(used) > 110, f"layer {i} uses {len(used)} of 128 experts"
+
+
+def test_text_is_not_stuck(built_in):
+    """At temperature 0.7 the commonest 4-gram of a continuation is no large part of it."""
+    for seed in range(3):
+        ids = refimpl.generate(built_in, built_in.tokenizer.encode("class "), max_new_tokens=150, temperature=0.7, top_k=64, top_p=0.95,
+                               seed=seed).ids
+        grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
+        assert not grams or max(map(grams.count, grams)) <= 0.25 * len(grams), built_in.tokenizer.decode(ids)
+
+
+def test_quick_attention_experts_and_loss_equal_transformers():
+    torch.manual_seed(0)
+    model = network.build_model(0)
+    ids = torch.randint(0, 4096, (2, 257))
+    x, y = ids[:, :-1], ids[:, 1:]
+
+    def gradients(attention, experts, masks):
+        model.zero_grad()
+        model.config._attn_implementation, model.config._experts_implementation = attention, experts
+        logits = model(input_ids=x, use_cache=False, attention_mask=masks).logits
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 4096), y.reshape(-1))
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    def distance(a, b):
+        return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in b)
+
+    want_loss, want = gradients("eager", "eager", None)
+    loss, got = gradients("refimpl_block", "eager", network.NO_MASKS)
+    assert abs(loss - want_loss) < 1e-5 and distance(got, want) < 1e-4
+    loss, got = gradients("eager", "refimpl_grouped", None)             # bfloat16 inside: the choice of experts may change
+    assert abs(loss - want_loss) < 1e-2 and distance(got, want) < 0.5
+    model.zero_grad()
+    model.config._attn_implementation, model.config._experts_implementation = "refimpl_block", "refimpl_grouped"
+    nats, balance = network.loss_of(model, x, y, with_router=True)
+    assert abs(nats.item() - want_loss) < 2e-2 and 0.9 < balance.item() < 4
+
+
+def test_training_rounds_to_the_very_weights_of_the_file():
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 64)[:, None]
+    w[3] = 0
+    w[4, :32] = 0.5
+    assert np.array_equal(optimiser.q4_0_round(w).numpy(), dequantize(quantize(w.numpy(), "Q4_0"), "Q4_0"))
+
+
+def test_quick_training_run_exports_a_model_that_loads(tmp_path):
+    """`python -m refimpl.tiny.train --quick`, interrupted in the middle and resumed, then exported."""
+    run = tmp_path / "run"
+    stopped = train.parse_arguments(["--quick", "--out", str(run)])
+    assert stopped.steps == 12
+    original = train.torch.save
+
+    def stop_after_second_save(*args):
+        original(*args)
+        if (run / "state-0.pt").exists():
+            raise KeyboardInterrupt
+
+    train.torch.save = stop_after_second_save
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--quick", "--out", str(run)])
+    finally:
+        train.torch.save = original
+    train.main(["--quick", "--out", str(run)])
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 12 and log[-1]["validation_nats"] < math.log(4096) + 0.5
+    export.main([str(run), "-o", str(tmp_path / "m.gguf")])
+    model = refimpl.load(tmp_path / "m.gguf")
+    assert np.isfinite(model.logits(model.tokenizer.encode("def f():\n"))).all()
+    state = torch.load(run / "model.pt", weights_only=True)
+    held = model.weights.layers[0].attention.query_AD.float32()
+    assert np.array_equal(held, optimiser.q4_0_round(state["model.layers.0.self_attn.q_proj.weight"]).numpy())
+
+
+def test_split_keeps_files_and_their_tests_apart():
+    text = corpus.read_corpus()
+    parts = [set(part) for part in (text.library, text.tests, text.validation, text.heldout)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) and all(parts)
+    stems = {name.split("/")[-1].removesuffix(".py").lstrip("_") for name in text.heldout} - {"init", "main", "util"}
+    assert not [name for name in text.tests if name.split("/")[-1].removesuffix(".py") in {f"test_{stem}" for stem in stems}]
+
+
+def test_ngram_probabilities_sum_to_one_and_learn():
+    rng = np.random.default_rng(0)
+    files = [rng.integers(0, 5, 300) for _ in range(4)] + [np.tile([1, 2, 3], 50)]
+    model = NgramModel(files)
+    history = [1, 2, 3, 1]
+    total = sum(2.0 ** -(model.bits(np.array([*history, w])) - model.bits(np.array(history))) for w in range(4096))
+    assert abs(total - 1) < 1e-6
+    assert model.bits(np.tile([1, 2, 3], 20)) < 0.2 * model.bits(rng.integers(0, 5, 60))
