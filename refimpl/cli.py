@@ -5,6 +5,7 @@ Text goes to standard output; progress, timings and complaints to standard error
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -76,13 +77,10 @@ def generate(
     else:
         ids = m.tokenizer.encode(text, special=special)
     out = refimpl.Output()
-    with bar("prompt", len(ids)) as step:
-        pieces = refimpl.stream(m, ids, max_new_tokens=predict, n_ctx=ctx, seed=seed, special=special, output=out, progress=step,
-                                **sampling_of(m, temp, top_k, top_p, min_p))
-        first = next(pieces, "")
-    if not as_json:
-        write(text if not chat and not special else "")
-    interrupted = speak(first, pieces, out, silent=as_json)
+    pieces = begin(m, ids, out, max_new_tokens=predict, n_ctx=ctx, seed=seed, special=special, **sampling_of(m, temp, top_k, top_p, min_p))
+    if not as_json and not chat:
+        write(text)
+    interrupted = speak(pieces, out, silent=as_json)
     if as_json:
         print(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)))
     else:
@@ -115,9 +113,9 @@ def chat(
             break
         messages.append({"role": "user", "content": line.strip()})
         out = refimpl.Output()
-        pieces = refimpl.stream(m, chat_ids(m, messages, think), max_new_tokens=predict, n_ctx=ctx, seed=seed, output=out,
-                                **sampling_of(m, temp, top_k, top_p, min_p))
-        speak("", pieces, out)
+        pieces = begin(m, chat_ids(m, messages, think), out, max_new_tokens=predict, n_ctx=ctx, seed=seed,
+                       **sampling_of(m, temp, top_k, top_p, min_p))
+        speak(pieces, out)
         write("\n")
         messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
         if verbose:
@@ -180,11 +178,19 @@ def sampling_of(m, temp, top_k, top_p, min_p) -> dict[str, float]:
     return {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
 
 
-def speak(first: str, pieces, out, silent: bool = False) -> bool:
+def begin(m, ids: list[int], out, **options):
+    """Runs the prompt under a progress bar. Returns an iterator over the pieces of text, the first of which is already made."""
+    import refimpl
+
+    with bar("prompt", len(ids)) as step:
+        pieces = refimpl.stream(m, ids, output=out, progress=step, **options)
+        first = next(pieces, "")
+    return itertools.chain([first], pieces)
+
+
+def speak(pieces, out, silent: bool = False) -> bool:
     """Prints the pieces as they come. Returns whether Ctrl-C cut them short; what was said stays."""
     try:
-        if not silent:
-            write(first)
         for piece in pieces:
             if not silent:
                 write(piece)

@@ -113,10 +113,10 @@ def test_bad_input_gets_one_line(small, tmp_path):
 
 
 def test_wrong_usage_gets_status_2():
-    for args in (["generate", "-p", "x", "-n", "-1"], ["generate"], ["generate", "-p", "x", "-f", "y"], ["generate", "-p", "x", "--temp", "-1"],
-                 ["nonsense"], ["generate", "-p", "x", "--nonsense"], ["generate", "-p", "x", "--think"]):
-        code, out, err = run(*args)
-        assert code == 2 and out == "" and "Traceback" not in err and len(err.strip().splitlines()) == 1, (args, err)
+    for line in ("generate -p x -n -1", "generate", "generate -p x -f y", "generate -p x --temp -1", "generate -p x --nonsense",
+                 "generate -p x --think", "nonsense"):
+        code, out, err = run(*line.split())
+        assert code == 2 and out == "" and "Traceback" not in err and len(err.strip().splitlines()) == 1, (line, err)
 
 
 def test_empty_prompt_is_a_prompt():

@@ -59,7 +59,8 @@ def tensors():
     yield "rope_freqs.weight", "F32", np.where(np.arange(256) < 64, 1, 1e30).astype(np.float32)
     for i, (heads, kv, width) in enumerate(((16, 8, 256), (16, 2, 512))):
         blk = f"blk.{i}."
-        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"):
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "pre_ffw_norm_2", "post_ffw_norm_1",
+                     "post_ffw_norm_2"):
             yield vector(f"{blk}{name}.weight", D)
         yield vector(f"{blk}attn_q_norm.weight", width)
         yield vector(f"{blk}attn_k_norm.weight", width)

@@ -60,7 +60,9 @@ def _types(file: GGUFFile) -> dict[str, dict[str, int]]:
 
 def _plain(value):
     """JSON can hold it: long arrays are cut, with their length."""
-    if isinstance(value, (str, int, float, bool)):
+    if isinstance(value, float):
+        return float(f"{value:.7g}")            # a float32 in the file
+    if isinstance(value, (str, int)):
         return value
     head = [entry.item() if isinstance(entry, np.generic) else entry for entry in value[:LONG]]
     return head if len(value) <= LONG else {"length": len(value), "first": head}
