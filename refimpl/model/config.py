@@ -173,12 +173,13 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
         has_values = f"blk.{i}.attn_v.weight" in tensor_names or f"blk.{i}.attn_qkv.weight" in tensor_names
         layers.append(LayerSpec(
             index=i, kind=kind, n_head=n_head[i], n_kv=n_kv[i], head_dim=head_dim[kind],
-            window=window if kind is Kind.SLIDING else None, kv_from=kv_from, values_are_keys=not has_values,
+            window=window if kind is Kind.SLIDING else None, kv_from=kv_from, values_are_keys=kv_from == i and not has_values,
             ffn=_ffn(keys, i, n_ff[i], n_expert, tensor_names, n_layer)))
     return Config(
         n_vocab=n_vocab, n_embd=keys.number("embedding_length", 1, big), n_ctx=keys.number("context_length", 1, 1 << 30),
         n_ple=keys.number("embedding_length_per_layer_input", 0, big), norm_eps=keys.number(
             "attention.layer_norm_rms_epsilon", 0.0, 1.0, float),
+        # files without the key mean 10,000, as llama.cpp reads them
         rope_base_sliding=keys.number("rope.freq_base_swa", 1.0, 1e12, float) if "rope.freq_base_swa" in keys.values else 10_000.0,
         rope_base_full=keys.number("rope.freq_base", 1.0, 1e12, float),
         softcap=keys.number("final_logit_softcapping", 1e-6, 1e9, float) if "final_logit_softcapping" in keys.values else None,

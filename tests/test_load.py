@@ -1,0 +1,152 @@
+"""Loading a model: whatever is wrong with a file, it either loads or says so in one line. Sizes and names are checked before use."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shapes import SHAPES, prompt, random_model, write_model
+
+import refimpl
+from refimpl import GGUFError, TokenizerError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("load")
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    """The smallest MoE and its bytes: little vocabulary, three layers."""
+    hf = random_model("26B-A4B", num_hidden_layers=3, layer_types=["sliding_attention"] * 2 + ["full_attention"], num_experts=4)
+    return hf, write_model(folder / "small.gguf", hf, "Q4_0")
+
+
+CHANGES = {
+    "no block count": ("gemma4.block_count", None, "block_count is missing"),
+    "block count 0": ("gemma4.block_count", 0, "block_count is 0"),
+    "block count a text": ("gemma4.block_count", "three", "expected one int"),
+    "block count too large": ("gemma4.block_count", 4, "3 entries for 4 layers"),
+    "block count too small": ("gemma4.block_count", 2, "entries for 2 layers"),
+    "width not the tensors'": ("gemma4.embedding_length", 96, "expected (300, 96)"),
+    "heads not the tensors'": ("gemma4.attention.head_count", 2, "blk.0.attn_q.weight has shape"),
+    "heads no multiple": ("gemma4.attention.head_count", 3, "no multiple"),
+    "odd head width": ("gemma4.attention.key_length_swa", 15, "value_length_swa is 16"),
+    "experts not the tensors'": ("gemma4.expert_count", 5, "has shape (4, "),
+    "no experts": ("gemma4.expert_count", 0, "expert_count is 0"),
+    "more used than there are": ("gemma4.expert_used_count", 5, "expected 1 to 4"),
+    "all layers shared": ("gemma4.attention.shared_kv_layers", 3, "expected 0 to 2"),
+    "full layers without a donor": ("gemma4.attention.shared_kv_layers", 1, "shares keys and values"),
+    "negative eps": ("gemma4.attention.layer_norm_rms_epsilon", -1.0, "expected 0.0 to 1.0"),
+    "eps not a number": ("gemma4.attention.layer_norm_rms_epsilon", float("nan"), "is nan"),
+    "pattern of floats": ("gemma4.attention.sliding_window_pattern", np.ones(3, np.float32), "outside"),
+    "pattern too short": ("gemma4.attention.sliding_window_pattern", np.array([True]), "1 entries for 3 layers"),
+    "unknown key": ("gemma4.attention.new_idea", 1, "not a key this version knows"),
+    "softcap of zero": ("gemma4.final_logit_softcapping", 0.0, "final_logit_softcapping is 0"),
+    "window of zero": ("gemma4.attention.sliding_window", 0, "sliding_window is 0"),
+    "another tokenizer": ("tokenizer.ggml.model", "llama", "only 'gemma4'"),
+    "vocabulary too small": ("tokenizer.ggml.tokens", ["a"], "token types"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_metadata_that_does_not_fit(what, small, folder):
+    key, value, says = CHANGES[what]
+    hf, _ = small
+    path = folder / "changed.gguf"
+    if value is None:
+        import unittest.mock as mock
+
+        import shapes
+        keys = {k: v for k, v in shapes.gguf_metadata(hf.config.to_dict()).items() if k != key}
+        with mock.patch("shapes.gguf_metadata", lambda config: keys):
+            write_model(path, hf, "Q4_0")
+    else:
+        write_model(path, hf, "Q4_0", extra={key: value})
+    with pytest.raises((GGUFError, TokenizerError)) as caught:
+        refimpl.load(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and says in message, message
+
+
+def edited(change):
+    return lambda tensors: [entry for tensor in tensors for entry in change(*tensor)]
+
+
+TENSORS = {
+    "missing": (edited(lambda n, t, d: [] if n == "blk.1.ffn_down.weight" else [(n, t, d)]), "blk.1.ffn_down.weight is missing"),
+    "no embedding": (edited(lambda n, t, d: [] if n == "token_embd.weight" else [(n, t, d)]), "token_embd.weight is missing"),
+    "one too many": (lambda tensors: [*tensors, ("blk.0.surprise.weight", "F32", np.ones(3, np.float32))], "first: blk.0.surprise.weight"),
+    "wrong shape": (edited(lambda n, t, d: [(n, t, d[:-1] if n == "blk.2.attn_norm.weight" else d)]), "blk.2.attn_norm.weight has shape (63,)"),
+    "unknown to us": (edited(lambda n, t, d: [(n, "IQ4_NL", d) if n == "blk.0.ffn_up.weight" else (n, t, d)]), "is IQ4_NL, which this version"),
+}
+
+
+@pytest.mark.parametrize("what", TENSORS)
+def test_tensors_that_do_not_fit(what, small, folder):
+    change, says = TENSORS[what]
+    path = write_model(folder / "changed.gguf", small[0], "Q4_0", change=change)
+    with pytest.raises(GGUFError, match=re.escape(says)):
+        refimpl.load(path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_changed_bytes_load_or_are_refused(small, folder, data):
+    """Bytes of the header, metadata or tensor index overwritten: a model that runs, or one line."""
+    raw = bytearray(small[1].read_bytes())
+    end = raw.find(b"blk.2.post_ffw_norm_2.weight") + 100
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, end))] = data.draw(st.integers(0, 255))
+    path = folder / "fuzzed.gguf"
+    path.write_bytes(raw)
+    try:
+        model = refimpl.load(path)
+    except (GGUFError, TokenizerError) as e:
+        assert "\n" not in str(e)
+        return
+    if model.config.n_ctx >= 8:
+        with np.errstate(all="ignore"):
+            assert model.logits([2, 5, 6]).shape == (3, model.config.n_vocab)
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [300], [1.5], ["a"], [[1, 2]], None, [10**30]])
+def test_ids_outside_of_the_vocabulary_never_reach_the_model(ids, small):
+    with pytest.raises(ValueError, match="token id"):
+        refimpl.load(small[1]).logits(ids)
+
+
+def test_arguments_of_load(small):
+    for wrong in ({"backend": "cuda"}, {"arithmetic": "q8"}, {"weights": "float16"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            refimpl.load(small[1], **wrong)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_configuration_says_what_transformers_says(shape, folder):
+    hf = random_model(shape)
+    config = refimpl.load(write_model(folder / f"{shape}.gguf", hf)).config
+    for layer, module in zip(config.layers, hf.model.layers):
+        attention = module.self_attn
+        assert (layer.kind.value == "sliding") == attention.is_sliding and layer.head_dim == attention.head_dim
+        assert layer.n_head // layer.n_kv == attention.num_key_value_groups and layer.ffn.n_ff == module.mlp.intermediate_size
+        assert layer.has_own_kv == (not attention.is_kv_shared_layer)
+        assert layer.values_are_keys == (attention.use_alternative_attention and layer.has_own_kv)
+
+
+def test_generation_stops_where_it_should(small):
+    model = refimpl.load(small[1])
+    ids = prompt(12)
+    out = refimpl.generate(model, ids, max_new_tokens=0)
+    assert out.ids == [] and out.text == "" and out.stats.stop == "limit"
+    out = refimpl.generate(model, ids, max_new_tokens=50, n_ctx=20)
+    assert out.stats.stop in ("context", "end") and len(out.ids) <= 9
+    free = refimpl.generate(model, ids, max_new_tokens=30, temperature=1.0, seed=1)
+    assert "".join(refimpl.stream(model, ids, max_new_tokens=30, temperature=1.0, seed=1)) == free.text == model.tokenizer.decode(free.ids)
+    assert free.stats.n_generated == len(free.ids) and free.stats.n_prompt == 12
+    with pytest.raises(refimpl.ContextFull, match="12 tokens, the context holds 11"):
+        refimpl.generate(model, ids, n_ctx=11)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        refimpl.generate(model, ids, max_new_tokens=-1)
