@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "refimpl"
-ORDER = ["formats", "reference", "model", "decode", "lab", "cli"]
+ORDER = ["formats", "reference", "kernels", "model", "decode", "lab", "cli"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -39,6 +39,8 @@ def test_imports_run_downwards(path):
         theirs = level(module)
         if own is not None and theirs is not None:
             assert theirs <= own, f"{name_of(path)} imports {module}, which is above it"
+        if own == ORDER.index("kernels"):
+            assert not module.startswith("refimpl.reference"), f"{name_of(path)} imports {module}: twins share the block table only"
         if own is not None:
             assert not module.startswith("refimpl.tiny"), f"{name_of(path)} imports {module}: the package does not need its training"
         if "tiny" not in path.parts:
@@ -51,6 +53,11 @@ def test_only_the_command_line_prints(path):
         return
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_import_is_light():

@@ -71,16 +71,17 @@ def test_metadata_that_does_not_fit(what, small, folder):
     assert str(path) in message and "\n" not in message and says in message, message
 
 
-def edited(change):
-    return lambda tensors: [entry for tensor in tensors for entry in change(*tensor)]
+def edited(name, change):
+    """The tensors, with `change(type, data)` (a list of pairs) in place of the one of this name."""
+    return lambda tensors: [(n, *pair) for n, t, d in tensors for pair in (change(t, d) if n == name else [(t, d)])]
 
 
 TENSORS = {
-    "missing": (edited(lambda n, t, d: [] if n == "blk.1.ffn_down.weight" else [(n, t, d)]), "blk.1.ffn_down.weight is missing"),
-    "no embedding": (edited(lambda n, t, d: [] if n == "token_embd.weight" else [(n, t, d)]), "token_embd.weight is missing"),
+    "missing": (edited("blk.1.ffn_down.weight", lambda t, d: []), "blk.1.ffn_down.weight is missing"),
+    "no embedding": (edited("token_embd.weight", lambda t, d: []), "token_embd.weight is missing"),
     "one too many": (lambda tensors: [*tensors, ("blk.0.surprise.weight", "F32", np.ones(3, np.float32))], "first: blk.0.surprise.weight"),
-    "wrong shape": (edited(lambda n, t, d: [(n, t, d[:-1] if n == "blk.2.attn_norm.weight" else d)]), "blk.2.attn_norm.weight has shape (63,)"),
-    "unknown to us": (edited(lambda n, t, d: [(n, "IQ4_NL", d) if n == "blk.0.ffn_up.weight" else (n, t, d)]), "is IQ4_NL, which this version"),
+    "wrong shape": (edited("blk.2.attn_norm.weight", lambda t, d: [(t, d[:-1])]), "blk.2.attn_norm.weight has shape (63,)"),
+    "unknown to us": (edited("blk.0.ffn_up.weight", lambda t, d: [("IQ4_NL", d)]), "is IQ4_NL, which this version"),
 }
 
 

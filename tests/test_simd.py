@@ -1,0 +1,186 @@
+"""Every word of the vector vocabulary: the compiled body against its NumPy meaning, bit for bit, on every instruction set here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba import njit, types
+
+from refimpl.kernels import simd
+from refimpl.kernels.simd import ISA, ORDER, WORDS, F32x16, I32x16, Pointer, U8x64, address, at
+
+EDGES = {
+    U8x64: [np.full(64, b, np.uint8) for b in (0, 1, 15, 16, 127, 128, 129, 240, 255)],
+    I32x16: [np.full(16, i, np.int32) for i in (0, 1, -1, 2**31 - 1, -2**31, 16_777_217, -33_554_435)],
+    F32x16: [np.full(16, f, np.float32) for f in (0.0, -0.0, 1.0, -1.5, 1e-45, 1.17e-38, 3.4e38, np.inf, -np.inf, np.nan, 1 + 2**-23)],
+}
+STORE = {U8x64: "store_u8", I32x16: "store_i32", F32x16: "store_f32"}
+LOAD = {U8x64: "load_u8", F32x16: "load_f32"}
+INTEGERS = {"shift": range(8), "mask": (1, 3, 15, 255)}
+AT_MOST_128 = {("dot4", "weights")}
+
+
+@njit
+def load_i32(pointer):
+    """Loads int32 lanes by adding the four bytes up: there is no word for it, kernels never need one."""
+    total = simd.splat_i32(np.int32(0))
+    for k in (24, 16, 8, 0):
+        total = simd.add_i32(simd.mul_i32(total, simd.splat_i32(np.int32(256))), simd.load_u8_as_i32(at(pointer, 16 * (k // 8))))
+    return total
+
+
+def planes(v: np.ndarray) -> np.ndarray:
+    """int32 lanes as four planes of bytes, which `load_i32` reads."""
+    return np.ascontiguousarray(v.view(np.uint8).reshape(16, 4).T)
+
+
+def arguments(name: str, word, rng):
+    """Values for a word's parameters: random ones, then edges."""
+    names = word.meaning.__code__.co_varnames[:len(word.parameters)]
+    for trial in range(120):
+        values = []
+        for i, (kind, arg) in enumerate(zip(word.parameters, names)):
+            if kind in EDGES and trial >= 60:
+                value = EDGES[kind][(trial * (i + 1) + i) % len(EDGES[kind])]
+            elif kind is U8x64:
+                value = rng.integers(0, 256, 64, dtype=np.uint8)
+            elif kind is I32x16:
+                value = rng.integers(-2**31, 2**31, 16).astype(np.int32)
+            elif kind is F32x16:
+                value = (rng.standard_normal(16) * 2.0 ** rng.integers(-60, 60, 16)).astype(np.float32)
+            elif kind is simd.Address:
+                value = rng.integers(0, 256, 80, dtype=np.uint8) if trial < 60 else np.full(80, (0, 127, 128, 255)[trial % 4], np.uint8)
+            elif kind is types.intp:
+                value = INTEGERS[arg][trial % len(INTEGERS[arg])] if arg in INTEGERS else int(rng.integers(0, 9))
+            elif kind is types.int32:
+                value = np.int32(rng.integers(-2**31, 2**31))
+            else:
+                value = np.float32(rng.standard_normal())
+            if (name, arg) in AT_MOST_128:
+                value = np.minimum(value, 128).astype(np.uint8)
+            values.append(value)
+        yield values
+
+
+def compiled(name: str, word):
+    """A compiled function that takes arrays and numbers, applies the word and stores its result."""
+    takes, body = [], []
+    for i, kind in enumerate(word.parameters):
+        takes.append(f"a{i}")
+        if kind is I32x16:
+            body.append(f"v{i} = load_i32(address(a{i}))")
+        elif kind in LOAD:
+            body.append(f"v{i} = simd.{LOAD[kind]}(address(a{i}))")
+        else:
+            body.append(f"v{i} = address(a{i})" if kind is simd.Address else f"v{i} = a{i}")
+    call = f"simd.{name}({', '.join(f'v{i}' for i in range(len(takes)))})"
+    body.append(f"simd.{STORE[word.result]}(address(out), {call})")
+    scope = {"simd": simd, "address": address, "load_i32": load_i32}
+    exec(f"def f({', '.join([*takes, 'out'])}):\n    " + "\n    ".join(body), scope)
+    return njit(scope["f"])
+
+
+PLAIN = [name for name, word in WORDS.items() if word.result in STORE]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_compiled_word_has_the_bits_of_its_meaning(name):
+    word, rng = WORDS[name], np.random.default_rng(0)
+    function = compiled(name, word)
+    for values in arguments(name, word, rng):
+        out = np.zeros(64, np.uint8)
+        function(*(planes(v) if kind is I32x16 else v for kind, v in zip(word.parameters, values)), out)
+        with np.errstate(all="ignore"):
+            want = word.meaning(*(Pointer(v, 0) if kind is simd.Address else v for kind, v in zip(word.parameters, values)))
+        got = out.view(want.dtype)
+        same = got.view(np.uint8) == want.view(np.uint8)
+        nan = np.repeat(np.isnan(want), 4) if want.dtype == np.float32 else False       # any NaN is as good as another
+        assert (same | nan).all() and (want.dtype != np.float32 or (np.isnan(got) == np.isnan(want)).all()), (values, want, got)
+
+
+def test_every_word_is_tested():
+    apart = {"at", "store_f32", "store_i32", "store_u8"}           # used by every other test
+    assert set(WORDS) == set(PLAIN) | apart
+    for word in WORDS.values():
+        assert "every" in word.bodies or set(word.bodies) == set(ORDER), word.meaning.__name__
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ORDER if isa != ISA and ORDER.index(isa) <= ORDER.index(simd.BEST)])
+def test_the_other_instruction_sets(isa):
+    """This file again, in a process with REFIMPL_ISA set."""
+    if "REFIMPL_ISA" in os.environ:
+        return
+    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "meaning or kernel"],
+                          env={**os.environ, "REFIMPL_ISA": isa}, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def rows16(tile, n_blocks, x, step, out):
+    """A small kernel: 16 rows of one-byte weights against int8 activations, both as compiled code and as plain Python."""
+    total = simd.splat_f32(np.float32(0))
+    for b in range(n_blocks):
+        dots = simd.splat_i32(np.int32(0))
+        for g in range(8):
+            dots = simd.dot4_signed(dots, simd.load_u8(at(tile, b * 544 + 32 + 64 * g)), at(x, b * 32 + 4 * g))
+        scale = simd.mul_f32(simd.load_f16(at(tile, b * 544)), simd.splat_f32(step[b]))
+        total = simd.fma(scale, simd.to_f32(dots), total)
+    simd.store_f32(out, total)
+
+
+def test_kernel_runs_as_plain_python_and_compiled():
+    rng, n_blocks = np.random.default_rng(1), 5
+    inner = njit(rows16)
+
+    @njit
+    def run(tile, x, step, out):
+        inner(address(tile), step.size, address(x), step, address(out))
+
+    tile = rng.integers(0, 256, (n_blocks, 544), dtype=np.uint8)
+    tile[:, :32] = rng.uniform(0.001, 0.1, (n_blocks, 16)).astype(np.float16).view(np.uint8)
+    x, step = rng.integers(-127, 128, 32 * n_blocks).astype(np.int8), rng.uniform(0.01, 0.1, n_blocks).astype(np.float32)
+    fast, slow = np.zeros(16, np.float32), np.zeros(16, np.float32)
+    run(tile, x, step, fast)
+    rows16(address(tile), n_blocks, address(x), step, address(slow))
+    assert np.array_equal(fast.view(np.uint32), slow.view(np.uint32))
+    weights = tile[:, 32:].view(np.int8).reshape(n_blocks, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, n_blocks, 32)
+    scale = tile[:, :32].copy().view(np.float16).astype(np.float64)
+    exact = np.einsum("rbj,bj,br,b->r", *(v.astype(np.float64) for v in (weights, x.reshape(n_blocks, 32), scale, step)))
+    assert np.abs(fast - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+def test_plain_python_checks_every_access():
+    short = np.zeros(60, np.uint8)
+    for use in (lambda p: simd.load_u8(p), lambda p: simd.load_f32(p), lambda p: simd.store_f32(p, np.zeros(16, np.float32)),
+                lambda p: simd.load_u8(at(p, -1))):
+        with pytest.raises(IndexError):
+            use(address(short))
+
+
+def test_fused_multiply_add_rounds_once():
+    rng = np.random.default_rng(2)
+    from fractions import Fraction
+
+    for _ in range(300):
+        a, b, c = ((rng.standard_normal(16) * 2.0 ** rng.integers(-12, 12, 16)).astype(np.float32) for _ in range(3))
+        if rng.random() < 0.5:
+            c = (-a * b).astype(np.float32)         # cancellation: all that is left is the product's rounding error
+        got = simd.fma(a, b, c)
+        for x, y, z, r in zip(a, b, c, got):
+            exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+            best = np.float32(float(exact))
+            options = [np.nextafter(best, np.float32(-np.inf)), best, np.nextafter(best, np.float32(np.inf))]
+            distance = {float(o): abs(Fraction(float(o)) - exact) for o in options}
+            assert distance[float(r)] == min(distance.values())
+
+
+def test_choice_of_instruction_set():
+    full = dict.fromkeys(("avx512f", "avx512bw", "avx512vnni", "avx2", "fma", "f16c"), True)
+    assert simd.best_isa(full) == "avx512" and simd.best_isa(full | {"avx512vnni": False}) == "avx2" and simd.best_isa({}) == "portable"
+    assert simd.chosen_isa(None, "avx2") == simd.chosen_isa("", "avx2") == "avx2" and simd.chosen_isa("portable", "avx512") == "portable"
+    with pytest.raises(ValueError, match="expected one of avx512, avx2, portable"):
+        simd.chosen_isa("sse", "avx512")
+    with pytest.raises(ValueError, match="this machine has avx2 at most"):
+        simd.chosen_isa("avx512", "avx2")
