@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -233,6 +234,7 @@ def bar(what: str, total: int):
 
 def main():
     """Runs the command line. Whatever goes wrong becomes one line on standard error."""
+    warnings.showwarning = lambda message, *place: errors.print(f"note: {message}")
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()

@@ -200,7 +200,7 @@ def _half_hardware(builder, pointer):
 
 
 def _half_portable(builder, pointer):
-    """In integers: without F16C LLVM would call a library that need not be there. Moves the fields, then mends the exponent by a product."""
+    """In integers (without F16C LLVM would call a library that need not be there): moves the fields, mends the exponent by a product."""
     def all_(value):
         return ir.Constant(I32x16.llvm, [value] * LANES)
     h = builder.zext(_load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm)
