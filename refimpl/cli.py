@@ -136,6 +136,21 @@ def inspect(
     print(json.dumps(described) if as_json else as_text(described))
 
 
+@app.command()
+def synth(
+    shape: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or one of them with -assistant: its drafter")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")],
+    recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0 or q4_k_m")] = "google-q4_0",
+    layers: Annotated[int | None, typer.Option("--layers", min=2, help="only so many layers", show_default=False)] = None,
+    seed: Seed = 0,
+):
+    """Write a file of a true shape with random contents, to measure speed and memory with."""
+    from refimpl.lab.synth import synthesise
+
+    with contextlib.ExitStack() as stack:
+        synthesise(shape, output, recipe, layers, seed, begin=lambda total: stack.enter_context(bar("MB written", total, 10**6)))
+
+
 # ---- helpers
 
 def load(path: Path | None):
@@ -221,15 +236,15 @@ def tell(stats):
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int):
-    """A progress bar on standard error, gone when done, silent when that is no terminal. Yields step(n)."""
+def bar(what: str, total: int, unit: int = 1):
+    """A progress bar on standard error, counting in `unit`s, gone when done, silent when that is no terminal. Yields step(n)."""
     if not errors.is_terminal:
         yield lambda n: None
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda n: progress.advance(task, n)
+        task = progress.add_task(what, total=total // unit)
+        yield lambda n: progress.advance(task, n / unit)
 
 
 def main():

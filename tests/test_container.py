@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 
 from refimpl.formats.blocks import BLOCKS, TYPE_IDS
 from refimpl.formats.container import GGUFError, StringArray, open_gguf
-from refimpl.formats.writer import write_gguf
+from refimpl.formats.writer import Deferred, write_gguf
 
 ARCH = key("general.architecture", STRING, "gemma4")
 FLOATS = np.arange(8, dtype=np.float32).tobytes()
@@ -589,10 +589,27 @@ def test_writer_leaves_nothing_behind_when_the_disk_fails(tmp_path, monkeypatch)
 
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(gguf_py.GGUFWriter, "write_tensors_to_file", full_disk)
+    monkeypatch.setattr(gguf_py.GGUFWriter, "write_tensor_data", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_gguf(path, {"general.architecture": "gemma4"}, [])
+        write_gguf(path, {"general.architecture": "gemma4"}, [("w", "I8", np.ones(3, np.int8))])
     assert path.read_bytes() == b"the old one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writer_makes_deferred_arrays_one_at_a_time(tmp_path):
+    made, told = [], []
+
+    def make(k):
+        made.append(k)
+        return np.full(3, k, np.int8)
+    deferred = [(f"w{k}", "I8", Deferred((3,), np.dtype(np.int8), lambda k=k: make(k))) for k in range(3)]
+    write_gguf(tmp_path / "m.gguf", {"general.architecture": "gemma4"}, deferred, lambda n_bytes: told.append((n_bytes, len(made))))
+    assert made == [0, 1, 2] and told == [(3, 1), (3, 2), (3, 3)]
+    with open_gguf(tmp_path / "m.gguf") as file:
+        assert [file.raw(f"w{k}").view(np.int8).tolist() for k in range(3)] == [[0] * 3, [1] * 3, [2] * 3]
+    wrong = Deferred((4,), np.dtype(np.int8), lambda: make(1))
+    with pytest.raises(ValueError, match=r"expected an array int8 \(4,\), found int8 \(3,\)"):
+        write_gguf(tmp_path / "n.gguf", {"general.architecture": "gemma4"}, [("w", "I8", wrong)])
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_writer_replaces_and_takes_strided_arrays(tmp_path):

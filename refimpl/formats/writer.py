@@ -6,9 +6,11 @@ that llama.cpp's own tools agree on. `gguf` is slow to import, so nothing but th
 Source: the GGUF specification (see container.py) and gguf 0.19, `gguf_writer.py`.
 """
 
+import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,24 @@ NUMBER_TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64",
 INT_RANGES = {name: np.iinfo(name.lower()) for name in ("UINT32", "INT32", "UINT64", "INT64")}
 
 
-def write_gguf(path: str | os.PathLike, metadata: Mapping[str, object], tensors: Iterable[tuple[str, str, np.ndarray]]) -> None:
+@dataclass(frozen=True)
+class Deferred:
+    """An array that is made when its turn to be written has come, so that a file may be larger than memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    def array(self) -> np.ndarray:
+        """The array. Raises ValueError when it is not what was promised."""
+        array = np.ascontiguousarray(self.make())
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ValueError(f"expected an array {self.dtype} {self.shape}, found {array.dtype} {array.shape}")
+        return array
+
+
+def write_gguf(path: str | os.PathLike, metadata: Mapping[str, object], tensors: Iterable[tuple[str, str, np.ndarray | Deferred]],
+               progress: Callable[[int], None] = lambda n_bytes: None) -> None:
     """Writes a GGUF version 3 file; it appears under its name when it is complete, and not at all if anything fails.
 
     metadata  must hold "general.architecture". The type of a value follows from it:
@@ -33,8 +52,9 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, object], tensors:
                 NumPy array (1-D) or scalar -> what its dtype says
               "general.alignment", if present, is also obeyed.
     tensors   (name, type, array) in file order. float32 for "F32", float16 for "F16", and so on for F64 and I8 to I64; for
-              quantized types and "BF16" the raw bytes of the rows, uint8 `(*shape[:-1], row_bytes)`. The arrays are held until
-              they are written: make them memory-mapped where they are large.
+              quantized types and "BF16" the raw bytes of the rows, uint8 `(*shape[:-1], row_bytes)`. Arrays are held until they
+              are written; a `Deferred` is made then and let go of.
+    progress  is told the bytes of every tensor written.
 
     Raises ValueError for what the format, or our own reader, would refuse: an empty array, a list of mixed types, an alignment
     that is no power of two up to 65536, a name of 64 bytes or more, no dimension or more than four, an empty tensor, a dtype that
@@ -51,15 +71,17 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, object], tensors:
             writer.add_custom_alignment(int(value))
         elif key != "general.architecture":                     # the constructor has written that one
             _add_value(writer, key, value)
-    for name, type_name, array in tensors:
-        _add_tensor(writer, name, type_name, array)
+    contents = [_add_tensor(writer, name, type_name, array) for name, type_name, array in tensors]
 
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")     # same folder: only there is a rename atomic
     try:
         try:
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer.write_ti_data_to_file()
+            for content in contents:
+                writer.write_tensor_data(content.array())
+                progress(_n_bytes(content))
         finally:
             writer.close()
         os.replace(temporary, path)
@@ -102,13 +124,19 @@ def _value_type(key: str, values: list, *int_types: str) -> GGUFValueType:
     raise ValueError(f"{key}: no GGUF type holds integers from {min(values)} to {max(values)}")
 
 
-def _add_tensor(writer: GGUFWriter, name: str, type_name: str, array: np.ndarray) -> None:
+def _n_bytes(content: Deferred) -> int:
+    return math.prod(content.shape) * np.dtype(content.dtype).itemsize
+
+
+def _add_tensor(writer: GGUFWriter, name: str, type_name: str, array: np.ndarray | Deferred) -> Deferred:
     expected = np.dtype(PLAIN_TYPES.get(type_name, "uint8"))
     if type_name not in GGMLQuantizationType.__members__:
         raise ValueError(f"tensor {name}: there is no type {type_name}")
     if array.dtype != expected:
         raise ValueError(f"tensor {name}: expected {expected} for {type_name}, found {array.dtype}")
-    if len(name.encode()) > MAX_NAME_BYTES or not 1 <= array.ndim <= MAX_DIMS or not array.size:
+    if len(name.encode()) > MAX_NAME_BYTES or not 1 <= len(array.shape) <= MAX_DIMS or 0 in array.shape:
         raise ValueError(f"tensor {name}: expected a name below 64 bytes and 1 to {MAX_DIMS} dimensions, none of them empty, "
                          f"found {array.shape}")
-    writer.add_tensor(name, array, raw_dtype=GGMLQuantizationType[type_name])
+    content = Deferred(array.shape, expected, lambda: array) if isinstance(array, np.ndarray) else array
+    writer.add_tensor_info(name, array.shape, expected, _n_bytes(content), raw_dtype=GGMLQuantizationType[type_name])
+    return content

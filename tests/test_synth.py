@@ -1,0 +1,129 @@
+"""Synthetic files have the sizes of the real ones, and one of the true 26B-A4B shape runs in the reference within 4 GB."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.container import open_gguf
+from refimpl.lab.synth import (
+    RECIPES,
+    SHAPES,
+    config_of,
+    drafter_metadata,
+    drafter_tensors,
+    model_tensors,
+    recipe_type,
+    shape_names,
+    synthesise,
+    vocabulary_metadata,
+)
+from refimpl.model.config import config_from_gguf
+from refimpl.model.export import gguf_metadata
+
+PARAMETERS = {"12B": 11.907e9, "26B-A4B": 25.233e9, "31B": 30.697e9}        # published: 11.91, 25.23 and 30.70 billion
+DRAFTER_PARAMETERS = {"E2B": 77.7e6, "E4B": 78.518e6, "12B": 422.86e6, "26B-A4B": 419.7e6, "31B": 469.5e6}
+FILE_BYTES = {  # of the files in circulation, less 16 MB of metadata
+    ("E4B", "google-q4_0"): 5_154_941_280 - 16e6, ("26B-A4B", "google-q4_0"): 13.45 * 2**30 - 16e6,
+    ("31B", "google-q4_0"): 17.65e9 - 16e6, ("E2B", "unsloth-q4_0"): 2_620_368_960 - 16e6,
+    ("26B-A4B", "unsloth-q4_0"): 13.26 * 2**30 - 16e6, ("31B", "unsloth-q4_0"): 16.09 * 2**30 - 16e6}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_the_published_ones(name):
+    total = sum(math.prod(shape) for tensor, shape in model_tensors(config_of(name)) if tensor != "rope_freqs.weight")
+    assert abs(total / PARAMETERS[name] - 1) < 1e-3
+
+
+@pytest.mark.parametrize("name", DRAFTER_PARAMETERS)
+def test_drafters_have_49_tensors_and_the_published_size(name):
+    tensors = dict(drafter_tensors(name))
+    assert len(tensors) == 49
+    centroids = 2048 * 256 if name in ("E2B", "E4B") else 0        # counted where published, but not in llama.cpp's files
+    assert abs((sum(map(math.prod, tensors.values())) + centroids) / DRAFTER_PARAMETERS[name] - 1) < 1e-3
+
+
+@pytest.mark.parametrize("name,recipe", FILE_BYTES)
+def test_files_have_the_size_of_the_real_ones(name, recipe):
+    config = config_of(name)
+    n_layer, total = len(config["layer_types"]), 0
+    for tensor, shape in model_tensors(config):
+        block = BLOCKS[recipe_type(recipe, tensor, shape, n_layer)]
+        total += math.prod(shape) // block.elements * block.n_bytes
+    assert abs(total / FILE_BYTES[name, recipe] - 1) < 2e-3
+
+
+def test_q4_k_m_falls_back_where_a_row_does_not_divide():
+    config = config_of("26B-A4B")
+    types = {recipe_type("q4_k_m", tensor, shape, 30) for tensor, shape in model_tensors(config)}
+    assert types == {"F32", "Q4_K", "Q6_K", "Q5_0", "Q8_0"}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("n_layer", [None, 12, 2])
+def test_every_cut_is_a_model_that_the_configuration_accepts(name, n_layer):
+    config = config_of(name, n_layer)
+    tensors = dict(model_tensors(config))
+    read = config_from_gguf(gguf_metadata(config), tensors, config["vocab_size"], "synthetic")
+    assert read.layers[-1].kind.value == "full" and len(read.layers) == (n_layer or len(config["layer_types"]))
+    for layer in read.layers:
+        assert layer.has_own_kv == (f"blk.{layer.index}.attn_k.weight" in tensors)
+        assert tensors[f"blk.{layer.index}.attn_q.weight"][0] == layer.n_head * layer.head_dim
+        assert tensors[f"blk.{layer.index}.ffn_up.weight"][0] == layer.ffn.n_ff
+
+
+def test_whole_models_share_what_the_published_ones_share():
+    e2b = config_from_gguf(gguf_metadata(config := config_of("E2B")), dict(model_tensors(config)), 1, "synthetic")
+    assert {layer.kv_from for layer in e2b.layers[15:]} == {13, 14} and e2b.layers[15].ffn.n_ff == 2 * e2b.layers[14].ffn.n_ff
+    e4b = config_from_gguf(gguf_metadata(config := config_of("E4B")), dict(model_tensors(config)), 1, "synthetic")
+    assert {layer.kv_from for layer in e4b.layers[24:]} == {22, 23}
+
+
+def test_vocabulary_has_gemmas_special_ids():
+    pieces = vocabulary_metadata()["tokenizer.ggml.tokens"]
+    assert len(pieces) == len(set(pieces)) == 262_144
+    assert pieces[2] == "<bos>" and pieces[106] == "<turn|>" and pieces[238] == "<0x00>" and pieces[493] == "<0xFF>"
+
+
+def test_wrong_names_are_refused(tmp_path):
+    for args, says in ((("9B",), "no shape 9B"), (("12B", "q3"), "no recipe q3"), (("12B", "google-q4_0", 49), "2 to 48"),
+                       (("12B-assistant", "google-q4_0", 2), "four layers")):
+        with pytest.raises(ValueError, match=says):
+            synthesise(args[0], tmp_path / "x.gguf", *args[1:])
+    assert not list(tmp_path.iterdir()) and len(shape_names()) == 10 and len(RECIPES) == 3
+
+
+def test_a_drafter_is_written_whole(tmp_path):
+    synthesise("E2B-assistant", tmp_path / "d.gguf", "unsloth-q4_0")
+    with open_gguf(tmp_path / "d.gguf") as file:
+        assert dict(drafter_tensors("E2B")) == {name: info.shape for name, info in file.tensors.items()}
+        assert {key for key in drafter_metadata("E2B")} <= set(file.metadata)
+
+
+CHILD = """
+import json, re, sys, time
+import refimpl
+
+began = time.perf_counter()
+model = refimpl.load(sys.argv[1])
+loaded = time.perf_counter() - began
+ids = model.tokenizer.encode("hello there")
+out = refimpl.generate(model, ids, max_new_tokens=2)
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+print(json.dumps({"load_seconds": loaded, "seconds": time.perf_counter() - began, "peak_bytes": peak, "new": len(out.ids),
+                  "head": model.weights.head_VD.type}))
+"""
+
+
+def test_two_layers_of_the_26b_run_within_4_gb(tmp_path):
+    path = tmp_path / "26b.gguf"
+    synthesise("26B-A4B", path, n_layer=2)
+    done = subprocess.run([sys.executable, "-c", CHILD, path], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    print(f"\n{path.stat().st_size / 1e9:.2f} GB file: {result}")
+    assert result["new"] == 2 and result["head"] == "Q6_K"
+    assert result["peak_bytes"] < 4e9
