@@ -120,7 +120,7 @@ def test_ids_outside_of_the_vocabulary_never_reach_the_model(ids, small):
 
 
 def test_arguments_of_load(small):
-    for wrong in ({"backend": "cuda"}, {"arithmetic": "q8"}, {"weights": "float16"}):
+    for wrong in ({"backend": "cuda"}, {"backend": "kernels"}, {"arithmetic": "q8"}, {"weights": "float16"}, {"threads": 2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             refimpl.load(small[1], **wrong)
 
@@ -149,5 +149,7 @@ def test_generation_stops_where_it_should(small):
     assert free.stats.n_generated == len(free.ids) and free.stats.n_prompt == 12
     with pytest.raises(refimpl.ContextFull, match="12 tokens, the context holds 11"):
         refimpl.generate(model, ids, n_ctx=11)
+    with pytest.raises(ValueError, match="drafter"):
+        refimpl.generate(model, ids, drafter=model)
     with pytest.raises(ValueError, match="max_new_tokens"):
         refimpl.generate(model, ids, max_new_tokens=-1)

@@ -39,8 +39,13 @@ class Output:
     stats: Stats = field(default_factory=Stats)
 
 
-def generate(model: Model, ids: Sequence[int], **options) -> Output:
-    """Continues `ids`. Takes the options of `stream`. Ctrl-C ends it early and keeps what was said."""
+def generate(model: Model, ids: Sequence[int], *, drafter: None = None, **options) -> Output:
+    """Continues `ids`. Takes the options of `stream`. Ctrl-C ends it early and keeps what was said.
+
+    `drafter` is None: this version has no drafters, and raises ValueError for anything else.
+    """
+    if drafter is not None:
+        raise ValueError("this version has no drafters: drafter must be None")
     output = Output()
     try:
         for _ in stream(model, ids, output=output, **options):

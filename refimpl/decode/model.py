@@ -72,11 +72,11 @@ class Model:
         return ids_T.astype(np.int64)
 
 
-def load(path: str | os.PathLike | None = None, *, backend: str = "reference", arithmetic: str = "exact",
+def load(path: str | os.PathLike | None = None, *, backend: str = "reference", arithmetic: str = "exact", threads: int | None = None,
          weights: str = "auto") -> Model:
     """Loads a Gemma 4 GGUF file; without a path, the small model that ships with the package.
 
-    `backend="reference"` with `arithmetic="exact"` (float32 throughout) is what there is so far. `weights` says how matrices are held:
+    `backend="reference"` with `arithmetic="exact"` (float32 throughout) on one thread is what there is so far. `weights` says how matrices are held:
     "quantized" as they lie in the mapped file, dequantized at each use; "float32", dequantized once; "auto", float32 where that takes
     less than 512 MiB. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used.
     """
@@ -84,6 +84,8 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "reference", a
         raise ValueError(f"backend={backend!r}: this version has 'reference' only")
     if arithmetic != "exact":
         raise ValueError(f"arithmetic={arithmetic!r}: the reference computes 'exact' only")
+    if threads not in (None, 1):
+        raise ValueError(f"threads={threads!r}: the reference runs on one thread")
     if weights not in ("auto", "quantized", "float32"):
         raise ValueError(f"weights={weights!r}: expected 'auto', 'quantized' or 'float32'")
     file = open_gguf(BUILT_IN if path is None else path)
