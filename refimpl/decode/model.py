@@ -76,9 +76,9 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "reference", a
          weights: str = "auto") -> Model:
     """Loads a Gemma 4 GGUF file; without a path, the small model that ships with the package.
 
-    `backend="reference"` with `arithmetic="exact"` (float32 throughout) on one thread is what there is so far. `weights` says how matrices are held:
-    "quantized" as they lie in the mapped file, dequantized at each use; "float32", dequantized once; "auto", float32 where that takes
-    less than 512 MiB. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used.
+    `backend="reference"` with `arithmetic="exact"` (float32 throughout) on one thread is what there is so far. `weights` says how
+    matrices are held: "quantized" as they lie in the mapped file, dequantized at each use; "float32", dequantized once; "auto",
+    float32 where that takes less than 512 MiB. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used.
     """
     if backend != "reference":
         raise ValueError(f"backend={backend!r}: this version has 'reference' only")
