@@ -120,7 +120,7 @@ def test_ids_outside_of_the_vocabulary_never_reach_the_model(ids, small):
 
 
 def test_arguments_of_load(small):
-    for wrong in ({"backend": "cuda"}, {"backend": "kernels"}, {"arithmetic": "q8"}, {"weights": "float16"}, {"threads": 2}):
+    for wrong in ({"backend": "cuda"}, {"backend": "kernels"}, {"arithmetic": "fp8"}, {"weights": "float16"}, {"threads": 2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             refimpl.load(small[1], **wrong)
 

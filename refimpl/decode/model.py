@@ -76,26 +76,29 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "reference", a
          weights: str = "auto") -> Model:
     """Loads a Gemma 4 GGUF file; without a path, the small model that ships with the package.
 
-    `backend="reference"` with `arithmetic="exact"` (float32 throughout) on one thread is what there is so far. `weights` says how
-    matrices are held: "quantized" as they lie in the mapped file, dequantized at each use; "float32", dequantized once; "auto",
-    float32 where that takes less than 512 MiB. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used.
+    `backend="reference"`, on one thread, is what there is so far. `arithmetic` is "exact" (float32 throughout) or "q8" (activations
+    rounded to 8 bits before they meet quantized weights, as ggml does). `weights` says how matrices are held: "quantized" as they lie
+    in the mapped file, dequantized at each use; "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes
+    less than 512 MiB and the arithmetic allows it. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used.
     """
     if backend != "reference":
         raise ValueError(f"backend={backend!r}: this version has 'reference' only")
-    if arithmetic != "exact":
-        raise ValueError(f"arithmetic={arithmetic!r}: the reference computes 'exact' only")
+    if arithmetic not in reference.PRODUCTS:
+        raise ValueError(f"arithmetic={arithmetic!r}: expected {' or '.join(map(repr, reference.PRODUCTS))}")
     if threads not in (None, 1):
         raise ValueError(f"threads={threads!r}: the reference runs on one thread")
     if weights not in ("auto", "quantized", "float32"):
         raise ValueError(f"weights={weights!r}: expected 'auto', 'quantized' or 'float32'")
+    if weights == "float32" and arithmetic == "q8":
+        raise ValueError("weights='float32' leaves no quantized weights to compute 'q8' with")
     file = open_gguf(BUILT_IN if path is None else path)
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
-    hold = weights == "float32" or weights == "auto" and float32_bytes(file) < KEEP_FLOAT32_BELOW
+    hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
     matrices = weights_from_gguf(file, config, _dequantized if hold else _as_it_is)
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
-    return Model(file, config, matrices, tokenizer, reference)
+    return Model(file, config, matrices, tokenizer, reference.backend(arithmetic))
 
 
 def float32_bytes(file: GGUFFile) -> int:

@@ -42,13 +42,12 @@ class Matrix:
         """All weights as float32."""
         return dequantize(self.raw, self.type)
 
-    def chunks(self):
-        """Yields (first row, end row, float32 weights) over all output rows, at most CHUNK_BYTES of weights at a time."""
+    def row_chunks(self):
+        """Yields (first row, end row) over all output rows: as many at a time as make CHUNK_BYTES of float32 weights."""
         n_rows, n_cols = self.shape
         step = max(1, CHUNK_BYTES // (4 * n_cols))
         for first in range(0, n_rows, step):
-            end = min(first + step, n_rows)
-            yield first, end, self.rows(first, end).float32()
+            yield first, min(first + step, n_rows)
 
     def dequantized(self) -> "Matrix":
         """The same weights held as float32 in memory: quicker to use, 7 times the size of Q4_0."""

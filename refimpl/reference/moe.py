@@ -6,7 +6,6 @@ Deciding which experts (`choose`) is apart from running them (`run_experts`), so
 import numpy as np
 
 from refimpl.formats.matrix import Matrix
-from refimpl.reference.matmul import matmul
 from refimpl.reference.ops import gelu, softmax
 
 
@@ -23,11 +22,12 @@ def choose(logit_TE: np.ndarray, n_used: int, expert_scale_E: np.ndarray) -> tup
     return id_TX, weight_TX * expert_scale_E[id_TX]
 
 
-def run_experts(x_TD: np.ndarray, id_TX: np.ndarray, weight_TX: np.ndarray,
+def run_experts(matmul, x_TD: np.ndarray, id_TX: np.ndarray, weight_TX: np.ndarray,
                 gate_EMD: Matrix, up_EMD: Matrix, down_EDM: Matrix) -> np.ndarray:
     """y[t] = sum over picks x of weight[t, x] * down_e @ (gelu(gate_e @ x[t]) * (up_e @ x[t])), e = id[t, x]. float32 (T, D).
 
-    Each expert that was picked is dequantized once and sees all its tokens. A token adds its experts up in order of their ids.
+    `matmul(x, matrix)` is the product to use. Each expert that was picked is dequantized once and sees all its tokens. A token adds its
+    experts up in order of their ids.
     """
     y_TD = np.zeros_like(x_TD)
     for e in np.unique(id_TX):

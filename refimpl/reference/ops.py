@@ -34,6 +34,20 @@ def softcap(x: np.ndarray, cap: float) -> np.ndarray:
     return np.tanh(x / np.float32(cap)) * np.float32(cap)
 
 
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c in float32, rounded once.
+
+    The product is exact in float64. The sum is rounded to odd there (Boldo & Melquiond 2008, section 3), after which rounding it again,
+    to float32, is the same as rounding once.
+    """
+    product, c = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + c
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    to_odd = (error != 0) & (total.view(np.int64) & 1 == 0) & np.isfinite(total)
+    return np.where(to_odd, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(np.float32)
+
+
 def rope_frequencies(head_dim: int, base: float, divisor_R: np.ndarray) -> np.ndarray:
     """Angle per position of each of the R = head_dim / 2 rotated pairs: base^(-2r / head_dim) / divisor[r], float32 (R,).
 
