@@ -31,6 +31,7 @@ TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="1
                                             show_default=False)]
 MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off (default: the file's, else 0)",
                                             show_default=False)]
+Arithmetic = Annotated[str, typer.Option("--arithmetic", help="exact: float32 throughout; q8: activations in 8 bits, as ggml does")]
 Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="of the random choices: same seed, same text")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
@@ -62,7 +63,7 @@ def generate(
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
     special: Annotated[bool, typer.Option("--special", help="special tokens in the prompt count, and are shown in the text")] = False,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
-    as_json: Json = False, verbose: Verbose = False,
+    arithmetic: Arithmetic = "exact", as_json: Json = False, verbose: Verbose = False,
 ):
     """Continue a prompt."""
     import refimpl
@@ -72,7 +73,7 @@ def generate(
     if think and not chat:
         raise typer.BadParameter("--think needs --chat")
     text = read_prompt(prompt, file)
-    m = load(model)
+    m = load(model, arithmetic)
     if chat:
         ids = chat_ids(m, [{"role": "user", "content": text}], think)
     else:
@@ -99,13 +100,13 @@ def chat(
     think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
     predict: NewTokens = 1024,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
-    verbose: Verbose = False,
+    arithmetic: Arithmetic = "exact", verbose: Verbose = False,
 ):
     """Talk to an instruction-tuned model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
     import refimpl
     from refimpl.decode.chat import split_thought
 
-    m = load(model)
+    m = load(model, arithmetic)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         errors.print("> ", end="")
@@ -153,11 +154,11 @@ def synth(
 
 # ---- helpers
 
-def load(path: Path | None):
+def load(path: Path | None, arithmetic: str):
     """The model, and what is odd about its file on standard error."""
     import refimpl
 
-    m = refimpl.load(path)
+    m = refimpl.load(path, arithmetic=arithmetic)
     for warning in m.tokenizer.warnings:
         errors.print(f"note: {warning}")
     return m
