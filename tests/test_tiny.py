@@ -149,6 +149,20 @@ def test_split_keeps_files_and_their_tests_apart():
     assert not [name for name in text.tests if name.split("/")[-1].removesuffix(".py") in {f"test_{stem}" for stem in stems}]
 
 
+def test_bits_of_a_text_are_the_model_s_own(built_in):
+    """A short text in one window: minus the logarithm of the probabilities. A long one: every token counted once."""
+    from refimpl.tiny.evaluate import model_bits
+
+    ids = built_in.tokenizer.encode(PROMPT)
+    logits = torch.from_numpy(built_in.logits(ids[:-1])).double()
+    want = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item() / math.log(2)
+    assert abs(model_bits(built_in, ids) - want) < 1e-3
+    counted = []
+    long = [ids[0], *(ids[1:] * 7)]
+    model_bits(built_in, long, counted.append)
+    assert sum(counted) == len(long) - 1 and len(counted) > 2
+
+
 def test_ngram_probabilities_sum_to_one_and_learn():
     rng = np.random.default_rng(0)
     files = [rng.integers(0, 5, 300) for _ in range(4)] + [np.tile([1, 2, 3], 50)]
