@@ -176,6 +176,27 @@ def test_fused_multiply_add_rounds_once():
             assert distance[float(r)] == min(distance.values())
 
 
+def test_fused_multiply_add_meaning_and_compiled_where_rounding_twice_would_show():
+    """Products that lie exactly halfway between two float32, and a summand far below that decides; and results among the denormals."""
+    fused = compiled("fma", WORDS["fma"])
+    x = np.float32(1 + 2**-12)              # x * x = 1 + 2^-11 + 2^-24, half a step above a float32
+    for sign in (1, -1):
+        for tiny in (2.0**-60, -(2.0**-60), 0.0, 2.0**-140):
+            a, b, c = np.full(16, sign * x, np.float32), np.full(16, x), np.full(16, tiny, np.float32)
+            out = np.zeros(16, np.float32)
+            fused(a, b, c, out)
+            up = (tiny > 0) == (sign > 0) and tiny != 0
+            want = np.float32(sign * (1 + 2**-11 + (2**-23 if up else 0)))
+            assert (simd.fma(a, b, c) == want).all() and (out == want).all(), (sign, tiny)
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        a, b = (np.ldexp(rng.standard_normal(16), -70).astype(np.float32) for _ in range(2))
+        c = np.ldexp(rng.standard_normal(16), -148).astype(np.float32)
+        out = np.zeros(16, np.float32)
+        fused(a, b, c, out)
+        assert np.array_equal(out.view(np.uint32), simd.fma(a, b, c).view(np.uint32))
+
+
 def test_choice_of_instruction_set():
     full = dict.fromkeys(("avx512f", "avx512bw", "avx512vnni", "avx2", "fma", "f16c"), True)
     assert simd.best_isa(full) == "avx512" and simd.best_isa(full | {"avx512vnni": False}) == "avx2" and simd.best_isa({}) == "portable"

@@ -76,6 +76,7 @@ class _VectorModel(PrimitiveModel):
 
 U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
 Address = types.CPointer(types.uint8)
+F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside of words only
 
 
 class Pointer:
@@ -136,6 +137,11 @@ def _splat(builder, scalar, lanes: int = LANES):
     vector = ir.VectorType(scalar.type, lanes)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, INT(0))
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
+
+
+def _lanes(value: int) -> ir.Constant:
+    """The same int32 in every lane."""
+    return ir.Constant(I32x16.llvm, [value] * LANES)
 
 
 def _load(builder, pointer, vector: ir.Type):
@@ -201,15 +207,13 @@ def _half_hardware(builder, pointer):
 
 def _half_portable(builder, pointer):
     """In integers (without F16C LLVM would call a library that need not be there): moves the fields, mends the exponent by a product."""
-    def all_(value):
-        return ir.Constant(I32x16.llvm, [value] * LANES)
     h = builder.zext(_load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm)
-    magnitude = builder.and_(h, all_(0x7FFF))
-    moved = builder.shl(magnitude, all_(13))
+    magnitude = builder.and_(h, _lanes(0x7FFF))
+    moved = builder.shl(magnitude, _lanes(13))
     number = builder.bitcast(builder.fmul(builder.bitcast(moved, F32x16.llvm), ir.Constant(F32x16.llvm, [2.0 ** 112] * LANES)), I32x16.llvm)
-    not_finite = builder.icmp_signed(">=", magnitude, all_(0x7C00))
-    value = builder.select(not_finite, builder.or_(moved, all_(0x7F800000)), number)
-    sign = builder.shl(builder.and_(h, all_(0x8000)), all_(16))
+    not_finite = builder.icmp_signed(">=", magnitude, _lanes(0x7C00))
+    value = builder.select(not_finite, builder.or_(moved, _lanes(0x7F800000)), number)
+    sign = builder.shl(builder.and_(h, _lanes(0x8000)), _lanes(16))
     return builder.bitcast(builder.or_(value, sign), F32x16.llvm)
 
 
@@ -302,20 +306,30 @@ def _dot4_avx2(builder, total, weights, activations):
     return builder.add(total, _by_halves(builder, half, weights))
 
 
-def _widened_products(extend_weights: str):
-    """Emits the sum of 4 products a lane in plain int32 arithmetic."""
+def _dot4_portable(signed: bool):
+    """Emits the sum of 4 products a lane from 16-bit halves, in the form that LLVM knows as multiply-and-add-pairs on SSE2 and Arm."""
+    words, eight = ir.VectorType(SHORT, 32), ir.Constant(ir.VectorType(SHORT, 32), [8] * 32)
+
+    def signed_bytes(builder, v):
+        return builder.ashr(builder.shl(v, eight), eight), builder.ashr(v, eight)
+
+    def unsigned_bytes(builder, v):
+        return builder.and_(v, ir.Constant(words, [255] * 32)), builder.lshr(v, eight)
+
     def emit(builder, total, weights, activations):
-        wide = ir.VectorType(INT, 64)
-        four = builder.sext(builder.bitcast(_four(builder, activations), ir.VectorType(BYTE, 64)), wide)
-        product = builder.mul(getattr(builder, extend_weights)(weights, wide), four)
-        for k in range(4):
-            index = ir.Constant(ir.VectorType(INT, LANES), [4 * lane + k for lane in range(LANES)])
-            total = builder.add(total, builder.shuffle_vector(product, ir.Constant(wide, ir.Undefined), index))
+        w = (signed_bytes if signed else unsigned_bytes)(builder, builder.bitcast(weights, words))
+        x = signed_bytes(builder, builder.bitcast(_four(builder, activations), words))
+        nothing = ir.Constant(words, ir.Undefined)
+        for a, b in zip(w, x):                                   # bytes 0 and 2 of each lane, then 1 and 3
+            for k in (0, 1):
+                index = ir.Constant(I32x16.llvm, list(range(k, 32, 2)))
+                factors = (builder.sext(builder.shuffle_vector(v, nothing, index), I32x16.llvm) for v in (a, b))
+                total = builder.add(total, builder.mul(*factors))
         return total
     return emit
 
 
-@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avx2=_dot4_avx2, portable=_widened_products("zext"))
+@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avx2=_dot4_avx2, portable=_dot4_portable(signed=False))
 def dot4(total, weights, activations):
     """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights of at most 128, int8 activations.
 
@@ -347,7 +361,7 @@ def _dot4_signed_avx2(builder, total, weights, activations):
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
 
 
-@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_signed_avx512, avx2=_dot4_signed_avx2, portable=_widened_products("sext"))
+@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_signed_avx512, avx2=_dot4_signed_avx2, portable=_dot4_portable(signed=True))
 def dot4_signed(total, weights, activations):
     """As `dot4`, with the bytes of `weights` read as int8."""
     x = activations.span(4).view(np.int8).astype(np.int32)
@@ -403,26 +417,43 @@ def _fma_hardware(builder, a, b, c):
 
 
 def _fma_portable(builder, a, b, c):
-    """The meaning below in vector IR: without FMA in hardware LLVM would call a slow function 16 times."""
-    wide, bits64 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)
+    """In float64, because without FMA in hardware LLVM would call a slow function 16 times.
 
-    def ints(value):
-        return ir.Constant(bits64, [value] * LANES)
-    a, b, c = (builder.fpext(v, wide) for v in (a, b, c))
+    Rounding the float64 sum again is harmless unless it lies halfway between two float32, or is so small that float32 keeps fewer bits of
+    it. Only then comes the long way, which is the meaning below.
+    """
+    a, b, c = (builder.fpext(v, F64x16) for v in (a, b, c))
     product = builder.fmul(a, b)
     total = builder.fadd(product, c)
+    raw = builder.bitcast(total, I64x16)
+    low = builder.trunc(raw, I32x16.llvm)
+    high = builder.and_(builder.trunc(builder.lshr(raw, ir.Constant(I64x16, [32] * LANES)), I32x16.llvm), _lanes(0x7FFFFFFF))
+    halfway = builder.icmp_signed("==", builder.and_(low, _lanes(0x1FFFFFFF)), _lanes(0x10000000))
+    tiny = builder.icmp_unsigned("<", builder.sub(high, _lanes(1)), _lanes((897 << 20) - 1))       # below 2^-126, but not 0
+    special = builder.bitcast(builder.or_(halfway, tiny), ir.IntType(LANES))
+    short = builder.block
+    with builder.if_then(builder.icmp_unsigned("!=", special, ir.IntType(LANES)(0)), likely=False):
+        odd, long = _rounded_to_odd(builder, product, total, c), builder.block
+    chosen = builder.phi(F64x16)
+    chosen.add_incoming(total, short)
+    chosen.add_incoming(odd, long)
+    return builder.fptrunc(chosen, F32x16.llvm)
+
+
+def _rounded_to_odd(builder, product, total, c):
+    """product + c, of which `total` is the rounded value: where it is not exact, the last bit is made 1."""
     back = builder.fsub(total, product)
     error = builder.fadd(builder.fsub(product, builder.fsub(total, back)), builder.fsub(c, back))
-    raw, raw_error = builder.bitcast(total, bits64), builder.bitcast(error, bits64)
-    zero = ir.Constant(wide, [0.0] * LANES)
+    raw, one, zero = builder.bitcast(total, I64x16), ir.Constant(I64x16, [1] * LANES), ir.Constant(I64x16, [0] * LANES)
     # one step of the last bit: up in magnitude where the error has the sign of the sum, down where it has not
-    same_sign = builder.icmp_signed(">=", builder.xor(raw, raw_error), ints(0))
-    stepped = builder.add(raw, builder.select(same_sign, ints(1), ints(-1)))
-    even = builder.icmp_signed("==", builder.and_(raw, ints(1)), ints(0))
-    exponent = builder.and_(raw, ints(0x7FF0000000000000))
-    finite = builder.icmp_signed("!=", exponent, ints(0x7FF0000000000000))
-    to_odd = builder.and_(builder.and_(even, finite), builder.fcmp_ordered("!=", error, zero))
-    return builder.fptrunc(builder.bitcast(builder.select(to_odd, stepped, raw), wide), F32x16.llvm)
+    same_sign = builder.icmp_signed(">=", builder.xor(raw, builder.bitcast(error, I64x16)), zero)
+    stepped = builder.add(raw, builder.select(same_sign, one, ir.Constant(I64x16, [-1] * LANES)))
+    even = builder.icmp_signed("==", builder.and_(raw, one), zero)
+    infinite = ir.Constant(I64x16, [0x7FF0000000000000] * LANES)
+    finite = builder.icmp_signed("!=", builder.and_(raw, infinite), infinite)
+    inexact = builder.fcmp_ordered("!=", error, ir.Constant(F64x16, [0.0] * LANES))
+    to_odd = builder.and_(builder.and_(even, finite), inexact)
+    return builder.bitcast(builder.select(to_odd, stepped, raw), F64x16)
 
 
 @word(F32x16, F32x16, F32x16, F32x16, avx512=_fma_hardware, avx2=_fma_hardware, portable=_fma_portable)
