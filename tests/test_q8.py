@@ -116,6 +116,15 @@ def test_fma_rounds_once():
         assert np.array_equal(fma(a, b, c), np.array(want, np.float32))
 
 
+def test_fma_where_rounding_twice_would_show():
+    """A product exactly halfway between two float32, and a summand far below that decides; once more among the denormals."""
+    x = np.float32([1 + 2**-12])                 # x * x is half a step above a float32
+    assert fma(x, x, np.float32([2**-60])) == np.float32(1 + 2**-11 + 2**-23)
+    assert fma(x, x, np.float32([-(2**-60)])) == np.float32(1 + 2**-11) == fma(x, x, np.float32([0]))
+    a, b, c = (np.float32([v]) for v in (2**-75 * (1 + 2**-20), 2**-75 * (1 - 2**-20), 2**-127 + 2**-149))
+    assert fma(a, b, c) == c                     # half a step less 2^-190, above an odd number of steps
+
+
 def test_whole_model_any_chunking(tmp_path):
     path = write_model(tmp_path / "m.gguf", random_model("26B-A4B"), "Q4_0")
     model, ids = refimpl.load(path, arithmetic="q8"), prompt(30)

@@ -188,6 +188,9 @@ def test_fused_multiply_add_meaning_and_compiled_where_rounding_twice_would_show
             up = (tiny > 0) == (sign > 0) and tiny != 0
             want = np.float32(sign * (1 + 2**-11 + (2**-23 if up else 0)))
             assert (simd.fma(a, b, c) == want).all() and (out == want).all(), (sign, tiny)
+    a, b, c = (np.full(16, v, np.float32) for v in (2**-75 * (1 + 2**-20), 2**-75 * (1 - 2**-20), 2**-127 + 2**-149))
+    fused(a, b, c, out)
+    assert np.array_equal(out, c) and np.array_equal(simd.fma(a, b, c), c)       # half a step less 2^-190, above an odd number of steps
     rng = np.random.default_rng(3)
     for _ in range(200):
         a, b = (np.ldexp(rng.standard_normal(16), -70).astype(np.float32) for _ in range(2))
