@@ -11,7 +11,7 @@ from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.codecs import dequantize, quantize
 from refimpl.formats.matrix import Matrix
 from refimpl.reference.activations import round_activations
-from refimpl.reference.matmul import integer_parts, matmul, matmul_q8
+from refimpl.reference.matmul import FloatMinimum, IntegerMinimum, integer_parts, matmul, matmul_q8
 from refimpl.reference.ops import fma
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
@@ -33,10 +33,10 @@ def test_integers_and_scales_are_the_weights(block):
     w = Matrix(raw, block)
     p = integer_parts(w)
     values = p.d_OB[..., None] * p.q_OBQ.astype(np.float32)
-    if p.minimum == "integers":
-        values = values - p.dmin_OB[..., None] * p.low_OBQ.astype(np.float32)
-    elif p.minimum == "float":
-        values = values + p.dmin_OB[..., None]
+    if isinstance(p.minimum, IntegerMinimum):
+        values = values - p.minimum.dmin_OB[..., None] * p.minimum.low_OBQ.astype(np.float32)
+    elif isinstance(p.minimum, FloatMinimum):
+        values = values + p.minimum.m_OB[..., None]
     want = dequantize(raw, block)
     assert np.array_equal(values.reshape(want.shape), want)
 
@@ -66,13 +66,13 @@ def plain_loops(x_D: np.ndarray, w: Matrix, row: int) -> np.float32:
         dot = sum(a * int(c) for a, c in zip(q, p.q_OBQ[row, b]))
         scale = stored * p.d_OB[row, b]
         total = rounded_once(Fraction(float(scale)) * Fraction(float(np.float32(dot))) + Fraction(float(total)))
-        if p.minimum == "integers":
-            low = sum(a * int(c) for a, c in zip(q, p.low_OBQ[row, b]))
-            scale = -stored * p.dmin_OB[row, b]
+        if isinstance(p.minimum, IntegerMinimum):
+            low = sum(a * int(c) for a, c in zip(q, p.minimum.low_OBQ[row, b]))
+            scale = -stored * p.minimum.dmin_OB[row, b]
             total = rounded_once(Fraction(float(scale)) * Fraction(float(np.float32(low))) + Fraction(float(total)))
-        elif p.minimum == "float":
+        elif isinstance(p.minimum, FloatMinimum):
             s = np.float32(np.float16(d * np.float32(sum(q))))
-            total = rounded_once(Fraction(float(s)) * Fraction(float(p.dmin_OB[row, b])) + Fraction(float(total)))
+            total = rounded_once(Fraction(float(s)) * Fraction(float(p.minimum.m_OB[row, b])) + Fraction(float(total)))
     return total
 
 

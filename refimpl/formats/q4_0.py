@@ -18,12 +18,21 @@ from refimpl.formats.blocks import BLOCKS, blocks_of, bytes_of, fields_of, pack,
 from refimpl.formats.floats import reciprocal, to_half
 
 
+def levels_q4_0(blocks: np.ndarray) -> np.ndarray:
+    """Records (*lead, n_blocks) -> q - 8 of Q4_0, int8 (*lead, n_blocks, 32)."""
+    return unpack(blocks["qs"], n_bits=4, group=16).astype(np.int8) - np.int8(8)
+
+
+def levels_q4_1(blocks: np.ndarray) -> np.ndarray:
+    """Records (*lead, n_blocks) -> q of Q4_1, uint8 (*lead, n_blocks, 32)."""
+    return unpack(blocks["qs"], n_bits=4, group=16)
+
+
 def dequantize_q4_0(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 18) -> float32 (*lead, n_blocks * 32). w = d * (q - 8); bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["Q4_0"])
     d = blocks["d"].astype(np.float32)[..., None]
-    q = unpack(blocks["qs"], n_bits=4, group=16).astype(np.int8) - np.int8(8)
-    return rows_of(d * q.astype(np.float32))
+    return rows_of(d * levels_q4_0(blocks).astype(np.float32))
 
 
 def dequantize_q4_1(raw: np.ndarray) -> np.ndarray:
@@ -31,8 +40,7 @@ def dequantize_q4_1(raw: np.ndarray) -> np.ndarray:
     blocks = fields_of(raw, BLOCKS["Q4_1"])
     d = blocks["d"].astype(np.float32)[..., None]
     m = blocks["m"].astype(np.float32)[..., None]
-    q = unpack(blocks["qs"], n_bits=4, group=16).astype(np.float32)
-    return rows_of(d * q + m)
+    return rows_of(d * levels_q4_1(blocks).astype(np.float32) + m)
 
 
 def quantize_q4_0(x: np.ndarray) -> np.ndarray:

@@ -25,11 +25,15 @@ from refimpl.formats.floats import reciprocal, to_half
 _F32 = np.float32
 
 
+def levels_q4_k(blocks: np.ndarray) -> np.ndarray:
+    """Records (*lead, n_blocks) -> q, uint8 (*lead, n_blocks, 256)."""
+    return unpack(blocks["qs"], n_bits=4, group=32)
+
+
 def dequantize_q4_k(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 144) -> float32 (*lead, n_blocks * 256). w = (d*s) * q - (dmin*m); bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["Q4_K"])
-    q = unpack(blocks["qs"], n_bits=4, group=32)
-    return restore(blocks, q)
+    return restore(blocks, levels_q4_k(blocks))
 
 
 def quantize_q4_k(x: np.ndarray) -> np.ndarray:

@@ -17,12 +17,15 @@ from refimpl.formats.blocks import BLOCKS, blocks_of, bytes_of, fields_of, pack,
 from refimpl.formats.q4_k import affine_search, pack_scales, restore
 
 
+def levels_q5_k(blocks: np.ndarray) -> np.ndarray:
+    """Records (*lead, n_blocks) -> q, uint8 (*lead, n_blocks, 256)."""
+    return unpack(blocks["qs"], n_bits=4, group=32) | (unpack(blocks["qh"], n_bits=1, group=32) << np.uint8(4))
+
+
 def dequantize_q5_k(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 176) -> float32 (*lead, n_blocks * 256). w = (d*s) * q - (dmin*m); bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["Q5_K"])
-    low = unpack(blocks["qs"], n_bits=4, group=32)
-    high = unpack(blocks["qh"], n_bits=1, group=32)
-    return restore(blocks, low | (high << np.uint8(4)))
+    return restore(blocks, levels_q5_k(blocks))
 
 
 def quantize_q5_k(x: np.ndarray) -> np.ndarray:

@@ -23,13 +23,18 @@ from refimpl.formats.q4_k import half_scale
 _F32 = np.float32
 
 
+def levels_q6_k(blocks: np.ndarray) -> np.ndarray:
+    """Records (*lead, n_blocks) -> q - 32, int8 (*lead, n_blocks, 256)."""
+    low = unpack(blocks["ql"], n_bits=4, group=64)
+    high = unpack(blocks["qh"], n_bits=2, group=32)
+    return (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
+
+
 def dequantize_q6_k(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 210) -> float32 (*lead, n_blocks * 256). w = (d*s) * (q - 32); bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["Q6_K"])
     scale = blocks["d"].astype(_F32)[..., None] * blocks["scales"].astype(_F32)
-    low = unpack(blocks["ql"], n_bits=4, group=64)
-    high = unpack(blocks["qh"], n_bits=2, group=32)
-    q = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
+    q = levels_q6_k(blocks)
     w = scale[..., None] * q.reshape(*q.shape[:-1], 16, 16).astype(_F32)
     return rows_of(w.reshape(q.shape))
 

@@ -18,7 +18,7 @@ from refimpl.formats.blocks import BLOCKS
 
 @dataclass(frozen=True)
 class Rounded:
-    """x ~ d * q. `q_TBQ` holds integers within -127..127 as int32, `d_TB` scales, `sum_TB` what Q8_1 stores for the minimum's product."""
+    """x ~ d * q. `q_TBQ` holds integers of -127..127 as int32, `d_TB` scales, `sum_TB` what Q8_1 stores for the minimum (0 for Q8_K)."""
 
     q_TBQ: np.ndarray
     d_TB: np.ndarray

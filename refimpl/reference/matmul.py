@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.formats.blocks import BLOCKS, fields_of, unpack
+from refimpl.formats.blocks import BLOCKS, fields_of
 from refimpl.formats.matrix import Matrix
-from refimpl.formats.q4_k import unpack_scales
+from refimpl.formats.q4_0 import levels_q4_0, levels_q4_1
+from refimpl.formats.q4_k import levels_q4_k, unpack_scales
+from refimpl.formats.q5_0 import levels_q5_0, levels_q5_1
+from refimpl.formats.q5_k import levels_q5_k
+from refimpl.formats.q6_k import levels_q6_k
 from refimpl.reference.activations import round_activations
 from refimpl.reference.ops import fma
 
@@ -42,58 +46,57 @@ def matmul_q8(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
         for b in range(w.d_OB.shape[1]):
             dot_TO = np.einsum("TQ,OQ->TO", x.q_TBQ[:, b], w.q_OBQ[:, b])
             total_TO = fma(x.d_TB[:, b, None] * w.d_OB[:, b], dot_TO.astype(np.float32), total_TO)
-            if w.minimum == "integers":
-                low_TO = np.einsum("TQ,OQ->TO", x.q_TBQ[:, b], w.low_OBQ[:, b])
-                total_TO = fma(-x.d_TB[:, b, None] * w.dmin_OB[:, b], low_TO.astype(np.float32), total_TO)
-            elif w.minimum == "float":
-                total_TO = fma(x.sum_TB[:, b, None], w.dmin_OB[:, b], total_TO)
+            if isinstance(w.minimum, IntegerMinimum):
+                low_TO = np.einsum("TQ,OQ->TO", x.q_TBQ[:, b], w.minimum.low_OBQ[:, b])
+                total_TO = fma(-x.d_TB[:, b, None] * w.minimum.dmin_OB[:, b], low_TO.astype(np.float32), total_TO)
+            elif isinstance(w.minimum, FloatMinimum):
+                total_TO = fma(x.sum_TB[:, b, None], w.minimum.m_OB[:, b], total_TO)
         y_TO[:, first:end] = total_TO
     return y_TO
 
 
 @dataclass(frozen=True)
-class IntegerParts:
-    """w = d * q + the minimum: none; "integers", - dmin * low; or "float", + dmin. Sub-block scales are already in `q` and `low`."""
+class NoMinimum:
+    """w = d * q."""
 
-    q_OBQ: np.ndarray
-    d_OB: np.ndarray
-    minimum: str
+
+@dataclass(frozen=True)
+class IntegerMinimum:
+    """w = d * q - dmin * low, `low` an integer of the sub-block."""
+
     low_OBQ: np.ndarray
     dmin_OB: np.ndarray
 
 
+@dataclass(frozen=True)
+class FloatMinimum:
+    """w = d * q + m."""
+
+    m_OB: np.ndarray
+
+
+@dataclass(frozen=True)
+class IntegerParts:
+    """A matrix as integers (int32, sub-block scales already in them), the scales of its blocks (float32), and its minimums."""
+
+    q_OBQ: np.ndarray
+    d_OB: np.ndarray
+    minimum: NoMinimum | IntegerMinimum | FloatMinimum
+
+
+LEVELS = {"Q4_0": levels_q4_0, "Q4_1": levels_q4_1, "Q5_0": levels_q5_0, "Q5_1": levels_q5_1, "Q8_0": lambda blocks: blocks["qs"],
+          "Q4_K": levels_q4_k, "Q5_K": levels_q5_k, "Q6_K": levels_q6_k}
+
+
 def integer_parts(w_OD: Matrix) -> IntegerParts:
-    """A quantized matrix taken apart into integers (int32) and the scales of its blocks (float32). Formulas: formats/."""
-    f = fields_of(w_OD.raw, BLOCKS[w_OD.type])
-    d_OB = f["d"].astype(np.float32)
-    q_OBQ = _LEVELS[w_OD.type](f)
-    nothing = np.zeros((*q_OBQ.shape[:-1], 1), np.int32)
-    low_OBQ = np.broadcast_to(nothing, q_OBQ.shape)
+    """A quantized matrix taken apart. Formulas: formats/."""
+    blocks = fields_of(w_OD.raw, BLOCKS[w_OD.type])
+    q_OBQ, d_OB = LEVELS[w_OD.type](blocks).astype(np.int32), blocks["d"].astype(np.float32)
     if w_OD.type in ("Q4_1", "Q5_1"):
-        return IntegerParts(q_OBQ, d_OB, "float", low_OBQ, f["m"].astype(np.float32))
+        return IntegerParts(q_OBQ, d_OB, FloatMinimum(blocks["m"].astype(np.float32)))
     if w_OD.type in ("Q4_K", "Q5_K"):
-        s, m = (np.repeat(part, 32, axis=-1).astype(np.int32) for part in unpack_scales(f["scales"]))
-        return IntegerParts(q_OBQ * s, d_OB, "integers", m, f["dmin"].astype(np.float32))
+        s, m = (np.repeat(part, 32, axis=-1).astype(np.int32) for part in unpack_scales(blocks["scales"]))
+        return IntegerParts(q_OBQ * s, d_OB, IntegerMinimum(m, blocks["dmin"].astype(np.float32)))
     if w_OD.type == "Q6_K":
-        q_OBQ = q_OBQ * np.repeat(f["scales"], 16, axis=-1).astype(np.int32)
-    return IntegerParts(q_OBQ, d_OB, "none", low_OBQ, np.zeros_like(d_OB))
-
-
-def _nibbles(f, group: int) -> np.ndarray:
-    return unpack(f["qs"], n_bits=4, group=group).astype(np.int32)
-
-
-def _fifth_bits(f) -> np.ndarray:
-    return (f["qh"][..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).astype(np.int32) << 4
-
-
-_LEVELS = {
-    "Q4_0": lambda f: _nibbles(f, 16) - 8,
-    "Q4_1": lambda f: _nibbles(f, 16),
-    "Q5_0": lambda f: (_nibbles(f, 16) | _fifth_bits(f)) - 16,
-    "Q5_1": lambda f: _nibbles(f, 16) | _fifth_bits(f),
-    "Q8_0": lambda f: f["qs"].astype(np.int32),
-    "Q4_K": lambda f: _nibbles(f, 32),
-    "Q5_K": lambda f: _nibbles(f, 32) | unpack(f["qh"], n_bits=1, group=32).astype(np.int32) << 4,
-    "Q6_K": lambda f: (unpack(f["ql"], n_bits=4, group=64) | unpack(f["qh"], n_bits=2, group=32) << 4).astype(np.int32) - 32,
-}
+        q_OBQ = q_OBQ * np.repeat(blocks["scales"], 16, axis=-1)
+    return IntegerParts(q_OBQ, d_OB, NoMinimum())
