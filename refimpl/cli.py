@@ -5,6 +5,7 @@ Text goes to standard output; progress, timings and complaints to standard error
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -48,7 +49,8 @@ def _root(context: typer.Context, version: Annotated[bool, typer.Option("--versi
         import refimpl
 
         print(refimpl.__version__)
-    elif context.invoked_subcommand is None:
+        raise typer.Exit
+    if context.invoked_subcommand is None:
         errors.print(context.get_help())
         raise typer.Exit(2)
 
@@ -79,7 +81,8 @@ def generate(
     else:
         ids = m.tokenizer.encode(text, special=special)
     out = refimpl.Output()
-    pieces = begin(m, ids, out, max_new_tokens=predict, n_ctx=ctx, seed=seed, special=special, **sampling_of(m, temp, top_k, top_p, min_p))
+    pieces = begin(m, ids, out, max_new_tokens=predict, n_ctx=ctx, special=special,
+                   **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
     if not as_json and not chat:
         write(text)
     interrupted = speak(pieces, out, silent=as_json)
@@ -115,8 +118,8 @@ def chat(
             break
         messages.append({"role": "user", "content": line.strip()})
         out = refimpl.Output()
-        pieces = begin(m, chat_ids(m, messages, think), out, max_new_tokens=predict, n_ctx=ctx, seed=seed,
-                       **sampling_of(m, temp, top_k, top_p, min_p))
+        pieces = begin(m, chat_ids(m, messages, think), out, max_new_tokens=predict, n_ctx=ctx,
+                       **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
         speak(pieces, out)
         write("\n")
         messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
@@ -186,13 +189,11 @@ def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
     return encode_chat(m.tokenizer, m.file.metadata.get("tokenizer.chat_template"), messages, thinking=think)
 
 
-def sampling_of(m, temp, top_k, top_p, min_p) -> dict[str, float]:
-    """The file's own sampling settings, else Gemma's, under what the command line says."""
+def sampling_of(m, **given) -> dict[str, float]:
+    """The file's own sampling settings, else Gemma's, under what the command line says (None where it says nothing)."""
     from refimpl.decode.sampling import Sampling
 
-    given = {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    s = Sampling.from_metadata(m.file.metadata, **{name: value for name, value in given.items() if value is not None})
-    return {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+    return dataclasses.asdict(Sampling.from_metadata(m.file.metadata, **given))
 
 
 def begin(m, ids: list[int], out, **options):

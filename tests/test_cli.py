@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from shapes import random_model, tokenizer_metadata, write_model
 
+import refimpl
 from refimpl.formats.writer import write_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +119,11 @@ def test_wrong_usage_gets_status_2():
                  "generate -p x --think", "nonsense"):
         code, out, err = run(*line.split())
         assert code == 2 and out == "" and "Traceback" not in err and len(err.strip().splitlines()) == 1, (line, err)
+
+
+def test_version_is_printed_and_nothing_else_done():
+    for line in ("--version", "--version generate -p x"):
+        assert run(*line.split()) == (0, refimpl.__version__ + "\n", "")
 
 
 def test_empty_prompt_is_a_prompt():

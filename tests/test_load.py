@@ -1,9 +1,11 @@
 """Loading a model: whatever is wrong with a file, it either loads or says so in one line. Sizes and names are checked before use."""
 
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
+import shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapes import SHAPES, prompt, random_model, write_model
@@ -57,9 +59,6 @@ def test_metadata_that_does_not_fit(what, small, folder):
     hf, _ = small
     path = folder / "changed.gguf"
     if value is None:
-        import unittest.mock as mock
-
-        import shapes
         keys = {k: v for k, v in shapes.gguf_metadata(hf.config.to_dict()).items() if k != key}
         with mock.patch("shapes.gguf_metadata", lambda config: keys):
             write_model(path, hf, "Q4_0")

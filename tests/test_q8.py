@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from exact import rounded_once
 from shapes import prompt, random_model, worst, write_model
 
 import refimpl
@@ -39,13 +40,6 @@ def test_integers_and_scales_are_the_weights(block):
         values = values + p.minimum.m_OB[..., None]
     want = dequantize(raw, block)
     assert np.array_equal(values.reshape(want.shape), want)
-
-
-def rounded_once(x: Fraction) -> np.float32:
-    """Nearest float32, halves to even, from an exact fraction."""
-    near = np.float32(float(x))
-    options = [np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf))]
-    return min(options, key=lambda o: (abs(Fraction(float(o)) - x), int(o.view(np.uint32)) & 1))
 
 
 def plain_loops(x_D: np.ndarray, w: Matrix, row: int) -> np.float32:

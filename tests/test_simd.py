@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from exact import rounded_once
 from numba import njit, types
 
 from refimpl.kernels import simd
@@ -161,19 +163,13 @@ def test_plain_python_checks_every_access():
 
 def test_fused_multiply_add_rounds_once():
     rng = np.random.default_rng(2)
-    from fractions import Fraction
-
     for _ in range(300):
         a, b, c = ((rng.standard_normal(16) * 2.0 ** rng.integers(-12, 12, 16)).astype(np.float32) for _ in range(3))
         if rng.random() < 0.5:
             c = (-a * b).astype(np.float32)         # cancellation: all that is left is the product's rounding error
         got = simd.fma(a, b, c)
         for x, y, z, r in zip(a, b, c, got):
-            exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
-            best = np.float32(float(exact))
-            options = [np.nextafter(best, np.float32(-np.inf)), best, np.nextafter(best, np.float32(np.inf))]
-            distance = {float(o): abs(Fraction(float(o)) - exact) for o in options}
-            assert distance[float(r)] == min(distance.values())
+            assert r == rounded_once(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)))
 
 
 def test_fused_multiply_add_meaning_and_compiled_where_rounding_twice_would_show():

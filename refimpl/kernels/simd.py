@@ -112,7 +112,6 @@ def word(result: types.Type, *parameters: types.Type, **bodies: Callable):
 
     def define(meaning: Callable) -> Callable:
         emit = bodies.get(ISA) or bodies["every"]
-
         takes = signature(result, *parameters)
 
         @type_callable(meaning)

@@ -5,6 +5,7 @@ that a 14 GB file is made in about the time that the disk takes.
 """
 
 import itertools
+import math
 import os
 import string
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import numpy as np
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.codecs import quantize
 from refimpl.formats.writer import PLAIN_TYPES, Deferred, write_gguf
-from refimpl.model.export import fitting_type, gguf_metadata, stays_float32
+from refimpl.model.export import fitting_type, gguf_metadata, rope_divisors, stays_float32
 
 N_VOCAB = 262_144
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -159,7 +160,7 @@ def recipe_type(recipe: str, name: str, shape: tuple[int, ...], n_layer: int) ->
 def random_tensor(name: str, shape: tuple[int, ...], block: str, rng: np.random.Generator) -> np.ndarray | Deferred:
     """Contents of realistic scale: norms near 1, matrices that keep a normed vector's size, 32 random rows over and over."""
     if name == "rope_freqs.weight":
-        return np.where(np.arange(256) < 64, 1, 1e30).astype(np.float32)
+        return rope_divisors(512, COMMON["rope_parameters"][FULL]["partial_rotary_factor"])
     if len(shape) == 1:
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)
     rows = rng.standard_normal((32, shape[-1])).astype(np.float32) * np.float32(shape[-1] ** -0.5)
@@ -194,16 +195,16 @@ def synthesise(name: str, path: str | os.PathLike, recipe: str = "google-q4_0", 
     if recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe}; there are {', '.join(RECIPES)}")
     target = name.removesuffix("-assistant")
-    config = config_of(target, None if name != target else n_layer)
-    if name != target:
-        if n_layer is not None:
-            raise ValueError("a drafter has four layers, it cannot be cut")
-        shapes, metadata, layers = list(drafter_tensors(target)), drafter_metadata(target), 4
-    else:
+    if name == target or target not in DRAFTERS:
+        config = config_of(name, n_layer)
         shapes, metadata, layers = list(model_tensors(config)), gguf_metadata(config), len(config["layer_types"])
+    elif n_layer is not None:
+        raise ValueError("a drafter has four layers, it cannot be cut")
+    else:
+        shapes, metadata, layers = list(drafter_tensors(target)), drafter_metadata(target), 4
     rng = np.random.default_rng(seed)
     types = {tensor: recipe_type(recipe, tensor, shape, layers) for tensor, shape in shapes}
     tensors = [(tensor, types[tensor], random_tensor(tensor, shape, types[tensor], rng)) for tensor, shape in shapes]
-    n_bytes = sum(int(np.prod(shape)) // BLOCKS[types[tensor]].elements * BLOCKS[types[tensor]].n_bytes for tensor, shape in shapes)
+    n_bytes = sum(math.prod(shape[:-1]) * BLOCKS[types[tensor]].row_bytes(shape[-1]) for tensor, shape in shapes)
     about = {"general.name": f"synthetic {name}, random contents", "general.quantization_version": 2}
     write_gguf(path, metadata | about | vocabulary_metadata(), tensors, begin(n_bytes))

@@ -99,6 +99,11 @@ def gguf_metadata(config: Mapping[str, object]) -> dict[str, object]:
     return {"general.architecture": "gemma4"} | {f"gemma4.{key}": value for key, value in keys.items()}
 
 
+def rope_divisors(head_dim: int, rotated_share: float) -> np.ndarray:
+    """`rope_freqs.weight`, float32 (head_dim / 2,): 1 for the pairs that full layers rotate, 1e30 for those that stand still."""
+    return np.where(np.arange(head_dim // 2) < int(rotated_share * head_dim // 2), 1, 1e30).astype(np.float32)
+
+
 def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
                  type_of) -> Iterable[tuple[str, str, np.ndarray]]:
     """Yields (name, block type, data) for `write_gguf`, from a state dict of float32 arrays.
@@ -108,8 +113,7 @@ def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
     """
     full = config["layer_types"].index("full_attention")
     head_dim = {int(i): layer for i, layer in config["per_layer_config"].items()}[full]["head_dim"]
-    n_rotated = int(config["rope_parameters"]["full_attention"]["partial_rotary_factor"] * head_dim // 2)
-    yield "rope_freqs.weight", "F32", np.where(np.arange(head_dim // 2) < n_rotated, 1, 1e30).astype(np.float32)
+    yield "rope_freqs.weight", "F32", rope_divisors(head_dim, config["rope_parameters"]["full_attention"]["partial_rotary_factor"])
     for hf_name, value in state.items():
         if hf_name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
