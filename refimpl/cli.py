@@ -87,7 +87,7 @@ def generate(
         write(text)
     interrupted = speak(pieces, out, silent=as_json)
     if as_json:
-        print(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)))
+        write(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)) + "\n")
     else:
         write("\n")
     if verbose:
@@ -137,7 +137,7 @@ def inspect(
     from refimpl.lab.inspect import as_text, describe
 
     described = describe(model, ctx)
-    print(json.dumps(described) if as_json else as_text(described))
+    write((json.dumps(described) if as_json else as_text(described)) + "\n")
 
 
 @app.command()
@@ -219,9 +219,14 @@ def speak(pieces, out, silent: bool = False) -> bool:
 
 
 def write(text: str):
-    """To standard output, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """To standard output, at once. An OSError names it, but for the one of a closed pipe."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, "standard output") from e
 
 
 def report(stats) -> dict[str, object]:

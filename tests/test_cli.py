@@ -137,6 +137,19 @@ def test_closed_pipe_ends_quietly():
     assert done.stdout == b"d" and done.stderr == b""
 
 
+def test_a_full_disk_gets_one_line_and_leaves_nothing(tmp_path):
+    for command in ("generate -p 'def ' -n 3", "generate -p 'def ' -n 3 --json", "inspect"):
+        line = f"{sys.executable} -m refimpl {command} > /dev/full"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=ROOT, timeout=120)
+        assert done.returncode == 1 and done.stderr == b"refimpl: standard output: No space left on device\n", (command, done.stderr)
+    target = tmp_path / "nowhere" / "x.gguf"
+    assert_one_line(run("synth", "E2B-assistant", "-o", target), 1, f"{target}: No such file")
+    limited = f"ulimit -f 20000; {sys.executable} -m refimpl synth E2B-assistant -o {tmp_path / 'x.gguf'}"      # in blocks of 1 kB
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and done.stderr.decode().startswith(f"refimpl: {tmp_path / 'x.gguf'}: ") and done.stderr.count(b"\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_keeps_what_was_said():
     code = ("import os, signal, threading, sys; threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT)).start();"
             "sys.argv = ['refimpl', 'generate', '-p', 'def ', '-n', '100000', '--temp', '1']; from refimpl.cli import main; main()")

@@ -58,7 +58,7 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, object], tensors:
 
     Raises ValueError for what the format, or our own reader, would refuse: an empty array, a list of mixed types, an alignment
     that is no power of two up to 65536, a name of 64 bytes or more, no dimension or more than four, an empty tensor, a dtype that
-    does not fit the type. OSError if writing fails.
+    does not fit the type. OSError, with the name of the file, if writing fails.
     """
     path = Path(path)
     if not isinstance(metadata.get("general.architecture"), str):
@@ -85,6 +85,9 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, object], tensors:
         finally:
             writer.close()
         os.replace(temporary, path)
+    except OSError as error:        # NumPy's has no file name, the others name the temporary one
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
