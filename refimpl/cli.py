@@ -226,7 +226,13 @@ def write(text: str):
     except BrokenPipeError:
         raise
     except OSError as e:
+        abandon_output()
         raise OSError(e.errno, e.strerror, "standard output") from e
+
+
+def abandon_output():
+    """Nobody can take our output: keeps the interpreter from trying again, and complaining, when it closes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(stats) -> dict[str, object]:
@@ -262,8 +268,7 @@ def main():
         sys.stdout.flush()
         sys.exit(status or 0)
     except BrokenPipeError:
-        # the reader of our output has left; keep the interpreter from complaining about it when it closes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_output()
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
