@@ -32,7 +32,10 @@ TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="1
                                             show_default=False)]
 MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off (default: the file's, else 0)",
                                             show_default=False)]
-Arithmetic = Annotated[str, typer.Option("--arithmetic", help="exact: float32 throughout; q8: activations in 8 bits, as ggml does")]
+Arithmetic = Annotated[str | None, typer.Option("--arithmetic", show_default=False, help="q8: activations in 8 bits, as ggml does (default "
+                                                "of the kernels); exact: float32 throughout (default of the reference)")]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="default: one for each physical core", show_default=False)]
+BackendName = Annotated[str, typer.Option("--backend", help="kernels: compiled, all cores; reference: NumPy, one thread")]
 Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="of the random choices: same seed, same text")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
@@ -65,7 +68,8 @@ def generate(
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
     special: Annotated[bool, typer.Option("--special", help="special tokens in the prompt count, and are shown in the text")] = False,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
-    arithmetic: Arithmetic = "exact", as_json: Json = False, verbose: Verbose = False,
+    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
+    verbose: Verbose = False,
 ):
     """Continue a prompt."""
     import refimpl
@@ -75,7 +79,8 @@ def generate(
     if think and not chat:
         raise typer.BadParameter("--think needs --chat")
     text = read_prompt(prompt, file)
-    m = load(model, arithmetic)
+    room = ctx if ctx is not None else len(text.encode()) + predict + 256        # a token is at least a byte; 256 for a template
+    m = load(model, backend, arithmetic, threads, room, verbose)
     if chat:
         ids = chat_ids(m, [{"role": "user", "content": text}], think)
     else:
@@ -103,13 +108,13 @@ def chat(
     think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
     predict: NewTokens = 1024,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
-    arithmetic: Arithmetic = "exact", verbose: Verbose = False,
+    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, verbose: Verbose = False,
 ):
     """Talk to an instruction-tuned model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
     import refimpl
     from refimpl.decode.chat import split_thought
 
-    m = load(model, arithmetic)
+    m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * predict, verbose)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         errors.print("> ", end="")
@@ -155,16 +160,72 @@ def synth(
         synthesise(shape, output, recipe, layers, seed, begin=lambda total: stack.enter_context(bar("MB written", total, 10**6)))
 
 
+@app.command()
+def bench(
+    model: ModelPath = None,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="tokens of the prompt; 0 leaves it out")] = 512,
+    n_new: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="new tokens; 0 leaves them out")] = 64,
+    depth: Annotated[int, typer.Option("-d", "--n-depth", min=0, help="tokens of context before the new ones")] = 0,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="runs of each test")] = 5,
+    threads: Threads = None,
+    versus: Annotated[str | None, typer.Option("--vs", help="llama.cpp: run it in turn, on the same file and ids")] = None,
+    backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
+):
+    """Measure speed: a prompt, new tokens, and how near these come to what reading the weights allows."""
+    from refimpl.lab.bench import OPPONENTS, Plan, as_text
+    from refimpl.lab.bench import bench as measure
+
+    if versus is not None and versus not in OPPONENTS:
+        raise typer.BadParameter(f"--vs {versus}: expected {' or '.join(OPPONENTS)}")
+    if not n_prompt and not n_new:
+        raise typer.BadParameter("-p and -n are both 0: nothing to measure")
+    tell_of_compiling()
+    result = measure(model, Plan(n_prompt, n_new, depth, repetitions), threads=threads, backend=backend, arithmetic=arithmetic,
+                     opponent=versus, progress=bar)
+    for note in result["notes"]:
+        errors.print(f"note: {note}")
+    write((json.dumps(result) if as_json else as_text(result)) + "\n")
+
+
 # ---- helpers
 
-def load(path: Path | None, arithmetic: str):
-    """The model, and what is odd about its file on standard error."""
+def load(path: Path | None, backend: str, arithmetic: str | None, threads: int | None, n_ctx: int, verbose: bool):
+    """The model, and what is odd about its file or this machine on standard error."""
     import refimpl
 
-    m = refimpl.load(path, arithmetic=arithmetic)
+    tell_of_compiling()
+    with contextlib.ExitStack() as stack:
+        m = refimpl.load(path, backend=backend, arithmetic=arithmetic, threads=threads, n_ctx=n_ctx,
+                         begin=lambda total: stack.enter_context(bar("MB loaded", total, 10**6)))
     for warning in m.tokenizer.warnings:
         errors.print(f"note: {warning}")
+    if m.backend.name == "kernels":
+        from refimpl.kernels.threads import layer, slow_layer_warning
+        from refimpl.kernels.words import ISA
+
+        if warning := slow_layer_warning():
+            errors.print(f"note: {warning}")
+        if verbose:
+            errors.print(f"kernels: {ISA}, threads: {m.backend.threads} by {layer()}, arithmetic: {m.backend.arithmetic}")
+    elif verbose:
+        errors.print(f"reference: NumPy, one thread, arithmetic: {m.backend.arithmetic}")
     return m
+
+
+def tell_of_compiling():
+    """Says on standard error that kernels are being compiled, when they are: at the first use on a machine."""
+    from refimpl.kernels.jit import announce
+    from refimpl.kernels.words import ISA
+
+    count = itertools.count(1)
+
+    def tell(name: str):
+        n = next(count)
+        if n == 1:
+            errors.print(f"compiling kernels for {ISA}, once on this machine (up to a minute)")
+        if errors.is_terminal:
+            errors.print(f"  {n}: {name}")
+    announce(tell)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
+import refimpl
 from refimpl.formats.codecs import dequantize, quantize
 from refimpl.formats.writer import write_gguf
 from refimpl.model.export import fitting_type, gguf_metadata, gguf_name, gguf_tensors, stays_float32
@@ -133,3 +134,8 @@ def worst(ours: np.ndarray, theirs: np.ndarray) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def reference(path=None, **options):
+    """The model in the reference: exact unless told."""
+    return refimpl.load(path, backend="reference", **options)

@@ -5,16 +5,16 @@ import inspect
 from pathlib import Path
 
 import pytest
-from shapes import oracle, prompt, random_model, worst, write_model
+from shapes import oracle, prompt, random_model, reference, worst, write_model
 
-import refimpl
 from refimpl.model import cache, config, gemma4, weights
 from refimpl.reference import attention, moe, ops
 
 MOE, PLE, KEYS = "26B-A4B", "E2B", "12B"
 PLANTED = {
-    "no norm after attention": (MOE, gemma4, "rms_norm(attended_TD, layer.attention.norm_after_D, eps)", "attended_TD"),
-    "norm before attention left out": (MOE, gemma4, "normed_TD = rms_norm(x_TD, layer.attention.norm_before_D, eps)", "normed_TD = x_TD"),
+    "no norm after attention": (MOE, gemma4, "backend.rms_norm(attended_TD, layer.attention.norm_after_D, eps)", "attended_TD"),
+    "norm before attention left out": (
+        MOE, gemma4, "normed_TD = backend.rms_norm(x_TD, layer.attention.norm_before_D, eps)", "normed_TD = x_TD"),
     "neighbours rotated instead of halves": (
         KEYS, ops, "x_TNH[..., :n_pairs], x_TNH[..., n_pairs:]", "x_TNH[..., 0::2], x_TNH[..., 1::2]"),
     "all pairs of full layers rotated": (KEYS, ops, " / divisor_R)", " / np.ones_like(divisor_R))"),
@@ -25,15 +25,15 @@ PLANTED = {
     "query heads dealt out to the wrong keys": (
         KEYS, attention, "q_TKGH = q_TNH.reshape(n_tok, n_kv, n_head // n_kv, head_dim)",
         "q_TKGH = q_TNH.reshape(n_tok, n_head // n_kv, n_kv, head_dim).swapaxes(1, 2)"),
-    "values are keys after the norm and rotation": (KEYS, gemma4, "rms_normalise(v_TKH, eps)", "rms_normalise(k_TKH, eps)"),
-    "values not normalised": (MOE, gemma4, "v_TKH = rms_normalise(v_TKH, eps)", "v_TKH = v_TKH"),
+    "values are keys after the norm and rotation": (KEYS, gemma4, "backend.rms_normalise(v_TKH, eps)", "backend.rms_normalise(k_TKH, eps)"),
+    "values not normalised": (MOE, gemma4, "v_TKH = backend.rms_normalise(v_TKH, eps)", "v_TKH = v_TKH"),
     "keys shared from the wrong layer": (PLE, config, "kv_from = donors[-1]", "kv_from = donors[0]"),
     "layer scalar left out": (KEYS, gemma4, "return x_TD * layer.output_scale", "return x_TD"),
     "per-layer input not scaled": (PLE, gemma4, " * np.float32(2 ** -0.5)", ""),
     "per-layer table not scaled": (PLE, gemma4, " * np.float32(config.n_ple ** 0.5)", ""),
-    "router reads the normed input": (MOE, gemma4, "rms_normalise(x_TD, eps) * w.router_scale_D", "normed_TD * w.router_scale_D"),
+    "router reads the normed input": (MOE, gemma4, "backend.rms_normalise(x_TD, eps) * w.router_scale_D", "normed_TD * w.router_scale_D"),
     "router not scaled by sqrt(D)": (MOE, gemma4, " * np.float32(x_TD.shape[1] ** -0.5)", ""),
-    "experts read the dense branch's norm": (MOE, gemma4, "expert_in_TD = rms_norm(x_TD, w.norm_before_experts_D, eps)",
+    "experts read the dense branch's norm": (MOE, gemma4, "expert_in_TD = backend.rms_norm(x_TD, w.norm_before_experts_D, eps)",
                                              "expert_in_TD = normed_TD"),
     "weights not renormalised": (MOE, moe, "weight_TX = weight_TX / weight_TX.sum(axis=-1, keepdims=True, dtype=np.float32)", "pass"),
     "expert scale before renormalisation": (
@@ -46,7 +46,7 @@ PLANTED = {
     "expert halves read in the wrong order": (MOE, weights, "fused.rows(0, m)", "fused.rows(m, 2 * m)"),
     "gelu with erf": (KEYS, ops, "return np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))",
                       "import math; return (x * np.float32(0.5) * (1 + np.vectorize(math.erf)(x / 2 ** 0.5))).astype(np.float32)"),
-    "soft cap left out": (KEYS, gemma4, "return logit_TV if config.softcap is None else softcap(logit_TV, config.softcap)",
+    "soft cap left out": (KEYS, gemma4, "return logit_TV if config.softcap is None else backend.softcap(logit_TV, config.softcap)",
                           "return logit_TV"),
     "embedding not scaled": (KEYS, gemma4, " * np.float32(config.n_embd ** 0.5)", ""),
     "norm weight taken as 1 + w": (KEYS, ops, "return rms_normalise(x, eps) * weight", "return rms_normalise(x, eps) * (1 + weight)"),
@@ -95,7 +95,7 @@ def models(tmp_path_factory):
 def first_departure(path, want) -> str:
     """The first layer (or the logits) that differs by more than the tolerance; "" when all agree."""
     got = {}
-    refimpl.load(path).logits(prompt(24), tap=got.__setitem__)
+    reference(path).logits(prompt(24), tap=got.__setitem__)
     return next((name for name, value in want.items() if not worst(got[name], value) < 1e-4), "")
 
 

@@ -10,11 +10,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from shapes import oracle, prompt, worst
+from shapes import oracle, prompt, reference, worst
 from tokenizers import Tokenizer
 from transformers import Gemma4ForCausalLM
 
-import refimpl
 from refimpl.model.export import gguf_name
 
 FILES = Path(__file__).parent / "files"
@@ -43,7 +42,7 @@ def from_file(name: str, path: Path) -> Gemma4ForCausalLM:
 @pytest.mark.parametrize("name,block", CASES)
 def test_logits_and_layers(name, block):
     path = FILES / f"{name}-{block}.gguf"
-    model, got = refimpl.load(path, weights="quantized"), {}
+    model, got = reference(path, weights="quantized"), {}
     ids = [i % 512 for i in prompt(40)]
     model.logits(ids, tap=got.__setitem__)
     for tensor, want in oracle(from_file(name, path), ids).items():
@@ -52,7 +51,7 @@ def test_logits_and_layers(name, block):
 
 def test_the_types_are_the_ones_seen_in_the_wild():
     """K-quants fall back where a row is no multiple of 256, embeddings get Q6_K."""
-    used = {name: {info.type for info in refimpl.load(FILES / f"{name}.gguf").file.tensors.values()}
+    used = {name: {info.type for info in reference(FILES / f"{name}.gguf").file.tensors.values()}
             for name in ("moe-q4_0", "moe-q4_k_m", "ple-q8_0", "moe-bf16")}
     assert {"Q4_K", "Q6_K", "Q5_0", "Q8_0", "F32"} <= used["moe-q4_k_m"], used
     assert {"Q4_0", "Q6_K"} <= used["moe-q4_0"] and "Q8_0" in used["ple-q8_0"] and "BF16" in used["moe-bf16"], used
@@ -60,7 +59,7 @@ def test_the_types_are_the_ones_seen_in_the_wild():
 
 def test_vocabulary_as_the_converter_writes_it():
     hf = Tokenizer.from_file(str(FILES / "tokenizer.json"))
-    ours = refimpl.load(FILES / "moe-bf16.gguf").tokenizer
+    ours = reference(FILES / "moe-bf16.gguf").tokenizer
     for text in ("def main(self):\n    return 1\n\n\n", "  x = {'a': [1, 2]}  # né 中 \U0001f642\t", "", "<bos> <|turn>"):
         hf.encode_special_tokens = True
         assert ours.encode(text, bos=False) == hf.encode(text, add_special_tokens=False).ids

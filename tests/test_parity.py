@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from shapes import SHAPES, oracle, prompt, random_model, round_to, worst, write_model
+from shapes import SHAPES, oracle, prompt, random_model, reference, round_to, worst, write_model
 
 import refimpl
 
@@ -13,7 +13,7 @@ Q4_K_FITS = dict(hidden_size=256, intermediate_size=256)       # rows of 256, so
 
 def compare(path, hf, ids, **options) -> dict[str, float]:
     """Runs both and returns the relative error of every layer's output and of the logits."""
-    model, got = refimpl.load(path, **options), {}
+    model, got = reference(path, **options), {}
     model.logits(ids, tap=got.__setitem__)
     return {name: worst(got[name], value) for name, value in oracle(hf, ids).items()}
 
@@ -37,7 +37,7 @@ def test_every_layer_equals_transformers(shape, tmp_path, record_property):
 def test_quantized_files_equal_transformers_with_the_same_weights(shape, block, tmp_path):
     hf = random_model(shape, seed=3, **(Q4_K_FITS if block == "Q4_K" else {}))
     path = write_model(tmp_path / "m.gguf", hf, block)
-    assert block in {info.type for info in refimpl.load(path).file.tensors.values()}
+    assert block in {info.type for info in reference(path).file.tensors.values()}
     assert_close(compare(path, round_to(hf, block), prompt(24), weights="quantized"))
 
 
@@ -51,12 +51,12 @@ def test_the_other_block_types(block, tmp_path):
 def test_weights_held_as_float32_give_the_same_bits(tmp_path):
     path = write_model(tmp_path / "m.gguf", random_model("26B-A4B"), "Q4_0")
     ids = prompt(20)
-    assert np.array_equal(refimpl.load(path, weights="float32").logits(ids), refimpl.load(path, weights="quantized").logits(ids))
+    assert np.array_equal(reference(path, weights="float32").logits(ids), reference(path, weights="quantized").logits(ids))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_chunking_gives_the_same_bits(shape, tmp_path):
-    model = refimpl.load(write_model(tmp_path / "m.gguf", random_model(shape)))
+    model = reference(write_model(tmp_path / "m.gguf", random_model(shape)))
     ids = prompt(60)
     whole = model.logits(ids)
     for sizes in ([1] * 60, [5] * 12, [23, 1, 36], [59, 1]):
@@ -70,7 +70,7 @@ def test_any_chunking_gives_the_same_bits(shape, tmp_path):
 def test_greedy_text_equals_transformers(tmp_path):
     for shape in SHAPES:
         hf = random_model(shape, seed=5)
-        model = refimpl.load(write_model(tmp_path / f"{shape}.gguf", hf))
+        model = reference(write_model(tmp_path / f"{shape}.gguf", hf))
         ids = prompt(20)
         out = refimpl.generate(model, ids, max_new_tokens=30)
         want = hf.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False, eos_token_id=1)[0, len(ids):].tolist()
@@ -120,7 +120,7 @@ def test_files_in_the_wild_shared_layers_with_leftover_keys(tmp_path):
                           for name, shape in (("attn_k", (32 if i == 9 else 16, 64)), ("attn_v", (32 if i == 9 else 16, 64)),
                                               ("attn_k_norm", (32 if i == 9 else 16,)))]
     path = write_model(tmp_path / "m.gguf", hf, change=add_leftovers)
-    assert len(refimpl.load(path).weights.ignored) == 15
+    assert len(reference(path).weights.ignored) == 15
     assert_close(compare(path, hf, prompt(20)))
 
 
@@ -139,8 +139,8 @@ def test_scalar_or_array_metadata(tmp_path):
 
 def test_suppressed_tokens_are_never_picked(tmp_path):
     hf = random_model("12B")
-    model = refimpl.load(write_model(tmp_path / "a.gguf", hf))
+    model = reference(write_model(tmp_path / "a.gguf", hf))
     first = refimpl.generate(model, prompt(), max_new_tokens=1).ids[0]
     extra = {"tokenizer.ggml.suppress_tokens": np.array([first], np.int32)}
-    again = refimpl.load(write_model(tmp_path / "b.gguf", hf, extra=extra))
+    again = reference(write_model(tmp_path / "b.gguf", hf, extra=extra))
     assert refimpl.generate(again, prompt(), max_new_tokens=1).ids[0] != first

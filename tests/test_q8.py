@@ -5,9 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from exact import rounded_once
-from shapes import prompt, random_model, worst, write_model
+from shapes import prompt, random_model, reference, worst, write_model
 
-import refimpl
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.codecs import dequantize, quantize
 from refimpl.formats.matrix import Matrix
@@ -121,10 +120,10 @@ def test_fma_where_rounding_twice_would_show():
 
 def test_whole_model_any_chunking(tmp_path):
     path = write_model(tmp_path / "m.gguf", random_model("26B-A4B"), "Q4_0")
-    model, ids = refimpl.load(path, arithmetic="q8"), prompt(30)
+    model, ids = reference(path, arithmetic="q8"), prompt(30)
     whole = model.logits(ids)
     cache = model.new_cache()
     assert np.array_equal(model.head(np.concatenate([model.states(ids[i:i + 7], cache) for i in range(0, 30, 7)])), whole)
-    assert 1e-4 < worst(whole, refimpl.load(path).logits(ids)) < 0.5
-    with pytest.raises(ValueError, match="no quantized weights"):
-        refimpl.load(path, arithmetic="q8", weights="float32")
+    assert 1e-4 < worst(whole, reference(path).logits(ids)) < 0.5
+    with pytest.raises(ValueError, match="exact arithmetic"):
+        reference(path, arithmetic="q8", weights="float32")

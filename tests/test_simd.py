@@ -11,8 +11,9 @@ import pytest
 from exact import rounded_once
 from numba import njit, types
 
-from refimpl.kernels import simd
-from refimpl.kernels.simd import ISA, ORDER, WORDS, F32x16, I32x16, Pointer, U8x64, address, at
+from refimpl.kernels import simd, words
+from refimpl.kernels.simd import address, at
+from refimpl.kernels.words import ISA, ORDER, WORDS, F32x16, I32x16, Pointer, U8x64
 
 EDGES = {
     U8x64: [np.full(64, b, np.uint8) for b in (0, 1, 15, 16, 127, 128, 129, 240, 255)],
@@ -21,8 +22,13 @@ EDGES = {
 }
 STORE = {U8x64: "store_u8", I32x16: "store_i32", F32x16: "store_f32"}
 LOAD = {U8x64: "load_u8", F32x16: "load_f32"}
-INTEGERS = {"shift": range(8), "mask": (1, 3, 15, 255)}
-AT_MOST_128 = {("dot4", "weights")}
+INTEGERS = {"shift": range(8), "mask": (1, 3, 15, 255), "j": range(4), "group": range(8), "n": range(17)}
+DOMAIN = {      # what a word does not promise to take is left out
+    "dot4": lambda total, weights, activations: (total, np.minimum(weights, 128), activations),
+    "round_to_i32": lambda v: (np.clip(np.nan_to_num(v), -2.0**22, 2.0**22),),
+    "power_of_two": lambda n: (n % 256 - 127,),
+}
+SPLAT = {types.int32: "splat_i32", types.float32: "splat_f32"}
 
 
 @njit
@@ -53,7 +59,7 @@ def arguments(name: str, word, rng):
                 value = rng.integers(-2**31, 2**31, 16).astype(np.int32)
             elif kind is F32x16:
                 value = (rng.standard_normal(16) * 2.0 ** rng.integers(-60, 60, 16)).astype(np.float32)
-            elif kind is simd.Address:
+            elif kind is words.Address:
                 value = rng.integers(0, 256, 80, dtype=np.uint8) if trial < 60 else np.full(80, (0, 127, 128, 255)[trial % 4], np.uint8)
             elif kind is types.intp:
                 value = INTEGERS[arg][trial % len(INTEGERS[arg])] if arg in INTEGERS else int(rng.integers(0, 9))
@@ -61,14 +67,14 @@ def arguments(name: str, word, rng):
                 value = np.int32(rng.integers(-2**31, 2**31))
             else:
                 value = np.float32(rng.standard_normal())
-            if (name, arg) in AT_MOST_128:
-                value = np.minimum(value, 128).astype(np.uint8)
             values.append(value)
+        if name in DOMAIN:
+            values = [new.astype(old.dtype) for new, old in zip(DOMAIN[name](*values), values)]
         yield values
 
 
 def compiled(name: str, word):
-    """A compiled function that takes arrays and numbers, applies the word and stores its result."""
+    """A compiled function that takes arrays and numbers, applies the word and stores its result (if it has one)."""
     takes, body = [], []
     for i, kind in enumerate(word.parameters):
         takes.append(f"a{i}")
@@ -77,15 +83,19 @@ def compiled(name: str, word):
         elif kind in LOAD:
             body.append(f"v{i} = simd.{LOAD[kind]}(address(a{i}))")
         else:
-            body.append(f"v{i} = address(a{i})" if kind is simd.Address else f"v{i} = a{i}")
+            body.append(f"v{i} = address(a{i})" if kind is words.Address else f"v{i} = a{i}")
     call = f"simd.{name}({', '.join(f'v{i}' for i in range(len(takes)))})"
-    body.append(f"simd.{STORE[word.result]}(address(out), {call})")
+    if word.result in SPLAT:
+        call = f"simd.{SPLAT[word.result]}({call})"
+    store = {types.int32: "store_i32", types.float32: "store_f32", **STORE}.get(word.result)
+    body.append(f"simd.{store}(address(out), {call})" if store else call)
     scope = {"simd": simd, "address": address, "load_i32": load_i32}
     exec(f"def f({', '.join([*takes, 'out'])}):\n    " + "\n    ".join(body), scope)
     return njit(scope["f"])
 
 
-PLAIN = [name for name, word in WORDS.items() if word.result in STORE]
+PLAIN = [name for name, word in WORDS.items() if word.result in STORE or word.result in SPLAT]
+WRITERS = [name for name, word in WORDS.items() if word.result is types.void and name != "prefetch"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -96,26 +106,53 @@ def test_compiled_word_has_the_bits_of_its_meaning(name):
         out = np.zeros(64, np.uint8)
         function(*(planes(v) if kind is I32x16 else v for kind, v in zip(word.parameters, values)), out)
         with np.errstate(all="ignore"):
-            want = word.meaning(*(Pointer(v, 0) if kind is simd.Address else v for kind, v in zip(word.parameters, values)))
+            want = word.meaning(*(Pointer(v, 0) if kind is words.Address else v for kind, v in zip(word.parameters, values)))
+            want = np.full(16, want) if word.result in SPLAT else want
         got = out.view(want.dtype)
         same = got.view(np.uint8) == want.view(np.uint8)
         nan = np.repeat(np.isnan(want), 4) if want.dtype == np.float32 else False       # any NaN is as good as another
         assert (same | nan).all() and (want.dtype != np.float32 or (np.isnan(got) == np.isnan(want)).all()), (values, want, got)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_compiled_word_writes_what_its_meaning_writes(name):
+    word, rng = WORDS[name], np.random.default_rng(0)
+    function = compiled(name, word)
+    for values in arguments(name, word, rng):
+        if name == "store_f16":                     # any NaN is as good as another
+            values[1] = np.nan_to_num(values[1], posinf=np.inf, neginf=-np.inf)
+        slow = [v.copy() if kind is words.Address else v for kind, v in zip(word.parameters, values)]
+        word.meaning(*(Pointer(v, 0) if kind is words.Address else v for kind, v in zip(word.parameters, slow)))
+        function(*(planes(v) if kind is I32x16 else v for kind, v in zip(word.parameters, values)), np.zeros(1))
+        assert np.array_equal(values[0], slow[0]), (name, values[1:])
+
+
+def test_half_precision_of_every_half_and_all_around():
+    """Every float16, the middle between every two, and one step of float32 to either side of it."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middle = (halves[:-1] + halves[1:]) / np.float32(2)
+    values = np.concatenate([halves, middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(0))])
+    values = np.resize(np.concatenate([values, -values]), (len(values) // 8 + 1) * 16).reshape(-1, 16)
+    rounded = compiled("round_f16", WORDS["round_f16"])
+    for v in values:
+        out = np.zeros(16, np.float32)
+        rounded(v, out)
+        assert np.array_equal(out.view(np.uint32), v.astype(np.float16).astype(np.float32).view(np.uint32))
+
+
 def test_every_word_is_tested():
-    apart = {"at", "store_f32", "store_i32", "store_u8"}           # used by every other test
-    assert set(WORDS) == set(PLAIN) | apart
+    apart = {"at", "prefetch"}           # the first is used by every other test, the second does nothing
+    assert set(WORDS) == set(PLAIN) | set(WRITERS) | apart
     for word in WORDS.values():
         assert "every" in word.bodies or set(word.bodies) == set(ORDER), word.meaning.__name__
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ORDER if isa != ISA and ORDER.index(isa) <= ORDER.index(simd.BEST)])
+@pytest.mark.parametrize("isa", [isa for isa in ORDER if isa != ISA and ORDER.index(isa) <= ORDER.index(words.BEST)])
 def test_the_other_instruction_sets(isa):
     """This file again, in a process with REFIMPL_ISA set."""
     if "REFIMPL_ISA" in os.environ:
         return
-    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "meaning or kernel"],
+    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "meaning or kernel or half"],
                           env={**os.environ, "REFIMPL_ISA": isa}, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -198,9 +235,9 @@ def test_fused_multiply_add_meaning_and_compiled_where_rounding_twice_would_show
 
 def test_choice_of_instruction_set():
     full = dict.fromkeys(("avx512f", "avx512bw", "avx512vnni", "avx2", "fma", "f16c"), True)
-    assert simd.best_isa(full) == "avx512" and simd.best_isa(full | {"avx512vnni": False}) == "avx2" and simd.best_isa({}) == "portable"
-    assert simd.chosen_isa(None, "avx2") == simd.chosen_isa("", "avx2") == "avx2" and simd.chosen_isa("portable", "avx512") == "portable"
+    assert words.best_isa(full) == "avx512" and words.best_isa(full | {"avx512vnni": False}) == "avx2" and words.best_isa({}) == "portable"
+    assert words.chosen_isa(None, "avx2") == words.chosen_isa("", "avx2") == "avx2" and words.chosen_isa("portable", "avx512") == "portable"
     with pytest.raises(ValueError, match="expected one of avx512, avx2, portable"):
-        simd.chosen_isa("sse", "avx512")
+        words.chosen_isa("sse", "avx512")
     with pytest.raises(ValueError, match="this machine has avx2 at most"):
-        simd.chosen_isa("avx512", "avx2")
+        words.chosen_isa("avx512", "avx2")

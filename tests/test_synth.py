@@ -108,7 +108,7 @@ import json, re, sys, time
 import refimpl
 
 began = time.perf_counter()
-model = refimpl.load(sys.argv[1])
+model = refimpl.load(sys.argv[1], backend="reference")
 loaded = time.perf_counter() - began
 ids = model.tokenizer.encode("hello there")
 out = refimpl.generate(model, ids, max_new_tokens=2)

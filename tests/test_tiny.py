@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from shapes import oracle, worst
+from shapes import oracle, reference, worst
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import refimpl
@@ -23,7 +23,7 @@ PROMPT = "class Stack:\n    def push(self, item):\n        self.items.append(ite
 
 @pytest.fixture(scope="module")
 def built_in():
-    return refimpl.load()
+    return reference()
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_quick_training_run_exports_a_model_that_loads(tmp_path):
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 12 and log[-1]["validation_nats"] < math.log(4096) + 0.5
     export.main([str(run), "-o", str(tmp_path / "m.gguf")])
-    model = refimpl.load(tmp_path / "m.gguf")
+    model = reference(tmp_path / "m.gguf")
     assert np.isfinite(model.logits(model.tokenizer.encode("def f():\n"))).all()
     state = torch.load(run / "model.pt", weights_only=True)
     held = model.weights.layers[0].attention.query_AD.float32()

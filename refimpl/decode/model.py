@@ -6,25 +6,27 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl import reference
 from refimpl.decode.tokenizer import Tokenizer
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
 from refimpl.formats.matrix import Matrix
 from refimpl.model import gemma4
+from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import Config, config_from_gguf
+from refimpl.model.memory import available, needed, refuse_unless_it_fits
 from refimpl.model.weights import Weights, vocabulary_size, weights_from_gguf
 
 BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
-CHUNK = 256                               # rows of a prompt in one call
+CHUNK = 512                               # rows of a prompt in one call
+RELEASE_EVERY = 1 << 30                   # bytes of the file that may stay in memory while the next ones are rearranged
 KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weights="auto"` holds in memory
 
 
 class Model:
     """A Gemma 4 text model. `load` makes one."""
 
-    def __init__(self, file: GGUFFile, config: Config, weights: Weights, tokenizer: Tokenizer, backend):
+    def __init__(self, file: GGUFFile, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend):
         self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
 
     @property
@@ -34,7 +36,7 @@ class Model:
 
     def new_cache(self, n_ctx: int | None = None) -> Cache:
         """An empty cache for `n_ctx` positions, the model's whole context when None."""
-        return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, CHUNK)
+        return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, CHUNK, self.backend.kv_type)
 
     def states(self, ids: Sequence[int], cache: Cache, tap: gemma4.Tap = gemma4.no_tap,
                progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
@@ -46,14 +48,16 @@ class Model:
         states = []
         for first in range(0, len(ids_T), cache.max_rows):
             part = ids_T[first:first + cache.max_rows]
-            states.append(gemma4.forward(self.config, self.weights, self.backend, part, cache, tap))
+            with self.backend.running():
+                states.append(gemma4.forward(self.config, self.weights, self.backend, part, cache, tap))
             cache.advance(len(part))
             progress(len(part))
         return np.concatenate(states)
 
     def head(self, state_TD: np.ndarray) -> np.ndarray:
         """Logits of states, float32 (T, V)."""
-        return gemma4.head(self.config, self.weights, self.backend, state_TD)
+        with self.backend.running():
+            return gemma4.head(self.config, self.weights, self.backend, state_TD)
 
     def logits(self, ids: Sequence[int], tap: gemma4.Tap = gemma4.no_tap) -> np.ndarray:
         """float32 (T, V): the logits at every position of `ids`, from a fresh cache."""
@@ -72,43 +76,78 @@ class Model:
         return ids_T.astype(np.int64)
 
 
-def load(path: str | os.PathLike | None = None, *, backend: str = "reference", arithmetic: str = "exact", threads: int | None = None,
-         weights: str = "auto") -> Model:
+def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", arithmetic: str | None = None, threads: int | None = None,
+         weights: str = "auto", n_ctx: int = 1,
+         begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Model:
     """Loads a Gemma 4 GGUF file; without a path, the small model that ships with the package.
 
-    `backend="reference"`, on one thread, is what there is so far. `arithmetic` is "exact" (float32 throughout) or "q8" (activations
-    rounded to 8 bits before they meet quantized weights, as ggml does). `weights` says how matrices are held: "quantized" as they lie
-    in the mapped file, dequantized at each use; "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes
-    less than 512 MiB and the arithmetic allows it. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used.
+    `backend`: "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread).
+    `arithmetic`: "q8", activations rounded to 8 bits before they meet quantized weights, as ggml does (the kernels' default), or
+    "exact", float32 throughout (the reference's).
+
+    The kernels rearrange the weights in memory (kernels/tiles.py); MemoryRefusal (a ValueError) if there is no room for them and a context
+    of `n_ctx` tokens. `weights` says how the reference holds them: "quantized" as they lie in the mapped file, dequantized at each use;
+    "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the arithmetic allows it.
+    `begin(bytes in all)` returns a function that is told of the bytes done.
+
+    Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used, ValueError for other arguments.
     """
-    if backend != "reference":
-        raise ValueError(f"backend={backend!r}: this version has 'reference' only")
-    if arithmetic not in reference.PRODUCTS:
-        raise ValueError(f"arithmetic={arithmetic!r}: expected {' or '.join(map(repr, reference.PRODUCTS))}")
-    if threads not in (None, 1):
+    arithmetic = {"kernels": "q8", "reference": "exact"}.get(backend) if arithmetic is None else arithmetic
+    if backend not in ("kernels", "reference"):
+        raise ValueError(f"backend={backend!r}: expected 'kernels' or 'reference'")
+    if arithmetic not in ARITHMETIC:
+        raise ValueError(f"arithmetic={arithmetic!r}: expected {' or '.join(map(repr, ARITHMETIC))}")
+    if backend == "reference" and threads not in (None, 1):
         raise ValueError(f"threads={threads!r}: the reference runs on one thread")
     if weights not in ("auto", "quantized", "float32"):
         raise ValueError(f"weights={weights!r}: expected 'auto', 'quantized' or 'float32'")
-    if weights == "float32" and arithmetic == "q8":
-        raise ValueError("weights='float32' leaves no quantized weights to compute 'q8' with")
+    if weights == "float32" and (arithmetic == "q8" or backend == "kernels"):
+        raise ValueError("weights='float32' is for the reference in exact arithmetic")
     file = open_gguf(BUILT_IN if path is None else path)
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
-    hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
-    matrices = weights_from_gguf(file, config, _dequantized if hold else _as_it_is)
+    if backend == "kernels":
+        for layer in config.layers:
+            if layer.head_dim % 16:
+                raise ValueError(f"{file.path}: heads of {layer.head_dim} in layer {layer.index}; the kernels take multiples of 16, "
+                                 "backend='reference' (--backend reference) takes any")
+        functions = kernel_backend(arithmetic, prepare_threads(threads))
+        need = needed(file, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type)
+        refuse_unless_it_fits(need, available(), file.path)
+    else:
+        hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
+        functions = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix)
+    with functions.running():
+        matrices = weights_from_gguf(file, config, _told(functions.prepare, file, begin))
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
-    return Model(file, config, matrices, tokenizer, reference.backend(arithmetic))
+    return Model(file, config, matrices, tokenizer, functions)
+
+
+def prepare_threads(threads: int | None) -> int:
+    """How many threads the kernels will run on. Raises ValueError for more than there can be."""
+    from refimpl.kernels.threads import prepare
+
+    return prepare(threads)
+
+
+def _told(prepare: Callable[[Matrix], object], file: GGUFFile,
+          begin: Callable[[int], Callable[[int], None]]) -> Callable[[str, Matrix], object]:
+    """`prepare` for one matrix after the other: tells of the bytes done, and lets go of the file's pages now and then."""
+    step, since = begin(file.n_bytes), 0
+
+    def prepare_and_tell(name: str, matrix: Matrix) -> object:
+        nonlocal since
+        held = prepare(matrix)
+        step(matrix.raw.nbytes)
+        since += matrix.raw.nbytes
+        if since > RELEASE_EVERY:
+            file.release_all()
+            since = 0
+        return held
+    return prepare_and_tell
 
 
 def float32_bytes(file: GGUFFile) -> int:
     """What all weights would take as float32."""
     return sum(4 * info.n_bytes // BLOCKS[info.type].n_bytes * BLOCKS[info.type].elements for info in file.tensors.values())
-
-
-def _as_it_is(name: str, matrix: Matrix) -> Matrix:
-    return matrix
-
-
-def _dequantized(name: str, matrix: Matrix) -> Matrix:
-    return matrix.dequantized()

@@ -16,6 +16,7 @@ Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.m
 dimensions, nested arrays, bool bytes, upper bounds), the reason stands at the check.
 """
 
+import contextlib
 import math
 import mmap
 import os
@@ -166,6 +167,13 @@ class GGUFFile:
                 mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
             except OSError:
                 pass                                            # a hint: where it is refused, nothing is lost
+
+    def release_all(self) -> None:
+        """The same for everything in the file."""
+        for part in self._open_parts():
+            if hasattr(part.mapping, "madvise"):
+                with contextlib.suppress(OSError):
+                    part.mapping.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Lets go of the files. Views from `raw` stay valid; the last of them takes the mapping with it."""

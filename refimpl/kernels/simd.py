@@ -2,173 +2,48 @@
 
 Every word is defined by its NumPy body, which is its meaning: a kernel called as plain Python runs on these bodies (slowly, with every
 access checked against the array it points into). In a kernel compiled by Numba each word becomes a few instructions, chosen for the
-instruction set named by `ISA`:
+instruction set `ISA` (words.py). All bodies of a word give the same bits. Integers are exact, every float word is correctly rounded IEEE
+arithmetic lane by lane, and a multiply-add is fused only where `fma` is written.
 
-    avx512     512-bit registers, `vpdpbusd` (AVX-512 VNNI)
-    avx2       256-bit registers, `vpmaddubsw` and `vpmaddwd`
-    portable   plain vector IR, whatever the machine makes of it
-
-All bodies of a word give the same bits. Integers are exact, every float word is one correctly rounded IEEE operation per lane, and a
-multiply-add is fused only where `fma` is written. `REFIMPL_ISA` forces a lower instruction set; it is read at import.
-
-A vector is one of three types. `U8x64` holds 64 bytes: 16 lanes of 4. `I32x16` and `F32x16` hold 16 lanes. A lane is a row of the
-weight matrix throughout, so there is never a sum across lanes.
+A vector is one of three types. `U8x64` holds 64 bytes: 16 lanes of 4. `I32x16` and `F32x16` hold 16 lanes.
 """
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.core.datamodel.models import PrimitiveModel
+from numba.core import types
 from numba.core.typing import signature
-from numba.extending import lower_builtin, register_model, type_callable
+from numba.extending import lower_builtin, type_callable
 
-LANES = 16
-BYTE, SHORT, INT, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
-ORDER = ("portable", "avx2", "avx512")
-NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vnni"), "avx2": ("avx2", "fma", "f16c"), "portable": ()}
-TARGETS = {"avx2": ("x86-64-v3", "+avx2,+fma,+f16c"), "portable": ("x86-64", "")}      # what LLVM may use under a forced set
-
-
-def best_isa(features) -> str:
-    """The highest instruction set whose needs are among the host's features (LLVM's names -> bool)."""
-    return next(isa for isa in reversed(ORDER) if all(features.get(need, False) for need in NEEDS[isa]))
-
-
-def chosen_isa(wanted: str | None, best: str) -> str:
-    """`wanted` (REFIMPL_ISA), or the best. Raises ValueError for a name there is none of, or one this machine cannot run."""
-    if not wanted:
-        return best
-    if wanted not in ORDER:
-        raise ValueError(f"REFIMPL_ISA={wanted}: expected one of {', '.join(reversed(ORDER))}")
-    if ORDER.index(wanted) > ORDER.index(best):
-        raise ValueError(f"REFIMPL_ISA={wanted}: this machine has {best} at most")
-    return wanted
-
-
-BEST = best_isa(llvm.get_host_cpu_features())
-ISA = chosen_isa(os.environ.get("REFIMPL_ISA"), BEST)
-if ISA != BEST and llvm.get_process_triple().startswith("x86_64"):
-    # so that nothing around the words uses more than the forced set either
-    numba.config.CPU_NAME, numba.config.CPU_FEATURES = TARGETS[ISA]
-
-
-# ---- types
-
-class Vector(types.Type):
-    """A value in vector registers."""
-
-    def __init__(self, name: str, element: ir.Type, lanes: int):
-        self.llvm = ir.VectorType(element, lanes)
-        super().__init__(name)
-
-
-@register_model(Vector)
-class _VectorModel(PrimitiveModel):
-    def __init__(self, manager, vector):
-        super().__init__(manager, vector, vector.llvm)
-
-
-U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
-Address = types.CPointer(types.uint8)
-F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside of words only
-
-
-class Pointer:
-    """An address in plain Python: an array's bytes and a place in them. Reading or writing outside of them raises IndexError."""
-
-    def __init__(self, data: np.ndarray, offset: int):
-        self.data, self.offset = data, offset
-
-    def span(self, n_bytes: int) -> np.ndarray:
-        """The next `n_bytes` bytes, as a view."""
-        if not 0 <= self.offset <= len(self.data) - n_bytes:
-            raise IndexError(f"bytes {self.offset} to {self.offset + n_bytes} of an array of {len(self.data)}")
-        return self.data[self.offset:self.offset + n_bytes]
-
-
-# ---- defining words
-
-@dataclass(frozen=True)
-class Word:
-    """A word: its meaning, its types, and which instruction sets have a body of their own."""
-
-    meaning: Callable
-    result: types.Type
-    parameters: tuple[types.Type, ...]
-    bodies: dict[str, Callable]
-
-
-WORDS: dict[str, Word] = {}
-
-
-def word(result: types.Type, *parameters: types.Type, **bodies: Callable):
-    """Makes a word of a NumPy function. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each instruction set."""
-
-    def define(meaning: Callable) -> Callable:
-        emit = bodies.get(ISA) or bodies["every"]
-        takes = signature(result, *parameters)
-
-        @type_callable(meaning)
-        def typing(context):        # Numba reads the number of parameters off the function
-            return (lambda: takes, lambda a: takes, lambda a, b: takes, lambda a, b, c: takes)[len(parameters)]
-
-        @lower_builtin(meaning, *parameters)
-        def lowering(context, builder, sig, args):
-            value = emit(builder, *args)
-            return context.get_dummy_value() if value is None else value
-
-        WORDS[meaning.__name__] = Word(meaning, result, parameters, bodies)
-        return meaning
-    return define
-
-
-def _call(builder, name: str, result: ir.Type, *args):
-    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name), args)
-
-
-def _splat(builder, scalar, lanes: int = LANES):
-    vector = ir.VectorType(scalar.type, lanes)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, INT(0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
-
-
-def _lanes(value: int) -> ir.Constant:
-    """The same int32 in every lane."""
-    return ir.Constant(I32x16.llvm, [value] * LANES)
-
-
-def _load(builder, pointer, vector: ir.Type):
-    return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
-
-
-def _store(builder, pointer, value):
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)
-
-
-def _part(builder, v, first: int, n: int):
-    return builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), ir.Constant(ir.VectorType(INT, n), list(range(first, first + n))))
-
-
-def _join(builder, a, b):
-    n = a.type.count
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, 2 * n), list(range(2 * n))))
-
-
-def _by_halves(builder, emit: Callable, *vectors):
-    """Runs an emitter on the lower and the upper half of every vector and joins the results."""
-    return _join(builder, *(emit(*(_part(builder, v, side * v.type.count // 2, v.type.count // 2) for v in vectors)) for side in (0, 1)))
-
+from refimpl.kernels.words import (
+    BYTE,
+    FLOAT,
+    HALF,
+    INT,
+    LANES,
+    SHORT,
+    Address,
+    F32x16,
+    F64x16,
+    I32x16,
+    I64x16,
+    Pointer,
+    U8x64,
+    by_halves,
+    call,
+    lanes,
+    load,
+    part,
+    splat,
+    store,
+    word,
+)
 
 # ---- memory
 
 def address(array: np.ndarray) -> Pointer:
-    """Where a contiguous array's bytes begin. Take it before a parallel loop: a slice inside one counts references across threads."""
+    """Where a contiguous array's bytes begin. Numba frees an array behind the last line that names it, so take the address where it is
+    used, in the body of a parallel loop too. (A slice there would count references across threads, this does not.)
+    """
     return Pointer(array.reshape(-1).view(np.uint8), 0)
 
 
@@ -188,32 +63,35 @@ def at(pointer, n_bytes):
     return Pointer(pointer.data, pointer.offset + n_bytes)
 
 
-@word(U8x64, Address, every=lambda builder, pointer: _load(builder, pointer, U8x64.llvm))
+@word(U8x64, Address, every=lambda builder, pointer: load(builder, pointer, U8x64.llvm))
 def load_u8(pointer):
     """64 bytes."""
     return pointer.span(64).copy()
 
 
-@word(F32x16, Address, every=lambda builder, pointer: _load(builder, pointer, F32x16.llvm))
+@word(F32x16, Address, every=lambda builder, pointer: load(builder, pointer, F32x16.llvm))
 def load_f32(pointer):
     """16 float32."""
     return pointer.span(64).copy().view(np.float32)
 
 
 def _half_hardware(builder, pointer):
-    return builder.fpext(_load(builder, pointer, ir.VectorType(HALF, LANES)), F32x16.llvm)
+    return builder.fpext(load(builder, pointer, ir.VectorType(HALF, LANES)), F32x16.llvm)
+
+
+def _half_from_bits(builder, h):
+    """In integers (without F16C LLVM would call a library that need not be there): moves the fields, mends the exponent by a product."""
+    magnitude = builder.and_(h, lanes(0x7FFF))
+    moved = builder.shl(magnitude, lanes(13))
+    number = builder.bitcast(builder.fmul(builder.bitcast(moved, F32x16.llvm), ir.Constant(F32x16.llvm, [2.0 ** 112] * LANES)), I32x16.llvm)
+    not_finite = builder.icmp_signed(">=", magnitude, lanes(0x7C00))
+    value = builder.select(not_finite, builder.or_(moved, lanes(0x7F800000)), number)
+    sign = builder.shl(builder.and_(h, lanes(0x8000)), lanes(16))
+    return builder.bitcast(builder.or_(value, sign), F32x16.llvm)
 
 
 def _half_portable(builder, pointer):
-    """In integers (without F16C LLVM would call a library that need not be there): moves the fields, mends the exponent by a product."""
-    h = builder.zext(_load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm)
-    magnitude = builder.and_(h, _lanes(0x7FFF))
-    moved = builder.shl(magnitude, _lanes(13))
-    number = builder.bitcast(builder.fmul(builder.bitcast(moved, F32x16.llvm), ir.Constant(F32x16.llvm, [2.0 ** 112] * LANES)), I32x16.llvm)
-    not_finite = builder.icmp_signed(">=", magnitude, _lanes(0x7C00))
-    value = builder.select(not_finite, builder.or_(moved, _lanes(0x7F800000)), number)
-    sign = builder.shl(builder.and_(h, _lanes(0x8000)), _lanes(16))
-    return builder.bitcast(builder.or_(value, sign), F32x16.llvm)
+    return _half_from_bits(builder, builder.zext(load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm))
 
 
 @word(F32x16, Address, avx512=_half_hardware, avx2=_half_hardware, portable=_half_portable)
@@ -222,34 +100,139 @@ def load_f16(pointer):
     return pointer.span(32).copy().view(np.float16).astype(np.float32)
 
 
-@word(I32x16, Address, every=lambda builder, pointer: builder.zext(_load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm))
+@word(I32x16, Address, every=lambda builder, pointer: builder.zext(load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm))
 def load_u8_as_i32(pointer):
     """16 unsigned bytes, each as an int32 lane."""
     return pointer.span(16).astype(np.int32)
 
 
-@word(I32x16, Address, every=lambda builder, pointer: builder.sext(_load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm))
+@word(I32x16, Address, every=lambda builder, pointer: builder.sext(load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm))
 def load_i8_as_i32(pointer):
     """16 signed bytes, each as an int32 lane."""
     return pointer.span(16).view(np.int8).astype(np.int32)
 
 
-@word(types.void, Address, F32x16, every=_store)
+@word(types.void, Address, F32x16, every=store)
 def store_f32(pointer, v):
     """Writes 16 float32."""
     pointer.span(64)[:] = v.view(np.uint8)
 
 
-@word(types.void, Address, I32x16, every=_store)
+@word(types.void, Address, I32x16, every=store)
 def store_i32(pointer, v):
     """Writes 16 int32."""
     pointer.span(64)[:] = v.view(np.uint8)
 
 
-@word(types.void, Address, U8x64, every=_store)
+@word(types.void, Address, U8x64, every=store)
 def store_u8(pointer, v):
     """Writes 64 bytes."""
     pointer.span(64)[:] = v
+
+
+def _inside(builder, n):
+    """A mask of the first n lanes."""
+    return builder.icmp_signed("<", ir.Constant(I32x16.llvm, list(range(LANES))), splat(builder, builder.trunc(n, INT)))
+
+
+def _load_part(builder, pointer, n):
+    pointer = builder.bitcast(pointer, F32x16.llvm.as_pointer())
+    nothing = ir.Constant(F32x16.llvm, [0.0] * LANES)
+    return call(builder, "llvm.masked.load.v16f32.p0", F32x16.llvm, pointer, INT(1), _inside(builder, n), nothing)
+
+
+def _store_part(builder, pointer, v, n):
+    pointer = builder.bitcast(pointer, F32x16.llvm.as_pointer())
+    call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), v, pointer, INT(1), _inside(builder, n))
+
+
+@word(F32x16, Address, types.intp, every=_load_part)
+def load_f32_part(pointer, n):
+    """n float32 (at most 16), and zeros behind them."""
+    return np.append(pointer.span(4 * n).copy().view(np.float32), np.zeros(LANES - n, np.float32))
+
+
+@word(types.void, Address, F32x16, types.intp, every=_store_part)
+def store_f32_part(pointer, v, n):
+    """Writes the first n lanes (at most 16)."""
+    pointer.span(4 * n)[:] = v[:n].view(np.uint8)
+
+
+def _load_bf16(builder, pointer):
+    raw = builder.zext(load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm)
+    return builder.bitcast(builder.shl(raw, lanes(16)), F32x16.llvm)
+
+
+@word(F32x16, Address, every=_load_bf16)
+def load_bf16(pointer):
+    """16 bfloat16, as float32. Exact."""
+    return (pointer.span(32).copy().view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _to_half_portable(builder, v):
+    """In integers. Above the smallest normal half: round the 13 bits off by adding just under half of them, and one more when odd.
+    Below: adding 0.5 lets the float adder round at the right place."""
+    raw = builder.bitcast(v, I32x16.llvm)
+    magnitude = builder.and_(raw, lanes(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, lanes(13)), lanes(1))
+    normal = builder.lshr(builder.add(builder.add(magnitude, lanes(0xFFF - (112 << 23))), odd), lanes(13))
+    shifted = builder.fadd(builder.bitcast(magnitude, F32x16.llvm), ir.Constant(F32x16.llvm, [0.5] * LANES))
+    small = builder.sub(builder.bitcast(shifted, I32x16.llvm), lanes(0x3F000000))
+    half = builder.select(builder.icmp_signed("<", magnitude, lanes(0x38800000)), small, normal)
+    half = builder.select(builder.icmp_signed(">=", magnitude, lanes(0x477FF000)), lanes(0x7C00), half)
+    half = builder.select(builder.icmp_signed(">", magnitude, lanes(0x7F800000)), lanes(0x7E00), half)
+    sign = builder.lshr(builder.and_(raw, lanes(-0x80000000)), lanes(16))
+    return builder.trunc(builder.or_(half, sign), ir.VectorType(SHORT, LANES))
+
+
+def _to_half_hardware(builder, v):
+    return builder.fptrunc(v, ir.VectorType(HALF, LANES))
+
+
+def _store_half(convert):
+    return lambda builder, pointer, v: store(builder, pointer, convert(builder, v))
+
+
+@word(types.void, Address, F32x16, avx512=_store_half(_to_half_hardware), avx2=_store_half(_to_half_hardware),
+      portable=_store_half(_to_half_portable))
+def store_f16(pointer, v):
+    """Writes 16 float16, rounded to nearest even."""
+    with np.errstate(over="ignore"):
+        pointer.span(32)[:] = v.astype(np.float16).view(np.uint8)
+
+
+@word(types.void, Address, I32x16, every=lambda builder, pointer, v: store(builder, pointer, builder.trunc(v, ir.VectorType(BYTE, LANES))))
+def store_i8(pointer, v):
+    """Writes the low byte of every lane."""
+    pointer.span(16)[:] = v.astype(np.uint32).astype(np.uint8)
+
+
+def _copy(n_bytes: int):
+    kind = ir.IntType(8 * n_bytes)
+    return lambda builder, to, source: store(builder, to, builder.load(builder.bitcast(source, kind.as_pointer()), align=1))
+
+
+@word(types.void, Address, Address, every=_copy(1))
+def copy1(to, source):
+    """Copies a byte."""
+    to.span(1)[:] = source.span(1)
+
+
+@word(types.void, Address, Address, every=_copy(2))
+def copy2(to, source):
+    """Copies 2 bytes."""
+    to.span(2)[:] = source.span(2)
+
+
+@word(types.void, Address, Address, every=_copy(4))
+def copy4(to, source):
+    """Copies 4 bytes."""
+    to.span(4)[:] = source.span(4)
+
+
+@word(types.void, Address, every=lambda builder, pointer: call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, INT(0), INT(2), INT(1)))
+def prefetch(pointer):
+    """Says that this address will be read soon. It need not be a valid one."""
 
 
 # ---- bytes
@@ -266,9 +249,22 @@ def high_nibbles(v):
     return v >> np.uint8(4)
 
 
+def _bytes(builder, byte):
+    """An int64 of 0 to 255 in every byte of an int32 vector."""
+    return splat(builder, builder.mul(builder.trunc(byte, INT), INT(0x01010101)))
+
+
 def _bits(builder, v, shift, mask):
-    shifted = builder.lshr(v, _splat(builder, builder.trunc(shift, BYTE), 64))
-    return builder.and_(shifted, _splat(builder, builder.trunc(mask, BYTE), 64))
+    """By lanes of 32 bits, there is no shift of bytes; the mask takes out what comes over from the next byte."""
+    shifted = builder.lshr(builder.bitcast(v, I32x16.llvm), splat(builder, builder.trunc(shift, INT)))
+    kept = builder.and_(mask, builder.lshr(mask.type(255), shift))
+    return builder.bitcast(builder.and_(shifted, _bytes(builder, kept)), U8x64.llvm)
+
+
+def _or_shifted(builder, a, b, shift):
+    shifted = builder.shl(builder.bitcast(b, I32x16.llvm), splat(builder, builder.trunc(shift, INT)))
+    kept = builder.and_(builder.shl(shift.type(255), shift), shift.type(255))
+    return builder.or_(a, builder.bitcast(builder.and_(shifted, _bytes(builder, kept)), U8x64.llvm))
 
 
 @word(U8x64, U8x64, types.intp, types.intp, every=_bits)
@@ -277,21 +273,44 @@ def bits(v, shift, mask):
     return (v >> np.uint8(shift)) & np.uint8(mask)
 
 
-@word(U8x64, U8x64, U8x64, types.intp,
-      every=lambda builder, a, b, shift: builder.or_(a, builder.shl(b, _splat(builder, builder.trunc(shift, BYTE), 64))))
+@word(U8x64, U8x64, U8x64, types.intp, every=_or_shifted)
 def or_shifted(a, b, shift):
     """a | (b << shift), byte by byte; shift 0 to 7. Bits shifted out are lost."""
     return a | (b << np.uint8(shift)).astype(np.uint8)
 
 
+def _fifth_bits(builder, bits_of_32, group):
+    lane = builder.lshr(builder.bitcast(bits_of_32, I32x16.llvm), splat(builder, builder.shl(builder.trunc(group, INT), INT(2))))
+    spread = builder.mul(builder.and_(lane, lanes(15)), lanes(0x00204081))         # bit j of the four to bit 8 j
+    return builder.bitcast(builder.shl(builder.and_(spread, lanes(0x01010101)), lanes(4)), U8x64.llvm)
+
+
+@word(U8x64, U8x64, types.intp, every=_fifth_bits)
+def fifth_bits(bits_of_32, group):
+    """Byte j of lane r: 16 if bit 4 * group + j of the lane (32 bits, one for each weight of a block) is set, else 0; group 0 to 7."""
+    lane = bits_of_32.view(np.uint32) >> np.uint32(4 * group)
+    return (((lane[:, None] >> np.arange(4, dtype=np.uint32)) & np.uint32(1)) << np.uint32(4)).astype(np.uint8).reshape(64)
+
+
+def _byte_of_lane(builder, v, j):
+    shifted = builder.lshr(builder.bitcast(v, I32x16.llvm), splat(builder, builder.shl(builder.trunc(j, INT), INT(3))))
+    return builder.and_(shifted, lanes(255))
+
+
+@word(I32x16, U8x64, types.intp, every=_byte_of_lane)
+def byte_of_lane(v, j):
+    """Byte j (0 to 3) of every lane, as a number of 0 to 255."""
+    return v.reshape(LANES, 4)[:, j].astype(np.int32)
+
+
 # ---- integer products: 4 weights of each row with the same 4 activations
 
 def _four(builder, activations, lanes: int = LANES):
-    return _splat(builder, _load(builder, activations, INT), lanes)
+    return splat(builder, load(builder, activations, INT), lanes)
 
 
 def _dot4_avx512(builder, total, weights, activations):
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, total, builder.bitcast(weights, I32x16.llvm),
+    return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, total, builder.bitcast(weights, I32x16.llvm),
                  _four(builder, activations))
 
 
@@ -300,9 +319,9 @@ def _dot4_avx2(builder, total, weights, activations):
     ones, words = ir.Constant(ir.VectorType(SHORT, 16), [1] * 16), ir.VectorType(SHORT, 16)
 
     def half(w):
-        pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, w, four)
-        return _call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), pairs, ones)
-    return builder.add(total, _by_halves(builder, half, weights))
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, w, four)
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), pairs, ones)
+    return builder.add(total, by_halves(builder, half, weights))
 
 
 def _dot4_portable(signed: bool):
@@ -342,8 +361,8 @@ def _dot4_signed_avx512(builder, total, weights, activations):
     # vpdpbusd wants one side unsigned: weights + 128, and 128 times the activations' sum is taken off again
     shifted = builder.xor(weights, ir.Constant(U8x64.llvm, [128] * 64))
     four = _four(builder, activations)
-    total = _call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, total, builder.bitcast(shifted, I32x16.llvm), four)
-    excess = _call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, ir.Constant(I32x16.llvm, [0] * LANES),
+    total = call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, total, builder.bitcast(shifted, I32x16.llvm), four)
+    excess = call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, ir.Constant(I32x16.llvm, [0] * LANES),
                    ir.Constant(I32x16.llvm, [-0x7F7F7F80] * LANES), four)          # bytes of 128
     return builder.sub(total, excess)
 
@@ -353,8 +372,8 @@ def _dot4_signed_avx2(builder, total, weights, activations):
     four = builder.sext(builder.bitcast(_four(builder, activations, 4), ir.VectorType(BYTE, 16)), words)
 
     def quarter(w):         # 16 weights: 4 lanes, as 8 sums of pairs
-        return _call(builder, "llvm.x86.avx2.pmadd.wd", ints, builder.sext(w, words), four)
-    pairs = _by_halves(builder, lambda half: _by_halves(builder, quarter, half), weights)
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ints, builder.sext(w, words), four)
+    pairs = by_halves(builder, lambda half: by_halves(builder, quarter, half), weights)
     even, odd = (ir.Constant(I32x16.llvm, list(range(k, 32, 2))) for k in (0, 1))
     nothing = ir.Constant(pairs.type, ir.Undefined)
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
@@ -369,13 +388,13 @@ def dot4_signed(total, weights, activations):
 
 # ---- lanes
 
-@word(I32x16, types.int32, every=_splat)
+@word(I32x16, types.int32, every=splat)
 def splat_i32(x):
     """x in every lane."""
     return np.full(LANES, x, np.int32)
 
 
-@word(F32x16, types.float32, every=_splat)
+@word(F32x16, types.float32, every=splat)
 def splat_f32(x):
     """x in every lane."""
     return np.full(LANES, x, np.float32)
@@ -391,6 +410,59 @@ def add_i32(a, b):
 def mul_i32(a, b):
     """a * b, modulo 2^32."""
     return a * b
+
+
+@word(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.sub(a, b))
+def sub_i32(a, b):
+    """a - b, modulo 2^32."""
+    return a - b
+
+
+@word(I32x16, I32x16, types.intp, every=lambda builder, v, n: builder.shl(v, splat(builder, builder.trunc(n, INT))))
+def shift_left(v, n):
+    """v * 2^n, modulo 2^32; n of 0 to 31."""
+    return (v.view(np.uint32) << np.uint32(n)).view(np.int32)
+
+
+def _field(builder, v, shift, mask):
+    return builder.and_(builder.lshr(v, splat(builder, builder.trunc(shift, INT))), splat(builder, builder.trunc(mask, INT)))
+
+
+@word(I32x16, I32x16, types.intp, types.intp, every=_field)
+def field_i32(v, shift, mask):
+    """(v >> shift) & mask for every lane, read as unsigned; shift 0 to 31."""
+    return ((v.view(np.uint32) >> np.uint32(shift)) & np.uint32(mask)).view(np.int32)
+
+
+def _signed_byte(builder, v):
+    return builder.ashr(builder.shl(v, lanes(24)), lanes(24))
+
+
+@word(I32x16, I32x16, every=_signed_byte)
+def signed_byte(v):
+    """The low byte of every lane, read as int8."""
+    return v.astype(np.uint32).astype(np.uint8).view(np.int8).astype(np.int32)
+
+
+def _folded(emit):
+    def tree(builder, v):
+        while v.type.count > 2:
+            half = v.type.count // 2
+            v = emit(builder, part(builder, v, 0, half), part(builder, v, half, half))
+        return emit(builder, builder.extract_element(v, INT(0)), builder.extract_element(v, INT(1)))
+    return tree
+
+
+def _fold(v, combine):
+    while len(v) > 1:
+        v = combine(v[:len(v) // 2], v[len(v) // 2:])
+    return v[0]
+
+
+@word(types.int32, I32x16, every=_folded(lambda builder, a, b: builder.add(a, b)))
+def sum_i32(v):
+    """The sum of all lanes, modulo 2^32."""
+    return np.int32(_fold(v, np.add))
 
 
 @word(F32x16, I32x16, every=lambda builder, v: builder.sitofp(v, F32x16.llvm))
@@ -412,7 +484,7 @@ def mul_f32(a, b):
 
 
 def _fma_hardware(builder, a, b, c):
-    return _call(builder, "llvm.fma.v16f32", F32x16.llvm, a, b, c)
+    return call(builder, "llvm.fma.v16f32", F32x16.llvm, a, b, c)
 
 
 def _fma_portable(builder, a, b, c):
@@ -426,9 +498,9 @@ def _fma_portable(builder, a, b, c):
     total = builder.fadd(product, c)
     raw = builder.bitcast(total, I64x16)
     low = builder.trunc(raw, I32x16.llvm)
-    high = builder.and_(builder.trunc(builder.lshr(raw, ir.Constant(I64x16, [32] * LANES)), I32x16.llvm), _lanes(0x7FFFFFFF))
-    halfway = builder.icmp_signed("==", builder.and_(low, _lanes(0x1FFFFFFF)), _lanes(0x10000000))
-    tiny = builder.icmp_unsigned("<", builder.sub(high, _lanes(1)), _lanes((897 << 20) - 1))       # below 2^-126, but not 0
+    high = builder.and_(builder.trunc(builder.lshr(raw, ir.Constant(I64x16, [32] * LANES)), I32x16.llvm), lanes(0x7FFFFFFF))
+    halfway = builder.icmp_signed("==", builder.and_(low, lanes(0x1FFFFFFF)), lanes(0x10000000))
+    tiny = builder.icmp_unsigned("<", builder.sub(high, lanes(1)), lanes((897 << 20) - 1))       # below 2^-126, but not 0
     special = builder.bitcast(builder.or_(halfway, tiny), ir.IntType(LANES))
     short = builder.block
     with builder.if_then(builder.icmp_unsigned("!=", special, ir.IntType(LANES)(0)), likely=False):
@@ -470,3 +542,122 @@ def fma(a, b, c):
         even = (total.view(np.int64) & 1) == 0
         to_odd = np.isfinite(total) & (error != 0) & even
         return np.where(to_odd, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(np.float32)
+
+
+@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fsub(a, b))
+def sub_f32(a, b):
+    """a - b."""
+    return a - b
+
+
+@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fdiv(a, b))
+def div_f32(a, b):
+    """a / b."""
+    with np.errstate(all="ignore"):
+        return a / b
+
+
+@word(F32x16, F32x16, every=lambda builder, v: call(builder, "llvm.sqrt.v16f32", F32x16.llvm, v))
+def sqrt_f32(v):
+    """The square root."""
+    with np.errstate(all="ignore"):
+        return np.sqrt(v)
+
+
+@word(F32x16, F32x16, every=lambda builder, v: builder.bitcast(builder.and_(builder.bitcast(v, I32x16.llvm), lanes(0x7FFFFFFF)), v.type))
+def abs_f32(v):
+    """The magnitude."""
+    return np.abs(v)
+
+
+def _where_less(builder, a, b, x, y):
+    return builder.select(builder.fcmp_ordered("<", a, b), x, y)
+
+
+@word(F32x16, F32x16, F32x16, F32x16, F32x16, every=_where_less)
+def where_less(a, b, x, y):
+    """x where a < b, y elsewhere (so too where a or b is no number)."""
+    return np.where(a < b, x, y)
+
+
+@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: _where_less(builder, a, b, b, a))
+def max_f32(a, b):
+    """b where a < b, else a."""
+    return np.where(a < b, b, a)
+
+
+@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: _where_less(builder, b, a, b, a))
+def min_f32(a, b):
+    """b where b < a, else a."""
+    return np.where(b < a, b, a)
+
+
+def _round_to_i32(builder, v):
+    """Adding 1.5 * 2^23 leaves no room for a fraction: the adder rounds it off."""
+    magic = ir.Constant(F32x16.llvm, [12582912.0] * LANES)
+    return builder.fptosi(builder.fsub(builder.fadd(v, magic), magic), I32x16.llvm)
+
+
+@word(I32x16, F32x16, every=_round_to_i32)
+def round_to_i32(v):
+    """The nearest integer, halves to even; |v| at most 2^22."""
+    return np.rint(v).astype(np.int32)
+
+
+def _power_of_two(builder, n):
+    return builder.bitcast(builder.shl(builder.add(n, lanes(127)), lanes(23)), F32x16.llvm)
+
+
+@word(F32x16, I32x16, every=_power_of_two)
+def power_of_two(n):
+    """2^n for n of -126 to 127; 0 for -127 and infinite for 128."""
+    return ((n + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+def _half_and_back(builder, v):
+    return builder.fpext(_to_half_hardware(builder, v), F32x16.llvm)
+
+
+def _half_and_back_portable(builder, v):
+    return _half_from_bits(builder, builder.zext(_to_half_portable(builder, v), I32x16.llvm))
+
+
+@word(F32x16, F32x16, avx512=_half_and_back, avx2=_half_and_back, portable=_half_and_back_portable)
+def round_f16(v):
+    """Rounded to float16, nearest even; still held as float32."""
+    with np.errstate(over="ignore"):
+        return v.astype(np.float16).astype(np.float32)
+
+
+@word(types.float32, F32x16, every=_folded(lambda builder, a, b: builder.fadd(a, b)))
+def sum_f32(v):
+    """The sum of all lanes: first lane i + lane i + 8 for every i below 8, then of those i + 4, and so on."""
+    return np.float32(_fold(v, np.add))
+
+
+def _larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered("<", a, b), b, a)
+
+
+@word(types.float32, F32x16, every=_folded(_larger))
+def largest_f32(v):
+    """The largest of all lanes (in the order of `sum_f32`, with `max_f32`)."""
+    return np.float32(_fold(v, lambda a, b: np.where(a < b, b, a)))
+
+
+def _add_pairs(builder, a, b):
+    even, odd = (ir.Constant(I32x16.llvm, list(range(k, 2 * LANES, 2))) for k in (0, 1))
+    return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
+
+
+@word(F32x16, F32x16, F32x16, every=_add_pairs)
+def add_pairs(a, b):
+    """The sums of neighbours: of lanes 2i and 2i + 1 of a, then of b. Four rounds of it turn 16 vectors into the vector of their sums."""
+    both = np.append(a, b)
+    return both[0::2] + both[1::2]
+
+
+@word(F32x16, Address, every=lambda builder, pointer: splat(builder, load(builder, pointer, FLOAT)))
+def splat_from(pointer):
+    """One float32 in memory, in every lane."""
+    return np.full(LANES, pointer.span(4).view(np.float32)[0])

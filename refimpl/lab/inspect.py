@@ -38,7 +38,7 @@ def _memory(file: GGUFFile, config: Config, n_ctx: int) -> dict[str, object]:
     held = float32_bytes(file)
     mapped = held >= KEEP_FLOAT32_BELOW
     return {"n_ctx": n_ctx, "weights": "quantized, in the mapped file" if mapped else "float32",
-            "weight_bytes": file.n_bytes if mapped else held, "kv_bytes": cache_bytes(config, n_ctx, CHUNK)}
+            "weight_bytes": file.n_bytes if mapped else held, "kv_bytes": cache_bytes(config, n_ctx, CHUNK, np.float32)}
 
 
 def _layer(config: Config, i: int) -> dict[str, object]:

@@ -59,7 +59,9 @@ def config_of(name: str, n_layer: int | None = None) -> dict[str, object]:
     if not 2 <= n_layer <= whole:
         raise ValueError(f"{n_layer} layers: {name} can have 2 to {whole}")
     kinds = [FULL if i % (n_sliding + 1) == n_sliding or i == n_layer - 1 else SLIDING for i in range(n_layer)]
-    n_shared = min(settings["num_kv_shared_layers"] * n_layer // whole, n_layer - 1 - kinds.index(FULL))
+    # about the same share of layers without keys of their own, and a full layer the last that has them: llama.cpp counts on that
+    n_own = n_layer - settings["num_kv_shared_layers"] * n_layer // whole
+    n_shared = n_layer - min(n_layer, -(-n_own // (n_sliding + 1)) * (n_sliding + 1))
     full = {"head_dim": 512, "num_key_value_heads": n_kv_full}
     return settings | dict(layer_types=kinds, num_kv_shared_layers=n_shared,
                            per_layer_config={i: full for i, kind in enumerate(kinds) if kind == FULL})

@@ -14,13 +14,13 @@ class ContextFull(Exception):
 
 
 class LayerCache:
-    """Keys and values of one layer, float32 (slots, K, H) each. Position p lies in slot p % slots.
+    """Keys and values of one layer, (slots, K, H) each, of the type `dtype`. Position p lies in slot p % slots.
 
     `window` is the layer's sliding window, None for a layer that keeps everything (there, slot = position).
     """
 
-    def __init__(self, n_kv: int, head_dim: int, n_slots: int, window: int | None):
-        self.k_SKH = np.empty((n_slots, n_kv, head_dim), np.float32)
+    def __init__(self, n_kv: int, head_dim: int, n_slots: int, window: int | None, dtype: np.dtype):
+        self.k_SKH = np.empty((n_slots, n_kv, head_dim), dtype)
         self.v_SKH = np.empty_like(self.k_SKH)
         self.window = window
 
@@ -34,25 +34,18 @@ class LayerCache:
         """Memory held."""
         return self.k_SKH.nbytes + self.v_SKH.nbytes
 
-    def first_in_sight(self, pos: int) -> int:
-        """The earliest position that a query at `pos` sees."""
-        return 0 if self.window is None else max(0, pos - self.window + 1)
+    def first_in_sight(self, pos):
+        """The earliest position that a query at `pos` sees: of one position, or an array of them."""
+        return np.zeros_like(pos) if self.window is None else np.maximum(0, pos - self.window + 1)
 
     def write(self, pos: int, k_TKH: np.ndarray, v_TKH: np.ndarray):
         """Stores the keys and values of positions pos, pos + 1, ..."""
         slots = (pos + np.arange(len(k_TKH))) % self.n_slots
         self.k_SKH[slots], self.v_SKH[slots] = k_TKH, v_TKH
 
-    def read(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of positions first..end-1, in order: a view, or a copy where the ring wraps between them."""
-        lo, hi = first % self.n_slots, (end - 1) % self.n_slots + 1
-        if lo < hi:
-            return self.k_SKH[lo:hi], self.v_SKH[lo:hi]
-        return np.concatenate([self.k_SKH[lo:], self.k_SKH[:hi]]), np.concatenate([self.v_SKH[lo:], self.v_SKH[:hi]])
-
     def grow(self, n_slots: int):
         """Makes room for more positions, in a layer that keeps everything."""
-        self.k_SKH, self.v_SKH = (np.concatenate([old, np.empty((n_slots - len(old), *old.shape[1:]), np.float32)])
+        self.k_SKH, self.v_SKH = (np.concatenate([old, np.empty((n_slots - len(old), *old.shape[1:]), old.dtype)])
                                   for old in (self.k_SKH, self.v_SKH))
 
 
@@ -63,11 +56,11 @@ class Cache:
     key that is still in sight.
     """
 
-    def __init__(self, config: Config, n_ctx: int, max_rows: int):
+    def __init__(self, config: Config, n_ctx: int, max_rows: int, dtype: np.dtype):
         self.n_ctx, self.max_rows, self.length = n_ctx, max_rows, 0
         self._written = 0                      # highest position ever written, plus 1
         self.layers = {
-            spec.index: LayerCache(spec.n_kv, spec.head_dim, min(n_ctx, (spec.window or 0) + max_rows), spec.window)
+            spec.index: LayerCache(spec.n_kv, spec.head_dim, min(n_ctx, (spec.window or 0) + max_rows), spec.window, dtype)
             for spec in config.layers if spec.has_own_kv}
 
     @property
@@ -103,7 +96,8 @@ class Cache:
         self.length = length
 
 
-def cache_bytes(config: Config, n_ctx: int, max_rows: int) -> int:
+def cache_bytes(config: Config, n_ctx: int, max_rows: int, dtype: np.dtype) -> int:
     """Memory that a full cache of `n_ctx` positions will hold."""
-    return sum(8 * spec.n_kv * spec.head_dim * (n_ctx if spec.window is None else min(n_ctx, spec.window + max_rows))
+    size = 2 * np.dtype(dtype).itemsize
+    return sum(size * spec.n_kv * spec.head_dim * (n_ctx if spec.window is None else min(n_ctx, spec.window + max_rows))
                for spec in config.layers if spec.has_own_kv)

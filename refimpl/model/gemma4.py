@@ -12,7 +12,7 @@ How it differs from a plain transformer:
 - the 26B-A4B adds 8 of 128 experts to a dense feed-forward network, chosen by a router that reads the residual stream itself;
 - logits go through a soft cap.
 
-`backend` has the few functions that cost time (`matmul`, `attend`, `run_experts`). `tap(name, array)` is called with every value
+`backend` (backend.py) has the functions that cost time. `tap(name, array)` is called with every value
 that has a name, in llama.cpp's naming, so that engines can be compared value by value.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from refimpl.model.backend import Backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import Config
 from refimpl.model.weights import (
@@ -32,8 +33,7 @@ from refimpl.model.weights import (
     SharedKv,
     Weights,
 )
-from refimpl.reference.moe import choose
-from refimpl.reference.ops import gelu, rms_norm, rms_normalise, rope_angles, rotate, softcap
+from refimpl.reference.ops import rope_angles
 
 Tap = Callable[[str, np.ndarray], None]
 
@@ -42,7 +42,7 @@ def no_tap(name: str, value: np.ndarray):
     """Looks at nothing."""
 
 
-def forward(config: Config, weights: Weights, backend, ids_T: np.ndarray, cache: Cache, tap: Tap = no_tap) -> np.ndarray:
+def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarray, cache: Cache, tap: Tap = no_tap) -> np.ndarray:
     """Runs tokens at positions cache.length, cache.length + 1, ... Returns the final normed state, float32 (T, D).
 
     Writes their keys and values into the cache but does not commit them: the caller does, with `cache.advance`. `head` turns the
@@ -60,15 +60,15 @@ def forward(config: Config, weights: Weights, backend, ids_T: np.ndarray, cache:
     for layer in weights.layers:
         x_TD = run_layer(config, layer, backend, x_TD, per_layer_TLP, angles[layer.spec.kind], pos_T, cache, tap)
         tap(f"l_out-{layer.spec.index}", x_TD)
-    x_TD = rms_norm(x_TD, weights.norm_D, config.norm_eps)
+    x_TD = backend.rms_norm(x_TD, weights.norm_D, config.norm_eps)
     tap("result_norm", x_TD)
     return x_TD
 
 
-def head(config: Config, weights: Weights, backend, x_TD: np.ndarray) -> np.ndarray:
+def head(config: Config, weights: Weights, backend: Backend, x_TD: np.ndarray) -> np.ndarray:
     """Logits of normed states, float32 (T, V)."""
     logit_TV = backend.matmul(x_TD, weights.head_VD)
-    return logit_TV if config.softcap is None else softcap(logit_TV, config.softcap)
+    return logit_TV if config.softcap is None else backend.softcap(logit_TV, config.softcap)
 
 
 def embed(config: Config, weights: Weights, ids_T: np.ndarray) -> np.ndarray:
@@ -76,30 +76,31 @@ def embed(config: Config, weights: Weights, ids_T: np.ndarray) -> np.ndarray:
     return weights.embedding_VD.take(ids_T) * np.float32(config.n_embd ** 0.5)
 
 
-def per_layer_inputs(config: Config, ple: PerLayerEmbedding, backend, ids_T: np.ndarray, x_TD: np.ndarray) -> np.ndarray:
+def per_layer_inputs(config: Config, ple: PerLayerEmbedding, backend: Backend, ids_T: np.ndarray, x_TD: np.ndarray) -> np.ndarray:
     """What every layer is told about each token, (T, L, P): half from a table of its own, half from the embedding."""
     shape = (len(ids_T), config.n_layer, config.n_ple)
     from_table = ple.table_VLP.take(ids_T).reshape(shape) * np.float32(config.n_ple ** 0.5)
     projected = backend.matmul(x_TD, ple.projection_LPD).reshape(shape) * np.float32(config.n_embd ** -0.5)
-    return (rms_norm(projected, ple.norm_P, config.norm_eps) + from_table) * np.float32(2 ** -0.5)
+    return (backend.rms_norm(projected, ple.norm_P, config.norm_eps) + from_table) * np.float32(2 ** -0.5)
 
 
-def run_layer(config, layer: LayerWeights, backend, x_TD, per_layer_TLP, angles, pos_T, cache: Cache, tap: Tap) -> np.ndarray:
+def run_layer(config, layer: LayerWeights, backend: Backend, x_TD, per_layer_TLP, angles, pos_T, cache: Cache,
+              tap: Tap) -> np.ndarray:
     """One layer: attention, feed-forward, per-layer input, scale. transformers: Gemma4TextDecoderLayer."""
     i, eps = layer.spec.index, config.norm_eps
-    normed_TD = rms_norm(x_TD, layer.attention.norm_before_D, eps)
+    normed_TD = backend.rms_norm(x_TD, layer.attention.norm_before_D, eps)
     tap(f"attn_norm-{i}", normed_TD)
     attended_TD = attention(layer.spec, layer.attention, backend, normed_TD, angles, pos_T, cache, eps, tap)
-    x_TD = x_TD + rms_norm(attended_TD, layer.attention.norm_after_D, eps)
+    x_TD = x_TD + backend.rms_norm(attended_TD, layer.attention.norm_after_D, eps)
     tap(f"attn_out-{i}", x_TD)
 
-    normed_TD = rms_norm(x_TD, layer.norm_before_ffn_D, eps)
+    normed_TD = backend.rms_norm(x_TD, layer.norm_before_ffn_D, eps)
     if isinstance(layer.ffn, MoeWeights):
         y_TD = moe_ffn(layer, layer.ffn, backend, x_TD, normed_TD, eps, tap)
     else:
         y_TD = dense_ffn(layer.ffn, backend, normed_TD)
     tap(f"ffn_out-{i}", y_TD)
-    x_TD = x_TD + rms_norm(y_TD, layer.norm_after_ffn_D, eps)
+    x_TD = x_TD + backend.rms_norm(y_TD, layer.norm_after_ffn_D, eps)
 
     if isinstance(layer.per_layer, PerLayerWeights):
         x_TD = x_TD + per_layer_branch(layer.per_layer, backend, x_TD, per_layer_TLP[:, i], eps)
@@ -107,58 +108,56 @@ def run_layer(config, layer: LayerWeights, backend, x_TD, per_layer_TLP, angles,
     return x_TD * layer.output_scale
 
 
-def attention(spec, w: AttentionWeights, backend, x_TD, angles, pos_T, cache: Cache, eps: float, tap: Tap) -> np.ndarray:
+def attention(spec, w: AttentionWeights, backend: Backend, x_TD, angles, pos_T, cache: Cache, eps: float,
+              tap: Tap) -> np.ndarray:
     """Projects, normalises, rotates, remembers, attends. transformers: Gemma4TextAttention."""
     i, n_tok = spec.index, len(x_TD)
     q_TNH = backend.matmul(x_TD, w.query_AD).reshape(n_tok, spec.n_head, spec.head_dim)
-    q_TNH = rotate(rms_norm(q_TNH, w.query_norm_H, eps), *angles)
+    q_TNH = backend.rotate(backend.rms_norm(q_TNH, w.query_norm_H, eps), *angles)
     tap(f"Qcur_pos-{i}", q_TNH)
     if not isinstance(w.kv, SharedKv):
         k_TKH = backend.matmul(x_TD, w.kv.key_OD).reshape(n_tok, spec.n_kv, spec.head_dim)
         v_TKH = k_TKH if spec.values_are_keys else backend.matmul(x_TD, w.kv.value_OD).reshape(k_TKH.shape)
-        k_TKH = rotate(rms_norm(k_TKH, w.kv.key_norm_H, eps), *angles)
-        v_TKH = rms_normalise(v_TKH, eps)
+        k_TKH = backend.rotate(backend.rms_norm(k_TKH, w.kv.key_norm_H, eps), *angles)
+        v_TKH = backend.rms_normalise(v_TKH, eps)
         tap(f"Kcur_pos-{i}", k_TKH)
         tap(f"Vcur_normed-{i}", v_TKH)
         cache.layers[i].write(pos_T[0], k_TKH, v_TKH)
     kept = cache.layers[spec.kv_from]
-    first = kept.first_in_sight(pos_T[0])
-    k_SKH, v_SKH = kept.read(first, pos_T[-1] + 1)
-    first_T = np.array([kept.first_in_sight(pos) for pos in pos_T]) - first
-    out_TNH = backend.attend(q_TNH, k_SKH, v_SKH, first_T, pos_T + 1 - first)
+    out_TNH = backend.attend(q_TNH, kept.k_SKH, kept.v_SKH, kept.first_in_sight(pos_T), pos_T + 1)
     return backend.matmul(out_TNH.reshape(n_tok, -1), w.output_DA)
 
 
-def dense_ffn(w: DenseWeights, backend, x_TD: np.ndarray) -> np.ndarray:
+def dense_ffn(w: DenseWeights, backend: Backend, x_TD: np.ndarray) -> np.ndarray:
     """down(gelu(gate(x)) * up(x)). transformers: Gemma4TextMLP."""
-    return backend.matmul(gelu(backend.matmul(x_TD, w.gate_FD)) * backend.matmul(x_TD, w.up_FD), w.down_DF)
+    return backend.matmul(backend.gated(backend.matmul(x_TD, w.gate_FD), backend.matmul(x_TD, w.up_FD)), w.down_DF)
 
 
-def moe_ffn(layer: LayerWeights, w: MoeWeights, backend, x_TD, normed_TD, eps: float, tap: Tap) -> np.ndarray:
+def moe_ffn(layer: LayerWeights, w: MoeWeights, backend: Backend, x_TD, normed_TD, eps: float, tap: Tap) -> np.ndarray:
     """The dense branch plus the chosen experts, each normalised on its own. `normed_TD` feeds the dense branch.
 
     The router and the experts start from the residual stream `x_TD`: the router behind a norm without weight, the experts behind
     a norm of their own. transformers: Gemma4TextDecoderLayer.forward, Gemma4TextRouter, Gemma4TextExperts.
     """
     i = layer.spec.index
-    dense_TD = rms_norm(dense_ffn(w.dense, backend, normed_TD), w.norm_after_dense_D, eps)
+    dense_TD = backend.rms_norm(dense_ffn(w.dense, backend, normed_TD), w.norm_after_dense_D, eps)
     tap(f"ffn_mlp-{i}", dense_TD)
-    routed_TD = rms_normalise(x_TD, eps) * w.router_scale_D * np.float32(x_TD.shape[1] ** -0.5)
+    routed_TD = backend.rms_normalise(x_TD, eps) * w.router_scale_D * np.float32(x_TD.shape[1] ** -0.5)
     logit_TE = backend.matmul(routed_TD, w.router_ED)
     tap(f"ffn_moe_logits-{i}", logit_TE)
-    id_TX, weight_TX = choose(logit_TE, layer.spec.ffn.n_used, w.expert_scale_E)
+    id_TX, weight_TX = backend.choose(logit_TE, layer.spec.ffn.n_used, w.expert_scale_E)
     tap(f"ffn_moe_topk-{i}", id_TX)
     tap(f"ffn_moe_weights-{i}", weight_TX)
-    expert_in_TD = rms_norm(x_TD, w.norm_before_experts_D, eps)
+    expert_in_TD = backend.rms_norm(x_TD, w.norm_before_experts_D, eps)
     expert_TD = backend.run_experts(expert_in_TD, id_TX, weight_TX, w.gate_EMD, w.up_EMD, w.down_EDM)
-    expert_TD = rms_norm(expert_TD, w.norm_after_experts_D, eps)
+    expert_TD = backend.rms_norm(expert_TD, w.norm_after_experts_D, eps)
     tap(f"ffn_moe-{i}", expert_TD)
     return dense_TD + expert_TD
 
 
-def per_layer_branch(w: PerLayerWeights, backend, x_TD: np.ndarray, input_TP: np.ndarray, eps: float) -> np.ndarray:
+def per_layer_branch(w: PerLayerWeights, backend: Backend, x_TD: np.ndarray, input_TP: np.ndarray, eps: float) -> np.ndarray:
     """The token's own word to this layer, gated by the state: norm(project(gelu(gate(x)) * input))."""
-    gated_TP = gelu(backend.matmul(x_TD, w.gate_PD)) * input_TP
-    return rms_norm(backend.matmul(gated_TP, w.projection_DP), w.norm_after_D, eps)
+    gated_TP = backend.gated(backend.matmul(x_TD, w.gate_PD), input_TP)
+    return backend.rms_norm(backend.matmul(gated_TP, w.projection_DP), w.norm_after_D, eps)
 
 

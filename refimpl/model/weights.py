@@ -104,7 +104,10 @@ class PerLayerEmbedding:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model. `head_VD` is the embedding itself in tied models. `ignored` maps tensor name -> reason."""
+    """All weights of a model. In tied models `head_VD` is the embedding once more, in the form for products.
+
+    `ignored` maps tensor name -> reason.
+    """
 
     embedding_VD: Matrix
     per_layer: PerLayerEmbedding | NoPerLayer
@@ -125,7 +128,7 @@ class _Taker:
     def has(self, name: str) -> bool:
         return name in self.file.tensors
 
-    def raw(self, name: str, shape: tuple[int, ...], ready: bool = False) -> Matrix:
+    def raw(self, name: str, shape: tuple[int, ...]) -> Matrix:
         info = self.file.tensors.get(name)
         if info is None:
             raise GGUFError(self.file.path, None, f"tensor {name} is missing")
@@ -139,8 +142,11 @@ class _Taker:
         del self.unused[name]
         return Matrix(self.file.raw(name), info.type)
 
-    def matrix(self, name: str, *shape: int) -> Matrix:
+    def matrix(self, name: str, *shape: int):
         return self.prepare(name, self.raw(name, shape))
+
+    def table(self, name: str, *shape: int) -> Matrix:
+        return self.raw(name, shape)
 
     def vector(self, name: str, size: int) -> np.ndarray:
         return self.raw(name, (size,)).float32()
@@ -161,13 +167,15 @@ def vocabulary_size(file: GGUFFile) -> int:
 def weights_from_gguf(file: GGUFFile, config: Config, prepare: Callable[[str, Matrix], Matrix]) -> Weights:
     """Collects the weights of a Gemma 4 model.
 
-    `prepare(name, matrix)` may hold a matrix in another form (a backend's own layout, or dequantized). Raises GGUFError for a tensor
+    `prepare(name, matrix)` gives matrices that are multiplied with the form that a backend takes; tables, of which rows are looked up,
+    stay as they are. Raises GGUFError for a tensor
     that is missing, has another shape, a type that cannot be read, or is one nobody uses.
     """
     take = _Taker(file, prepare)
     ignored: dict[str, str] = {}
-    embedding = take.matrix("token_embd.weight", config.n_vocab, config.n_embd)
-    head = take.matrix("output.weight", config.n_vocab, config.n_embd) if take.has("output.weight") else embedding
+    embedding = take.table("token_embd.weight", config.n_vocab, config.n_embd)
+    tied = not take.has("output.weight")
+    head = take.prepare("token_embd.weight", embedding) if tied else take.matrix("output.weight", config.n_vocab, config.n_embd)
     weights = Weights(
         embedding_VD=embedding,
         per_layer=_per_layer_embedding(take, config),
@@ -201,7 +209,7 @@ def _per_layer_embedding(take: _Taker, config: Config) -> PerLayerEmbedding | No
         return NoPerLayer()
     width = config.n_layer * config.n_ple
     return PerLayerEmbedding(
-        table_VLP=take.matrix("per_layer_token_embd.weight", config.n_vocab, width),
+        table_VLP=take.table("per_layer_token_embd.weight", config.n_vocab, width),
         projection_LPD=take.matrix("per_layer_model_proj.weight", width, config.n_embd),
         norm_P=take.vector("per_layer_proj_norm.weight", config.n_ple))
 

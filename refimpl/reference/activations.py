@@ -28,7 +28,7 @@ class Rounded:
 def round_activations(x_TD: np.ndarray, weight_type: str) -> Rounded:
     """Activations as the kernels of `weight_type` see them. float32 (T, D), D a whole number of the weight's blocks."""
     n = BLOCKS[weight_type].elements
-    x_TBQ = x_TD.reshape(len(x_TD), -1, n)
+    x_TBQ = x_TD.reshape(len(x_TD), x_TD.shape[1] // n, n)
     return _q8_k(x_TBQ) if n == 256 else _q8_0(x_TBQ)
 
 

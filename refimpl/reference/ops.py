@@ -23,6 +23,11 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
 
 
+def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """gelu(gate) * up: what a gated feed-forward network does between its matrices."""
+    return gelu(gate) * up
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     """exp(x) / sum(exp(x)) over the last axis, the maximum taken out first. -inf gets weight 0."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
@@ -59,9 +64,12 @@ def rope_frequencies(head_dim: int, base: float, divisor_R: np.ndarray) -> np.nd
 
 
 def rope_angles(pos_T: np.ndarray, frequency_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin) of every position and pair, float32 (T, R) each."""
-    angle_TR = np.einsum("T,R->TR", pos_T.astype(np.float32), frequency_R)
-    return np.cos(angle_TR), np.sin(angle_TR)
+    """(cos, sin) of every position and pair, float32 (T, R) each.
+
+    The angle is a float32, as in transformers; its cosine is taken in float64, where machines differ too little to show in float32.
+    """
+    angle_TR = np.einsum("T,R->TR", pos_T.astype(np.float32), frequency_R).astype(np.float64)
+    return np.cos(angle_TR).astype(np.float32), np.sin(angle_TR).astype(np.float32)
 
 
 def rotate(x_TNH: np.ndarray, cos_TR: np.ndarray, sin_TR: np.ndarray) -> np.ndarray:

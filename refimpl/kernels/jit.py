@@ -1,0 +1,84 @@
+"""How kernels are compiled, and where the result is kept.
+
+`kernel` is for what Python calls: compiled at the first call with new types, and kept in the user's cache folder for the next start.
+`inline` is for the pieces that kernels are made of: they become part of their caller.
+
+The cache folder (`REFIMPL_CACHE_DIR`, else the one of the operating system) has a part for each instruction set and each state of the
+kernels' own source; inside of it Numba tells processors apart, so that a cache from another machine is not used but passed over.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite
+import numba
+from numba.core import event
+from numba.extending import register_jitable
+from platformdirs import user_cache_path
+
+from refimpl.kernels.words import ISA
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept; None where no such folder can be written."""
+    mark = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        mark.update(source.read_bytes())
+    mark.update(f"{numba.__version__} {llvmlite.__version__} {numba.config.BOUNDSCHECK}".encode())
+    base = os.environ.get("REFIMPL_CACHE_DIR")
+    folder = (Path(base) if base else user_cache_path("refimpl")) / f"kernels-{ISA}-{mark.hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return None
+
+
+FOLDER = cache_folder()
+KERNELS: dict[str, object] = {}         # everything that `kernel` made, by module and name
+PIECES: set[Callable] = set()           # everything that `inline` was given
+
+
+def kernel(**options) -> Callable:
+    """Compiles a function that Python calls. `options` are Numba's, `parallel=True` above all."""
+
+    def compile_later(function):
+        before = numba.config.CACHE_DIR
+        if FOLDER is not None:
+            numba.config.CACHE_DIR = str(FOLDER)         # read when a function is decorated
+        try:
+            made = numba.njit(function, cache=FOLDER is not None, error_model="numpy", nogil=True, **options)
+            KERNELS[f"{function.__module__.split('.')[-1]}.{function.__name__}"] = made
+            return made
+        finally:
+            numba.config.CACHE_DIR = before
+    return compile_later
+
+
+def inline(function) -> Callable:
+    """Compiles a piece of a kernel into whoever uses it. Called from Python it stays plain Python."""
+    PIECES.add(function)
+    return register_jitable(error_model="numpy", forceinline=True)(function)
+
+
+class _Listener(event.Listener):
+    def __init__(self, tell: Callable[[str], None]):
+        self.tell, self.depth = tell, 0
+
+    def on_start(self, what):
+        self.depth += 1
+        function = what.data["dispatcher"].py_func
+        if self.depth == 1 and function.__module__.startswith("refimpl."):
+            self.tell(function.__name__)
+
+    def on_end(self, what):
+        self.depth -= 1
+
+
+def announce(tell: Callable[[str], None]):
+    """From now on `tell(name)` is called whenever a kernel is about to be compiled (and not when it comes out of the cache)."""
+    event.register("numba:compile", _Listener(tell))

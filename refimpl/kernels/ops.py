@@ -1,0 +1,210 @@
+"""The small functions between the matrix products, as kernels: the twins of reference/ops.py.
+
+What becomes of a row does not depend on the rows that come with it. Squares are summed in 4 vectors of 16 lanes, in turn, then across
+these and at last across lanes. Decoding calls these functions hundreds of times for one row, so that threads come in only where there is
+much to do.
+"""
+
+import numba
+import numpy as np
+from numba import prange
+
+from refimpl.kernels.elementary import gelu16, tanh16
+from refimpl.kernels.jit import inline, kernel
+from refimpl.kernels.simd import (
+    add_f32,
+    address,
+    at,
+    div_f32,
+    fma,
+    load_f32,
+    load_f32_part,
+    mul_f32,
+    splat_f32,
+    sqrt_f32,
+    store_f32,
+    store_f32_part,
+    sub_f32,
+    sum_f32,
+)
+from refimpl.kernels.words import LANES
+
+MANY = 1 << 15              # numbers from which on threads share the work; one thread does as many in 5 to 20 us
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+def threads_for(size: int) -> int:
+    """How many threads to use for this many numbers."""
+    return 1 if size < MANY else numba.get_num_threads()
+
+
+def refuse(*arrays: np.ndarray):
+    """Raises ValueError and tells types and shapes."""
+    raise ValueError("expected float32 arrays that fit each other, got " + ", ".join(f"{a.dtype} {a.shape}" for a in arrays))
+
+
+@inline
+def _load(pointer, n):
+    return load_f32(pointer) if n == LANES else load_f32_part(pointer, n)
+
+
+@inline
+def _store(pointer, v, n):
+    if n == LANES:
+        store_f32(pointer, v)
+    else:
+        store_f32_part(pointer, v, n)
+
+
+# ---- norms
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. transformers: Gemma4RMSNorm (the weight is not 1 + w)."""
+    if x.dtype != np.float32 or weight.dtype != np.float32 or weight.ndim != 1 or weight.shape != x.shape[-1:]:
+        refuse(x, weight)
+    return _norm(x, weight, True, eps)
+
+
+def rms_normalise(x: np.ndarray, eps: float) -> np.ndarray:
+    """The norm without a weight, as used on values and in front of the router."""
+    if x.dtype != np.float32 or not x.ndim:
+        refuse(x)
+    return _norm(x, x, False, eps)
+
+
+def _norm(x, weight, weighted, eps):
+    flat, out = x.ravel(), np.empty(x.size, np.float32)
+    if x.size:
+        norm_rows(flat, weight.ravel() if weighted else flat, weighted, float(eps), x.shape[-1], out, threads_for(x.size))
+    return out.reshape(x.shape)
+
+
+@inline
+def _norm_part(x, weight, weighted, eps, width, out, first, end):
+    """Rows first..end-1."""
+    for row in range(first, end):
+        source, to = at(x, 4 * width * row), at(out, 4 * width * row)
+        a = b = c = d = splat_f32(ZERO)
+        by_four = width - width % (4 * LANES)
+        for i in range(0, by_four, 4 * LANES):
+            here = at(source, 4 * i)
+            v0, v1, v2, v3 = load_f32(here), load_f32(at(here, 64)), load_f32(at(here, 128)), load_f32(at(here, 192))
+            a, b, c, d = fma(v0, v0, a), fma(v1, v1, b), fma(v2, v2, c), fma(v3, v3, d)
+        for i in range(by_four, width, LANES):
+            v = _load(at(source, 4 * i), min(LANES, width - i))
+            a = fma(v, v, a)
+        mean = sum_f32(add_f32(add_f32(a, b), add_f32(c, d))) / np.float32(width)
+        scale = div_f32(splat_f32(ONE), sqrt_f32(splat_f32(mean + np.float32(eps))))
+        for i in range(0, width, LANES):
+            n = min(LANES, width - i)
+            y = mul_f32(_load(at(source, 4 * i), n), scale)
+            _store(at(to, 4 * i), mul_f32(y, _load(at(weight, 4 * i), n)) if weighted else y, n)
+
+
+@kernel(parallel=True)
+def norm_rows(x, weight, weighted, eps, width, out, n):
+    """Either norm of the rows of `width` numbers in x, on n threads."""
+    a, b, to, n_rows = address(x), address(weight), address(out), x.size // width
+    if n == 1:
+        _norm_part(a, b, weighted, eps, width, to, 0, n_rows)
+    else:
+        for part in prange(n):
+            thread = np.int64(part)
+            _norm_part(a, b, weighted, eps, width, to, thread * n_rows // n, (thread + 1) * n_rows // n)
+
+
+# ---- number by number
+
+def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """gelu(gate) * up: what a gated feed-forward network does between its matrices."""
+    if gate.dtype != np.float32 or up.dtype != np.float32 or gate.shape != up.shape:
+        refuse(gate, up)
+    out = np.empty(gate.size, np.float32)
+    gated_numbers(gate.ravel(), up.ravel(), out, threads_for(out.size))
+    return out.reshape(gate.shape)
+
+
+@inline
+def _gated_part(gate, up, out, first, end):
+    for i in range(first, end, LANES):
+        n = min(LANES, end - i)
+        _store(at(out, 4 * i), mul_f32(gelu16(_load(at(gate, 4 * i), n)), _load(at(up, 4 * i), n)), n)
+
+
+@kernel(parallel=True)
+def gated_numbers(gate, up, out, n):
+    """`gated` on n threads."""
+    a, b, to, size = address(gate), address(up), address(out), gate.size
+    if n == 1:
+        _gated_part(a, b, to, 0, size)
+    else:
+        for part in prange(n):
+            thread = np.int64(part)
+            _gated_part(a, b, to, thread * size // n, (thread + 1) * size // n)
+
+
+def softcap(x: np.ndarray, cap: float) -> np.ndarray:
+    """cap * tanh(x / cap): squeezes logits into (-cap, cap). Gemma 2 (arXiv:2408.00118), section 2."""
+    if x.dtype != np.float32:
+        refuse(x)
+    out = np.empty(x.size, np.float32)
+    capped_numbers(x.ravel(), float(cap), out, threads_for(out.size))
+    return out.reshape(x.shape)
+
+
+@inline
+def _capped_part(x, cap, out, first, end):
+    c = splat_f32(cap)
+    for i in range(first, end, LANES):
+        n = min(LANES, end - i)
+        _store(at(out, 4 * i), mul_f32(tanh16(div_f32(_load(at(x, 4 * i), n), c)), c), n)
+
+
+@kernel(parallel=True)
+def capped_numbers(x, cap, out, n):
+    """`softcap` on n threads."""
+    a, to, size = address(x), address(out), x.size
+    if n == 1:
+        _capped_part(a, np.float32(cap), to, 0, size)
+    else:
+        for part in prange(n):
+            thread = np.int64(part)
+            _capped_part(a, np.float32(cap), to, thread * size // n, (thread + 1) * size // n)
+
+
+# ---- rotation
+
+def rotate(x_TNH: np.ndarray, cos_TR: np.ndarray, sin_TR: np.ndarray) -> np.ndarray:
+    """Rotates pair (x[r], x[r + R]) of each head by its angle: NeoX pairing, halves and not neighbours."""
+    if (x_TNH.dtype != np.float32 or cos_TR.dtype != np.float32 or sin_TR.dtype != np.float32 or x_TNH.ndim != 3 or x_TNH.shape[2] % 2
+            or cos_TR.shape != sin_TR.shape or cos_TR.shape != (x_TNH.shape[0], x_TNH.shape[2] // 2)):
+        refuse(x_TNH, cos_TR, sin_TR)
+    out = np.empty(x_TNH.size, np.float32)
+    if out.size:
+        rotate_heads(x_TNH.ravel(), cos_TR.ravel(), sin_TR.ravel(), x_TNH.shape[1], x_TNH.shape[2] // 2, out, threads_for(out.size))
+    return out.reshape(x_TNH.shape)
+
+
+@inline
+def _rotated_part(x, cos, sin, n_head, n_pairs, out, first, end):
+    """Heads first..end-1, counted through all rows."""
+    for head in range(first, end):
+        angle, pairs = 4 * n_pairs * (head // n_head), 8 * n_pairs * head
+        for r in range(0, n_pairs, LANES):
+            n = min(LANES, n_pairs - r)
+            low, high = pairs + 4 * r, pairs + 4 * (n_pairs + r)
+            a, b, c, s = _load(at(x, low), n), _load(at(x, high), n), _load(at(cos, angle + 4 * r), n), _load(at(sin, angle + 4 * r), n)
+            _store(at(out, low), sub_f32(mul_f32(a, c), mul_f32(b, s)), n)
+            _store(at(out, high), add_f32(mul_f32(b, c), mul_f32(a, s)), n)
+
+
+@kernel(parallel=True)
+def rotate_heads(x, cos, sin, n_head, n_pairs, out, n):
+    """`rotate` on n threads."""
+    a, c, s, to, heads = address(x), address(cos), address(sin), address(out), x.size // (2 * n_pairs)
+    if n == 1:
+        _rotated_part(a, c, s, n_head, n_pairs, to, 0, heads)
+    else:
+        for part in prange(n):
+            thread = np.int64(part)
+            _rotated_part(a, c, s, n_head, n_pairs, to, thread * heads // n, (thread + 1) * heads // n)

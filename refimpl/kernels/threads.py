@@ -1,0 +1,191 @@
+"""How many threads compute, and what keeps out of their way.
+
+The threads are Numba's. It starts them once in the life of a process, at the first parallel step, and every computation then takes as many
+of them as it is told. Two of them on one core share its arithmetic and its cache, so that the default is one for each physical core which
+the process may use. Threads of a linear algebra library would compete for the same cores: inside of `running` it has one.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+from threadpoolctl import LibController, ThreadpoolController
+
+ROOT = Path("/")
+MOST = 256                  # an OpenMP runtime ends the process when it cannot start a thread: nobody gets near that by mistake
+
+
+# ---- what the operating system lets this process have
+
+def default_threads(root: Path = ROOT) -> int:
+    """Physical cores that this process may run on, or what its control group's quota allows if that is less; at least 1.
+
+    A quota of 2.5 cores counts as 2: threads that wait for one which ran out of its share would use up the share of all.
+    """
+    return max(1, math.floor(min(physical_cores(usable_cpus(), root), cpu_quota(root))))
+
+
+def usable_cpus() -> set[int]:
+    """The logical CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    process = psutil.Process()
+    return set(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else set(range(os.cpu_count() or 1))
+
+
+def physical_cores(cpus: set[int], root: Path = ROOT) -> int:
+    """How many cores these logical CPUs make up. Where the system does not tell which share one: at most the cores of the machine."""
+    cores = set()
+    for cpu in cpus:
+        folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        siblings = read(folder / "core_cpus_list") or read(folder / "thread_siblings_list")
+        if siblings is None:
+            return min(len(cpus), psutil.cpu_count(logical=False) or len(cpus))
+        cores.add(siblings)
+    return len(cores)
+
+
+def cpu_quota(root: Path = ROOT) -> float:
+    """CPUs' worth of time that the control groups grant, infinite without a limit. The tightest of the group and those around it counts."""
+    quotas = [math.inf]
+    for folder in control_groups("cpu", root):
+        both = (read(folder / "cpu.max") or "").split() or [read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us")]
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):        # no such file, or "max": no limit
+            quota, period = map(int, both)
+            quotas.append(quota / period if quota > 0 else math.inf)
+    return min(quotas)
+
+
+def control_groups(controller: str, root: Path = ROOT) -> list[Path]:
+    """Folders of the control groups that limit this process in `controller`, innermost first; none outside of Linux.
+
+    Both versions: a group of version 2 has all controllers, version 1 has a tree for each. Seen from inside of a container, the group's
+    path may be one of the host, of which only the part below the mount's own root is there.
+    """
+    folders = []
+    for line in (read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, group = line.split(":", 2)
+        for kind, inside, place, options in _mounts(root):
+            if (kind == "cgroup2") if not controllers else (controller in controllers.split(",") and controller in options):
+                path = PurePosixPath(group)
+                known = path.is_relative_to(inside) and ".." not in path.parts
+                own = root / place.lstrip("/") / (path.relative_to(inside) if known else "")
+                top = root / place.lstrip("/")
+                folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(top)]
+    return folders
+
+
+def _mounts(root: Path) -> Iterator[tuple[str, str, str, list[str]]]:
+    """(type, folder of the file system that is mounted, where, options) of the control group trees."""
+    for line in (read(root / "proc/self/mountinfo") or "").splitlines():
+        before, _, after = line.partition(" - ")
+        if after.startswith("cgroup"):
+            yield after.split()[0], before.split()[3], before.split()[4], after.split()[-1].split(",")
+
+
+def read(path: Path) -> str | None:
+    """The text of a small file of the system, None where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+# ---- Numba's threads
+
+def prepare(threads: int | None = None) -> int:
+    """How many threads to compute with: `threads`, or for None `default_threads` (and no more than Numba has or was told to have).
+
+    Numba starts as many as there are CPUs in sight; where more are wanted, and none has been started, it is told to start more. Raises
+    ValueError for a number that is not 1 to 256, or for more than have been started.
+    """
+    import numba
+    from numba.np.ufunc import parallel
+
+    if threads is None:
+        return min(default_threads(), numba.config.NUMBA_NUM_THREADS)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MOST:
+        raise ValueError(f"threads={threads!r}: expected a number from 1 to {MOST}")
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        inner = ("NUM_THREADS", "snt_check", "gen_snt_check")
+        if getattr(parallel, "_is_initialized", True) or not all(hasattr(parallel, name) for name in inner):
+            raise ValueError(f"threads={threads}: this process has {numba.config.NUMBA_NUM_THREADS} already and cannot get more; "
+                             f"set NUMBA_NUM_THREADS={threads} before it starts")
+        # copied from the setting when Numba was imported, but used only when the threads are started
+        numba.config.NUMBA_NUM_THREADS = parallel.NUM_THREADS = threads
+        parallel.snt_check = parallel.gen_snt_check()
+    return threads
+
+
+@contextlib.contextmanager
+def running(n: int):
+    """Inside of it parallel kernels run on `n` threads and linear algebra on one. Can be nested, and entered by several Python threads.
+
+    Takes about 10 microseconds. With the threading layer "workqueue", in which two parallel regions at once end the process, a second
+    Python thread waits here until the first has left.
+    """
+    import numba
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(n)
+    try:
+        with _alone if numba.threading_layer() == "workqueue" else contextlib.nullcontext(), _one_blas_thread:
+            yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def layer() -> str:
+    """What Numba runs its threads with: "tbb", "omp" or "workqueue". Starts them. Raises ValueError where there is none at all."""
+    import numba
+
+    numba.get_num_threads()
+    return numba.threading_layer()
+
+
+def slow_layer_warning() -> str | None:
+    """One line about a slow threading layer, None where it is a good one. Starts the threads."""
+    if layer() != "workqueue":
+        return None
+    return ("Numba runs its threads with 'workqueue', which takes about 80 us to begin a parallel step where others take 1 us, and lets "
+            "only one Python thread compute at a time; install an OpenMP runtime (libgomp1, on macOS libomp) or the Python package tbb")
+
+
+class _OneBlasThread:
+    """The limit belongs to the whole process: the first one in sets it, the last one out takes it back."""
+
+    def __init__(self):
+        self.lock, self.inside, self.before = threading.Lock(), 0, []
+
+    def __enter__(self):
+        with self.lock:
+            if not self.inside:         # a third of the time that ThreadpoolController.limit takes
+                self.before = [(library, library.get_num_threads()) for library in _libraries()]
+                self.set((library, 1) for library, _ in self.before)
+            self.inside += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.set(self.before)
+
+    def set(self, numbers):
+        for library, threads in numbers:
+            library.set_num_threads(threads)
+            if hasattr(library, "clear_controlling_thread"):        # else threadpoolctl 3.8 heeds none but the first thread to set one
+                library.clear_controlling_thread()
+
+
+@functools.cache
+def _libraries() -> list[LibController]:
+    """The linear algebra that has been loaded. Finding out takes milliseconds."""
+    return ThreadpoolController().select(user_api="blas").lib_controllers
+
+
+_alone, _one_blas_thread = threading.RLock(), _OneBlasThread()

@@ -1,0 +1,165 @@
+"""How a word of the vector vocabulary (simd.py) is made: the vector types, the choice of an instruction set, and `word`.
+
+    avx512     512-bit registers, `vpdpbusd` (AVX-512 VNNI)
+    avx2       256-bit registers, `vpmaddubsw` and `vpmaddwd`
+    portable   plain vector IR, whatever the machine makes of it
+
+The best one that the machine has is taken; `REFIMPL_ISA` forces a lower one and is read at import.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.datamodel.models import PrimitiveModel
+from numba.core.typing import signature
+from numba.extending import lower_builtin, register_model, type_callable
+
+LANES = 16
+BYTE, SHORT, INT, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+ORDER = ("portable", "avx2", "avx512")
+NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vnni"), "avx2": ("avx2", "fma", "f16c"), "portable": ()}
+TARGETS = {"avx2": ("x86-64-v3", "+avx2,+fma,+f16c"), "portable": ("x86-64", "")}      # what LLVM may use under a forced set
+
+
+def best_isa(features) -> str:
+    """The highest instruction set whose needs are among the host's features (LLVM's names -> bool)."""
+    return next(isa for isa in reversed(ORDER) if all(features.get(need, False) for need in NEEDS[isa]))
+
+
+def chosen_isa(wanted: str | None, best: str) -> str:
+    """`wanted` (REFIMPL_ISA), or the best. Raises ValueError for a name there is none of, or one this machine cannot run."""
+    if not wanted:
+        return best
+    if wanted not in ORDER:
+        raise ValueError(f"REFIMPL_ISA={wanted}: expected one of {', '.join(reversed(ORDER))}")
+    if ORDER.index(wanted) > ORDER.index(best):
+        raise ValueError(f"REFIMPL_ISA={wanted}: this machine has {best} at most")
+    return wanted
+
+
+BEST = best_isa(llvm.get_host_cpu_features())
+ISA = chosen_isa(os.environ.get("REFIMPL_ISA"), BEST)
+if ISA != BEST and llvm.get_process_triple().startswith("x86_64"):
+    # so that nothing around the words uses more than the forced set either
+    numba.config.CPU_NAME, numba.config.CPU_FEATURES = TARGETS[ISA]
+
+
+# ---- types
+
+class Vector(types.Type):
+    """A value in vector registers."""
+
+    def __init__(self, name: str, element: ir.Type, lanes: int):
+        self.llvm = ir.VectorType(element, lanes)
+        super().__init__(name)
+
+
+@register_model(Vector)
+class _VectorModel(PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, vector.llvm)
+
+
+U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
+Address = types.CPointer(types.uint8)
+F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside of words only
+
+
+class Pointer:
+    """An address in plain Python: an array's bytes and a place in them. Reading or writing outside of them raises IndexError."""
+
+    def __init__(self, data: np.ndarray, offset: int):
+        self.data, self.offset = data, offset
+
+    def span(self, n_bytes: int) -> np.ndarray:
+        """The next `n_bytes` bytes, as a view."""
+        if not 0 <= self.offset <= len(self.data) - n_bytes:
+            raise IndexError(f"bytes {self.offset} to {self.offset + n_bytes} of an array of {len(self.data)}")
+        return self.data[self.offset:self.offset + n_bytes]
+
+
+# ---- defining words
+
+@dataclass(frozen=True)
+class Word:
+    """A word: its meaning, its types, and which instruction sets have a body of their own."""
+
+    meaning: Callable
+    result: types.Type
+    parameters: tuple[types.Type, ...]
+    bodies: dict[str, Callable]
+
+
+WORDS: dict[str, Word] = {}
+
+
+def word(result: types.Type, *parameters: types.Type, **bodies: Callable):
+    """Makes a word of a NumPy function. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each instruction set."""
+
+    def define(meaning: Callable) -> Callable:
+        emit = bodies.get(ISA) or bodies["every"]
+        takes = signature(result, *parameters)
+
+        @type_callable(meaning)
+        def typing(context):        # Numba reads the number of parameters off the function
+            return (lambda: takes, lambda a: takes, lambda a, b: takes, lambda a, b, c: takes, lambda a, b, c, d: takes)[len(parameters)]
+
+        @lower_builtin(meaning, *parameters)
+        def lowering(context, builder, sig, args):
+            value = emit(builder, *args)
+            return context.get_dummy_value() if value is None else value
+
+        WORDS[meaning.__name__] = Word(meaning, result, parameters, bodies)
+        return meaning
+    return define
+
+
+def call(builder, name: str, result: ir.Type, *args):
+    """Emits a call of an LLVM intrinsic."""
+    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name), args)
+
+
+def splat(builder, scalar, lanes: int = LANES):
+    """The same value in every lane."""
+    vector = ir.VectorType(scalar.type, lanes)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, INT(0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
+
+
+def lanes(value: int) -> ir.Constant:
+    """The same int32 constant in every lane."""
+    return ir.Constant(I32x16.llvm, [value] * LANES)
+
+
+def load(builder, pointer, vector: ir.Type):
+    """A vector from memory, at any alignment."""
+    return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
+
+
+def store(builder, pointer, value):
+    """A vector to memory, at any alignment."""
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)
+
+
+def part(builder, v, first: int, n: int):
+    """Lanes first..first+n-1."""
+    return builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), ir.Constant(ir.VectorType(INT, n), list(range(first, first + n))))
+
+
+def join(builder, a, b):
+    """The lanes of a, then those of b."""
+    n = a.type.count
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, 2 * n), list(range(2 * n))))
+
+
+def by_halves(builder, emit: Callable, *vectors):
+    """Runs an emitter on the lower and the upper half of every vector and joins the results."""
+    return join(builder, *(emit(*(part(builder, v, side * v.type.count // 2, v.type.count // 2) for v in vectors)) for side in (0, 1)))
+
+

@@ -1,0 +1,263 @@
+"""Every kernel beside its twin in the reference, compiled and as plain Python, in one table; and the same bits however a call is cut up."""
+
+import contextlib
+import importlib
+import inspect
+
+import numba
+import numpy as np
+import pytest
+
+from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.codecs import quantize
+from refimpl.formats.matrix import Matrix
+from refimpl.kernels import jit
+from refimpl.kernels.tiles import tiled, units
+
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32")
+INTEGER = TYPES[:8]
+PAIRS = ("matmul", "attention", "moe", "ops")
+NO_TWIN = {         # functions of the reference that have none, and why
+    "ops.gelu": "only inside `gated`", "ops.softmax": "only inside `attend` and `choose`", "ops.fma": "a word of simd.py",
+    "ops.rope_frequencies": "once per model", "ops.rope_angles": "once per call", "matmul.integer_parts": "the reference's own unpacking",
+}
+
+
+def twins(name: str):
+    return (importlib.import_module(f"refimpl.{part}.{name}") for part in ("kernels", "reference"))
+
+
+def functions(module) -> dict:
+    """Public functions that a module defines and Python calls."""
+    return {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__
+            and not name.startswith("_")}
+
+
+def matrix(block: str, *shape: int, seed: int = 0) -> Matrix:
+    w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * np.float32(shape[-1] ** -0.5)
+    raw = np.ascontiguousarray(w.astype({"F32": np.float32, "F16": np.float16}[block]) if block in ("F32", "F16") else quantize(w, block))
+    return Matrix(raw.view(np.uint8).reshape(*shape[:-1], -1), block)
+
+
+def rows(n: int, width: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
+
+
+@contextlib.contextmanager
+def as_plain_python(called: set):
+    """Every kernel replaced by its Python source, whose calls are noted."""
+    kept = []
+    for name, dispatcher in jit.KERNELS.items():
+        def plain(*args, name=name, source=dispatcher.py_func):
+            called.add(name)
+            return source(*args)
+        for module in map(importlib.import_module, ("refimpl.kernels." + m for m in ("matmul", "attention", "moe", "ops", "tiles"))):
+            for attribute, value in list(vars(module).items()):
+                if value is dispatcher:
+                    kept.append((module, attribute, value))
+                    setattr(module, attribute, plain)
+    try:
+        yield
+    finally:
+        for module, attribute, value in kept:
+            setattr(module, attribute, value)
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+# ---- the table: for every twin, arguments of both sides and what their results must have in common
+
+def product_case(name: str, block: str, n_tok: int, n_out: int, width: int):
+    ours, theirs = (getattr(module, name) for module in twins("matmul"))
+    w, x = matrix(block, n_out, width), rows(n_tok, width)
+    if name == "matmul_q8" and block in INTEGER:
+        bound = 0
+    else:
+        bound = width * np.finfo(np.float32).eps * np.einsum("TD,OD->TO", np.abs(x).astype(np.float64), np.abs(w.float32()))
+    return ours, (x, tiled(w, 1)), theirs, (x, w), bound
+
+
+def experts_case(name: str, block: str, down: str, n_tok: int, width: int = 256, n_hidden: int = 64, n_expert: int = 6):
+    """Expert 1 gets nobody; with an odd seed all tokens go to experts 0 and 2."""
+    kernels, reference = twins("moe")
+    ours, theirs = (getattr(module, name) for module in twins("matmul"))
+    rng = np.random.default_rng(n_tok)
+    id_TX = np.stack([rng.permutation([0, 2, 3, 4, 5])[:2] if n_tok % 2 == 0 else np.array([0, 2]) for _ in range(n_tok)] or
+                     [np.zeros(2, np.int64)])[:n_tok].astype(np.int64)
+    weight_TX, x = rng.uniform(0.1, 1, (n_tok, 2)).astype(np.float32), rows(n_tok, width)
+    gate, up, back = (matrix(t, n_expert, *shape, seed=i) for i, (t, shape) in enumerate(
+        ((block, (n_hidden, width)), (block, (n_hidden, width)), (down, (width, n_hidden)))))
+    return (lambda *a: kernels.run_experts(ours, *a), (x, id_TX, weight_TX, *(tiled(m, 1) for m in (gate, up, back))),
+            lambda *a: reference.run_experts(theirs, *a), (x, id_TX, weight_TX, gate, up, back), 2e-5)
+
+
+def choose_case(n_tok: int, n_expert: int, n_used: int):
+    kernels, reference = twins("moe")
+    logit = np.round(rows(n_tok, n_expert), 1)              # rounded, so that there are ties
+    scale = np.random.default_rng(0).uniform(0.5, 1.5, n_expert).astype(np.float32)
+    return kernels.choose, (logit, n_used, scale), reference.choose, (logit, n_used, scale), 1e-6
+
+
+def attend_case(n_tok: int, n_head: int, n_kv: int, dim: int, slots: int, pos: int, window: int, dtype=np.float32):
+    kernels, reference = twins("attention")
+    rng = np.random.default_rng(2)
+    q = rows(n_tok, n_head * dim).reshape(n_tok, n_head, dim)
+    k, v = (rng.standard_normal((slots, n_kv, dim)).astype(dtype) for _ in range(2))
+    end = pos + 1 + np.arange(n_tok)
+    args = q, k, v, np.maximum(0, end - window), end
+    return kernels.attend, args, reference.attend, args, 2e-5
+
+
+def ops_case(name: str, *args):
+    kernels, reference = twins("ops")
+    return getattr(kernels, name), args, getattr(reference, name), args, 3e-6
+
+
+X3 = rows(6, 33).reshape(2, 3, 33)
+TABLE = {
+    **{f"{name} {block} {n_tok}x{n_out}x{width}": (product_case, name, block, n_tok, n_out, width)
+       for name in ("matmul", "matmul_q8") for block in TYPES
+       for n_tok, n_out, width in ((1, 1, 256), (5, 40, 512), (0, 16, 256), (6, 16, 256))},
+    "matmul F32 odd width": (product_case, "matmul", "F32", 3, 5, 7),
+    "matmul_q8 F16 odd width": (product_case, "matmul_q8", "F16", 5, 17, 1),
+    "matmul_q8 Q4_0 one block": (product_case, "matmul_q8", "Q4_0", 2, 3, 32),
+    **{f"run_experts {name} {block} {down} {n_tok} tokens": (experts_case, name, block, down, n_tok)
+       for name, block, down in (("matmul_q8", "Q4_0", "Q4_0"), ("matmul_q8", "Q4_K", "Q8_0"), ("matmul", "Q4_0", "Q4_0"))
+       for n_tok in (0, 1, 7, 8)},
+    "choose": (choose_case, 5, 16, 3), "choose all": (choose_case, 1, 4, 4), "choose one of one": (choose_case, 2, 1, 1),
+    "choose 8 of 128": (choose_case, 9, 128, 8), "choose more than 16": (choose_case, 2, 40, 20), "choose nothing": (choose_case, 0, 4, 2),
+    "attend ring": (attend_case, 3, 4, 2, 16, 40, 100, 17), "attend one": (attend_case, 1, 2, 1, 32, 8, 3, 4),
+    "attend full": (attend_case, 9, 4, 1, 16, 200, 150, 10**6), "attend half": (attend_case, 5, 2, 2, 16, 90, 130, 64, np.float16),
+    "rms_norm": (ops_case, "rms_norm", X3, rows(1, 33)[0], 1e-6),
+    "rms_norm of one": (ops_case, "rms_norm", X3[..., :1].copy(), X3[0, 0, :1].copy(), 1e-6),
+    "rms_normalise": (ops_case, "rms_normalise", X3, 1e-6), "gated": (ops_case, "gated", 5 * X3, X3[::-1].copy()),
+    "rotate": (ops_case, "rotate", rows(6, 32).reshape(2, 3, 32), rows(2, 16), rows(2, 16, seed=5)),
+    "softcap": (ops_case, "softcap", 40 * rows(3, 50), 30.0),
+}
+
+
+def close(got, want, bound):
+    for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want))):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        limit = bound if isinstance(bound, np.ndarray) or a.dtype != np.float32 else bound * max(np.abs(b).max(initial=0), 1e-30)
+        assert (np.abs(a.astype(np.float64) - b) <= limit).all(), np.abs(a.astype(np.float64) - b).max()
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_kernel_and_twin(case):
+    make, *arguments = TABLE[case]
+    ours, our_args, theirs, their_args, bound = make(*arguments)
+    close(ours(*our_args), theirs(*their_args), bound)
+
+
+SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1x1x256", "matmul_q8 Q5_1 1x1x256", "matmul_q8 Q8_0 1x1x256",
+         "matmul_q8 Q4_K 6x16x256", "matmul_q8 Q5_K 1x1x256", "matmul_q8 Q6_K 6x16x256", "matmul Q4_0 1x1x256", "matmul Q6_K 1x1x256",
+         "matmul Q5_K 1x1x256", "matmul BF16 6x16x256", "matmul_q8 F16 odd width", "matmul F32 odd width",
+         "run_experts matmul_q8 Q4_0 Q4_0 1 tokens",
+         "choose", "choose more than 16", "attend ring", "attend half", "attend full", "rms_norm", "rms_norm of one",
+         "rms_normalise", "gated", "rotate", "softcap")
+
+
+def test_compiled_and_as_plain_python():
+    """The same bits; and no kernel is left out. Plain Python checks every access against the array that it points into."""
+    called = set()
+    for case in SMALL:
+        make, *arguments = TABLE[case]
+        ours, our_args, *_ = make(*arguments)
+        compiled = ours(*our_args)
+        with as_plain_python(called):
+            ours, our_args, *_ = make(*arguments)
+            plain = ours(*our_args)
+        for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (compiled, plain))):
+            assert same(a, b), case
+    missing = set(jit.KERNELS) - called
+    assert not missing, f"no case of the table reaches {missing}"
+
+
+def test_every_kernel_has_its_twin():
+    for name in PAIRS:
+        kernels, reference = (functions(module) for module in twins(name))
+        for function, source in reference.items():
+            if f"{name}.{function}" in NO_TWIN:
+                assert function not in kernels
+                continue
+            assert function in kernels, f"{name}.{function} has no kernel"
+            assert list(inspect.signature(source).parameters) == list(inspect.signature(kernels[function]).parameters), f"{name}.{function}"
+            assert any(key.split()[0] == function for key in TABLE), f"{name}.{function} is not in the table"
+
+
+
+# ---- the same bits however the work is cut up
+
+@pytest.mark.parametrize("block", TYPES)
+@pytest.mark.parametrize("name", ["matmul", "matmul_q8"])
+def test_any_rows_and_threads_give_the_same_bits(name, block):
+    function = getattr(next(twins("matmul")), name)
+    w, x = tiled(matrix(block, 75, 512), 2), rows(70, 512)
+    whole = function(x, w)
+    for step in (1, 2, 3, 5, 64):
+        assert same(np.concatenate([function(x[i:i + step], w) for i in range(0, 70, step)]), whole)
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        assert same(function(x, w), whole)
+    finally:
+        numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("block", ["Q4_0", "Q6_K"])
+def test_experts_in_any_rows_and_threads(block):
+    moe, matmul = (importlib.import_module(f"refimpl.kernels.{name}") for name in ("moe", "matmul"))
+    rng = np.random.default_rng(0)
+    n_hidden = 288 if block == "Q4_0" else 256
+    shapes = (n_hidden, 256), (n_hidden, 256), (256, n_hidden)
+    gate, up, down = (tiled(matrix(block, 12, *shape, seed=i), 2) for i, shape in enumerate(shapes))
+    x, id_TX = rows(40, 256), np.stack([rng.permutation(12)[:4] for _ in range(40)])
+    weight = rng.uniform(0.1, 1, (40, 4)).astype(np.float32)
+    run = lambda part: moe.run_experts(matmul.matmul_q8, x[part], id_TX[part], weight[part], gate, up, down)        # noqa: E731
+    whole = run(slice(None))
+    for step in (1, 7):
+        assert same(np.concatenate([run(slice(i, i + step)) for i in range(0, 40, step)]), whole)
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        assert same(run(slice(None)), whole)
+    finally:
+        numba.set_num_threads(before)
+
+
+# ---- tiles
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("n_rows", [1, 16, 40])
+def test_tiles_hold_the_same_bytes(block, n_rows):
+    size = BLOCKS[block].n_bytes
+    raw = np.random.default_rng(0).integers(0, 256, (2, n_rows, 3 * size), dtype=np.uint8)
+    got = tiled(Matrix(raw, block), 2)
+    padded = np.zeros((2, -(-n_rows // 16) * 16, 3, size), np.uint8)
+    padded[:, :n_rows] = raw.reshape(2, n_rows, 3, size)
+    by_tile = padded.reshape(2, -1, 16, 3, size).swapaxes(2, 3)
+    want = np.concatenate([by_tile[..., offset:offset + n].reshape(*by_tile.shape[:3], -1) for offset, n in units(BLOCKS[block])], axis=-1)
+    assert np.array_equal(got.raw, want.reshape(got.raw.shape)) and got.n_bytes == padded.size
+
+
+def test_arguments_are_checked_before_compiled_code_sees_them():
+    matmul, moe = (importlib.import_module(f"refimpl.kernels.{name}") for name in ("matmul", "moe"))
+    w, experts = tiled(matrix("Q4_0", 16, 64), 1), tiled(matrix("Q4_0", 4, 64, 64), 1)
+    x, ids, weight = rows(2, 64), np.zeros((2, 2), np.int64), np.ones((2, 2), np.float32)
+    for bad in (rows(2, 32), rows(2, 64).astype(np.float64), rows(2, 64)[0]):
+        with pytest.raises(ValueError, match="expected float32 rows of 64"):
+            matmul.matmul_q8(bad, w)
+    with pytest.raises(ValueError, match="one matrix"):
+        matmul.matmul(x, experts)
+    for bad in (np.full((2, 2), 4), np.full((2, 2), -1)):
+        with pytest.raises(ValueError, match="expert ids must be 0 to 3"):
+            moe.run_experts(matmul.matmul, x, bad, weight, experts, experts, experts)
+    with pytest.raises(ValueError, match="do not fit together"):
+        moe.run_experts(matmul.matmul, x, ids, weight, experts, experts, tiled(matrix("Q4_0", 4, 32, 64), 1))
+    with pytest.raises(ValueError, match="of 2 tokens"):
+        moe.run_experts(matmul.matmul, x, ids[:1], weight[:1], experts, experts, experts)
+    with pytest.raises(ValueError, match="1 to 4 experts"):
+        moe.choose(rows(1, 4), 5, np.ones(4, np.float32))

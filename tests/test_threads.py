@@ -1,0 +1,232 @@
+"""Threads: what the system lets us have (made-up systems), what Numba is told, and who is kept quiet meanwhile."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numba
+import psutil
+import pytest
+from threadpoolctl import threadpool_info
+
+from refimpl.kernels import threads
+from refimpl.kernels.threads import control_groups, cpu_quota, default_threads, physical_cores, prepare, running
+
+ROOT = Path(__file__).parent.parent
+
+
+def put(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+def python(code: str, **env: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def blas_threads() -> list[int]:
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+V2 = {"proc/self/cgroup": "0::/user/job", "proc/self/mountinfo": "25 1 0:22 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw"}
+V1 = {"proc/self/cgroup": "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n0::/docker/abc",
+      "proc/self/mountinfo": "33 1 0:28 /docker/abc /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
+                             "34 1 0:29 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
+                             "35 1 0:30 / /sys ro - sysfs sysfs ro"}
+
+
+# ---- what the system lets us have
+
+def test_threads_of_one_core_count_once(tmp_path):
+    put(tmp_path, {f"sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list": f"{i % 4},{i % 4 + 4}" for i in range(8)})
+    assert physical_cores(set(range(8)), tmp_path) == 4
+    assert physical_cores({0, 4}, tmp_path) == 1 and physical_cores({0, 1, 5}, tmp_path) == 2
+    put(tmp_path, {f"sys/devices/system/cpu/cpu{i}/topology/core_cpus_list": f"{i}" for i in range(8)})      # the newer name
+    assert physical_cores({0, 4}, tmp_path) == 2
+
+
+def test_without_a_topology_the_machines_cores_are_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 3)
+    assert physical_cores({0, 1, 2, 3, 4, 5}, tmp_path) == 3 and physical_cores({1, 2}, tmp_path) == 2
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
+    assert physical_cores({1, 2}, tmp_path) == 2
+
+
+def test_the_tightest_quota_of_nested_groups_counts(tmp_path):
+    put(tmp_path, V2)
+    assert cpu_quota(tmp_path) == math.inf
+    put(tmp_path, {"sys/fs/cgroup/user/job/cpu.max": "max 100000", "sys/fs/cgroup/user/cpu.max": "250000 100000"})
+    assert cpu_quota(tmp_path) == 2.5
+    put(tmp_path, {"sys/fs/cgroup/user/job/cpu.max": "50000 100000"})
+    assert cpu_quota(tmp_path) == 0.5
+
+
+def test_quota_of_version_1_in_a_container_that_sees_the_hosts_path(tmp_path):
+    put(tmp_path, V1 | {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "300000", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000"})
+    assert cpu_quota(tmp_path) == 3
+    put(tmp_path, {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1"})
+    assert cpu_quota(tmp_path) == math.inf
+
+
+def test_groups_are_listed_innermost_first_and_stay_below_the_mount(tmp_path):
+    top = put(tmp_path, V2) / "sys/fs/cgroup"
+    assert control_groups("cpu", tmp_path) == [top / "user/job", top / "user", top]
+    put(tmp_path, {"proc/self/cgroup": "0::/../other"})                     # a group outside of what this namespace sees
+    assert control_groups("cpu", tmp_path) == [top]
+    put(tmp_path, V1)
+    assert control_groups("memory", tmp_path) == [tmp_path / "sys/fs/cgroup/memory"]
+    assert control_groups("cpu", tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("quota,wanted", [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("nonsense", 4)])
+def test_default_is_cores_within_the_quota_and_at_least_one(tmp_path, monkeypatch, quota, wanted):
+    put(tmp_path, V2 | {"sys/fs/cgroup/user/cpu.max": quota})
+    put(tmp_path, {f"sys/devices/system/cpu/cpu{i}/topology/core_cpus_list": f"{i // 2}" for i in range(8)})
+    monkeypatch.setattr(threads, "usable_cpus", lambda: set(range(8)))
+    assert default_threads(tmp_path) == wanted
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_affinity_of_this_process_counts():
+    cpu = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{cpu}}}); from refimpl.kernels.threads import default_threads as d; print(d())"
+    assert python(code) == "1"
+
+
+# ---- Numba's threads
+
+@pytest.mark.parametrize("wrong", [0, -1, 257, 1.5, "2", True])
+def test_a_senseless_number_of_threads_is_refused(wrong):
+    with pytest.raises(ValueError, match="1 to 256"):
+        prepare(wrong)
+
+
+def test_default_asks_for_no_more_than_numba_was_told_to_have():
+    assert prepare(1) == 1 and 1 <= prepare() <= default_threads()
+    code = "from refimpl.kernels import threads as t; t.default_threads = lambda: 4; print(t.prepare())"
+    assert python(code, NUMBA_NUM_THREADS="1") == "1" and python(code, NUMBA_NUM_THREADS="9") == "4"
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_more_threads_than_cpus_can_be_had_before_the_first_start_and_not_after(layer):
+    code = """
+import numba, numpy as np
+from refimpl.kernels.threads import prepare, running
+n = numba.config.NUMBA_NUM_THREADS + 3
+assert prepare(n) == n
+
+@numba.njit(parallel=True)
+def who(out):
+    for i in numba.prange(len(out)):
+        out[i] = numba.get_thread_id()
+
+out = np.full(1000, -1)
+with running(n):
+    assert numba.get_num_threads() == n
+    who(out)
+print(n - len(set(out)))
+prepare(n), prepare(n - 1)
+try:
+    prepare(n + 1)
+except ValueError as e:
+    print(n + 1, e)
+"""
+    missing, refused = python(code, NUMBA_THREADING_LAYER=layer).splitlines()
+    assert missing == "0"
+    more = refused.split()[0]
+    assert f"threads={more}" in refused and f"NUMBA_NUM_THREADS={more}" in refused
+
+
+def test_inside_numba_has_so_many_threads_and_linear_algebra_one():
+    before, many = blas_threads(), numba.get_num_threads()
+    if max(before, default=1) < 2:
+        pytest.skip("linear algebra has one thread on this machine anyway")
+    with running(1):
+        assert numba.get_num_threads() == 1 and set(blas_threads()) == {1}
+        with running(many):
+            assert numba.get_num_threads() == many and set(blas_threads()) == {1}
+        assert numba.get_num_threads() == 1 and set(blas_threads()) == {1}
+    assert numba.get_num_threads() == many and blas_threads() == before
+    with pytest.raises(KeyError):
+        with running(1):
+            raise KeyError
+    assert numba.get_num_threads() == many and blas_threads() == before
+    with pytest.raises(ValueError):
+        with running(numba.config.NUMBA_NUM_THREADS + 1):
+            pass
+    assert blas_threads() == before
+
+
+def test_the_last_of_two_python_threads_gives_linear_algebra_its_threads_back():
+    before, inside, first_left = blas_threads(), threading.Barrier(2), threading.Event()
+    if max(before, default=1) < 2:
+        pytest.skip("linear algebra has one thread on this machine anyway")
+    if threads.layer() == "workqueue":
+        pytest.skip("with this threading layer only one gets in")
+    seen = []
+
+    def second():
+        with running(1):
+            inside.wait(10)
+            first_left.wait(10)
+            seen.append(blas_threads())
+
+    other = threading.Thread(target=second)
+    other.start()
+    with running(1):
+        inside.wait(10)
+    first_left.set()
+    other.join()
+    assert set(seen[0]) == {1} and blas_threads() == before
+
+
+def test_entering_and_leaving_takes_microseconds():
+    """The best of many short series, so that a busy machine does not fail it."""
+    def series():
+        began = time.perf_counter()
+        for _ in range(20):
+            with running(1):
+                pass
+        return (time.perf_counter() - began) / 20
+    assert min(series() for _ in range(50)) < 50e-6
+
+
+def test_the_slow_threading_layer_is_named_and_computes_for_one_at_a_time():
+    code = """
+import threading, numpy as np
+from refimpl.kernels.threads import prepare, running, slow_layer_warning
+from refimpl.lab.bandwidth import sum_parts
+prepare(2)
+data, sums = np.ones(1 << 16, np.float32), []
+
+def work():
+    out = np.empty(2, np.float32)
+    for _ in range(300):
+        with running(2):
+            sum_parts(data, out)
+    sums.append(out.sum())
+
+both = [threading.Thread(target=work) for _ in range(2)]
+[t.start() for t in both], [t.join() for t in both]
+assert sums == [1 << 16] * 2
+print(slow_layer_warning())
+"""
+    warning = python(code, NUMBA_THREADING_LAYER="workqueue")
+    assert "workqueue" in warning and "libgomp" in warning and len(warning.splitlines()) == 1
+
+
+def test_the_threading_layer_is_known_in_a_process_that_has_computed_nothing():
+    assert python("from refimpl.kernels.threads import layer; print(layer())") in ("omp", "tbb", "workqueue")
+
+
+def test_a_good_threading_layer_gets_no_warning(monkeypatch):
+    monkeypatch.setattr(threads, "layer", lambda: "omp")
+    assert threads.slow_layer_warning() is None
