@@ -38,7 +38,8 @@ for path in sys.argv[3:]:
         n = 530 if path == "built-in" else 70
         ids = np.random.default_rng(0).integers(5, model.config.n_vocab, n)
         whole = model.logits(ids)
-        for sizes in () if not cut else ([1] * 40 + [n - 40], [5] * 14 + [n - 70] * (n > 70), [64] * (n // 64) + [n % 64], [n - 1, 1]):
+        cuts = [1] * 40 + [n - 40], [5] * 14 + [n - 70] * (n > 70), [64] * (n // 64) + [n % 64], [n - 1, 1]
+        for sizes in cuts if cut else ():
             cache, first, states = model.new_cache(), 0, []
             for size in sizes:
                 states.append(model.states(ids[first:first + size], cache))
@@ -55,8 +56,8 @@ print(json.dumps([ISA, out]))
 def run(isa: str, threads: int, cut: bool, paths: list[str]) -> dict[str, str]:
     """The digests, from a process of its own; with `cut`, each model also in many chunkings and a second time, and compared there."""
     env = {**os.environ, "REFIMPL_ISA": isa, "NUMBA_NUM_THREADS": str(max(threads, 2)), "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(threads), "cut" if cut else "whole", *paths], env=env, capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent)
+    command = [sys.executable, "-c", SCRIPT, str(threads), "cut" if cut else "whole", *paths]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     used, digests = json.loads(done.stdout)
     assert used == isa

@@ -119,8 +119,8 @@ def test_ids_outside_of_the_vocabulary_never_reach_the_model(ids, small):
 
 
 def test_arguments_of_load(small):
-    for wrong in ({"backend": "cuda"}, {"arithmetic": "fp8"}, {"weights": "float16"}, {"threads": 0}, {"threads": 2, "backend": "reference"},
-                  {"weights": "float32"}):
+    for wrong in ({"backend": "cuda"}, {"arithmetic": "fp8"}, {"weights": "float16"}, {"threads": 0},
+                  {"threads": 2, "backend": "reference"}, {"weights": "float32"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             refimpl.load(small[1], **wrong)
 

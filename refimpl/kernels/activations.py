@@ -7,6 +7,7 @@ Beside the integers go the sums that zero points and minimums are multiplied wit
 import numpy as np
 from numba.extending import overload
 
+from refimpl.kernels.jit import inline
 from refimpl.kernels.kinds import INLINE
 from refimpl.kernels.simd import (
     abs_f32,
@@ -26,6 +27,8 @@ from refimpl.kernels.simd import (
     store_i8,
     sum_i32,
 )
+
+ALONE = 8           # so many rows one thread has rounded before others have been woken
 
 
 def space(kind, n_tok, width):
@@ -111,3 +114,10 @@ def round_row(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
 @overload(round_row, jit_options=INLINE)
 def _round_row(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
     return ROUND[kind.kind.family] if kind.integer else _round_nothing
+
+
+@inline
+def round_rows(kind, x_TD, q_TD, d_TB, sum_TS, m_TB, first, end):
+    """Rounds rows first..end-1 on the calling thread."""
+    for t in range(first, end):
+        round_row(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB)

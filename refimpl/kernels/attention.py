@@ -420,7 +420,7 @@ def _span(w, t0, t1, kv0, kv1, first, end, follows):
                 n = min(GROUP, n_queries - i)
                 for j in range(n):
                     t, head = t0 + (i + j) // group, kv * group + (i + j) % group
-                    low, high = max(0, w.first_T[t] - begin), min(CHUNK, min(end, w.end_T[t]) - begin)
+                    low, high = max(0, w.first_T[t] - begin), min(CHUNK, w.end_T[t] - begin)
                     seen = low < high
                     note[thread, LOW + j], note[thread, HIGH + j] = low if seen else CHUNK, high if seen else 0
                     note[thread, AT_QUERY + j] = 4 * w.head_dim * (t * w.n_head + head)

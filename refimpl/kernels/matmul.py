@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from refimpl.kernels.activations import round_row, space
+from refimpl.kernels.activations import ALONE, round_row, round_rows, space
 from refimpl.kernels.jit import kernel
 from refimpl.kernels.kinds import EXACT, Q8, Kind
 from refimpl.kernels.rows import Rounded, rows
@@ -53,8 +53,10 @@ def multiply(kind, tiles, x_TD, y_TO, n):
     n_tiles, tile_bytes = tiles.shape
     n_out = y_TO.shape[1]
     q_TD, d_TB, sum_TS, m_TB = space(kind, n_tok, width)
-    for t in prange(n_tok):
-        round_row(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB)
+    round_rows(kind, x_TD, q_TD, d_TB, sum_TS, m_TB, 0, min(n_tok, ALONE))
+    if n_tok > ALONE:
+        for t in prange(ALONE, n_tok):
+            round_row(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB)
     row_P, result_NP = np.arange(n_tok), np.empty((n, LANES * n_tok), np.float32)
     wide_NW = np.empty((n, LANES * width if kind.widened else 0), np.float32)
     for thread in prange(n):

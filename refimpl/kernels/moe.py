@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from refimpl.kernels.activations import round_row, space
+from refimpl.kernels.activations import ALONE, round_row, round_rows, space
 from refimpl.kernels.elementary import exp16, gelu16
 from refimpl.kernels.jit import inline, kernel
 from refimpl.kernels.kinds import EXACT, Q8
@@ -112,9 +112,12 @@ def mix(gate_kind, up_kind, down_kind, gate, up, down, n_hidden, x_TD, id_TX, we
         most = max(most, first_E[e + 1] - first_E[e])
     gate_q, gate_d, gate_sum, gate_m = space(gate_kind, n_tok, width)
     up_q, up_d, up_sum, up_m = space(up_kind, n_tok, width)
-    for t in prange(n_tok):
-        round_row(gate_kind, x_TD, t, gate_q, gate_d, gate_sum, gate_m)
-        round_row(up_kind, x_TD, t, up_q, up_d, up_sum, up_m)
+    round_rows(gate_kind, x_TD, gate_q, gate_d, gate_sum, gate_m, 0, min(n_tok, ALONE))
+    round_rows(up_kind, x_TD, up_q, up_d, up_sum, up_m, 0, min(n_tok, ALONE))
+    if n_tok > ALONE:
+        for t in prange(ALONE, n_tok):
+            round_row(gate_kind, x_TD, t, gate_q, gate_d, gate_sum, gate_m)
+            round_row(up_kind, x_TD, t, up_q, up_d, up_sum, up_m)
 
     wide_NW = np.empty((n, LANES * max(width, n_hidden) if gate_kind.widened or up_kind.widened or down_kind.widened else 0), np.float32)
     hidden_PM, result_NR = np.empty((n_pick, n_hidden), np.float32), np.empty((n, 2 * LANES * most), np.float32)
@@ -138,8 +141,10 @@ def mix(gate_kind, up_kind, down_kind, gate, up, down, n_hidden, x_TD, id_TX, we
                     store_f32_part(at(hiddens, 4 * ((first + p) * n_hidden + LANES * tile)), h, here)
 
     down_q, down_d, down_sum, down_m = space(down_kind, n_pick, n_hidden)
-    for p in prange(n_pick):
-        round_row(down_kind, hidden_PM, p, down_q, down_d, down_sum, down_m)
+    round_rows(down_kind, hidden_PM, down_q, down_d, down_sum, down_m, 0, min(n_pick, ALONE))
+    if n_pick > ALONE:
+        for p in prange(ALONE, n_pick):
+            round_row(down_kind, hidden_PM, p, down_q, down_d, down_sum, down_m)
     pick_P = np.arange(n_pick)
     for thread in prange(n):
         x_down = Rounded(hidden_PM, down_q, down_d, down_sum, down_m)
