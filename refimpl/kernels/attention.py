@@ -94,14 +94,14 @@ def attend(q_TNH: np.ndarray, k_SKH: np.ndarray, v_SKH: np.ndarray, first_T: np.
         raise ValueError(f"{n_head} query heads of {head_dim} do not fit {n_kv} key heads of {width}, or {width} is no multiple of {LANES}")
     if first_T.dtype != INT64 or end_T.dtype != INT64 or first_T.shape != (n_tok,) or end_T.shape != (n_tok,):
         raise ValueError(f"expected {n_tok} positions in int64 twice, got {first_T.dtype} {first_T.shape}, {end_T.dtype} {end_T.shape}")
-    n = numba.get_num_threads()
+    first_T, end_T, n = np.ascontiguousarray(first_T), np.ascontiguousarray(end_T), numba.get_num_threads()
     bad, rows, wave, heads, n_spans = plan(first_T, end_T, n_slots, n_head, n_kv, head_dim, n)
     if bad < n_tok:
         raise ValueError(f"row {bad} is to see positions {first_T[bad]} to {end_T[bad]}: expected 1 to {n_slots} of them, from 0 on")
     out_TNH = np.empty(q_TNH.shape, FLOAT)
     if n_tok:
         keys, values = (k_SKH.view(np.uint16), v_SKH.view(np.uint16)) if half else (k_SKH, v_SKH)
-        # room is made here, as in a kernel it would be given back after the last use of the array, addresses notwithstanding
+        # room is made here, because in a kernel it is given back after the last use of the array, and an address of it does not count
         state = np.empty((wave, n_head, n_spans, VALUES // 4 + head_dim), FLOAT)
         attend_rows(np.ascontiguousarray(q_TNH), keys, values, first_T, end_T, rows, wave, heads, state, np.empty((n, BUFFER), FLOAT),
                     np.empty((n, NOTES), INT64), out_TNH, n)
@@ -380,7 +380,7 @@ def _state_bytes(w):
 
 @inline
 def _place_of_state(w, t, head, span):
-    """A row's spans are counted from the one in which its range begins."""
+    """In bytes. A row's spans are counted from the one in which its range begins."""
     return _state_bytes(w) * (((t - w.first_row) * w.n_head + head) * w.n_spans + span - w.first_T[t] // SPAN)
 
 
@@ -425,7 +425,7 @@ def _span(w, t0, t1, kv0, kv1, first, end, follows):
                     note[thread, LOW + j], note[thread, HIGH + j] = low if seen else CHUNK, high if seen else 0
                     note[thread, AT_QUERY + j] = 4 * w.head_dim * (t * w.n_head + head)
                     note[thread, AT_STATE + j] = _place_of_state(w, t, head, first // SPAN)
-                # the groups read the next chunk ahead, each its share of the columns
+                # while they compute, the groups fetch the next chunk, each its share of the columns: half as fast without
                 note[thread, AHEAD] = CHUNK * w.n_kv * head_bytes + i // GROUP * head_bytes // n_groups if more else 0
                 note[thread, STEP] = LANES * w.size // n_groups if more else 0
                 _chunk(w, n)
@@ -473,6 +473,7 @@ def attend_rows(q_TNH, k_SKH, v_SKH, first_T, end_T, rows, wave, heads, state, b
     n_slots, n_kv, _ = k_SKH.shape
     q, k, v, out = address(q_TNH), address(k_SKH), address(v_SKH), address(out_TNH)
     states, buffers, like, size, n_spans = address(state), address(buffer_NB), k_SKH[0, 0, 0], k_SKH.itemsize, state.shape[2]
+    # every other step merges what the one before has left (one parallel loop for both compiles in less time)
     for step in range(2 * ((n_tok + wave - 1) // wave)):
         t0 = step // 2 * wave
         t1 = min(t0 + wave, n_tok)
