@@ -50,12 +50,12 @@ def rows(n: int, width: int, seed: int = 1) -> np.ndarray:
 @contextlib.contextmanager
 def as_plain_python(called: set):
     """Every kernel replaced by its Python source, whose calls are noted."""
-    kept = []
+    kept, modules = [], [importlib.import_module(f"refimpl.kernels.{name}") for name in (*PAIRS, "tiles")]
     for name, dispatcher in jit.KERNELS.items():
         def plain(*args, name=name, source=dispatcher.py_func):
             called.add(name)
             return source(*args)
-        for module in map(importlib.import_module, ("refimpl.kernels." + m for m in ("matmul", "attention", "moe", "ops", "tiles"))):
+        for module in modules:
             for attribute, value in list(vars(module).items()):
                 if value is dispatcher:
                     kept.append((module, attribute, value))
