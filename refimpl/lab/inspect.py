@@ -5,10 +5,10 @@ from collections import defaultdict
 
 import numpy as np
 
-from refimpl.decode.model import BUILT_IN, CHUNK, KEEP_FLOAT32_BELOW, float32_bytes
+from refimpl.decode.model import BUILT_IN, CHUNK, float32_bytes
 from refimpl.formats.container import GGUFFile, open_gguf
-from refimpl.model.cache import cache_bytes
 from refimpl.model.config import Config, MoeFfn, config_from_gguf
+from refimpl.model.memory import available, needed
 from refimpl.model.weights import vocabulary_size
 
 LONG = 16           # array entries shown
@@ -35,10 +35,9 @@ def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[s
 
 
 def _memory(file: GGUFFile, config: Config, n_ctx: int) -> dict[str, object]:
-    held = float32_bytes(file)
-    mapped = held >= KEEP_FLOAT32_BELOW
-    return {"n_ctx": n_ctx, "weights": "quantized, in the mapped file" if mapped else "float32",
-            "weight_bytes": file.n_bytes if mapped else held, "kv_bytes": cache_bytes(config, n_ctx, CHUNK, np.float32)}
+    """As the kernels hold it, with keys and values in float16."""
+    need = needed(file, config, n_ctx, CHUNK, np.dtype(np.float16))
+    return {"n_ctx": n_ctx, "weight_bytes": need.weights, "kv_bytes": need.cache, "buffer_bytes": need.buffers, "free_bytes": available()}
 
 
 def _layer(config: Config, i: int) -> dict[str, object]:
@@ -90,8 +89,8 @@ def as_text(described: dict[str, object]) -> str:
     for name, entry in described["types"].items():
         lines.append(f"{name:>8}: {entry['tensors']:>4} tensors, {size(entry['bytes'])}")
     memory = described["memory"]
-    lines += ["", f"memory: weights {size(memory['weight_bytes'])} ({memory['weights']}), keys and values {size(memory['kv_bytes'])} "
-              f"for a full context of {memory['n_ctx']} (-c sets another)"]
+    lines += ["", f"memory: weights {size(memory['weight_bytes'])}, keys and values {size(memory['kv_bytes'])} for a full context of "
+              f"{memory['n_ctx']} (-c sets another), {size(memory['buffer_bytes'])} to compute in; {size(memory['free_bytes'])} free"]
     return "\n".join(lines)
 
 
