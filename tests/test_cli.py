@@ -63,7 +63,7 @@ def test_inspect_for_people_and_programs(small):
     assert code == 0 and "sliding" in out and "parameters" in out and "memory" in out
     described = json.loads(run("inspect", "-m", small, "--json", "-c", 100)[1])
     assert described["metadata"]["general.architecture"] == "gemma4" and len(described["layers"]) == 6
-    assert described["memory"]["kv_bytes"] == sum(8 * (1 * 32 * 100 if i == 5 else 2 * 16 * 100) for i in range(6))
+    assert described["memory"]["kv_bytes"] == sum(4 * (1 * 32 * 100 if i == 5 else 2 * 16 * 100) for i in range(6))
 
 
 def test_chat_keeps_the_history(tmp_path):

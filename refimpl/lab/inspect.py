@@ -6,9 +6,10 @@ from collections import defaultdict
 import numpy as np
 
 from refimpl.decode.model import BUILT_IN, CHUNK, float32_bytes
-from refimpl.formats.container import GGUFFile, open_gguf
+from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.model.cache import cache_bytes
 from refimpl.model.config import Config, MoeFfn, config_from_gguf
-from refimpl.model.memory import available, needed
+from refimpl.model.memory import available, buffer_bytes, needed
 from refimpl.model.weights import vocabulary_size
 
 LONG = 16           # array entries shown
@@ -35,9 +36,14 @@ def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[s
 
 
 def _memory(file: GGUFFile, config: Config, n_ctx: int) -> dict[str, object]:
-    """As the kernels hold it, with keys and values in float16."""
-    need = needed(file, config, n_ctx, CHUNK, np.dtype(np.float16))
-    return {"n_ctx": n_ctx, "weight_bytes": need.weights, "kv_bytes": need.cache, "buffer_bytes": need.buffers, "free_bytes": available()}
+    """As the kernels hold it, with keys and values in float16. Of a file that this version cannot load: the weights as they are."""
+    half = np.dtype(np.float16)
+    try:
+        weight_bytes = needed(file, config, n_ctx, CHUNK, half).weights
+    except GGUFError:
+        weight_bytes = file.n_bytes
+    return {"n_ctx": n_ctx, "weight_bytes": weight_bytes, "kv_bytes": cache_bytes(config, n_ctx, CHUNK, half),
+            "buffer_bytes": buffer_bytes(config, CHUNK), "free_bytes": available()}
 
 
 def _layer(config: Config, i: int) -> dict[str, object]:
