@@ -6,8 +6,11 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import refimpl
 from refimpl.formats.codecs import dequantize, quantize
+from refimpl.formats.container import open_gguf
 from refimpl.formats.writer import write_gguf
+from refimpl.model.config import config_from_gguf
 from refimpl.model.export import fitting_type, gguf_metadata, gguf_name, gguf_tensors, stays_float32
+from refimpl.model.weights import vocabulary_size
 
 V = 300
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
@@ -139,3 +142,9 @@ def worst(ours: np.ndarray, theirs: np.ndarray) -> float:
 def reference(path=None, **options):
     """The model in the reference: exact unless told."""
     return refimpl.load(path, backend="reference", **options)
+
+
+def opened(path):
+    """(file, configuration) of a model's file."""
+    file = open_gguf(path)
+    return file, config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), path)

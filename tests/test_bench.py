@@ -7,9 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from shapes import random_model, write_model
+from shapes import opened, random_model, write_model
 from test_cli import assert_one_line, run
-from test_memory import opened
 
 from refimpl.lab import bandwidth, llamacpp
 from refimpl.lab import bench as module
@@ -22,16 +21,6 @@ from refimpl.model.cache import Cache
 QUERY, OUTPUT = 64 * 36, 64 * 36                    # sliding: 4 * 16 rows of 64 weights, and 64 rows of 4 * 16
 FULL_QUERY, FULL_OUTPUT = 128 * 36, 64 * 72
 EMBEDDING, EMBEDDING_ROW = 300 * 36, 36
-
-
-@pytest.fixture(scope="module")
-def moe(tmp_path_factory):
-    return opened(write_model(tmp_path_factory.mktemp("bench") / "moe.gguf", random_model("26B-A4B"), "Q4_0"))
-
-
-@pytest.fixture(scope="module")
-def ple(tmp_path_factory):
-    return opened(write_model(tmp_path_factory.mktemp("bench") / "ple.gguf", random_model("E2B"), "Q4_0"))
 
 
 # ---- what a token reads

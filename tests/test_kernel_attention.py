@@ -2,10 +2,9 @@
 
 import hashlib
 
-import numba
 import numpy as np
 import pytest
-from test_kernel_ops import OTHERS, elsewhere
+from same_bits import OTHERS, assert_any_number_of_threads, elsewhere
 
 from refimpl.kernels import attention
 from refimpl.kernels.attention import CHUNK, SPAN, attend
@@ -169,16 +168,7 @@ def test_pieces_of_work_of_any_size(monkeypatch):
 
 
 def test_any_number_of_threads():
-    before = numba.get_num_threads()
-    try:
-        results = []
-        for n in range(1, min(3, numba.config.NUMBA_NUM_THREADS) + 1):
-            numba.set_num_threads(n)
-            results.append(digest())
-    finally:
-        numba.set_num_threads(before)
-    assert len(set(results)) == 1
-    assert elsewhere("test_kernel_attention", NUMBA_NUM_THREADS="3") == results[0]
+    assert_any_number_of_threads("test_kernel_attention", digest)
 
 
 @pytest.mark.parametrize("isa", OTHERS)

@@ -1,23 +1,17 @@
 """The small kernels: their elementary functions against float64, their results against the formulas, their bits against themselves."""
 
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
+from same_bits import OTHERS, assert_any_number_of_threads, elsewhere
 
 from refimpl.kernels import ops
 from refimpl.kernels.elementary import exp16, gelu16, tanh16
 from refimpl.kernels.simd import address, at, load_f32, store_f32
-from refimpl.kernels.words import BEST, ISA, ORDER
 from refimpl.reference import ops as reference
 
-HERE = Path(__file__).parent
-OTHERS = [isa for isa in ORDER if isa != ISA and ORDER.index(isa) <= ORDER.index(BEST)]
 HALF_STEP = 2.0**-24            # relative rounding error of one float32 operation
 WIDTHS = (1, 5, 15, 16, 17, 64, 100, 2816)
 
@@ -138,14 +132,6 @@ def digest() -> str:
     return mark.hexdigest()
 
 
-def elsewhere(module: str, **environment: str) -> str:
-    """What `digest` of a test module gives in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", f"import {module}; print({module}.digest())"], capture_output=True, text=True, cwd=HERE,
-                          env={**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", **environment})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
-
-
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norms_against_float64(width):
     rng = np.random.default_rng(2)
@@ -194,16 +180,7 @@ def test_near_to_the_twin(name):
 
 
 def test_any_number_of_threads():
-    before = numba.get_num_threads()
-    try:
-        results = []
-        for n in range(1, min(3, numba.config.NUMBA_NUM_THREADS) + 1):
-            numba.set_num_threads(n)
-            results.append(digest())
-    finally:
-        numba.set_num_threads(before)
-    assert len(set(results)) == 1
-    assert elsewhere("test_kernel_ops", NUMBA_NUM_THREADS="3") == results[0]
+    assert_any_number_of_threads("test_kernel_ops", digest)
 
 
 @pytest.mark.parametrize("isa", OTHERS)

@@ -5,31 +5,13 @@ import tracemalloc
 import numpy as np
 import psutil
 import pytest
-from shapes import random_model, write_model
+from shapes import opened, random_model, write_model
 from test_threads import V1, V2, put
 
 import refimpl
-from refimpl.formats.container import open_gguf
-from refimpl.model.config import config_from_gguf
 from refimpl.model.memory import COMPILER_BYTES, MemoryRefusal, Need, available, buffer_bytes, needed, refuse_unless_it_fits
-from refimpl.model.weights import vocabulary_size
 
 GB = 10**9
-
-
-def opened(path):
-    file = open_gguf(path)
-    return file, config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), path)
-
-
-@pytest.fixture(scope="module")
-def moe(tmp_path_factory):
-    return opened(write_model(tmp_path_factory.mktemp("memory") / "moe.gguf", random_model("26B-A4B"), "Q4_0"))
-
-
-@pytest.fixture(scope="module")
-def ple(tmp_path_factory):
-    return opened(write_model(tmp_path_factory.mktemp("memory") / "ple.gguf", random_model("E2B"), "Q4_0"))
 
 
 def without(file, *names: str) -> int:

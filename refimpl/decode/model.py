@@ -10,6 +10,7 @@ from refimpl.decode.tokenizer import Tokenizer
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
 from refimpl.formats.matrix import Matrix
+from refimpl.kernels.threads import prepare
 from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
@@ -110,7 +111,7 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
             if layer.head_dim % 16:
                 raise ValueError(f"{file.path}: heads of {layer.head_dim} in layer {layer.index}; the kernels take multiples of 16, "
                                  "backend='reference' (--backend reference) takes any")
-        functions = kernel_backend(arithmetic, prepare_threads(threads))
+        functions = kernel_backend(arithmetic, prepare(threads))
         need = needed(file, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type)
         refuse_unless_it_fits(need, available(), file.path)
     else:
@@ -124,21 +125,14 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
     return Model(file, config, matrices, tokenizer, functions)
 
 
-def prepare_threads(threads: int | None) -> int:
-    """How many threads the kernels will run on. Raises ValueError for more than there can be."""
-    from refimpl.kernels.threads import prepare
-
-    return prepare(threads)
-
-
-def _told(prepare: Callable[[Matrix], object], file: GGUFFile,
+def _told(hold: Callable[[Matrix], object], file: GGUFFile,
           begin: Callable[[int], Callable[[int], None]]) -> Callable[[str, Matrix], object]:
-    """`prepare` for one matrix after the other: tells of the bytes done, and lets go of the file's pages now and then."""
+    """`hold` for one matrix after the other: tells of the bytes done, and lets go of the file's pages now and then."""
     step, since = begin(file.n_bytes), 0
 
     def prepare_and_tell(name: str, matrix: Matrix) -> object:
         nonlocal since
-        held = prepare(matrix)
+        held = hold(matrix)
         step(matrix.raw.nbytes)
         since += matrix.raw.nbytes
         if since > RELEASE_EVERY:

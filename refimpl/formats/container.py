@@ -162,18 +162,13 @@ class GGUFFile:
         mapping = self._open_parts()[info.part].mapping
         first = -(-info.offset // page) * page                  # only whole pages: the rest belongs to the neighbours
         last = (info.offset + info.n_bytes) // page * page
-        if last > first and hasattr(mapping, "madvise"):        # not on Windows
-            try:
-                mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
-            except OSError:
-                pass                                            # a hint: where it is refused, nothing is lost
+        if last > first:
+            _let_go(mapping, first, last - first)
 
     def release_all(self) -> None:
         """The same for everything in the file."""
         for part in self._open_parts():
-            if hasattr(part.mapping, "madvise"):
-                with contextlib.suppress(OSError):
-                    part.mapping.madvise(mmap.MADV_DONTNEED)
+            _let_go(part.mapping, 0, len(part.mapping))
 
     def close(self) -> None:
         """Lets go of the files. Views from `raw` stay valid; the last of them takes the mapping with it."""
@@ -346,6 +341,13 @@ def _map(path: Path) -> mmap.mmap:
         raise GGUFError(path, None, "no such file") from None
     except (OSError, ValueError, OverflowError) as error:       # no permission; a zero byte in the path; 32-bit machines
         raise GGUFError(path, None, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _let_go(mapping: mmap.mmap, first: int, n_bytes: int) -> None:
+    """Tells the system that these pages are not wanted any more. A hint: where it is refused, nothing is lost."""
+    if hasattr(mapping, "madvise"):                         # not on Windows
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_DONTNEED, first, n_bytes)
 
 
 def _read_header(cursor: _Cursor) -> tuple[int, int, int]:

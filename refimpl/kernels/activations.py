@@ -31,27 +31,16 @@ from refimpl.kernels.simd import (
 ALONE = 8           # so many rows one thread has rounded before others have been woken
 
 
+@inline
 def space(kind, n_tok, width):
     """Room for `n_tok` rounded rows: q int8 (T, D), scales float32 (T, B), sums int32 (T, sub-blocks), Q8_1's products float32 (T, B).
 
     A sum is that of a sub-block's integers, times -zero where the kind has a zero point: what is to be added to a dot product.
     """
-    if not kind.integer:
-        width = 0
+    width = width if kind.integer else 0
     n_blocks, n_sums = width // kind.elements, width // kind.per_sub
     return (np.empty((n_tok, width), np.int8), np.empty((n_tok, n_blocks), np.float32), np.empty((n_tok, n_sums), np.int32),
             np.empty((n_tok, n_blocks), np.float32))
-
-
-@overload(space)
-def _space(kind, n_tok, width):
-    integer = kind.kind.integer
-
-    def allocate(kind, n_tok, width):
-        size = width if integer else 0
-        return (np.empty((n_tok, size), np.int8), np.empty((n_tok, size // kind.elements), np.float32),
-                np.empty((n_tok, size // kind.per_sub), np.int32), np.empty((n_tok, size // kind.elements), np.float32))
-    return allocate
 
 
 def _round_small(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB):

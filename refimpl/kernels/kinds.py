@@ -13,6 +13,7 @@ from numba.core.datamodel.models import OpaqueModel
 from numba.extending import NativeValue, overload, overload_attribute, register_model, typeof_impl, unbox
 
 from refimpl.formats.blocks import BLOCKS
+from refimpl.kernels.jit import inline
 from refimpl.kernels.simd import (
     add_i32,
     at,
@@ -131,7 +132,8 @@ def _attribute(name: str):
         return lambda kind: value
 
 
-for _name in ("elements", "n_sub", "per_sub", "zero", "signed", "d", "has_minimum", "minimum", "scattered", "widened", "n_bytes"):
+for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero", "signed", "d", "has_minimum", "minimum", "scattered", "widened",
+              "integer"):
     _attribute(_name)
 
 
@@ -212,17 +214,13 @@ def _scale_of(kind, block, s):
     return SCALES[kind.type_name]
 
 
+@inline
 def low_of(kind, block, s):
     """The integer minimum of sub-block s of 16 rows (Q4_K and Q5_K), I32x16."""
     if s < 4:
         return field_i32(load_u8_as_i32(at(block, 64 + 16 * (s + 4))), 0, 63)
     upper = field_i32(load_u8_as_i32(at(block, 64 + 16 * s)), 6, 3)
     return add_i32(field_i32(load_u8_as_i32(at(block, 64 + 16 * (s + 4))), 4, 15), shift_left(upper, 4))
-
-
-@overload(low_of, jit_options=INLINE)
-def _low_of(kind, block, s):
-    return low_of
 
 
 # ---- plain floats

@@ -68,6 +68,12 @@ def zero_of(kind, x, r, s):
     return splat_i32(x.sum_TS[r, s]) if kind.zero else splat_i32(ZERO_I)
 
 
+@inline
+def scaled(x, r, b, d, n, total):
+    """Adds a block's integers, times its scale and that of row r's block b, to the row's sum."""
+    return fma(mul_f32(d, splat_f32(x.d_TB[r, b])), to_f32(n), total)
+
+
 # ---- blocks of 32 under one scale
 
 def _one_small(kind, tile, n_blocks, x, r, ahead, out):
@@ -78,7 +84,7 @@ def _one_small(kind, tile, n_blocks, x, r, ahead, out):
         n = zero_of(kind, x, r, b)
         for g in range(8):
             n = dot(kind, n, levels(kind, block, 0, g), at(qb, 4 * g))
-        total = fma(mul_f32(load_f16(block), splat_f32(x.d_TB[r, b])), to_f32(n), total)
+        total = scaled(x, r, b, load_f16(block), n, total)
         if kind.has_minimum:
             total = fma(splat_f32(x.m_TB[r, b]), load_f16(at(block, kind.minimum)), total)
     store_f32(out, total)
@@ -98,10 +104,8 @@ def _four_small(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
             n0, n1 = dot(kind, n0, w, at(q0, c)), dot(kind, n1, w, at(q1, c))
             n2, n3 = dot(kind, n2, w, at(q2, c)), dot(kind, n3, w, at(q3, c))
         d = load_f16(block)
-        t0 = fma(mul_f32(d, splat_f32(x.d_TB[r0, b])), to_f32(n0), t0)
-        t1 = fma(mul_f32(d, splat_f32(x.d_TB[r1, b])), to_f32(n1), t1)
-        t2 = fma(mul_f32(d, splat_f32(x.d_TB[r2, b])), to_f32(n2), t2)
-        t3 = fma(mul_f32(d, splat_f32(x.d_TB[r3, b])), to_f32(n3), t3)
+        t0, t1 = scaled(x, r0, b, d, n0, t0), scaled(x, r1, b, d, n1, t1)
+        t2, t3 = scaled(x, r2, b, d, n2, t2), scaled(x, r3, b, d, n3, t3)
         if kind.has_minimum:
             m = load_f16(at(block, kind.minimum))
             t0, t1 = fma(splat_f32(x.m_TB[r0, b]), m, t0), fma(splat_f32(x.m_TB[r1, b]), m, t1)
@@ -131,7 +135,7 @@ def _one_large(kind, tile, n_blocks, x, r, ahead, out):
             n = add_i32(n, mul_i32(scale_of(kind, block, s), dots))
             if kind.has_minimum:
                 low = add_i32(low, mul_i32(low_of(kind, block, s), splat_i32(x.sum_TS[r, kind.n_sub * b + s])))
-        total = fma(mul_f32(load_f16(at(block, kind.d)), splat_f32(x.d_TB[r, b])), to_f32(n), total)
+        total = scaled(x, r, b, load_f16(at(block, kind.d)), n, total)
         if kind.has_minimum:
             total = fma(mul_f32(load_f16(at(block, kind.minimum)), splat_f32(-x.d_TB[r, b])), to_f32(low), total)
     store_f32(out, total)
@@ -164,10 +168,8 @@ def _four_large(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
                 low2 = add_i32(low2, mul_i32(m, splat_i32(x.sum_TS[r2, kind.n_sub * b + s])))
                 low3 = add_i32(low3, mul_i32(m, splat_i32(x.sum_TS[r3, kind.n_sub * b + s])))
         d = load_f16(at(block, kind.d))
-        t0 = fma(mul_f32(d, splat_f32(x.d_TB[r0, b])), to_f32(n0), t0)
-        t1 = fma(mul_f32(d, splat_f32(x.d_TB[r1, b])), to_f32(n1), t1)
-        t2 = fma(mul_f32(d, splat_f32(x.d_TB[r2, b])), to_f32(n2), t2)
-        t3 = fma(mul_f32(d, splat_f32(x.d_TB[r3, b])), to_f32(n3), t3)
+        t0, t1 = scaled(x, r0, b, d, n0, t0), scaled(x, r1, b, d, n1, t1)
+        t2, t3 = scaled(x, r2, b, d, n2, t2), scaled(x, r3, b, d, n3, t3)
         if kind.has_minimum:
             m = load_f16(at(block, kind.minimum))
             t0 = fma(mul_f32(m, splat_f32(-x.d_TB[r0, b])), to_f32(low0), t0)

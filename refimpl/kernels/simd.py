@@ -189,18 +189,6 @@ def _to_half_hardware(builder, v):
     return builder.fptrunc(v, ir.VectorType(HALF, LANES))
 
 
-def _store_half(convert):
-    return lambda builder, pointer, v: store(builder, pointer, convert(builder, v))
-
-
-@word(types.void, Address, F32x16, avx512=_store_half(_to_half_hardware), avx2=_store_half(_to_half_hardware),
-      portable=_store_half(_to_half_portable))
-def store_f16(pointer, v):
-    """Writes 16 float16, rounded to nearest even."""
-    with np.errstate(over="ignore"):
-        pointer.span(32)[:] = v.astype(np.float16).view(np.uint8)
-
-
 @word(types.void, Address, I32x16, every=lambda builder, pointer, v: store(builder, pointer, builder.trunc(v, ir.VectorType(BYTE, LANES))))
 def store_i8(pointer, v):
     """Writes the low byte of every lane."""
@@ -236,18 +224,6 @@ def prefetch(pointer):
 
 
 # ---- bytes
-
-@word(U8x64, U8x64, every=lambda builder, v: builder.and_(v, ir.Constant(U8x64.llvm, [15] * 64)))
-def low_nibbles(v):
-    """The low 4 bits of every byte."""
-    return v & np.uint8(15)
-
-
-@word(U8x64, U8x64, every=lambda builder, v: builder.lshr(v, ir.Constant(U8x64.llvm, [4] * 64)))
-def high_nibbles(v):
-    """The high 4 bits of every byte."""
-    return v >> np.uint8(4)
-
 
 def _bytes(builder, byte):
     """An int64 of 0 to 255 in every byte of an int32 vector."""

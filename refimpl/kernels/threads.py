@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import psutil
 from threadpoolctl import LibController, ThreadpoolController
 
 ROOT = Path("/")
@@ -35,6 +34,8 @@ def usable_cpus() -> set[int]:
     """The logical CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
+    import psutil
+
     process = psutil.Process()
     return set(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else set(range(os.cpu_count() or 1))
 
@@ -46,6 +47,8 @@ def physical_cores(cpus: set[int], root: Path = ROOT) -> int:
         folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
         siblings = read(folder / "core_cpus_list") or read(folder / "thread_siblings_list")
         if siblings is None:
+            import psutil
+
             return min(len(cpus), psutil.cpu_count(logical=False) or len(cpus))
         cores.add(siblings)
     return len(cores)

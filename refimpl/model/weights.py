@@ -168,8 +168,7 @@ def weights_from_gguf(file: GGUFFile, config: Config, prepare: Callable[[str, Ma
     """Collects the weights of a Gemma 4 model.
 
     `prepare(name, matrix)` gives matrices that are multiplied with the form that a backend takes; tables, of which rows are looked up,
-    stay as they are. Raises GGUFError for a tensor
-    that is missing, has another shape, a type that cannot be read, or is one nobody uses.
+    stay as they are. Raises GGUFError for a tensor that is missing, has another shape, a type that cannot be read, or that nobody uses.
     """
     take = _Taker(file, prepare)
     ignored: dict[str, str] = {}
