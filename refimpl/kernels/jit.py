@@ -7,6 +7,7 @@ The cache folder (`REFIMPL_CACHE_DIR`, else the one of the operating system) has
 kernels' own source; inside of it Numba tells processors apart, so that a cache from another machine is not used but passed over.
 """
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import llvmlite
 import numba
 from numba.core import event
+from numba.core.caching import FunctionCache
 from numba.extending import register_jitable
 from platformdirs import user_cache_path
 
@@ -47,16 +49,37 @@ def kernel(**options) -> Callable:
     """Compiles a function that Python calls. `options` are Numba's, `parallel=True` above all."""
 
     def compile_later(function):
+        made = numba.njit(function, error_model="numpy", nogil=True, **options)
         before = numba.config.CACHE_DIR
         if FOLDER is not None:
-            numba.config.CACHE_DIR = str(FOLDER)         # read when a function is decorated
-        try:
-            made = numba.njit(function, cache=FOLDER is not None, error_model="numpy", nogil=True, **options)
-            KERNELS[f"{function.__module__.split('.')[-1]}.{function.__name__}"] = made
-            return made
-        finally:
-            numba.config.CACHE_DIR = before
+            numba.config.CACHE_DIR = str(FOLDER)         # read when a cache is made
+            try:
+                made._cache = _Cache(function)           # what Numba's own `cache=True` does, with another class
+            finally:
+                numba.config.CACHE_DIR = before
+        KERNELS[f"{function.__module__.split('.')[-1]}.{function.__name__}"] = made
+        return made
     return compile_later
+
+
+class _Cache(FunctionCache):
+    """Kept kernels are a convenience: what cannot be read (a file cut short when the machine went down) is compiled again and written anew;
+    what cannot be written (the disk is full) is not kept.
+    """
+
+    def load_overload(self, sig, target_context):
+        """The kernel from the cache, None where there is none or it is damaged."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:                                # unpickling fails with any of them
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        """Keeps a compiled kernel if it can be kept."""
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
 
 
 def inline(function) -> Callable:

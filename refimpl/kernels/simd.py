@@ -290,6 +290,14 @@ def _dot4_avx512(builder, total, weights, activations):
                  _four(builder, activations))
 
 
+def _dot4_avxvnni(builder, total, weights, activations):
+    eight, four = ir.VectorType(INT, 8), _four(builder, activations, 8)
+
+    def half(t, w):
+        return call(builder, "llvm.x86.avx512.vpdpbusd.256", eight, t, builder.bitcast(w, eight), four)
+    return by_halves(builder, half, total, weights)
+
+
 def _dot4_avx2(builder, total, weights, activations):
     four = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32))
     ones, words = ir.Constant(ir.VectorType(SHORT, 16), [1] * 16), ir.VectorType(SHORT, 16)
@@ -323,7 +331,8 @@ def _dot4_portable(signed: bool):
     return emit
 
 
-@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avx2=_dot4_avx2, portable=_dot4_portable(signed=False))
+@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2,
+      portable=_dot4_portable(signed=False))
 def dot4(total, weights, activations):
     """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights of at most 128, int8 activations.
 
@@ -333,14 +342,13 @@ def dot4(total, weights, activations):
     return total + (weights.reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
 
 
-def _dot4_signed_avx512(builder, total, weights, activations):
-    # vpdpbusd wants one side unsigned: weights + 128, and 128 times the activations' sum is taken off again
-    shifted = builder.xor(weights, ir.Constant(U8x64.llvm, [128] * 64))
-    four = _four(builder, activations)
-    total = call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, total, builder.bitcast(shifted, I32x16.llvm), four)
-    excess = call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, ir.Constant(I32x16.llvm, [0] * LANES),
-                   ir.Constant(I32x16.llvm, [-0x7F7F7F80] * LANES), four)          # bytes of 128
-    return builder.sub(total, excess)
+def _dot4_signed_by(dot4):
+    """`vpdpbusd` wants one side unsigned: weights + 128, and 128 times the activations' sum is taken off again."""
+    def emit(builder, total, weights, activations):
+        shifted, bytes_of_128 = builder.xor(weights, ir.Constant(U8x64.llvm, [128] * 64)), ir.Constant(U8x64.llvm, [128] * 64)
+        excess = dot4(builder, ir.Constant(I32x16.llvm, [0] * LANES), bytes_of_128, activations)
+        return builder.sub(dot4(builder, total, shifted, activations), excess)
+    return emit
 
 
 def _dot4_signed_avx2(builder, total, weights, activations):
@@ -355,7 +363,8 @@ def _dot4_signed_avx2(builder, total, weights, activations):
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
 
 
-@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_signed_avx512, avx2=_dot4_signed_avx2, portable=_dot4_portable(signed=True))
+@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_signed_by(_dot4_avx512), avxvnni=_dot4_signed_by(_dot4_avxvnni),
+      avx2=_dot4_signed_avx2, portable=_dot4_portable(signed=True))
 def dot4_signed(total, weights, activations):
     """As `dot4`, with the bytes of `weights` read as int8."""
     x = activations.span(4).view(np.int8).astype(np.int32)

@@ -25,8 +25,6 @@ from refimpl.kernels.kinds import SHAPES
 from refimpl.kernels.simd import address, at, copy1, copy2, copy4
 from refimpl.kernels.words import LANES
 
-UNIT_BYTES = {"d": 2, "m": 2, "dmin": 2, "scales": 1}       # of these fields; 4 of all others, but never more than the field has
-
 
 @dataclass(frozen=True)
 class Tiles:
@@ -47,7 +45,7 @@ def units(block: Block) -> np.ndarray:
     found, offset = [], 0
     for name, kind, count in block.fields:
         n_bytes = np.dtype(kind).itemsize * count
-        step = min(UNIT_BYTES.get(name, 4), n_bytes)
+        step = 1 if name == "scales" else min(4, n_bytes)
         found += [(offset + u, step) for u in range(0, n_bytes, step)]
         offset += n_bytes
     return np.array(found, np.int64)

@@ -1,6 +1,7 @@
 """How a word of the vector vocabulary (simd.py) is made: the vector types, the choice of an instruction set, and `word`.
 
     avx512     512-bit registers, `vpdpbusd` (AVX-512 VNNI)
+    avxvnni    256-bit registers, `vpdpbusd` (AVX-VNNI, or AVX-512 VNNI at half the width)
     avx2       256-bit registers, `vpmaddubsw` and `vpmaddwd`
     portable   plain vector IR, whatever the machine makes of it
 
@@ -22,9 +23,14 @@ from numba.extending import lower_builtin, register_model, type_callable
 
 LANES = 16
 BYTE, SHORT, INT, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
-ORDER = ("portable", "avx2", "avx512")
-NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vnni"), "avx2": ("avx2", "fma", "f16c"), "portable": ()}
-TARGETS = {"avx2": ("x86-64-v3", "+avx2,+fma,+f16c"), "portable": ("x86-64", "")}      # what LLVM may use under a forced set
+ORDER = ("portable", "avx2", "avxvnni", "avx512")
+NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), "avxvnni": ("avx2", "fma", "f16c", "avxvnni"),
+         "avx2": ("avx2", "fma", "f16c"), "portable": ()}
+TARGETS = {             # what LLVM may use under a forced set; `avxvnni` is forced on machines with AVX-512, which need not have the other
+    "avxvnni": ("x86-64-v3", "+avx2,+fma,+f16c,+avx512vl,+avx512vnni"),
+    "avx2": ("x86-64-v3", "+avx2,+fma,+f16c"),
+    "portable": ("x86-64", ""),
+}
 
 
 def best_isa(features) -> str:
@@ -100,10 +106,13 @@ WORDS: dict[str, Word] = {}
 
 
 def word(result: types.Type, *parameters: types.Type, **bodies: Callable):
-    """Makes a word of a NumPy function. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each instruction set."""
+    """Makes a word of a NumPy function. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each instruction set.
+
+    `avxvnni` has those of `avx2` but for its own.
+    """
 
     def define(meaning: Callable) -> Callable:
-        emit = bodies.get(ISA) or bodies["every"]
+        emit = bodies.get(ISA) or bodies.get("avx2" if ISA == "avxvnni" else "every") or bodies["every"]
         takes = signature(result, *parameters)
 
         @type_callable(meaning)
