@@ -5,6 +5,7 @@
     print(refimpl.generate(model, ids, max_new_tokens=64).text)
 """
 
+from refimpl.decode.drafter import Drafter, load_drafter, propose
 from refimpl.decode.generate import Output, Stats, generate, stream
 from refimpl.decode.model import Model, load
 from refimpl.decode.tokenizer import TokenizerError
@@ -12,4 +13,5 @@ from refimpl.formats.container import GGUFError
 from refimpl.model.cache import ContextFull
 
 __version__ = "0.1.0"
-__all__ = ["ContextFull", "GGUFError", "Model", "Output", "Stats", "TokenizerError", "generate", "load", "stream"]
+__all__ = ["ContextFull", "Drafter", "GGUFError", "Model", "Output", "Stats", "TokenizerError", "generate", "load", "load_drafter",
+           "propose", "stream"]

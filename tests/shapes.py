@@ -2,14 +2,14 @@
 
 import numpy as np
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 import refimpl
 from refimpl.formats.codecs import dequantize, quantize
 from refimpl.formats.container import open_gguf
 from refimpl.formats.writer import write_gguf
 from refimpl.model.config import config_from_gguf
-from refimpl.model.export import fitting_type, gguf_metadata, gguf_name, gguf_tensors, stays_float32
+from refimpl.model.export import drafter_metadata, fitting_type, gguf_metadata, gguf_name, gguf_tensors, stays_float32
 from refimpl.model.weights import vocabulary_size
 
 V = 300
@@ -148,3 +148,40 @@ def opened(path):
     """(file, configuration) of a model's file."""
     file = open_gguf(path)
     return file, config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), path)
+
+
+# ---- drafters
+
+def random_drafter(shape: str, seed: int = 100, n_centroid: int = 0, **overrides) -> Gemma4AssistantForCausalLM:
+    """A drafter for `random_model(shape)`, every weight random: three sliding layers and a full one, with `n_centroid` a centroid head."""
+    torch.manual_seed(seed)
+    kept = {key: value for key, value in (COMMON | SHAPES[shape]).items()
+            if not key.startswith(("hidden_size_per", "enable_moe", "num_experts", "top_k_experts", "moe_", "use_double"))}
+    text = Gemma4TextConfig(**kept | dict(
+        hidden_size=48, intermediate_size=96, layer_types=pattern(3, 1), num_hidden_layers=4, num_kv_shared_layers=4,
+        hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, final_logit_softcapping=None) | overrides)
+    text._attn_implementation = "eager"
+    drafter = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(
+        text_config=text, backbone_hidden_size=COMMON["hidden_size"], use_ordered_embeddings=bool(n_centroid),
+        num_centroids=n_centroid or 2048, centroid_intermediate_top_k=3)).eval().float()
+    with torch.no_grad():
+        for name, p in [*drafter.named_parameters(), *drafter.named_buffers()]:
+            if name.endswith("layer_scalar"):
+                p.uniform_(0.6, 1.2)
+            elif name.endswith("q_norm.weight"):
+                p.uniform_(0.2, 0.6)
+            elif name.endswith("token_ordering"):
+                p.copy_(torch.randperm(V))
+            elif p.ndim == 1 and name in dict(drafter.named_parameters()):
+                p.uniform_(0.4, 1.6)
+            elif p.ndim >= 2:
+                p.normal_(0, p.shape[-1] ** -0.5)
+    return drafter
+
+
+def write_drafter(path, drafter, block: str = "F32", extra: dict | None = None, change=lambda tensors: tensors):
+    """Writes a drafter as GGUF, as `write_model` does a model."""
+    config = drafter.config.to_dict()
+    tensors = change(list(gguf_tensors(dict(config["text_config"]), state_of(drafter), lambda name, shape: block)))
+    write_gguf(path, drafter_metadata(config) | tokenizer_metadata() | (extra or {}), tensors)
+    return path

@@ -97,6 +97,17 @@ def experts_case(name: str, block: str, down: str, n_tok: int, width: int = 256,
             lambda *a: reference.run_experts(theirs, *a), (x, id_TX, weight_TX, gate, up, back), 2e-5)
 
 
+def chosen_case(name: str, block: str, n_tok: int, n_out: int = 20, width: int = 256, n_expert: int = 5):
+    """Products with 3 of 5 matrices for each row; one of them twice."""
+    kernels, reference = twins("moe")
+    ours, theirs = (getattr(module, name) for module in twins("matmul"))
+    id_TX = np.tile([4, 0, 4], (n_tok, 1)).astype(np.int64) if n_tok else np.empty((0, 3), np.int64)
+    w, x = matrix(block, n_expert, n_out, width), rows(n_tok, width)
+    bound = 0 if name == "matmul_q8" and block in INTEGER else 1e-5
+    return (lambda *a: kernels.matmul_chosen(ours, *a), (x, id_TX, tiled(w, 1)),
+            lambda *a: reference.matmul_chosen(theirs, *a), (x, id_TX, w), bound)
+
+
 def choose_case(n_tok: int, n_expert: int, n_used: int):
     kernels, reference = twins("moe")
     logit = np.round(rows(n_tok, n_expert), 1)              # rounded, so that there are ties
@@ -130,6 +141,8 @@ TABLE = {
     **{f"run_experts {name} {block} {down} {n_tok} tokens": (experts_case, name, block, down, n_tok)
        for name, block, down in (("matmul_q8", "Q4_0", "Q4_0"), ("matmul_q8", "Q4_K", "Q8_0"), ("matmul", "Q4_0", "Q4_0"))
        for n_tok in (0, 1, 7, 8)},
+    **{f"matmul_chosen {name} {block} {n_tok} rows": (chosen_case, name, block, n_tok)
+       for name, block in (("matmul_q8", "Q4_0"), ("matmul", "Q6_K"), ("matmul_q8", "F32")) for n_tok in (0, 1, 3)},
     "choose": (choose_case, 5, 16, 3), "choose all": (choose_case, 1, 4, 4), "choose one of one": (choose_case, 2, 1, 1),
     "choose 8 of 128": (choose_case, 9, 128, 8), "choose more than 16": (choose_case, 2, 40, 20), "choose nothing": (choose_case, 0, 4, 2),
     "attend ring": (attend_case, 3, 4, 2, 16, 40, 100, 17), "attend one": (attend_case, 1, 2, 1, 32, 8, 3, 4),
@@ -230,6 +243,34 @@ def test_experts_in_any_rows_and_threads(block):
         assert same(run(slice(None)), whole)
     finally:
         numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("ids", [np.array([[0, 5]]), np.array([[-1, 0]]), np.array([0, 1]), np.array([[0, 1]], np.int32),
+                                 np.zeros((2, 1), int)])
+def test_ids_of_chosen_matrices_are_checked(ids):
+    moe, matmul = (importlib.import_module(f"refimpl.kernels.{name}") for name in ("moe", "matmul"))
+    with pytest.raises(ValueError, match="ids"):
+        moe.matmul_chosen(matmul.matmul, rows(1, 256), ids, tiled(matrix("Q4_0", 5, 20, 256), 1))
+
+
+def test_threads_have_room_of_their_own():
+    """Work for long enough that threads run at the same time, several times: shared room would show."""
+    matmul, moe = (importlib.import_module(f"refimpl.kernels.{name}") for name in ("matmul", "moe"))
+    x, w = rows(64, 512), tiled(matrix("Q4_0", 1600, 512), 2)
+    gate, up, down = (tiled(matrix("Q4_0", 2, *shape, seed=i), 2) for i, shape in enumerate(((800, 512), (800, 512), (512, 800))))
+    id_TX, weight = np.tile([0, 1], (64, 1)), np.full((64, 2), 0.5, np.float32)
+
+    def results():
+        return np.concatenate([product(x, w).ravel() for product in (matmul.matmul, matmul.matmul_q8)]
+                              + [moe.run_experts(product, x, id_TX, weight, gate, up, down).ravel()
+                                 for product in (matmul.matmul, matmul.matmul_q8)])
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        want = results()
+    finally:
+        numba.set_num_threads(before)
+    assert all(same(results(), want) for _ in range(5))
 
 
 # ---- tiles

@@ -49,11 +49,15 @@ class Model:
         states = []
         for first in range(0, len(ids_T), cache.max_rows):
             part = ids_T[first:first + cache.max_rows]
-            with self.backend.running():
-                states.append(gemma4.forward(self.config, self.weights, self.backend, part, cache, tap))
+            states.append(self.run(part, cache, tap))
             cache.advance(len(part))
             progress(len(part))
         return np.concatenate(states)
+
+    def run(self, ids_T: np.ndarray, cache: Cache, tap: gemma4.Tap = gemma4.no_tap) -> np.ndarray:
+        """The final normed states of checked `ids_T` after what the cache holds, float32 (T, D). Commits nothing: `cache.advance` does."""
+        with self.backend.running():
+            return gemma4.forward(self.config, self.weights, self.backend, ids_T, cache, tap)
 
     def head(self, state_TD: np.ndarray) -> np.ndarray:
         """Logits of states, float32 (T, V)."""
@@ -118,14 +122,14 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
         hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
         functions = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix)
     with functions.running():
-        matrices = weights_from_gguf(file, config, _told(functions.prepare, file, begin))
+        matrices = weights_from_gguf(file, config, told(functions.prepare, file, begin))
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
     return Model(file, config, matrices, tokenizer, functions)
 
 
-def _told(hold: Callable[[Matrix], object], file: GGUFFile,
+def told(hold: Callable[[Matrix], object], file: GGUFFile,
           begin: Callable[[int], Callable[[int], None]]) -> Callable[[str, Matrix], object]:
     """`hold` for one matrix after the other: tells of the bytes done, and lets go of the file's pages now and then."""
     step, since = begin(file.n_bytes), 0

@@ -163,3 +163,41 @@ def mix(gate_kind, up_kind, down_kind, gate, up, down, n_hidden, x_TD, id_TX, we
                     w = splat_f32(weight_TX[token_P[p], column_P[p]])
                     total = fma(w, load_f32(at(result, 4 * LANES * (p - first))), load_f32_part(place, here))
                     store_f32_part(place, total, here)
+
+
+def matmul_chosen(matmul, x_TD: np.ndarray, id_TX: np.ndarray, w_EOD: Tiles) -> np.ndarray:
+    """y[t, x] = w[id[t, x]] @ x[t]: products with a few of many matrices, float32 (T, X, O). `matmul` as in `run_experts`."""
+    n_expert, n_out, width = w_EOD.shape
+    x_TD = checked(x_TD, width)
+    if id_TX.ndim != 2 or len(id_TX) != len(x_TD) or id_TX.dtype != np.int64:
+        raise ValueError(f"expected int64 ids of {len(x_TD)} rows, got {id_TX.dtype} of shape {id_TX.shape}")
+    if id_TX.size and not 0 <= id_TX.min() <= id_TX.max() < n_expert:
+        raise ValueError(f"ids must be 0 to {n_expert - 1}, got {id_TX.min()} to {id_TX.max()}")
+    y_TXO = np.empty((*id_TX.shape, n_out), np.float32)
+    if id_TX.size:
+        multiply_chosen(KINDS[matmul][w_EOD.type], w_EOD.raw, x_TD, np.ascontiguousarray(id_TX), y_TXO, numba.get_num_threads())
+    return y_TXO
+
+
+@kernel(parallel=True)
+def multiply_chosen(kind, tiles, x_TD, id_TX, y_TXO, n):
+    """Fills y, on n threads: each takes its share of the tiles of all products. Tiles: uint8 (E, tiles, bytes)."""
+    n_tok, width = x_TD.shape
+    n_tiles, tile_bytes = tiles.shape[1:]
+    n_pick, n_out = id_TX.shape[1], y_TXO.shape[2]
+    q_TD, d_TB, sum_TS, m_TB = space(kind, n_tok, width)
+    round_rows(kind, x_TD, q_TD, d_TB, sum_TS, m_TB, 0, n_tok)
+    row_T, result_NR = np.arange(n_tok), np.empty((n, LANES), np.float32)
+    wide_NW = np.empty((n, LANES * width if kind.widened else 0), np.float32)
+    n_unit = n_tok * n_pick * n_tiles
+    for thread in prange(n):
+        x = Rounded(x_TD, q_TD, d_TB, sum_TS, m_TB)
+        weights, to = address(tiles), address(y_TXO)
+        result, wide = at(address(result_NR), thread * 4 * LANES), at(address(wide_NW), thread * 4 * wide_NW.shape[1])
+        for unit in range(thread * n_unit // n, (thread + 1) * n_unit // n):
+            product, tile = unit // n_tiles, unit % n_tiles
+            t, pick = product // n_pick, product % n_pick
+            w = at(weights, (id_TX[t, pick] * n_tiles + tile) * tile_bytes)
+            rows(kind, w, width // kind.elements, x, row_T, t, t + 1, wide, result)
+            here = min(LANES, n_out - LANES * tile)
+            store_f32_part(at(to, 4 * (product * n_out + LANES * tile)), load_f32(result), here)

@@ -16,7 +16,8 @@ ARITHMETIC = ("q8", "exact")
 class Backend:
     """The functions, what keys and values are kept in, and how a matrix is held.
 
-    `prepare(matrix)` gives a matrix of the file the form that `matmul` and `run_experts` take. All calls belong inside `running()`.
+    `prepare(matrix)` gives a matrix of the file the form that `matmul`, `run_experts` and `matmul_chosen` take. All calls belong inside
+    `running()`.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Backend:
     attend: Callable
     choose: Callable
     run_experts: Callable
+    matmul_chosen: Callable
     rms_norm: Callable
     rms_normalise: Callable
     gated: Callable
@@ -42,7 +44,8 @@ def reference_backend(arithmetic: str, prepare: Callable[[Matrix], Matrix]) -> B
 
     product = {"exact": matmul.matmul, "q8": matmul.matmul_q8}[arithmetic]
     return Backend("reference", arithmetic, 1, product, attention.attend, moe.choose, partial(moe.run_experts, product),
-                   ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap, np.dtype(np.float32), prepare, nullcontext)
+                   partial(moe.matmul_chosen, product), ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap,
+                   np.dtype(np.float32), prepare, nullcontext)
 
 
 def kernel_backend(arithmetic: str, threads: int) -> Backend:
@@ -52,5 +55,6 @@ def kernel_backend(arithmetic: str, threads: int) -> Backend:
 
     product, kv_type = {"exact": (matmul.matmul, np.float32), "q8": (matmul.matmul_q8, np.float16)}[arithmetic]
     return Backend("kernels", arithmetic, threads, product, attention.attend, moe.choose, partial(moe.run_experts, product),
-                   ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap, np.dtype(kv_type),
+                   partial(moe.matmul_chosen, product), ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap,
+                   np.dtype(kv_type),
                    partial(tiles.tiled, n_threads=threads), partial(running, threads))

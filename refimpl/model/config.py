@@ -55,14 +55,10 @@ class LayerSpec:
     n_kv: int
     head_dim: int
     window: int | None        # latest positions in sight, the query's own included; None: all of them
-    kv_from: int              # the layer whose keys and values it reads; `index` where it makes its own
+    kv_from: int              # the layer (for a drafter: of its target) whose keys and values it reads
+    has_own_kv: bool          # does it make keys and values of its own? (then kv_from is its own index)
     values_are_keys: bool     # no value projection: the values are the key projection, before the key's norm and rotation
     ffn: DenseFfn | MoeFfn
-
-    @property
-    def has_own_kv(self) -> bool:
-        """Does it project keys and values of its own?"""
-        return self.kv_from == self.index
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,7 @@ class Config:
         return max(layer.index for layer in self.layers if layer.kind is kind and layer.has_own_kv)
 
 
-_PREFIX = ARCHITECTURE + "."
-_KNOWN = {
+KNOWN = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "expert_count", "expert_used_count",
     "expert_feed_forward_length", "embedding_length_per_layer_input", "final_logit_softcapping", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
@@ -100,29 +95,30 @@ _KNOWN = {
 }
 
 
-class _Keys:
-    """The metadata under `gemma4.`, with one clear line for everything that does not fit."""
+class Keys:
+    """The metadata of one architecture, with one clear line for everything that does not fit."""
 
-    def __init__(self, metadata: Mapping[str, object], path):
-        self.path = path
-        self.values = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
-        unknown = sorted(set(self.values) - _KNOWN)
+    def __init__(self, metadata: Mapping[str, object], path, architecture: str, known: Collection[str]):
+        self.path, self.prefix = path, architecture + "."
+        self.values = {key.removeprefix(self.prefix): value for key, value in metadata.items() if key.startswith(self.prefix)}
+        unknown = sorted(set(self.values) - set(known))
         if unknown:
-            self.fail(f"{_PREFIX}{unknown[0]} is not a key this version knows, and it may change the result; "
+            self.fail(f"{self.prefix}{unknown[0]} is not a key this version knows, and it may change the result; "
                       "a newer refimpl may read the file")
 
     def fail(self, what: str):
+        """Raises GGUFError: this is what is wrong."""
         raise GGUFError(self.path, None, what)
 
     def number(self, key: str, low: float, high: float, kind: type = int):
         """A required number within low..high."""
         if key not in self.values:
-            self.fail(f"metadata key {_PREFIX}{key} is missing")
+            self.fail(f"metadata key {self.prefix}{key} is missing")
         value = self.values[key]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not isinstance(value, int)):
-            self.fail(f"{_PREFIX}{key} is {value!r}, expected one {kind.__name__}")
+            self.fail(f"{self.prefix}{key} is {value!r}, expected one {kind.__name__}")
         if not low <= value <= high:
-            self.fail(f"{_PREFIX}{key} is {value}, expected {low} to {high}")
+            self.fail(f"{self.prefix}{key} is {value}, expected {low} to {high}")
         return kind(value)
 
     def per_layer(self, key: str, n_layer: int, low: int, high: int) -> list[int]:
@@ -131,9 +127,9 @@ class _Keys:
         if not isinstance(value, np.ndarray):
             return [self.number(key, low, high)] * n_layer
         if len(value) != n_layer:
-            self.fail(f"{_PREFIX}{key} has {len(value)} entries for {n_layer} layers")
+            self.fail(f"{self.prefix}{key} has {len(value)} entries for {n_layer} layers")
         if value.dtype.kind not in "iub" or not all(low <= int(v) <= high for v in value):
-            self.fail(f"{_PREFIX}{key} has entries outside {low} to {high}")
+            self.fail(f"{self.prefix}{key} has entries outside {low} to {high}")
         return [int(v) for v in value]
 
 
@@ -147,7 +143,7 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
         raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone; give its target as the model")
     if architecture != ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; refimpl runs {ARCHITECTURE} only")
-    keys = _Keys(metadata, path)
+    keys = Keys(metadata, path, ARCHITECTURE, KNOWN)
     big = 1 << 20
     n_layer = keys.number("block_count", 1, 1024)
     pattern = keys.per_layer("attention.sliding_window_pattern", n_layer, 0, 1)
@@ -156,7 +152,7 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
     n_kv = keys.per_layer("attention.head_count_kv", n_layer, 1, big)
     n_ff = keys.per_layer("feed_forward_length", n_layer, 1, big)
     window = keys.number("attention.sliding_window", 1, 1 << 30)
-    head_dim = {Kind.FULL: _head_dim(keys, ""), Kind.SLIDING: _head_dim(keys, "_swa")}
+    head_dim = head_dims(keys)
     n_expert = keys.number("expert_count", 0, big) if "expert_count" in keys.values else 0
     kinds = [Kind.SLIDING if sliding else Kind.FULL for sliding in pattern]
 
@@ -173,34 +169,43 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
         has_values = f"blk.{i}.attn_v.weight" in tensor_names or f"blk.{i}.attn_qkv.weight" in tensor_names
         layers.append(LayerSpec(
             index=i, kind=kind, n_head=n_head[i], n_kv=n_kv[i], head_dim=head_dim[kind],
-            window=window if kind is Kind.SLIDING else None, kv_from=kv_from, values_are_keys=kv_from == i and not has_values,
+            window=window if kind is Kind.SLIDING else None, kv_from=kv_from, has_own_kv=kv_from == i,
+            values_are_keys=kv_from == i and not has_values,
             ffn=_ffn(keys, i, n_ff[i], n_expert, tensor_names, n_layer)))
     return Config(
         n_vocab=n_vocab, n_embd=keys.number("embedding_length", 1, big), n_ctx=keys.number("context_length", 1, 1 << 30),
         n_ple=keys.number("embedding_length_per_layer_input", 0, big), norm_eps=keys.number(
             "attention.layer_norm_rms_epsilon", 0.0, 1.0, float),
-        # files without the key mean 10,000, as llama.cpp reads them
-        rope_base_sliding=keys.number("rope.freq_base_swa", 1.0, 1e12, float) if "rope.freq_base_swa" in keys.values else 10_000.0,
-        rope_base_full=keys.number("rope.freq_base", 1.0, 1e12, float),
+        rope_base_sliding=base_of_sliding(keys), rope_base_full=keys.number("rope.freq_base", 1.0, 1e12, float),
         softcap=keys.number("final_logit_softcapping", 1e-6, 1e9, float) if "final_logit_softcapping" in keys.values else None,
         layers=tuple(layers))
 
 
-def _head_dim(keys: _Keys, suffix: str) -> int:
+def head_dims(keys: Keys) -> dict[Kind, int]:
+    """The width of a head by kind of layer."""
+    return {Kind.FULL: _head_dim(keys, ""), Kind.SLIDING: _head_dim(keys, "_swa")}
+
+
+def base_of_sliding(keys: Keys) -> float:
+    """The base of the rotation in sliding layers. Files without the key mean 10,000, as llama.cpp reads them."""
+    return keys.number("rope.freq_base_swa", 1.0, 1e12, float) if "rope.freq_base_swa" in keys.values else 10_000.0
+
+
+def _head_dim(keys: Keys, suffix: str) -> int:
     """Keys, values and the rotation must have one width: Gemma 4 has no other form."""
     width = keys.number(f"attention.key_length{suffix}", 2, 1 << 16)
     for other in (f"attention.value_length{suffix}", f"rope.dimension_count{suffix}"):
         if other in keys.values and keys.number(other, 2, 1 << 16) != width:
-            keys.fail(f"{_PREFIX}{other} is {keys.values[other]}, expected {width} as in attention.key_length{suffix}")
+            keys.fail(f"{keys.prefix}{other} is {keys.values[other]}, expected {width} as in attention.key_length{suffix}")
     if width % 2:
-        keys.fail(f"{_PREFIX}attention.key_length{suffix} is {width}, expected an even number")
+        keys.fail(f"{keys.prefix}attention.key_length{suffix} is {width}, expected an even number")
     return width
 
 
-def _ffn(keys: _Keys, i: int, n_ff: int, n_expert: int, tensor_names: Collection[str], n_layer: int) -> DenseFfn | MoeFfn:
+def _ffn(keys: Keys, i: int, n_ff: int, n_expert: int, tensor_names: Collection[str], n_layer: int) -> DenseFfn | MoeFfn:
     if f"blk.{i}.ffn_gate_inp.weight" not in tensor_names:
         return DenseFfn(n_ff)
     if n_expert < 1:
-        keys.fail(f"layer {i} has a router, but {_PREFIX}expert_count is {n_expert}")
+        keys.fail(f"layer {i} has a router, but {keys.prefix}expert_count is {n_expert}")
     return MoeFfn(n_ff, n_expert, keys.number("expert_used_count", 1, n_expert),
                   keys.per_layer("expert_feed_forward_length", n_layer, 1, 1 << 20)[i])

@@ -17,6 +17,11 @@ _GLOBAL = {
     "embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
     "per_layer_model_projection.weight": "per_layer_model_proj.weight",
     "per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+    # of drafters; llama.cpp's converter drops the last two, and its loader passes over them
+    "pre_projection.weight": "nextn.pre_projection.weight",
+    "post_projection.weight": "nextn.post_projection.weight",
+    "masked_embedding.centroids.weight": "masked_embd_centroids.weight",
+    "masked_embedding.token_ordering": "masked_embd_ordering",
 }
 _LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -48,7 +53,7 @@ _LAYER = {
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF name of a tensor of transformers' Gemma4ForCausalLM. Raises KeyError for one that has none."""
+    """The GGUF name of a tensor of transformers' Gemma4ForCausalLM or Gemma4AssistantForCausalLM. Raises KeyError for one without."""
     name = name.removeprefix("model.")
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     return f"blk.{match[1]}.{_LAYER[match[2]]}" if match else _GLOBAL[name]
@@ -99,6 +104,16 @@ def gguf_metadata(config: Mapping[str, object]) -> dict[str, object]:
     return {"general.architecture": "gemma4"} | {f"gemma4.{key}": value for key, value in keys.items()}
 
 
+def drafter_metadata(config: Mapping[str, object]) -> dict[str, object]:
+    """The `gemma4-assistant.*` keys for a `Gemma4AssistantConfig().to_dict()`."""
+    text = dict(config["text_config"])
+    keys = {key.removeprefix("gemma4."): value for key, value in gguf_metadata(text).items() if key.startswith("gemma4.")}
+    keys |= {"embedding_length_out": config["backbone_hidden_size"], "nextn_predict_layers": keys["block_count"]}
+    if config["use_ordered_embeddings"]:
+        keys["masked_embd_top_k"] = config["centroid_intermediate_top_k"]       # ours: other engines do not use the centroids
+    return {"general.architecture": "gemma4-assistant"} | {f"gemma4-assistant.{key}": value for key, value in keys.items()}
+
+
 def rope_divisors(head_dim: int, rotated_share: float) -> np.ndarray:
     """`rope_freqs.weight`, float32 (head_dim / 2,): 1 for the pairs that full layers rotate, 1e30 for those that stand still."""
     return np.where(np.arange(head_dim // 2) < int(rotated_share * head_dim // 2), 1, 1e30).astype(np.float32)
@@ -118,6 +133,9 @@ def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
         if hf_name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         name = "output.weight" if hf_name == "lm_head.weight" else gguf_name(hf_name)
+        if name == "masked_embd_ordering":
+            yield name, "I32", np.asarray(value, np.int32)
+            continue
         value = np.asarray(value, np.float32)
         block = "F32" if stays_float32(name, value.shape) else fitting_type(type_of(name, value.shape), value.shape[-1])
         plain = {"F32": np.float32, "F16": np.float16}.get(block)

@@ -58,7 +58,7 @@ def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarra
         per_layer_TLP = per_layer_inputs(config, weights.per_layer, backend, ids_T, x_TD)
         tap("inp_per_layer", per_layer_TLP)
     for layer in weights.layers:
-        x_TD = run_layer(config, layer, backend, x_TD, per_layer_TLP, angles[layer.spec.kind], pos_T, cache, tap)
+        x_TD = run_layer(config, layer, backend, x_TD, per_layer_TLP, angles[layer.spec.kind], pos_T, pos_T + 1, cache, tap)
         tap(f"l_out-{layer.spec.index}", x_TD)
     x_TD = backend.rms_norm(x_TD, weights.norm_D, config.norm_eps)
     tap("result_norm", x_TD)
@@ -84,13 +84,16 @@ def per_layer_inputs(config: Config, ple: PerLayerEmbedding, backend: Backend, i
     return (backend.rms_norm(projected, ple.norm_P, config.norm_eps) + from_table) * np.float32(2 ** -0.5)
 
 
-def run_layer(config, layer: LayerWeights, backend: Backend, x_TD, per_layer_TLP, angles, pos_T, cache: Cache,
+def run_layer(config, layer: LayerWeights, backend: Backend, x_TD, per_layer_TLP, angles, pos_T, end_T, cache: Cache,
               tap: Tap) -> np.ndarray:
-    """One layer: attention, feed-forward, per-layer input, scale. transformers: Gemma4TextDecoderLayer."""
+    """One layer: attention, feed-forward, per-layer input, scale. transformers: Gemma4TextDecoderLayer.
+
+    The query at position pos_T[t] sees keys up to end_T[t] - 1: its own is the last here, the one before it in a drafter.
+    """
     i, eps = layer.spec.index, config.norm_eps
     normed_TD = backend.rms_norm(x_TD, layer.attention.norm_before_D, eps)
     tap(f"attn_norm-{i}", normed_TD)
-    attended_TD = attention(layer.spec, layer.attention, backend, normed_TD, angles, pos_T, cache, eps, tap)
+    attended_TD = attention(layer.spec, layer.attention, backend, normed_TD, angles, pos_T, end_T, cache, eps, tap)
     x_TD = x_TD + backend.rms_norm(attended_TD, layer.attention.norm_after_D, eps)
     tap(f"attn_out-{i}", x_TD)
 
@@ -108,7 +111,7 @@ def run_layer(config, layer: LayerWeights, backend: Backend, x_TD, per_layer_TLP
     return x_TD * layer.output_scale
 
 
-def attention(spec, w: AttentionWeights, backend: Backend, x_TD, angles, pos_T, cache: Cache, eps: float,
+def attention(spec, w: AttentionWeights, backend: Backend, x_TD, angles, pos_T, end_T, cache: Cache, eps: float,
               tap: Tap) -> np.ndarray:
     """Projects, normalises, rotates, remembers, attends. transformers: Gemma4TextAttention."""
     i, n_tok = spec.index, len(x_TD)
@@ -124,7 +127,7 @@ def attention(spec, w: AttentionWeights, backend: Backend, x_TD, angles, pos_T, 
         tap(f"Vcur_normed-{i}", v_TKH)
         cache.layers[i].write(pos_T[0], k_TKH, v_TKH)
     kept = cache.layers[spec.kv_from]
-    out_TNH = backend.attend(q_TNH, kept.k_SKH, kept.v_SKH, kept.first_in_sight(pos_T), pos_T + 1)
+    out_TNH = backend.attend(q_TNH, kept.k_SKH, kept.v_SKH, kept.first_in_sight(pos_T), end_T)
     return backend.matmul(out_TNH.reshape(n_tok, -1), w.output_DA)
 
 

@@ -3,7 +3,7 @@
 Every tensor is either used, exactly once, or left out for a stated reason; anything else in the file is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,7 +118,7 @@ class Weights:
     ignored: dict[str, str]
 
 
-class _Taker:
+class Taker:
     """Hands out tensors by name, checks their shapes, remembers which were used."""
 
     def __init__(self, file: GGUFFile, prepare: Callable[[str, Matrix], Matrix]):
@@ -126,34 +126,51 @@ class _Taker:
         self.unused = dict(file.tensors)
 
     def has(self, name: str) -> bool:
+        """Is there such a tensor?"""
         return name in self.file.tensors
 
-    def raw(self, name: str, shape: tuple[int, ...]) -> Matrix:
+    def raw(self, name: str, shape: tuple[int, ...], types: Collection[str] = DEQUANTIZABLE) -> Matrix:
+        """A tensor as it lies in the file. Raises GGUFError where it is missing or not what it should be."""
         info = self.file.tensors.get(name)
         if info is None:
             raise GGUFError(self.file.path, None, f"tensor {name} is missing")
         if info.shape != shape:
             raise GGUFError(self.file.path, info.offset, f"tensor {name} has shape {info.shape}, expected {shape} (rows first)")
-        if info.type not in DEQUANTIZABLE:
+        if info.type not in types:
             raise GGUFError(self.file.path, info.offset, f"tensor {name} is {info.type}, which this version cannot read; "
-                            f"it reads {', '.join(sorted(DEQUANTIZABLE))}")
+                            f"it reads {', '.join(sorted(types))}")
         if name not in self.unused:
             raise AssertionError(f"tensor {name} was taken twice")
         del self.unused[name]
         return Matrix(self.file.raw(name), info.type)
 
+    def integers(self, name: str, size: int) -> np.ndarray:
+        """A vector of I32 or I64 as int64."""
+        found = self.raw(name, (size,), ("I32", "I64"))
+        return found.raw.view({"I32": "<i4", "I64": "<i8"}[found.type]).astype(np.int64).ravel()
+
     def matrix(self, name: str, *shape: int):
+        """A matrix in the form that the backend multiplies with."""
         return self.prepare(name, self.raw(name, shape))
 
     def table(self, name: str, *shape: int) -> Matrix:
+        """A matrix of which rows are looked up."""
         return self.raw(name, shape)
 
     def vector(self, name: str, size: int) -> np.ndarray:
+        """A vector in float32."""
         return self.raw(name, (size,)).float32()
 
     def ignore(self, name: str, reason: str, ignored: dict[str, str]):
+        """Leaves a tensor out, if it is there at all."""
         if self.unused.pop(name, None) is not None:
             ignored[name] = reason
+
+    def finish(self, what: str):
+        """Raises GGUFError if a tensor is left over."""
+        if self.unused:
+            name, info = next(iter(self.unused.items()))
+            raise GGUFError(self.file.path, info.offset, f"{len(self.unused)} tensors that {what} does not have, first: {name}")
 
 
 def vocabulary_size(file: GGUFFile) -> int:
@@ -170,7 +187,7 @@ def weights_from_gguf(file: GGUFFile, config: Config, prepare: Callable[[str, Ma
     `prepare(name, matrix)` gives matrices that are multiplied with the form that a backend takes; tables, of which rows are looked up,
     stay as they are. Raises GGUFError for a tensor that is missing, has another shape, a type that cannot be read, or that nobody uses.
     """
-    take = _Taker(file, prepare)
+    take = Taker(file, prepare)
     ignored: dict[str, str] = {}
     embedding = take.table("token_embd.weight", config.n_vocab, config.n_embd)
     tied = not take.has("output.weight")
@@ -178,18 +195,17 @@ def weights_from_gguf(file: GGUFFile, config: Config, prepare: Callable[[str, Ma
     weights = Weights(
         embedding_VD=embedding,
         per_layer=_per_layer_embedding(take, config),
-        layers=tuple(_layer(take, config, spec, ignored) for spec in config.layers),
+        layers=tuple(layer_weights(take, config, spec, ignored) for spec in config.layers),
         norm_D=take.vector("output_norm.weight", config.n_embd),
         head_VD=head,
-        rope_frequency_R=_rope(take, config),
+        rope_frequency_R=rope_frequencies_of(take, config),
         ignored=ignored)
-    if take.unused:
-        name, info = next(iter(take.unused.items()))
-        raise GGUFError(file.path, info.offset, f"{len(take.unused)} tensors that a Gemma 4 text model does not have, first: {name}")
+    take.finish("a Gemma 4 text model")
     return weights
 
 
-def _rope(take: _Taker, config: Config) -> dict[Kind, np.ndarray]:
+def rope_frequencies_of(take: Taker, config: Config) -> dict[Kind, np.ndarray]:
+    """The rotation's frequencies by kind of layer, from `rope_freqs.weight` and the bases."""
     frequency = {}
     for layer in config.layers:
         if layer.kind in frequency:
@@ -203,7 +219,7 @@ def _rope(take: _Taker, config: Config) -> dict[Kind, np.ndarray]:
     return frequency
 
 
-def _per_layer_embedding(take: _Taker, config: Config) -> PerLayerEmbedding | NoPerLayer:
+def _per_layer_embedding(take: Taker, config: Config) -> PerLayerEmbedding | NoPerLayer:
     if not config.n_ple:
         return NoPerLayer()
     width = config.n_layer * config.n_ple
@@ -213,7 +229,8 @@ def _per_layer_embedding(take: _Taker, config: Config) -> PerLayerEmbedding | No
         norm_P=take.vector("per_layer_proj_norm.weight", config.n_ple))
 
 
-def _layer(take: _Taker, config: Config, spec: LayerSpec, ignored: dict[str, str]) -> LayerWeights:
+def layer_weights(take: Taker, config: Config, spec: LayerSpec, ignored: dict[str, str]) -> LayerWeights:
+    """One layer, `blk.<index>.*`. What it leaves out goes into `ignored` with the reason."""
     blk, d = f"blk.{spec.index}.", config.n_embd
     attention = _attention(take, spec, d, ignored)
     scale_name = blk + "layer_output_scale.weight"
@@ -230,7 +247,7 @@ def _layer(take: _Taker, config: Config, spec: LayerSpec, ignored: dict[str, str
         output_scale=take.vector(scale_name, 1)[0] if take.has(scale_name) else np.float32(1))
 
 
-def _attention(take: _Taker, spec: LayerSpec, d: int, ignored: dict[str, str]) -> AttentionWeights:
+def _attention(take: Taker, spec: LayerSpec, d: int, ignored: dict[str, str]) -> AttentionWeights:
     blk = f"blk.{spec.index}."
     n_query, n_key = spec.n_head * spec.head_dim, spec.n_kv * spec.head_dim
     if take.has(blk + "attn_qkv.weight"):
@@ -257,13 +274,13 @@ def _attention(take: _Taker, spec: LayerSpec, d: int, ignored: dict[str, str]) -
         norm_after_D=take.vector(blk + "post_attention_norm.weight", d))
 
 
-def _dense(take: _Taker, spec: LayerSpec, d: int) -> DenseWeights:
+def _dense(take: Taker, spec: LayerSpec, d: int) -> DenseWeights:
     blk, f = f"blk.{spec.index}.", spec.ffn.n_ff
     return DenseWeights(take.matrix(blk + "ffn_gate.weight", f, d), take.matrix(blk + "ffn_up.weight", f, d),
                         take.matrix(blk + "ffn_down.weight", d, f))
 
 
-def _moe(take: _Taker, spec: LayerSpec, d: int) -> MoeWeights:
+def _moe(take: Taker, spec: LayerSpec, d: int) -> MoeWeights:
     blk, e, m = f"blk.{spec.index}.", spec.ffn.n_expert, spec.ffn.n_ff_expert
     if take.has(blk + "ffn_gate_up_exps.weight"):       # gate rows first, then up rows, within each expert
         fused = take.raw(blk + "ffn_gate_up_exps.weight", (e, 2 * m, d))

@@ -35,3 +35,11 @@ def run_experts(matmul, x_TD: np.ndarray, id_TX: np.ndarray, weight_TX: np.ndarr
         hidden = gelu(matmul(x_TD[tok], gate_EMD.expert(e))) * matmul(x_TD[tok], up_EMD.expert(e))
         y_TD[tok] += weight_TX[tok, pick, None] * matmul(hidden, down_EDM.expert(e))
     return y_TD
+
+
+def matmul_chosen(matmul, x_TD: np.ndarray, id_TX: np.ndarray, w_EOD: Matrix) -> np.ndarray:
+    """y[t, x] = w[id[t, x]] @ x[t]: products with a few of many matrices, float32 (T, X, O). `matmul` as in `run_experts`."""
+    y_TXO = np.empty((*id_TX.shape, w_EOD.shape[1]), np.float32)
+    for t, x in np.ndindex(id_TX.shape):
+        y_TXO[t, x] = matmul(x_TD[t:t + 1], w_EOD.expert(id_TX[t, x]))[0]
+    return y_TXO

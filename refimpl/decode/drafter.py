@@ -1,0 +1,106 @@
+"""A drafter ready to use, and what it proposes."""
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+import numpy as np
+
+from refimpl.decode.model import Model, told
+from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.model import drafter as network
+from refimpl.model.cache import Cache
+from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
+from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
+from refimpl.model.gemma4 import embed
+from refimpl.model.memory import MemoryRefusal, available
+from refimpl.model.weights import vocabulary_size
+
+N_COMPARED = 10         # the largest logits among which the probability of a proposal is taken, as in llama.cpp
+
+
+class Drafter:
+    """A drafter for one target, on the target's backend. `load_drafter` makes one."""
+
+    def __init__(self, file: GGUFFile, config: DrafterConfig, weights: DrafterWeights, target: Model):
+        self.file, self.config, self.weights, self.target = file, config, weights, target
+
+    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float = 0.0) -> list[int]:
+        """Up to `n` ids that may follow `token`, the likeliest each time.
+
+        `token` is the latest one, which the target has not run; `state_C` the target's final normed state before it; the cache holds
+        everything before it. Stops early ahead of a token whose probability (among the 10 largest, as in llama.cpp) is below `min_p`.
+        """
+        proposed, backend = [], self.target.backend
+        with backend.running():
+            angles = network.angles_at(self.weights, cache.length)
+            while len(proposed) < n:
+                embedding_C = embed(self.target.config, self.target.weights, np.array([token]))[0]
+                z_D, state_C = network.step(self.config, self.weights, backend, embedding_C, state_C, angles, cache)
+                id_K, logit_K = network.candidates(self.weights, backend, z_D)
+                best = int(np.argmax(logit_K))
+                if min_p > 0 and _probability(logit_K) < min_p:
+                    break
+                token = int(id_K[best])
+                proposed.append(token)
+        return proposed
+
+
+def _probability(logit_K: np.ndarray) -> float:
+    """Of the likeliest token, among the N_COMPARED likeliest."""
+    top = np.partition(logit_K, -N_COMPARED)[-N_COMPARED:] if len(logit_K) > N_COMPARED else logit_K
+    return 1.0 / float(np.exp(top.astype(np.float64) - top.max()).sum())
+
+
+def load_drafter(path: str | os.PathLike, target: Model, *, head: str | None = None,
+                 begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Drafter:
+    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`).
+
+    `head`: "dense", a product with every row of the vocabulary; "centroid", with the tokens of the best groups only, for files that have
+    them (E2B and E4B); None, the latter where it is there. `begin` as in `load`. Raises GGUFError, with one clear line, for a file that
+    is no drafter or belongs to another target, MemoryRefusal where there is no room, ValueError for other arguments.
+    """
+    if head is not None and head not in HEADS:
+        raise ValueError(f"head={head!r}: expected {' or '.join(map(repr, HEADS))}")
+    file = open_gguf(path)
+    config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
+    _check_vocabulary(file, target)
+    if target.backend.name == "kernels" and file.n_bytes > available():
+        raise MemoryRefusal(f"{file.path}: the drafter needs {file.n_bytes / 1e9:.2f} GB beside its target, this machine has "
+                            f"{available() / 1e9:.2f} GB free; without a drafter the text is the same")
+    head = ("centroid" if network.CENTROIDS in file.tensors else "dense") if head is None else head
+    with target.backend.running():
+        weights = drafter_weights_from_gguf(file, config, head, told(target.backend.prepare, file, begin))
+    return Drafter(file, config, weights, target)
+
+
+def _check_vocabulary(file: GGUFFile, target: Model):
+    """The drafter's pieces, where the file has any, must be the target's."""
+    ours, theirs = (f.metadata.get("tokenizer.ggml.tokens") for f in (file, target.file))
+    if ours is None or theirs is None:
+        return
+    for i, (a, b) in enumerate(zip_longest(ours, theirs)):
+        if a != b:
+            raise GGUFError(file.path, None, f"token {i} is {a!r}, the target's is {b!r}: this drafter belongs to another model")
+
+
+def propose(model: Model, drafter: Drafter, ids: Sequence[int], k: int) -> list[int]:
+    """The `k` ids that the drafter proposes after `ids`, whose last one the target has not run; from a fresh cache. For testers.
+
+    Raises ValueError for fewer than two ids, a k that is no positive number, or a drafter of another model.
+    """
+    ids_T = model.checked(ids)
+    if len(ids_T) < 2:
+        raise ValueError("expected at least two ids: the drafter starts from the target's state before the last one")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k={k!r}: expected 1 or more")
+    check_target(drafter, model)
+    cache = model.new_cache()
+    state_C = model.states(ids_T[:-1], cache)[-1]
+    return drafter.draft(int(ids_T[-1]), state_C, cache, k)
+
+
+def check_target(drafter: Drafter, model: Model):
+    """Raises ValueError unless the drafter was loaded for this very model: it runs on its backend and reads its keys and values."""
+    if drafter.target is not model:
+        raise ValueError("this drafter was loaded for another model: load_drafter(path, target=model)")

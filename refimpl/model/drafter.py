@@ -1,0 +1,153 @@
+"""The drafter: a small model that proposes what its target will say next (MTP, multi-token prediction).
+
+It has no keys and values of its own. Its queries look at those of the target, of its last sliding and its last full layer, which a far
+larger model has already worked out. In one step it takes
+
+    the target's embedding of a token, times sqrt(C)          the token at position N - 1, which the target has not run yet
+    a state of width C                                        the target's final normed state of position N - 2
+
+side by side, projects them to its own width D, runs four layers, and norms. From that normed state z come the logits of position N, and,
+projected back to width C, the state for the next step. The next step takes the token that was just proposed; the position of its query
+and the keys it sees stay the same, because the target has run no more.
+
+transformers: Gemma4AssistantForCausalLM. Its own cache may still hold keys of rejected proposals; here, as in llama.cpp, a drafter
+sees exactly the positions that were committed, 0 to N - 2.
+
+C in array names is the target's width, Z the number of centroids.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.formats.container import GGUFError, GGUFFile
+from refimpl.formats.matrix import Matrix
+from refimpl.model.backend import Backend
+from refimpl.model.cache import Cache
+from refimpl.model.config import Kind
+from refimpl.model.drafter_config import DrafterConfig
+from refimpl.model.gemma4 import Tap, no_tap, run_layer
+from refimpl.model.weights import LayerWeights, Taker, layer_weights, rope_frequencies_of
+from refimpl.reference.ops import rope_angles
+
+CENTROIDS, ORDERING = "masked_embd_centroids.weight", "masked_embd_ordering"
+HEADS = ("dense", "centroid")
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """A row for every token of the vocabulary."""
+
+    table_VD: Matrix
+
+
+@dataclass(frozen=True)
+class CentroidHead:
+    """The vocabulary in Z groups, each with a centroid: only the tokens of the `n_top` groups that look best are looked at.
+
+    `token_ZV`: the ids of each group, int64 (Z, V / Z). `table_ZVD`: their rows, group by group.
+    """
+
+    centroid_ZD: Matrix
+    token_ZV: np.ndarray
+    table_ZVD: Matrix
+    n_top: int
+
+
+@dataclass(frozen=True)
+class DrafterWeights:
+    """All weights of a drafter. `ignored` maps tensor name -> reason."""
+
+    pre_projection_DC: Matrix
+    post_projection_CD: Matrix
+    layers: tuple[LayerWeights, ...]
+    norm_D: np.ndarray
+    head: DenseHead | CentroidHead
+    rope_frequency_R: dict[Kind, np.ndarray]
+    ignored: dict[str, str]
+
+
+def drafter_weights_from_gguf(file: GGUFFile, config: DrafterConfig, head: str,
+                              prepare: Callable[[str, Matrix], Matrix]) -> DrafterWeights:
+    """Collects the weights of a drafter; `head` is one of HEADS. `prepare` and errors as in `weights_from_gguf`."""
+    take, trunk, ignored = Taker(file, prepare), config.trunk, {}
+    dense = head == "dense"
+    weights = DrafterWeights(
+        pre_projection_DC=take.matrix("nextn.pre_projection.weight", trunk.n_embd, 2 * config.n_target),
+        post_projection_CD=take.matrix("nextn.post_projection.weight", config.n_target, trunk.n_embd),
+        layers=tuple(layer_weights(take, trunk, spec, ignored) for spec in trunk.layers),
+        norm_D=take.vector("output_norm.weight", trunk.n_embd),
+        head=DenseHead(take.matrix("token_embd.weight", trunk.n_vocab, trunk.n_embd)) if dense else _centroid_head(take, config),
+        rope_frequency_R=rope_frequencies_of(take, trunk),
+        ignored=ignored)
+    for name in (CENTROIDS, ORDERING, "rope_freqs.weight"):
+        take.ignore(name, "the dense head does not need it" if name != "rope_freqs.weight" else "no layer is a full one", ignored)
+    take.finish("a Gemma 4 drafter")
+    return weights
+
+
+def _centroid_head(take: Taker, config: DrafterConfig) -> CentroidHead:
+    file, trunk = take.file, config.trunk
+    info = file.tensors.get(CENTROIDS)
+    if info is None or ORDERING not in file.tensors:
+        raise GGUFError(file.path, None, f"there is no centroid head in this file (tensors {CENTROIDS} and {ORDERING}); use the dense one")
+    n_centroid = info.shape[0]
+    if trunk.n_vocab % n_centroid or config.n_top > n_centroid:
+        raise GGUFError(file.path, info.offset, f"{n_centroid} centroids for {trunk.n_vocab} tokens, {config.n_top} of them looked into: "
+                        "they do not divide the vocabulary")
+    token_V = take.integers(ORDERING, trunk.n_vocab)
+    if not np.array_equal(np.sort(token_V), np.arange(trunk.n_vocab)):
+        raise GGUFError(file.path, file.tensors[ORDERING].offset, f"{ORDERING} does not name every token once")
+    table = take.raw("token_embd.weight", (trunk.n_vocab, trunk.n_embd))
+    grouped = Matrix(table.raw[token_V].reshape(n_centroid, -1, table.raw.shape[-1]), table.type)
+    return CentroidHead(take.matrix(CENTROIDS, n_centroid, trunk.n_embd), token_V.reshape(n_centroid, -1),
+                        take.prepare("token_embd.weight", grouped), config.n_top)
+
+
+Angles = dict[Kind, tuple[np.ndarray, np.ndarray]]
+
+
+def angles_at(weights: DrafterWeights, pos: int) -> Angles:
+    """The rotations of the query at `pos`, the same for all steps of a round."""
+    return {kind: rope_angles(np.array([pos]), frequency_R) for kind, frequency_R in weights.rope_frequency_R.items()}
+
+
+def step(config: DrafterConfig, weights: DrafterWeights, backend: Backend, embedding_C: np.ndarray, state_C: np.ndarray, angles: Angles,
+         cache: Cache, tap: Tap = no_tap) -> tuple[np.ndarray, np.ndarray]:
+    """One step: (the normed state z (D,), the state for the next step (C,)).
+
+    `embedding_C` is the target's, scaled; `state_C` the target's final normed state, or the one of the step before. The cache is the
+    target's and is only read: its `length` is the position of the query.
+    """
+    pos_T = np.array([cache.length])
+    x_TD = backend.matmul(np.concatenate([embedding_C, state_C])[None], weights.pre_projection_DC)
+    tap("pre_projection", x_TD)
+    for layer in weights.layers:
+        x_TD = run_layer(config.trunk, layer, backend, x_TD, None, angles[layer.spec.kind], pos_T, pos_T, cache, tap)
+        tap(f"l_out-{layer.spec.index}", x_TD)
+    z_TD = backend.rms_norm(x_TD, weights.norm_D, config.trunk.norm_eps)
+    tap("result_norm", z_TD)
+    return z_TD[0], backend.matmul(z_TD, weights.post_projection_CD)[0]
+
+
+def candidates(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, logits) of the tokens that the head looks at: all of them, or those of the best groups (transformers:
+    Gemma4AssistantMaskedEmbedder). No soft cap.
+    """
+    head = weights.head
+    if isinstance(head, DenseHead):
+        logit_V = backend.matmul(z_D[None], head.table_VD)[0]
+        return np.arange(len(logit_V)), logit_V
+    score_Z = backend.matmul(z_D[None], head.centroid_ZD)[0]
+    best_X = np.argsort(-score_Z, kind="stable")[:head.n_top]
+    logit_XV = backend.matmul_chosen(z_D[None], best_X[None], head.table_ZVD)[0]
+    return head.token_ZV[best_X].ravel(), logit_XV.ravel()
+
+
+def logits(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> np.ndarray:
+    """Logits of the whole vocabulary, float32 (V,): with a centroid head all others are 1 below the least of the candidates."""
+    id_K, logit_K = candidates(weights, backend, z_D)
+    logit_V = np.full(weights.head.token_ZV.size if isinstance(weights.head, CentroidHead) else len(id_K), logit_K.min() - 1, np.float32)
+    logit_V[id_K] = logit_K
+    return logit_V

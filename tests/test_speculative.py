@@ -1,0 +1,408 @@
+"""With a drafter the text is the same, to the last bit of every logit: good drafters and bad ones, greedy and sampled, any depth."""
+
+import hashlib
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shapes import SHAPES, V, prompt, random_drafter, random_model, write_drafter, write_model
+from test_breakage import planted
+
+import refimpl
+from refimpl.decode import drafter as drafter_module
+from refimpl.decode import model as model_module
+from refimpl.decode import speculative as speculative_module
+from refimpl.decode.depth import MOST, AutoDepth, FixedDepth
+from refimpl.decode.sampling import Sampler, Sampling
+from refimpl.decode.speculative import DraftStats, accept, speculative
+from refimpl.model import drafter as network
+from refimpl.model import drafter_config, gemma4
+
+SAMPLINGS = (dict(temperature=0.0), dict(temperature=0.7, seed=1), dict(temperature=1.0, top_k=20, seed=2),
+             dict(temperature=1.0, top_p=0.8, seed=3))
+
+
+class Scripted:
+    """A drafter that knows what the target will say (`truth`, prompt and all) and is wrong from draft `right()` on."""
+
+    def __init__(self, target, truth: list[int], right):
+        self.target, self.truth, self.right = target, truth, right
+
+    def draft(self, token, state_C, cache, n, min_p):
+        known = self.truth[cache.length + 1:cache.length + 1 + n]
+        right = self.right()
+        return [known[i] if i < min(right, len(known)) else (known[i] + 1) % V if i < len(known) else 5 for i in range(n)]
+
+
+@pytest.fixture
+def picked(monkeypatch):
+    """A hash of the logits behind every pick, in order."""
+    seen, pick = [], Sampler.pick
+
+    def watched(self, logit_V):
+        seen.append(hashlib.sha256(np.ascontiguousarray(logit_V).tobytes()).digest())
+        return pick(self, logit_V)
+    monkeypatch.setattr(Sampler, "pick", watched)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Targets and drafters of all shapes, on one and on two threads."""
+    folder, made = tmp_path_factory.mktemp("pairs"), {}
+    for shape in SHAPES:
+        path = write_model(folder / f"{shape}.gguf", random_model(shape, seed=5), "Q4_0")
+        drafter = write_drafter(folder / f"{shape}-mtp.gguf", random_drafter(shape, n_centroid=20 if shape == "E2B" else 0), "Q8_0")
+        models = [refimpl.load(path, threads=threads) for threads in (1, 2)]
+        made[shape] = [(model, refimpl.load_drafter(drafter, model)) for model in models]
+    return made
+
+
+def run(picked, model, ids, n, **options):
+    """(new ids, hashes of the logits they were picked from, statistics, why it stopped)."""
+    picked.clear()
+    out = refimpl.generate(model, ids, max_new_tokens=n, **options)
+    return out.ids, list(picked), out.stats.draft, out.stats.stop
+
+
+def assert_same(picked, model, drafter, ids, n, want, **options):
+    """The ids, the reason to stop, and the logits behind every id are those of the plain loop. Returns the statistics."""
+    got = run(picked, model, ids, n, drafter=drafter, **options)
+    assert got[0] == want[0] and got[3] == want[3]
+    assert got[1] == want[1][:len(got[1])] and len(got[1]) == len(want[1])
+    return got[2]
+
+
+# ---- equality
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_text_is_the_same(pairs, picked, shape):
+    """48 prompts a shape, 240 in all, of 2 to 49 tokens (the window is 7), each with every kind of drafter; drafts of 1 to 8."""
+    rng = np.random.default_rng(0)
+    kinds = {"random": 0, "wrong": 0, "right": 0, "now and then": 0}
+    for i in range(48):
+        ids, n, sampling = prompt(2 + i, seed=i), 24 + i % 7, SAMPLINGS[i % len(SAMPLINGS)]
+        model, drafter = pairs[shape][i % 2]
+        want = run(picked, model, ids, n, **sampling)
+        truth = ids + want[0]
+        for j, (kind, made) in enumerate({
+                "random": drafter, "wrong": Scripted(model, truth, lambda: 0), "right": Scripted(model, truth, lambda: 99),
+                "now and then": Scripted(model, truth, lambda: int(rng.integers(0, 9)))}.items()):
+            stats = assert_same(picked, model, made, ids, n, want, draft_max=1 + (i + 3 * j) % MOST, **sampling)
+            kinds[kind] += stats.n_accepted
+            assert kind != "right" or stats.n_accepted == stats.n_proposed or want[3] == "end"
+            assert kind != "wrong" or stats.n_accepted == 0
+    assert kinds["right"] > kinds["now and then"] > 200 and kinds["wrong"] == 0
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_built_in_model(picked, sampling):
+    for threads in (1, 2):
+        model = refimpl.load(threads=threads)
+        for k, text in enumerate(("def ", "import os\n\nclass Reader:\n", "    def __init__(self, x):\n        ")):
+            ids = model.tokenizer.encode(text)
+            want = run(picked, model, ids, 150, **sampling)
+            truth, rng = ids + want[0], np.random.default_rng(k)
+            for made in (Scripted(model, truth, lambda: 99), Scripted(model, truth, lambda: int(rng.integers(0, 7)))):     # noqa: B023
+                assert_same(picked, model, made, ids, 150, want, draft_max=2 + 2 * k, **sampling)
+                assert_same(picked, model, made, ids, 150, want, **sampling)                                               # auto
+
+
+@pytest.mark.parametrize("backend", [dict(backend="reference"), dict(arithmetic="exact")])
+def test_other_arithmetic(tmp_path, picked, backend):
+    model = refimpl.load(write_model(tmp_path / "m.gguf", random_model("26B-A4B")), **backend)
+    drafter = refimpl.load_drafter(write_drafter(tmp_path / "d.gguf", random_drafter("26B-A4B")), model)
+    for sampling in SAMPLINGS[:2]:
+        want = run(picked, model, prompt(9), 30, **sampling)
+        for made in (drafter, Scripted(model, prompt(9) + want[0], lambda: 2)):
+            assert_same(picked, model, made, prompt(9), 30, want, draft_max=4, **sampling)
+
+
+def test_rings_that_wrap(pairs, picked, monkeypatch):
+    """With 10 rows in a call the rings have 17 slots: 300 tokens go round them many times."""
+    monkeypatch.setattr(model_module, "CHUNK", 10)
+    for shape in ("26B-A4B", "E4B"):
+        model, drafter = pairs[shape][0]
+        want, rng = run(picked, model, prompt(30), 300, temperature=1.0, seed=4), np.random.default_rng(1)
+        for made in (drafter, Scripted(model, prompt(30) + want[0], lambda: int(rng.integers(0, 9)))):                    # noqa: B023
+            assert_same(picked, model, made, prompt(30), 300, want, draft_max=8, temperature=1.0, seed=4)
+
+
+# ---- where it ends
+
+def test_token_limit_and_context_end_inside_of_a_draft(pairs, picked):
+    model, _ = pairs["12B"][0]
+    truth = prompt(9) + run(picked, model, prompt(9), 60)[0]
+    for n in range(12):
+        want = run(picked, model, prompt(9), n)
+        stats = assert_same(picked, model, Scripted(model, truth, lambda: 99), prompt(9), n, want, draft_max=4)
+        assert stats.n_proposed <= max(0, n - 1) and want[3] == "limit"
+    for room in range(9, 20):
+        want = run(picked, model, prompt(9), 60, n_ctx=room)
+        assert_same(picked, model, Scripted(model, truth, lambda: 99), prompt(9), 60, want, draft_max=4, n_ctx=room)
+        assert want[3] == "context" and len(want[0]) == room - 9 + 1
+
+
+def test_end_of_generation_inside_of_a_draft(pairs, picked, monkeypatch):
+    model, _ = pairs["12B"][0]
+    truth = prompt(9) + run(picked, model, prompt(9), 60, temperature=1.0, seed=8)[0]
+    for at in range(0, 14):
+        monkeypatch.setattr(model.tokenizer, "end_of_generation", frozenset({truth[9 + at]}))
+        want = run(picked, model, prompt(9), 60, temperature=1.0, seed=8)
+        assert want[3] == "end" and len(want[0]) <= at
+        for right in (99, 2):
+            assert_same(picked, model, Scripted(model, truth, lambda: right), prompt(9), 60, want, draft_max=5,          # noqa: B023
+                        temperature=1.0, seed=8)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pairs, monkeypatch):
+    """Stopped at the n-th call of anything that a round is made of, the cache holds committed tokens of the true text and nothing else."""
+    model, _ = pairs["26B-A4B"][0]
+    ids = prompt(9)
+    truth = ids + refimpl.generate(model, ids, max_new_tokens=40).ids
+    clean = model.states(truth, model.new_cache())
+    drafter, calls = Scripted(model, truth, lambda: 2), itertools.count()
+
+    def breaking(function, at):
+        def called(*args, **kwargs):
+            if next(calls) == at:
+                raise Interrupted
+            return function(*args, **kwargs)
+        return called
+
+    for at in range(60):
+        cache, calls = model.new_cache(), itertools.count()
+        state = model.states(ids, cache)[-1]
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "run", breaking(model.run, at))
+            patch.setattr(model, "head", breaking(model.head, at))
+            patch.setattr(cache, "advance", breaking(cache.advance, at))
+            patch.setattr(drafter, "draft", breaking(drafter.draft, at))
+            got = []
+            try:
+                greedy = Sampler(Sampling(temperature=0))
+                for token in speculative(model, drafter, cache, greedy, state, 40, FixedDepth(4), 0.0, DraftStats()):
+                    got.append(token)
+            except Interrupted:
+                pass
+        assert ids + got == truth[:9 + len(got)] and 0 <= cache.length - (9 + len(got)) + 1 <= 5
+        rest = truth[cache.length:]
+        assert not rest or np.array_equal(model.states(rest, cache), clean[len(truth) - len(rest):])
+
+
+# ---- the cache
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(counts=st.lists(st.integers(0, 8), min_size=60, max_size=120), depth=st.integers(1, 8), seed=st.integers(0, 1000))
+def test_any_accept_counts_leave_the_cache_of_the_committed_tokens(pairs, counts, depth, seed):
+    """Thousands of rounds in all, rings of 16 slots: after every example each key and value in sight has the bits of a fresh cache."""
+    model, _ = pairs["26B-A4B"][0]
+    truth = prompt(450, seed=seed)
+
+    class Sure:
+        """Says what the text says."""
+
+        def __init__(self):
+            self.left = iter(truth[5:])
+
+        def pick(self, logit_V):
+            return next(self.left)
+    from refimpl.model.cache import Cache
+    caches, left = [Cache(model.config, 512, 9, model.backend.kv_type) for _ in range(2)], iter(counts)
+    state = model.states(truth[:5], caches[0])[-1]
+    tokens = speculative(model, Scripted(model, truth, lambda: next(left, 0)), caches[0], Sure(), state, 440, FixedDepth(depth), 0.0,
+                         stats := DraftStats())
+    got = [token for token, _ in zip(tokens, range(400)) if stats.rounds < len(counts)]
+    tokens.close()
+    assert truth[5:5 + len(got)] == got and stats.rounds >= 40
+    n = caches[0].length
+    model.states(truth[:n], caches[1])
+    for i, layer in caches[0].layers.items():
+        slots = np.arange(int(layer.first_in_sight(n)), n) % layer.n_slots
+        for ours, fresh in ((layer.k_SKH, caches[1].layers[i].k_SKH), (layer.v_SKH, caches[1].layers[i].v_SKH)):
+            assert np.array_equal(ours[slots].view(np.uint8), fresh[slots].view(np.uint8))
+
+
+# ---- every round's drafts are those of a clean start
+
+def drafts_of_all_rounds(model, drafter, ids, n) -> list[tuple[list[int], list[int]]]:
+    """(committed ids and the latest, what was drafted then) of every round, with a few right tokens pushed in."""
+    truth = ids + refimpl.generate(model, ids, max_new_tokens=n).ids
+    rounds, draft, turn = [], drafter.draft, itertools.count()
+
+    def watched(token, state_C, cache, k, min_p):
+        drafted = draft(token, state_C, cache, k, min_p)
+        rounds.append((truth[:cache.length] + [token], drafted))
+        right = next(turn) % 4                                  # a random drafter is never right: say the truth for so many
+        return truth[cache.length + 1:cache.length + 1 + right][:k] + drafted[right:]
+    drafter.draft = watched
+    try:
+        out = refimpl.generate(model, ids, max_new_tokens=n, drafter=drafter, draft_max=4)
+    finally:
+        del drafter.draft
+    assert ids + out.ids == truth and sum(out.stats.draft.accepted) > n // 3
+    return rounds
+
+
+def departs(model, drafter, ids, n) -> bool:
+    """Is anything drafted that a clean start would not draft, or the text another one?"""
+    try:
+        return any(refimpl.propose(model, drafter, committed, len(drafted)) != drafted
+                   for committed, drafted in drafts_of_all_rounds(model, drafter, ids, n) if drafted)
+    except AssertionError:
+        return True
+
+
+def test_drafts_do_not_depend_on_what_was_rejected_before(pairs):
+    for shape in SHAPES:
+        assert not departs(*pairs[shape][0], prompt(11), 40), shape
+
+
+OF_A_ROUND = {      # what only shows after a partial acceptance
+    "wrong row carried": (speculative_module, "state_TD[len(emitted) - 1]", "state_TD[-1]"),
+    "rejected rows committed": (speculative_module, "cache.advance(len(emitted))", "cache.advance(1 + len(drafted))"),
+    "too little committed": (speculative_module, "cache.advance(len(emitted))", "cache.advance(max(1, len(emitted) - 1))"),
+    "one key too many in sight": (network, "pos_T, pos_T, cache, tap)", "pos_T, pos_T + 1, cache, tap)"),
+}
+
+
+@pytest.mark.parametrize("what", OF_A_ROUND)
+def test_planted_in_the_round(pairs, what):
+    module, old, new = OF_A_ROUND[what]
+    model, drafter = pairs["26B-A4B"][0]
+    clean = [refimpl.propose(model, drafter, committed, len(drafted)) == drafted
+             for committed, drafted in drafts_of_all_rounds(model, drafter, prompt(11), 40) if drafted]
+    assert all(clean)
+    with planted(module, old, new):
+        try:
+            rounds = drafts_of_all_rounds(model, drafter, prompt(11), 40)
+        except (AssertionError, ValueError, IndexError):
+            return
+    assert any(refimpl.propose(model, drafter, committed, len(drafted)) != drafted for committed, drafted in rounds if drafted), what
+
+
+OF_A_STEP = {
+    "projection before the norm": (network, "backend.matmul(z_TD, weights.post_", "backend.matmul(x_TD, weights.post_"),
+    "state before the target's norm": (gemma4, "    x_TD = backend.rms_norm(x_TD, weights.norm_D, config.norm_eps)\n", ""),
+    "position advances with the draft": (drafter_module, "z_D, state_C = network.step(", "angles = network.angles_at(self.weights, "
+                                         "cache.length + len(proposed)); z_D, state_C = network.step("),
+    "state before the embedding": (network, "[embedding_C, state_C]", "[state_C, embedding_C]"),
+    "embedding not scaled": (network, "np.concatenate([embedding_C, state_C])", "np.concatenate([embedding_C / 8, state_C])"),
+    "keys of the first layer of the kind": (drafter_config, "target.last_own(kind)",
+                                            "min(layer.index for layer in target.layers if layer.kind is kind)"),
+    "no final norm": (network, "z_TD = backend.rms_norm(x_TD, weights.norm_D, config.trunk.norm_eps)", "z_TD = x_TD"),
+    "worst group": (network, "np.argsort(-score_Z, kind=\"stable\")", "np.argsort(score_Z, kind=\"stable\")"),
+}
+
+
+@pytest.mark.parametrize("what", OF_A_STEP)
+def test_planted_in_the_step(tmp_path, what):
+    """What transformers proposes (test_drafter.py compares it) is what a clean version proposes; a planted one must propose other ids."""
+    module, old, new = OF_A_STEP[what]
+    shape = "E2B" if what == "worst group" else "12B"
+    paths = write_model(tmp_path / "m.gguf", random_model(shape)), write_drafter(
+        tmp_path / "d.gguf", random_drafter(shape, n_centroid=20 if shape == "E2B" else 0))
+
+    def proposals():
+        model = refimpl.load(paths[0], backend="reference")
+        drafter = refimpl.load_drafter(paths[1], model)
+        return [refimpl.propose(model, drafter, prompt(n), 6) for n in (3, 9, 30, 45)]
+    want = proposals()
+    with planted(module, old, new):
+        assert proposals() != want, what
+    assert proposals() == want
+
+
+# ---- sampling
+
+def test_sampled_text_has_the_targets_distribution(pairs, monkeypatch):
+    """A chi-square test of the first two tokens of 3,000 short texts against the model's own probabilities; the second one is drafted."""
+    model, _ = pairs["E4B"][0]
+    monkeypatch.setattr(model.tokenizer, "end_of_generation", frozenset())
+    ids, n, count, expected, likeliest = prompt(6), 3000, Counter(), Counter(), {}
+    sampling = Sampling(temperature=1.0, top_k=4, top_p=1.0)
+
+    def after(tokens):
+        return [(int(token), float(p)) for token, p in zip(*Sampler(sampling).distribution(model.logits(tokens)[-1]))]
+    for a, p in after(ids):
+        likeliest[a] = max(after([*ids, a]), key=lambda pair: pair[1])[0]
+        for b, q in after([*ids, a]):
+            expected[a, b] += n * p * q
+
+    class Likely:
+        """Right in the second place as often as a draft can be."""
+
+        target = model
+
+        def draft(self, token, state_C, cache, k, min_p):
+            return [likeliest[token], 7][:k] if cache.length == 6 else [7] * k
+    accepted = 0
+    for seed in range(n):
+        out = refimpl.generate(model, ids, max_new_tokens=4, temperature=1.0, top_k=4, seed=seed, drafter=Likely(), draft_max=2)
+        count[tuple(out.ids[:2])] += 1
+        accepted += out.stats.draft.accepted[0]
+    assert set(count) <= set(expected) and len(expected) == 16 and accepted > n // 4
+    chi = sum((count[key] - e) ** 2 / e for key, e in expected.items())
+    assert chi < 45, chi                    # 15 degrees of freedom: 44.3 is passed once in 10,000 times
+
+
+def test_accept_takes_choices_one_by_one():
+    taken = []
+
+    def chosen(*ids):
+        for token in ids:
+            taken.append(token)
+            yield token
+    assert accept([5, 6, 7], chosen(5, 6, 9, 8)) == [5, 6, 9] and taken == [5, 6, 9]
+    assert accept([5, 6, 7], chosen(5, 6, 7, 8)) == [5, 6, 7, 8]
+    assert accept([5, 6], chosen(4, 1, 2)) == [4] and accept([], chosen(3)) == [3]
+    taken.clear()
+    assert accept([5, 6, 7], chosen(5, 6, 7, 8), end={6}) == [5, 6] and taken == [5, 6]
+    assert accept([5, 6, 7], chosen(1, 6, 7, 8), end={1}) == [1]
+
+
+# ---- options and figures
+
+@pytest.mark.parametrize("options", [dict(draft_max=0), dict(draft_max=-1), dict(draft_max=1000), dict(draft_max=True),
+                                     dict(draft_max="many"), dict(draft_min_p=1.0), dict(draft_min_p=-0.1)])
+def test_odd_options_are_refused(pairs, options):
+    model, drafter = pairs["12B"][0]
+    with pytest.raises(ValueError, match="draft_m"):
+        refimpl.generate(model, [2, 5], drafter=drafter, **options)
+
+
+def test_statistics(pairs):
+    model, _ = pairs["26B-A4B"][0]
+    truth = prompt(9) + refimpl.generate(model, prompt(9), max_new_tokens=31).ids
+    turn = itertools.cycle([0, 1, 3])
+    out = refimpl.generate(model, prompt(9), max_new_tokens=22, drafter=Scripted(model, truth, lambda: next(turn)), draft_max=3)
+    stats = out.stats.draft         # 1 from the prompt, then rounds of 1, 2, 4 tokens: 3 times
+    assert (stats.rounds, stats.proposed, stats.accepted) == (9, [9, 9, 9], [6, 3, 3])
+    assert stats.n_proposed == 27 and stats.n_accepted == 12 and stats.tokens_per_round == 1 + 12 / 9
+    assert stats.acceptance == [6 / 9, 3 / 9, 3 / 9]
+    assert stats.expert_layers == 9 * 6 and 3 <= stats.experts_per_layer <= 12      # 3 of 16 a row, 4 rows
+    assert 0 < stats.draft_seconds < out.stats.decode_seconds and 0 < stats.verify_seconds < out.stats.decode_seconds
+    assert refimpl.generate(model, prompt(9), max_new_tokens=3).stats.draft is None
+
+
+def test_auto_leaves_a_useless_drafter_alone(pairs, picked):
+    """No time is measured here: the costs are given."""
+    model, _ = pairs["12B"][0]
+
+    class Clocked(AutoDepth):
+        def observe(self, drafted, accepted, draft_seconds, verify_seconds):
+            super().observe(drafted, accepted, 0.2 * drafted, 1 + 0.1 * drafted)
+    truth = prompt(9) + run(picked, model, prompt(9), 400)[0]
+    for right, low, high in ((0, 0.0, 0.1), (99, 5.0, 9.0)):
+        stats, cache = DraftStats(), model.new_cache()
+        state = model.states(prompt(9), cache)[-1]
+        made = Scripted(model, truth, lambda: right)                                                                      # noqa: B023
+        got = list(speculative(model, made, cache, Sampler(Sampling(temperature=0)), state, 400, Clocked(), 0.0, stats))
+        assert prompt(9) + got == truth and low <= stats.n_proposed / stats.rounds <= high
