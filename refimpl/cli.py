@@ -37,6 +37,12 @@ Arithmetic = Annotated[str | None, typer.Option("--arithmetic", show_default=Fal
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="default: one for each physical core", show_default=False)]
 BackendName = Annotated[str, typer.Option("--backend", help="kernels: compiled, all cores; reference: NumPy, one thread")]
 Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="of the random choices: same seed, same text")]
+Draft = Annotated[str | None, typer.Option("--draft", show_default=False, help="the model's drafter (GGUF): faster, and the same text; "
+                                           "none: without one (default: the built-in model has its own, others none)")]
+DraftMax = Annotated[str, typer.Option("--draft-max", help="tokens to draft at a time, 1 to 8; auto: as many as pay")]
+DraftMinP = Annotated[float, typer.Option("--draft-min-p", min=0.0, max=1.0, help="a draft ends ahead of a token less likely than this")]
+DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense, or centroid where the drafter has one "
+                                               "(default: centroid if it is there)")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
 NewTokens = Annotated[int, typer.Option("-n", "--predict", min=0, help="new tokens at most")]
@@ -68,6 +74,7 @@ def generate(
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
     special: Annotated[bool, typer.Option("--special", help="special tokens in the prompt count, and are shown in the text")] = False,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
+    draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
     verbose: Verbose = False,
 ):
@@ -81,12 +88,13 @@ def generate(
     text = read_prompt(prompt, file)
     room = ctx if ctx is not None else len(text.encode()) + predict + 256        # a token is at least a byte; 256 for a template
     m = load(model, backend, arithmetic, threads, room, verbose)
+    drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     if chat:
         ids = chat_ids(m, [{"role": "user", "content": text}], think)
     else:
         ids = m.tokenizer.encode(text, special=special)
     out = refimpl.Output()
-    pieces = begin(m, ids, out, max_new_tokens=predict, n_ctx=ctx, special=special,
+    pieces = begin(m, ids, out, max_new_tokens=predict, n_ctx=ctx, special=special, **drafting,
                    **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
     if not as_json and not chat:
         write(text)
@@ -108,6 +116,7 @@ def chat(
     think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
     predict: NewTokens = 1024,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
+    draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, verbose: Verbose = False,
 ):
     """Talk to an instruction-tuned model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
@@ -115,6 +124,7 @@ def chat(
     from refimpl.decode.chat import split_thought
 
     m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * predict, verbose)
+    drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         errors.print("> ", end="")
@@ -123,7 +133,7 @@ def chat(
             break
         messages.append({"role": "user", "content": line.strip()})
         out = refimpl.Output()
-        pieces = begin(m, chat_ids(m, messages, think), out, max_new_tokens=predict, n_ctx=ctx,
+        pieces = begin(m, chat_ids(m, messages, think), out, max_new_tokens=predict, n_ctx=ctx, **drafting,
                        **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
         speak(pieces, out)
         write("\n")
@@ -169,9 +179,17 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="runs of each test")] = 5,
     threads: Threads = None,
     versus: Annotated[str | None, typer.Option("--vs", help="llama.cpp: run it in turn, on the same file and ids")] = None,
+    draft: Annotated[str | None, typer.Option("--draft", show_default=False, help="measure new tokens with this drafter and without; "
+                                              "built-in: the built-in model's")] = None,
+    draft_max: Annotated[str, typer.Option("--draft-max", help="with --draft: drafts at a time, some to compare: auto,1,2")] = "auto",
+    draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
+    accept: Annotated[str | None, typer.Option("--accept", show_default=False, help="with --draft: a SIMULATION with the chances that the "
+                                               "first draft, the first two, ... are accepted: .84,.60,.39")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", show_default=False, help="with --draft: the text to continue")] = None,
+    temp: Annotated[float, typer.Option("--temp", min=0.0, help="with --draft: temperature")] = 0.0,
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
 ):
-    """Measure speed: a prompt, new tokens, and how near these come to what reading the weights allows."""
+    """Measure speed: a prompt, new tokens, how near they come to what reading the weights allows; with --draft, what drafting wins."""
     from refimpl.lab.bench import OPPONENTS, Plan, as_text
     from refimpl.lab.bench import bench as measure
 
@@ -180,6 +198,20 @@ def bench(
     if not n_prompt and not n_new:
         raise typer.BadParameter("-p and -n are both 0: nothing to measure")
     tell_of_compiling()
+    if draft is not None:
+        from refimpl.lab import draft_bench
+
+        if versus is not None or not n_new:
+            raise typer.BadParameter("--draft measures new tokens of refimpl alone: no --vs, and -n of at least 1")
+        depths = [depth_argument(word) for word in draft_max.split(",")]
+        result = draft_bench.draft_bench(
+            model, None if draft == "built-in" else draft, Plan(0, n_new, depth, repetitions), depths, chances=chances_argument(accept),
+            min_p=draft_min_p, head=draft_head, temperature=temp, prompt=prompt, threads=threads, backend=backend, arithmetic=arithmetic,
+            progress=bar)
+        write((json.dumps(result) if as_json else draft_bench.as_text(result)) + "\n")
+        return
+    if accept is not None or prompt is not None:
+        raise typer.BadParameter("--accept and --prompt need --draft")
     result = measure(model, Plan(n_prompt, n_new, depth, repetitions), threads=threads, backend=backend, arithmetic=arithmetic,
                      opponent=versus, progress=bar)
     for note in result["notes"]:
@@ -210,6 +242,40 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
     elif verbose:
         errors.print(f"reference: NumPy, one thread, arithmetic: {m.backend.arithmetic}")
     return m
+
+
+def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_min_p: float, head: str | None) -> dict[str, object]:
+    """The arguments of `stream` that have to do with drafting. Offers a drafter that lies beside the model, and loads none unasked."""
+    import refimpl
+    from refimpl.decode.depth import depth_of
+    from refimpl.decode.drafter import beside
+
+    depth = depth_argument(draft_max)
+    depth_of(depth)
+    if draft == "none" or draft is None and path is not None:
+        found = beside(path) if draft is None else []
+        if found:
+            errors.print(f"note: {found[0]} looks like this model's drafter; --draft {found[0]} makes the same text faster")
+        return {}
+    with contextlib.ExitStack() as stack:
+        drafter = refimpl.load_drafter(draft, m, head=head, begin=lambda total: stack.enter_context(bar("MB of the drafter", total, 10**6)))
+    return {"drafter": drafter, "draft_max": depth, "draft_min_p": draft_min_p}
+
+
+def depth_argument(word: str) -> int | str:
+    """--draft-max as `depth_of` takes it, which refuses what is senseless."""
+    try:
+        return int(word)
+    except ValueError:
+        return word
+
+
+def chances_argument(text: str | None) -> list[float] | None:
+    """--accept as numbers."""
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--accept {text}: expected numbers with commas between them, .84,.60") from None
 
 
 def tell_of_compiling():
@@ -298,15 +364,25 @@ def abandon_output():
 
 def report(stats) -> dict[str, object]:
     """The figures of a run, for programs."""
+    from refimpl.decode.speculative import figures
+
     return {"n_prompt": stats.n_prompt, "n_generated": stats.n_generated, "prompt_seconds": round(stats.prompt_seconds, 4),
             "decode_seconds": round(stats.decode_seconds, 4), "prompt_per_second": round(stats.prompt_per_second, 2),
-            "decode_per_second": round(stats.decode_per_second, 2), "stop": stats.stop}
+            "decode_per_second": round(stats.decode_per_second, 2), "stop": stats.stop} | (
+            {"draft": figures(stats.draft)} if stats.draft else {})
 
 
 def tell(stats):
     """The figures of a run, for people."""
     errors.print(f"prompt {stats.n_prompt} tokens, {stats.prompt_per_second:.1f}/s; new {stats.n_generated} tokens, "
                  f"{stats.decode_per_second:.1f}/s; stopped by {stats.stop}")
+    if stats.draft and stats.draft.rounds:
+        d = stats.draft
+        shares = ", ".join(f"{100 * share:.0f} %" for share in d.acceptance) or "none made"
+        experts = f"; {d.experts_per_layer:.1f} distinct experts a layer" if d.expert_layers else ""
+        errors.print(f"{d.rounds} rounds of {d.tokens_per_round:.2f} tokens, {d.n_accepted} of {d.n_proposed} drafts accepted, by position "
+                     f"{shares}{experts}; draft {d.draft_seconds:.2f} s, verify {d.verify_seconds:.2f} s, "
+                     f"other {max(0.0, stats.decode_seconds - d.draft_seconds - d.verify_seconds):.2f} s")
 
 
 @contextlib.contextmanager

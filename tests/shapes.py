@@ -179,9 +179,10 @@ def random_drafter(shape: str, seed: int = 100, n_centroid: int = 0, **overrides
     return drafter
 
 
-def write_drafter(path, drafter, block: str = "F32", extra: dict | None = None, change=lambda tensors: tensors):
-    """Writes a drafter as GGUF, as `write_model` does a model."""
+def write_drafter(path, drafter, block: str = "F32", metadata: dict | None = None, change=lambda tensors: tensors):
+    """Writes a drafter as GGUF, as `write_model` does a model, with the vocabulary of random models or the one in `metadata`."""
+    vocabulary = tokenizer_metadata() if metadata is None else {k: v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
     config = drafter.config.to_dict()
     tensors = change(list(gguf_tensors(dict(config["text_config"]), state_of(drafter), lambda name, shape: block)))
-    write_gguf(path, drafter_metadata(config) | tokenizer_metadata() | (extra or {}), tensors)
+    write_gguf(path, drafter_metadata(config) | vocabulary, tensors)
     return path

@@ -188,7 +188,7 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
             got = []
             try:
                 greedy = Sampler(Sampling(temperature=0))
-                for token in speculative(model, drafter, cache, greedy, state, 40, FixedDepth(4), 0.0, DraftStats()):
+                for token in speculative(model, drafter, cache, greedy, state, 40, FixedDepth(4), 0.0, DraftStats(), end=()):
                     got.append(token)
             except Interrupted:
                 pass
@@ -218,7 +218,7 @@ def test_any_accept_counts_leave_the_cache_of_the_committed_tokens(pairs, counts
     caches, left = [Cache(model.config, 512, 9, model.backend.kv_type) for _ in range(2)], iter(counts)
     state = model.states(truth[:5], caches[0])[-1]
     tokens = speculative(model, Scripted(model, truth, lambda: next(left, 0)), caches[0], Sure(), state, 440, FixedDepth(depth), 0.0,
-                         stats := DraftStats())
+                         stats := DraftStats(), end=())
     got = [token for token, _ in zip(tokens, range(400)) if stats.rounds < len(counts)]
     tokens.close()
     assert truth[5:5 + len(got)] == got and stats.rounds >= 40
@@ -404,5 +404,5 @@ def test_auto_leaves_a_useless_drafter_alone(pairs, picked):
         stats, cache = DraftStats(), model.new_cache()
         state = model.states(prompt(9), cache)[-1]
         made = Scripted(model, truth, lambda: right)                                                                      # noqa: B023
-        got = list(speculative(model, made, cache, Sampler(Sampling(temperature=0)), state, 400, Clocked(), 0.0, stats))
+        got = list(speculative(model, made, cache, Sampler(Sampling(temperature=0)), state, 400, Clocked(), 0.0, stats, end=()))
         assert prompt(9) + got == truth and low <= stats.n_proposed / stats.rounds <= high

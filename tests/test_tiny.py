@@ -1,5 +1,6 @@
 """The model that ships: it is what transformers says it is, its training can be repeated, and its baselines are sound."""
 
+import contextlib
 import json
 import math
 
@@ -7,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from shapes import oracle, reference, worst
+from shapes import oracle, reference, worst, write_drafter
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import refimpl
@@ -15,7 +16,7 @@ from refimpl.decode.model import BUILT_IN
 from refimpl.decode.sampling import Sampling
 from refimpl.formats.codecs import dequantize, quantize
 from refimpl.model.export import gguf_name
-from refimpl.tiny import corpus, export, network, optimiser, train
+from refimpl.tiny import corpus, export, network, optimiser, train, train_drafter
 from refimpl.tiny.ngram import NgramModel
 
 PROMPT = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        if not self.items:\n" * 4
@@ -174,3 +175,49 @@ def test_ngram_probabilities_sum_to_one_and_learn():
     total = sum(2.0 ** -(model.bits(np.array([*history, w])) - model.bits(np.array(history))) for w in range(4096))
     assert abs(total - 1) < 1e-6
     assert model.bits(np.tile([1, 2, 3], 20)) < 0.2 * model.bits(rng.integers(0, 5, 60))
+
+
+# ---- the drafter
+
+def test_training_runs_the_steps_that_drafting_takes(tmp_path, monkeypatch):
+    """All positions at once, in torch, against one position after the other, in the reference: the normed states of all four steps."""
+    from refimpl.model import drafter as drafting
+    from refimpl.model.gemma4 import embed
+
+    target = train_drafter.load_target()
+    made = train_drafter.build_drafter(target, 0)
+    for p in made.parameters():
+        if p.ndim == 1:
+            torch.nn.init.uniform_(p, 0.3, 0.8)
+    model = reference()
+    ours = refimpl.load_drafter(write_drafter(tmp_path / "d.gguf", made, metadata=model.file.metadata), model)
+    ids = model.tokenizer.encode("".join(corpus.read_corpus().validation.values())[:2000])[:192]
+    seen = []
+
+    def look(z_TD, w_VD, p_TV):
+        seen.append(z_TD.detach().numpy().reshape(-1, train_drafter.WIDTH))
+        assert np.allclose(p_TV.float().sum(-1), 1, atol=0.03)
+        return torch.zeros(()), torch.zeros(len(z_TD), dtype=torch.long)
+    monkeypatch.setattr(train_drafter.SoftCrossEntropy, "apply", look)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    target.config._experts_implementation = "eager"
+    losses, right = train_drafter.run(target, made, torch.tensor([ids]), 1)
+    assert len(losses) == 4 and right.shape == (4, len(seen[0])) and len(seen[0]) == len(ids) - 5
+    for p in (1, 2, 40, 63, 64, 65, 130, len(ids) - 5):
+        cache = model.new_cache()
+        state, angles = model.states(ids[:p], cache)[-1], drafting.angles_at(ours.weights, p)
+        for j in range(4):
+            embedding = embed(model.config, model.weights, np.array([ids[p + j]]))[0]
+            z, state = drafting.step(ours.config, ours.weights, model.backend, embedding, state, angles, cache)
+            assert worst(seen[j][p - 1], z) < 2e-3, (p, j)
+
+
+def test_the_drafter_that_ships_foresees_held_out_code():
+    """Six prompts are enough to see that it is the trained one; `python -m refimpl.tiny.evaluate_drafter` measures it."""
+    from refimpl.tiny.evaluate_drafter import evaluate
+
+    found = evaluate(6, 4, 0.0)
+    print(f"\n{found}")
+    assert found["drafter"]["acceptance"][0] > 0.5 and found["drafter"]["tokens_per_round"] > 2
+    assert found["drafter"]["accepted"] > found["bigram"]["accepted"]

@@ -10,7 +10,8 @@ RECENT = 9                  # so many of the latest timings count
 FADE = 0.97                 # weight of the past at every new observation: some 30 drafts are remembered
 PRIOR = 2.0, 0.7            # acceptance is taken for 70 % until it has been seen, with the weight of 2 observations
 PROBE_SHARE = 0.01          # of the time may go into probes while drafting does not pay
-NEIGHBOUR_EVERY = 16        # rounds: one is spent on one draft more, or fewer, than seems best
+FIRST = 3                   # rounds without a draft, and then with one, in which the costs are found out
+DEEPER_EVERY = 16           # rounds: one is spent on one draft more than seems best
 
 
 def best_depth(verify_K: Sequence[float], draft: float, accepted_K: Sequence[float]) -> int:
@@ -47,9 +48,10 @@ class FixedDepth:
 class AutoDepth:
     """`best_depth` on what has been measured so far: medians of the latest times, fading averages of acceptance.
 
-    The first round drafts nothing and the second one token, so that both costs are known; deeper rounds are entered one step at a
-    time, with their cost guessed along a straight line until it has been measured. While 0 is best, a single draft is tried now and
-    then, so rarely that all such rounds together cost PROBE_SHARE of the time even if none is ever accepted.
+    The first rounds draft nothing and then one token, so that both costs are known; deeper rounds are entered one step at a time, with
+    their cost guessed along a straight line until it has been measured. Now and then a round goes one deeper than seems best: a single
+    slow measurement must not close a depth for good. While 0 is best, a single draft is tried so rarely that all such rounds together
+    cost PROBE_SHARE of the time even if none is ever accepted.
     """
 
     def __init__(self):
@@ -84,18 +86,15 @@ class AutoDepth:
 
     def choose(self) -> int:
         """Drafts for the next round."""
-        if not self.verify[0] or not self.verify[1]:
-            return 1 if self.verify[0] else 0
+        for k in (0, 1):
+            if len(self.verify[k]) < FIRST:
+                return k
         verify, draft = self.verify_seconds(), statistics.median(self.draft)
         best = best_depth(verify, draft, self.accepted()[:len(verify) - 1])
         if best == 0:
             cost = max(0.0, verify[1] + draft - verify[0])
-            return 1 if self.plain >= max(NEIGHBOUR_EVERY, math.ceil(cost / (PROBE_SHARE * verify[0]))) else 0
-        if self.rounds % NEIGHBOUR_EVERY == NEIGHBOUR_EVERY - 1:
-            return min(best + 1, len(verify) - 1)
-        if self.rounds % NEIGHBOUR_EVERY == NEIGHBOUR_EVERY // 2 - 1:
-            return max(best - 1, 1)
-        return best
+            return 1 if self.plain >= max(DEEPER_EVERY, math.ceil(cost / (PROBE_SHARE * verify[0]))) else 0
+        return min(best + 1, len(verify) - 1) if self.rounds % DEEPER_EVERY == 0 else best
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float):
         """Learns from a round: how many were drafted, the first how many of them were accepted, and what it took."""

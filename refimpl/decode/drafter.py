@@ -1,12 +1,14 @@
 """A drafter ready to use, and what it proposes."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 
-from refimpl.decode.model import Model, told
+from refimpl.decode.model import BUILT_IN, Model, told
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
 from refimpl.model import drafter as network
 from refimpl.model.cache import Cache
@@ -16,6 +18,7 @@ from refimpl.model.gemma4 import embed
 from refimpl.model.memory import MemoryRefusal, available
 from refimpl.model.weights import vocabulary_size
 
+BUILT_IN_DRAFTER = BUILT_IN.with_name("drafter.gguf")
 N_COMPARED = 10         # the largest logits among which the probability of a proposal is taken, as in llama.cpp
 
 
@@ -52,9 +55,9 @@ def _probability(logit_K: np.ndarray) -> float:
     return 1.0 / float(np.exp(top.astype(np.float64) - top.max()).sum())
 
 
-def load_drafter(path: str | os.PathLike, target: Model, *, head: str | None = None,
+def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | None = None,
                  begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Drafter:
-    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`).
+    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`); without a path, that of the built-in model.
 
     `head`: "dense", a product with every row of the vocabulary; "centroid", with the tokens of the best groups only, for files that have
     them (E2B and E4B); None, the latter where it is there. `begin` as in `load`. Raises GGUFError, with one clear line, for a file that
@@ -62,7 +65,7 @@ def load_drafter(path: str | os.PathLike, target: Model, *, head: str | None = N
     """
     if head is not None and head not in HEADS:
         raise ValueError(f"head={head!r}: expected {' or '.join(map(repr, HEADS))}")
-    file = open_gguf(path)
+    file = open_gguf(BUILT_IN_DRAFTER if path is None else path)
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
     if target.backend.name == "kernels" and file.n_bytes > available():
@@ -72,6 +75,16 @@ def load_drafter(path: str | os.PathLike, target: Model, *, head: str | None = N
     with target.backend.running():
         weights = drafter_weights_from_gguf(file, config, head, told(target.backend.prepare, file, begin))
     return Drafter(file, config, weights, target)
+
+
+def beside(path: Path) -> list[Path]:
+    """GGUF files in the model's folder that are named like it, with "mtp" or "assistant" in the name (and perhaps another type)."""
+    def words(file: Path) -> set[str]:
+        name = re.sub(r"(?i)[-_.](iq|q)\d\w*|[-_.](bf16|f16|f32)(?=[-_.]|$)", "", file.stem)
+        return {word.lower() for word in re.split(r"[-_. ]+", name) if word}
+    marks = {"mtp", "assistant"}
+    return sorted(file for file in path.parent.glob("*.gguf")
+                  if words(file) & marks and words(file) - marks and words(file) - marks <= words(path))
 
 
 def _check_vocabulary(file: GGUFFile, target: Model):

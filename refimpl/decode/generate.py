@@ -95,7 +95,8 @@ def stream(model: Model, ids: Sequence[int], *, max_new_tokens: int = 64, temper
     else:
         check_target(drafter, model)
         stats.draft = DraftStats()
-        chosen = speculative(model, drafter, cache, sampler, state_D, max_new_tokens, depth, draft_min_p, stats.draft)
+        chosen = speculative(model, drafter, cache, sampler, state_D, max_new_tokens, depth, draft_min_p, stats.draft,
+                             end=model.tokenizer.end_of_generation)
     began = time.perf_counter()
     while not stats.stop:
         if len(output.ids) == max_new_tokens:

@@ -11,7 +11,7 @@ both models' probabilities, which keeps the distribution but not the text.)
 """
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,11 +73,27 @@ class DraftStats:
             self.proposed[i] += 1
             self.accepted[i] += i < accepted
 
+    def merge(self, other: "DraftStats"):
+        """Adds the figures of another run."""
+        for ours, theirs in ((self.proposed, other.proposed), (self.accepted, other.accepted)):
+            ours += [0] * (len(theirs) - len(ours))
+            ours[:len(theirs)] = [a + b for a, b in zip(ours, theirs)]
+        for name in ("rounds", "experts", "expert_layers", "draft_seconds", "verify_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def look(self, name: str, value: np.ndarray):
         """A tap: counts distinct experts."""
         if name.startswith("ffn_moe_topk-"):
             self.experts += len(set(value.ravel().tolist()))
             self.expert_layers += 1
+
+
+def figures(stats: DraftStats) -> dict[str, object]:
+    """The statistics of drafting, for programs."""
+    return {"rounds": stats.rounds, "proposed": stats.n_proposed, "accepted": stats.n_accepted,
+            "acceptance": [round(share, 4) for share in stats.acceptance], "tokens_per_round": round(stats.tokens_per_round, 3),
+            "experts_per_layer": round(stats.experts_per_layer, 2), "draft_seconds": round(stats.draft_seconds, 4),
+            "verify_seconds": round(stats.verify_seconds, 4)}
 
 
 def accept(drafted: Sequence[int], chosen: Iterable[int], end: Collection[int] = ()) -> list[int]:
@@ -96,14 +112,14 @@ def accept(drafted: Sequence[int], chosen: Iterable[int], end: Collection[int] =
 
 
 def speculative(model: Model, drafter: Drafter, cache: Cache, sampler: Sampler, state_D: np.ndarray, limit: int,
-                depth: FixedDepth | AutoDepth, min_p: float, stats: DraftStats) -> Iterator[int]:
-    """Yields at most `limit` chosen ids, as the plain loop would; an end-of-generation id among them is the last.
+                depth: FixedDepth | AutoDepth, min_p: float, stats: DraftStats, *, end: Collection[int],
+                decide: Callable[..., list[int]] = accept) -> Iterator[int]:
+    """Yields at most `limit` chosen ids, as the plain loop would; an id of `end` among them is the last.
 
     `state_D` is the state behind the last token in the cache. Every round is committed before its ids are yielded, and nothing that was
     not accepted ever is: wherever the caller stops, the cache holds the tokens yielded so far, but for the latest, and at most
-    accepted ones behind them.
+    accepted ones behind them. `decide` is `accept`, or what a simulation has in its place.
     """
-    end = model.tokenizer.end_of_generation
     latest, left = sampler.pick(model.head(state_D[None])[0]), limit - 1
     yield latest
     while left > 0 and latest not in end:
@@ -114,7 +130,7 @@ def speculative(model: Model, drafter: Drafter, cache: Cache, sampler: Sampler, 
         state_TD = model.run(model.checked([latest, *drafted]), cache, stats.look)
         logit_TV = model.head(state_TD)
         verified_at = time.perf_counter()
-        emitted = accept(drafted, map(sampler.pick, logit_TV), end)
+        emitted = decide(drafted, map(sampler.pick, logit_TV), end)
         cache.advance(len(emitted))
         n_accepted = sum(a == b for a, b in zip(drafted, emitted))
         stats.add(len(drafted), n_accepted)

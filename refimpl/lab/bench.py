@@ -178,7 +178,7 @@ def compare(name: str, engines: dict[str, Engine], context: list[int], ids: list
                 seconds[engine].append(engines[engine].measure(context, ids, together))
                 step(1)
     test = {"test": name, "tokens": len(ids), "depth": len(context), "engines": {
-        engine: {"seconds": runs, "tokens_per_second": _spread([len(ids) / run for run in runs]),
+        engine: {"seconds": runs, "tokens_per_second": spread([len(ids) / run for run in runs]),
                  "ms_per_token": 1000 * statistics.median(runs) / len(ids)} for engine, runs in seconds.items()}}
     if len(engines) == 2:
         ours, theirs = seconds.values()
@@ -188,7 +188,8 @@ def compare(name: str, engines: dict[str, Engine], context: list[int], ids: list
     return test
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 

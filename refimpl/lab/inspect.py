@@ -8,7 +8,9 @@ import numpy as np
 from refimpl.decode.model import BUILT_IN, CHUNK, float32_bytes
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
 from refimpl.model.cache import cache_bytes
-from refimpl.model.config import Config, MoeFfn, config_from_gguf
+from refimpl.model.config import Config, Keys, MoeFfn, config_from_gguf
+from refimpl.model.drafter import CENTROIDS
+from refimpl.model.drafter_config import DRAFTER_ARCHITECTURE, DRAFTER_KEYS
 from refimpl.model.memory import available, buffer_bytes, needed
 from refimpl.model.weights import vocabulary_size
 
@@ -18,21 +20,38 @@ LONG = 16           # array entries shown
 def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[str, object]:
     """Metadata, layers, tensors by type, and memory in bytes for a context of `n_ctx` (the model's own when None).
 
-    Raises GGUFError for a file that is no Gemma 4 model.
+    A drafter is described as one. Raises GGUFError for a file that is neither a Gemma 4 model nor a drafter.
     """
     file = open_gguf(BUILT_IN if path is None else path)
+    if file.metadata.get("general.architecture") == DRAFTER_ARCHITECTURE:
+        return _head(file) | {"drafter": _drafter(file)} | _contents(file)
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
     n_ctx = config.n_ctx if n_ctx is None else n_ctx
-    return {
-        "path": str(file.path), "gguf_version": file.version, "file_bytes": file.n_bytes,
-        "metadata": {key: _plain(value) for key, value in file.metadata.items()},
+    return _head(file) | {
         "model": {"n_vocab": config.n_vocab, "n_embd": config.n_embd, "n_layer": config.n_layer, "n_ctx": config.n_ctx,
                   "n_ple": config.n_ple, "softcap": config.softcap, "n_parameters": float32_bytes(file) // 4},
         "layers": [_layer(config, i) for i in range(config.n_layer)],
-        "types": _types(file),
-        "tensors": [{"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.n_bytes} for t in file.tensors.values()],
         "memory": _memory(file, config, n_ctx),
-    }
+    } | _contents(file)
+
+
+def _head(file: GGUFFile) -> dict[str, object]:
+    return {"path": str(file.path), "gguf_version": file.version, "file_bytes": file.n_bytes,
+            "metadata": {key: _plain(value) for key, value in file.metadata.items()}}
+
+
+def _contents(file: GGUFFile) -> dict[str, object]:
+    return {"types": _types(file), "tensors": [{"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.n_bytes}
+                                               for t in file.tensors.values()]}
+
+
+def _drafter(file: GGUFFile) -> dict[str, object]:
+    """What can be said of a drafter without its target."""
+    keys = Keys(file.metadata, file.path, DRAFTER_ARCHITECTURE, DRAFTER_KEYS)
+    big = 1 << 20
+    return {"n_vocab": vocabulary_size(file), "n_embd": keys.number("embedding_length", 1, big),
+            "n_target": keys.number("embedding_length_out", 1, big), "n_layer": keys.number("block_count", 1, big),
+            "heads": ["dense", "centroid"] if CENTROIDS in file.tensors else ["dense"], "n_parameters": float32_bytes(file) // 4}
 
 
 def _memory(file: GGUFFile, config: Config, n_ctx: int) -> dict[str, object]:
@@ -79,6 +98,12 @@ def as_text(described: dict[str, object]) -> str:
     for key, value in described["metadata"].items():
         shown = f"{value['length']} entries, first {value['first'][:4]}" if isinstance(value, dict) else repr(value)
         lines.append(f"  {key} = {shown if len(shown) <= 100 else shown[:97] + '...'}")
+    if "drafter" in described:
+        drafter = described["drafter"]
+        lines += ["", f"a drafter, for a target of width {drafter['n_target']} and {drafter['n_vocab']} pieces: give it with --draft", "",
+                  f"{drafter['n_parameters']:,} parameters, {drafter['n_layer']} layers of width {drafter['n_embd']}, heads: "
+                  f"{' and '.join(drafter['heads'])}", ""]
+        return "\n".join(lines + _type_lines(described))
     model = described["model"]
     lines += ["", f"{model['n_parameters']:,} parameters, {model['n_layer']} layers of width {model['n_embd']}, "
               f"{model['n_vocab']} pieces, context {model['n_ctx']}", "",
@@ -91,13 +116,15 @@ def as_text(described: dict[str, object]) -> str:
             ffn += f" + {layer['n_expert_used']} of {layer['n_expert']} experts of {layer['n_ff_expert']}"
         lines.append(f"{layer['layer']:>5}  {layer['kind']:<7}  {layer['n_head']:>5}  {layer['n_kv']:>2}  {layer['head_dim']:>5}  "
                      f"{layer['window'] or 'all':>6}  {source:<9}  {ffn}")
-    lines.append("")
-    for name, entry in described["types"].items():
-        lines.append(f"{name:>8}: {entry['tensors']:>4} tensors, {size(entry['bytes'])}")
+    lines += ["", *_type_lines(described)]
     memory = described["memory"]
     lines += ["", f"memory: weights {size(memory['weight_bytes'])}, keys and values {size(memory['kv_bytes'])} for a full context of "
               f"{memory['n_ctx']} (-c sets another), {size(memory['buffer_bytes'])} to compute in; {size(memory['free_bytes'])} free"]
     return "\n".join(lines)
+
+
+def _type_lines(described: dict[str, object]) -> list[str]:
+    return [f"{name:>8}: {entry['tensors']:>4} tensors, {size(entry['bytes'])}" for name, entry in described["types"].items()]
 
 
 def size(n_bytes: int) -> str:

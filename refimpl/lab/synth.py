@@ -15,6 +15,7 @@ import numpy as np
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.codecs import quantize
 from refimpl.formats.writer import PLAIN_TYPES, Deferred, write_gguf
+from refimpl.model.drafter import CENTROIDS, ORDERING
 from refimpl.model.export import fitting_type, gguf_metadata, rope_divisors, stays_float32
 
 N_VOCAB = 262_144
@@ -38,6 +39,7 @@ SHAPES = {      # (settings, sliding layers per full one, layers, key/value head
 DRAFTERS = {    # width, feed-forward width, query heads
     "E2B": (256, 2048, 4), "E4B": (256, 2048, 4), "12B": (1024, 8192, 16), "26B-A4B": (1024, 8192, 16), "31B": (1024, 8192, 32),
 }
+N_CENTROID, WITH_CENTROIDS = 2048, ("E2B", "E4B")
 RECIPES = ("google-q4_0", "unsloth-q4_0", "q4_k_m")
 
 
@@ -116,6 +118,9 @@ def drafter_tensors(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "rope_freqs.weight", (256,)
     yield "nextn.pre_projection.weight", (d, 2 * target)
     yield "nextn.post_projection.weight", (target, d)
+    if name in WITH_CENTROIDS:
+        yield CENTROIDS, (N_CENTROID, d)
+        yield ORDERING, (N_VOCAB,)
     for i in range(4):
         width = 512 if i == 3 else 256
         shapes = {"attn_norm.weight": (d,), "attn_q.weight": (n_head * width, d), "attn_q_norm.weight": (width,),
@@ -142,6 +147,8 @@ def drafter_metadata(name: str) -> dict[str, object]:
 
 def recipe_type(recipe: str, name: str, shape: tuple[int, ...], n_layer: int) -> str:
     """The block type of a tensor under a recipe, as the files in circulation have it."""
+    if name == ORDERING:
+        return "I32"
     if stays_float32(name, shape):
         return "F32"
     if name == "per_layer_model_proj.weight" and recipe != "unsloth-q4_0":
@@ -163,6 +170,8 @@ def random_tensor(name: str, shape: tuple[int, ...], block: str, rng: np.random.
     """Contents of realistic scale: norms near 1, matrices that keep a normed vector's size, 32 random rows over and over."""
     if name == "rope_freqs.weight":
         return rope_divisors(512, COMMON["rope_parameters"][FULL]["partial_rotary_factor"])
+    if name == ORDERING:
+        return rng.permutation(N_VOCAB).astype(np.int32)
     if len(shape) == 1:
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)
     rows = rng.standard_normal((32, shape[-1])).astype(np.float32) * np.float32(shape[-1] ** -0.5)

@@ -11,7 +11,7 @@ from refimpl.model.config import ARCHITECTURE, KNOWN, Config, DenseFfn, Keys, Ki
 
 DRAFTER_ARCHITECTURE = "gemma4-assistant"
 N_TOP = 32              # centroids that are looked into; all published drafters have 32 (transformers: centroid_intermediate_top_k)
-_DRAFTER_KEYS = (KNOWN - {"expert_count", "expert_used_count", "expert_feed_forward_length"}) | {
+DRAFTER_KEYS = (KNOWN - {"expert_count", "expert_used_count", "expert_feed_forward_length"}) | {
     "embedding_length_out", "nextn_predict_layers", "masked_embd_top_k"}
 
 
@@ -34,7 +34,7 @@ def drafter_config_from_gguf(metadata: Mapping[str, object], n_vocab: int, targe
         raise GGUFError(path, None, "this is a model (gemma4), no drafter (gemma4-assistant)")
     if architecture != DRAFTER_ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; a drafter is {DRAFTER_ARCHITECTURE}")
-    keys, big = Keys(metadata, path, DRAFTER_ARCHITECTURE, _DRAFTER_KEYS), 1 << 20
+    keys, big = Keys(metadata, path, DRAFTER_ARCHITECTURE, DRAFTER_KEYS), 1 << 20
 
     def must_fit(what: str, ours: int, theirs: int):
         if ours != theirs:

@@ -1,5 +1,7 @@
 """Writes a trained model as the GGUF file that ships: `python -m refimpl.tiny.export tiny-run -o model.gguf`.
 
+With `--drafter` a trained drafter: `python -m refimpl.tiny.export drafter-run --drafter -o drafter.gguf`.
+
 All matrices are Q4_0 but the router's. The unrounded weights are quantized here for the first and only time, by the same rule that
 the training rounded them with, so the file holds exactly the weights of the last training steps.
 """
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.formats.writer import write_gguf
-from refimpl.model.export import gguf_metadata, gguf_tensors
+from refimpl.model.export import drafter_metadata, gguf_metadata, gguf_tensors
 from refimpl.tiny import corpus, vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -62,13 +64,36 @@ def export(run: Path, target: Path):
     write_gguf(target, metadata, gguf_tensors(config, state, lambda name, shape: "Q4_0"))
 
 
+def export_drafter(run: Path, target: Path):
+    """Writes the drafter of a training run (its `drafter.pt` and `config.json`) to `target`, with the built-in model's vocabulary."""
+    import torch
+
+    from refimpl.decode.model import BUILT_IN
+    from refimpl.formats.container import open_gguf
+
+    state = {name: value.numpy() for name, value in torch.load(run / "drafter.pt", weights_only=True).items()}
+    config = json.loads((run / "config.json").read_text())
+    about = {
+        "general.name": "refimpl tiny python drafter",
+        "general.description": "Drafts for the refimpl tiny python model (multi-token prediction).",
+        "general.license": "MIT",
+        "general.source.description": f"Python {platform.python_version()} standard library, {corpus.LICENCE}, and texts of the target",
+        "general.file_type": 2,
+        "general.quantization_version": 2,
+    }
+    vocabulary_keys = {key: value for key, value in open_gguf(BUILT_IN).metadata.items() if key.startswith("tokenizer.ggml.")}
+    write_gguf(target, drafter_metadata(config) | about | vocabulary_keys,
+               gguf_tensors(config["text_config"], state, lambda name, shape: "Q4_0"))
+
+
 def main(argv: list[str] | None = None):
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.export", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a finished `python -m refimpl.tiny.train`")
     parser.add_argument("-o", "--output", type=Path, default=Path("model.gguf"))
+    parser.add_argument("--drafter", action="store_true", help="the folder is one of `python -m refimpl.tiny.train_drafter`")
     args = parser.parse_args(argv)
-    export(args.run, args.output)
+    (export_drafter if args.drafter else export)(args.run, args.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""How good is the built-in drafter? `python -m refimpl.tiny.evaluate_drafter`: drafts accepted on held-out code, position by position.
+
+The target continues prompts from the held-out modules, and the same prompts are run with each way to draft: the drafter, and two that
+need no network. `copy` looks for the latest earlier place where the last two tokens (or the last one) stood, and proposes what followed
+there (Saxena 2023, "prompt lookup"). `bigram` proposes what followed the last token most often in the training text. Continuations of
+a small model repeat themselves, which is easy to foresee: what these two reach is the part that takes no skill.
+"""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+
+from refimpl.decode.depth import MOST
+from refimpl.decode.drafter import load_drafter
+from refimpl.decode.generate import generate
+from refimpl.decode.model import Model, load
+from refimpl.decode.speculative import DraftStats, figures
+from refimpl.tiny.corpus import read_corpus
+from refimpl.tiny.evaluate import encode_file
+
+PROMPT, NEW = 160, 96
+
+
+class Copy:
+    """Proposes what followed the last two tokens, or the last one, when they stood in the text before."""
+
+    def __init__(self, target: Model, text: list[int]):
+        self.target, self.text = target, text           # `text` grows while the target writes
+
+    def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
+        """As Drafter has it."""
+        known = self.text[:cache.length] + [token]
+        for length in (2, 1):
+            for at in range(len(known) - length - 1, -1, -1):
+                if known[at:at + length] == known[-length:]:
+                    return (known[at + length:at + length + n] + [0] * n)[:n]
+        return [0] * n
+
+
+class Bigram:
+    """Proposes what followed a token most often."""
+
+    def __init__(self, target: Model, files: list[list[int]]):
+        self.target, n = target, target.config.n_vocab
+        pair = np.concatenate([np.array(ids[:-1], np.int64) * n + np.array(ids[1:]) for ids in files])
+        pair, count = np.unique(pair, return_counts=True)
+        order = np.argsort(count, kind="stable")
+        self.next_V = np.zeros(n, np.int64)
+        self.next_V[pair[order] // n] = pair[order] % n         # the most frequent is written last
+
+    def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
+        """As Drafter has it."""
+        proposed = []
+        for _ in range(n):
+            token = int(self.next_V[token])
+            proposed.append(token)
+        return proposed
+
+
+def evaluate(n_prompt: int, n_draft: int, temperature: float, seed: int = 0) -> dict[str, dict[str, object]]:
+    """`figures` of the drafter and both baselines, over `n_prompt` prompts with `n_draft` drafts in a round."""
+    model, corpus = load(), read_corpus()
+    rng = np.random.default_rng(seed)
+    held = [ids for ids in (encode_file(model, text) for text in corpus.heldout.values()) if len(ids) > PROMPT]
+    train = [encode_file(model, text) for text in (*corpus.library.values(), *corpus.tests.values())]
+    drafter, bigram = load_drafter(None, model), Bigram(model, train)
+    totals = {name: DraftStats() for name in ("drafter", "copy", "bigram")}
+    for i in range(n_prompt):
+        ids = held[i % len(held)]
+        first = int(rng.integers(1, len(ids) - PROMPT + 1))
+        prompt = [model.tokenizer.bos, *ids[first:first + PROMPT - 1]]
+        text = prompt + generate(model, prompt, max_new_tokens=NEW, temperature=temperature, seed=i).ids
+        for name, way in (("drafter", drafter), ("copy", Copy(model, text)), ("bigram", bigram)):
+            out = generate(model, prompt, max_new_tokens=NEW, temperature=temperature, seed=i, drafter=way, draft_max=n_draft)
+            if prompt + out.ids != text:
+                raise AssertionError("the text with a drafter is not the text without")
+            totals[name].merge(out.stats.draft)
+        if sys.stderr.isatty():
+            print(".", end="", file=sys.stderr, flush=True)
+    return {name: figures(stats) for name, stats in totals.items()}
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.evaluate_drafter", description=__doc__.split("\n")[0])
+    parser.add_argument("--prompts", type=int, default=120)
+    parser.add_argument("--drafts", type=int, default=4, help=f"in a round, 1 to {MOST}")
+    parser.add_argument("--temp", type=float, nargs="*", default=[0.0, 0.7])
+    args = parser.parse_args()
+    for temperature in args.temp:
+        found = evaluate(args.prompts, args.drafts, temperature)
+        print(json.dumps({"temperature": temperature, "prompts": args.prompts} | found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
