@@ -41,8 +41,8 @@ Draft = Annotated[str | None, typer.Option("--draft", show_default=False, help="
                                            "none: without one (default: the built-in model has its own, others none)")]
 DraftMax = Annotated[str, typer.Option("--draft-max", help="tokens to draft at a time, 1 to 8; auto: as many as pay")]
 DraftMinP = Annotated[float, typer.Option("--draft-min-p", min=0.0, max=1.0, help="a draft ends ahead of a token less likely than this")]
-DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense, or centroid where the drafter has one "
-                                               "(default: centroid if it is there)")]
+DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense; centroid, where the drafter has one (then "
+                                               "the default); or how many tokens of the vocabulary to look at")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
 NewTokens = Annotated[int, typer.Option("-n", "--predict", min=0, help="new tokens at most")]
@@ -203,11 +203,11 @@ def bench(
 
         if versus is not None or not n_new:
             raise typer.BadParameter("--draft measures new tokens of refimpl alone: no --vs, and -n of at least 1")
-        depths = [depth_argument(word) for word in draft_max.split(",")]
+        depths = [number_or_word(word) for word in draft_max.split(",")]
         result = draft_bench.draft_bench(
             model, None if draft == "built-in" else draft, Plan(0, n_new, depth, repetitions), depths, chances=chances_argument(accept),
-            min_p=draft_min_p, head=draft_head, temperature=temp, prompt=prompt, threads=threads, backend=backend, arithmetic=arithmetic,
-            progress=bar)
+            min_p=draft_min_p, head=number_or_word(draft_head), temperature=temp, prompt=prompt, threads=threads, backend=backend,
+            arithmetic=arithmetic, progress=bar)
         write((json.dumps(result) if as_json else draft_bench.as_text(result)) + "\n")
         return
     if accept is not None or prompt is not None:
@@ -247,26 +247,27 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
 def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_min_p: float, head: str | None) -> dict[str, object]:
     """The arguments of `stream` that have to do with drafting. Offers a drafter that lies beside the model, and loads none unasked."""
     import refimpl
-    from refimpl.decode.depth import depth_of
+    from refimpl.decode.depth import AutoDepth, depth_of
     from refimpl.decode.drafter import beside
 
-    depth = depth_argument(draft_max)
-    depth_of(depth)
+    depth = number_or_word(draft_max)
+    depth_of(depth, AutoDepth())
     if draft == "none" or draft is None and path is not None:
         found = beside(path) if draft is None else []
         if found:
             errors.print(f"note: {found[0]} looks like this model's drafter; --draft {found[0]} makes the same text faster")
         return {}
     with contextlib.ExitStack() as stack:
-        drafter = refimpl.load_drafter(draft, m, head=head, begin=lambda total: stack.enter_context(bar("MB of the drafter", total, 10**6)))
+        drafter = refimpl.load_drafter(draft, m, head=number_or_word(head),
+                                       begin=lambda total: stack.enter_context(bar("MB of the drafter", total, 10**6)))
     return {"drafter": drafter, "draft_max": depth, "draft_min_p": draft_min_p}
 
 
-def depth_argument(word: str) -> int | str:
-    """--draft-max as `depth_of` takes it, which refuses what is senseless."""
+def number_or_word(word: str | None) -> int | str | None:
+    """An option that is a number or a word; whoever takes it refuses what is senseless."""
     try:
         return int(word)
-    except ValueError:
+    except (TypeError, ValueError):
         return word
 
 

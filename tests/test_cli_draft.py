@@ -45,7 +45,7 @@ def test_a_drafter_from_a_file(files):
     (["--draft", "nowhere.gguf"], "nowhere.gguf"),
     (["--draft", "README.md"], "README.md"),
     (["--draft-head", "centroid"], "there is no centroid head"),
-    (["--draft-head", "other"], "expected 'dense' or 'centroid'"),
+    (["--draft-head", "other"], "expected 'dense', 'centroid' or a number"),
 ])
 def test_odd_arguments_get_one_line(more, words):
     assert_one_line(run("generate", "-p", "x", "-n", 3, *more), 1, words)

@@ -101,10 +101,10 @@ def test_costs_in_between_are_guessed_along_a_line():
 @pytest.mark.parametrize("n", [0, -1, 9, 1000, True, 1.5, "4", "automatic", None])
 def test_odd_numbers_are_refused(n):
     with pytest.raises(ValueError, match="expected 'auto' or a number from 1 to 8"):
-        depth_of(n)
+        depth_of(n, AutoDepth())
 
 
 def test_a_fixed_number_stays():
-    depth = depth_of(3)
+    depth = depth_of(3, AutoDepth())
     depth.observe(3, 0, 100, 100)
-    assert isinstance(depth, FixedDepth) and depth.choose() == 3 and isinstance(depth_of("auto"), AutoDepth)
+    assert isinstance(depth, FixedDepth) and depth.choose() == 3 and depth_of("auto", kept := AutoDepth()) is kept

@@ -42,7 +42,7 @@ def steps(model, drafter, ids: list[int]) -> list[tuple[int, np.ndarray, np.ndar
         for _ in range(STEPS):
             embedding = embed(model.config, model.weights, np.array([token]))[0]
             z, state = network.step(drafter.config, drafter.weights, backend, embedding, state, angles, cache)
-            logit = network.logits(drafter.weights, backend, z)
+            logit = network.logits(drafter.config, drafter.weights, backend, z)
             token = int(logit.argmax())
             found.append((token, logit, state))
     return found
@@ -110,6 +110,18 @@ def test_the_centroid_head_in_8_bits(tmp_path, pairs):
         model = refimpl.load(pairs["E2B"][2], arithmetic="q8", **options)
         found.append(np.array([logit for _, logit, _ in steps(model, refimpl.load_drafter(path, model), prompt(9))]))
     assert worst(found[1], found[0]) < 0.1 and np.array_equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("backend", ["reference", "kernels"])
+def test_a_head_of_the_first_tokens_only(pairs, backend):
+    model = refimpl.load(pairs["26B-A4B"][2], backend=backend, arithmetic="exact")
+    whole, short = (refimpl.load_drafter(pairs["26B-A4B"][3], model, head=head) for head in ("dense", 120))
+    (_, want, _), (token, got, _) = steps(model, whole, prompt(9))[0], steps(model, short, prompt(9))[0]
+    assert np.array_equal(got[:120], want[:120]) and (got[120:] == got[:120].min() - 1).all() and token == want[:120].argmax()
+    assert max(refimpl.propose(model, short, prompt(9), 6)) < 120
+    for head in (0, -1, 301, True, 1.5):
+        with pytest.raises(ValueError, match="expected 'dense', 'centroid' or a number of tokens from 1 to 300"):
+            refimpl.load_drafter(pairs["26B-A4B"][3], model, head=head)
 
 
 def test_a_drafter_leaves_the_cache_as_it_is(pairs):
@@ -208,5 +220,5 @@ def test_models_and_drafters_are_told_apart(pairs):
     for ids, k, expected in (([2], 1, "at least two ids"), ([2, 5], 0, "k=0: expected 1 or more"), ([2, 999], 1, "outside of the voc")):
         with pytest.raises(ValueError, match=expected):
             refimpl.propose(model, drafter, ids, k)
-    with pytest.raises(ValueError, match="head='x': expected 'dense' or 'centroid'"):
+    with pytest.raises(ValueError, match="head='x': expected 'dense', 'centroid' or a number"):
         refimpl.load_drafter(pairs["12B"][3], model, head="x")

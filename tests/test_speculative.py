@@ -29,7 +29,7 @@ class Scripted:
     """A drafter that knows what the target will say (`truth`, prompt and all) and is wrong from draft `right()` on."""
 
     def __init__(self, target, truth: list[int], right):
-        self.target, self.truth, self.right = target, truth, right
+        self.target, self.truth, self.right, self.auto = target, truth, right, AutoDepth()
 
     def draft(self, token, state_C, cache, n, min_p):
         known = self.truth[cache.length + 1:cache.length + 1 + n]
@@ -339,7 +339,7 @@ def test_sampled_text_has_the_targets_distribution(pairs, monkeypatch):
     class Likely:
         """Right in the second place as often as a draft can be."""
 
-        target = model
+        target, auto = model, AutoDepth()
 
         def draft(self, token, state_C, cache, k, min_p):
             return [likeliest[token], 7][:k] if cache.length == 6 else [7] * k

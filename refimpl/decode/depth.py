@@ -51,7 +51,7 @@ class AutoDepth:
     The first rounds draft nothing and then one token, so that both costs are known; deeper rounds are entered one step at a time, with
     their cost guessed along a straight line until it has been measured. Now and then a round goes one deeper than seems best: a single
     slow measurement must not close a depth for good. While 0 is best, a single draft is tried so rarely that all such rounds together
-    cost PROBE_SHARE of the time even if none is ever accepted.
+    cost PROBE_SHARE of the time even if none is ever accepted. It goes on from one text to the next.
     """
 
     def __init__(self):
@@ -108,6 +108,6 @@ class AutoDepth:
             self.right[i] = self.right[i] * FADE + (i < accepted)
 
 
-def depth_of(draft_max: int | str) -> FixedDepth | AutoDepth:
-    """"auto", or a number. Raises ValueError for anything else."""
-    return AutoDepth() if draft_max == "auto" else FixedDepth(draft_max)
+def depth_of(draft_max: int | str, auto: AutoDepth) -> FixedDepth | AutoDepth:
+    """`auto` for "auto", or a fixed number. Raises ValueError for anything else."""
+    return auto if draft_max == "auto" else FixedDepth(draft_max)

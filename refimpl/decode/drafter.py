@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from refimpl.decode.depth import AutoDepth
 from refimpl.decode.model import BUILT_IN, Model, told
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
 from refimpl.model import drafter as network
 from refimpl.model.cache import Cache
+from refimpl.model.checkpoint import drafter_from_directory
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
 from refimpl.model.gemma4 import embed
@@ -23,10 +25,11 @@ N_COMPARED = 10         # the largest logits among which the probability of a pr
 
 
 class Drafter:
-    """A drafter for one target, on the target's backend. `load_drafter` makes one."""
+    """A drafter for one target, on the target's backend. `load_drafter` makes one. `auto` is what it has learnt of the pace of both."""
 
     def __init__(self, file: GGUFFile, config: DrafterConfig, weights: DrafterWeights, target: Model):
         self.file, self.config, self.weights, self.target = file, config, weights, target
+        self.auto = AutoDepth()
 
     def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float = 0.0) -> list[int]:
         """Up to `n` ids that may follow `token`, the likeliest each time.
@@ -55,17 +58,23 @@ def _probability(logit_K: np.ndarray) -> float:
     return 1.0 / float(np.exp(top.astype(np.float64) - top.max()).sum())
 
 
-def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | None = None,
+def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | int | None = None,
                  begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Drafter:
-    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`); without a path, that of the built-in model.
+    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`) or a Hugging Face directory; without a path, that of the built-in
+    model.
 
     `head`: "dense", a product with every row of the vocabulary; "centroid", with the tokens of the best groups only, for files that have
-    them (E2B and E4B); None, the latter where it is there. `begin` as in `load`. Raises GGUFError, with one clear line, for a file that
-    is no drafter or belongs to another target, MemoryRefusal where there is no room, ValueError for other arguments.
+    them (E2B and E4B); a number, with that many tokens at the start of the vocabulary, the earliest merges, which tend to be the
+    commonest: quicker, and the others are never proposed; None, "centroid" where it is there. `begin` as in `load`.
+
+    Raises GGUFError, with one clear line, for a file that is no drafter or belongs to another target, MemoryRefusal where there is no
+    room, ValueError for other arguments.
     """
-    if head is not None and head not in HEADS:
-        raise ValueError(f"head={head!r}: expected {' or '.join(map(repr, HEADS))}")
-    file = open_gguf(BUILT_IN_DRAFTER if path is None else path)
+    n_vocab = target.config.n_vocab
+    if head is not None and head not in HEADS and (type(head) is not int or not 1 <= head <= n_vocab):
+        raise ValueError(f"head={head!r}: expected {', '.join(map(repr, HEADS))} or a number of tokens from 1 to {n_vocab}")
+    path = BUILT_IN_DRAFTER if path is None else path
+    file = drafter_from_directory(path) if os.path.isdir(path) else open_gguf(path)
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
     if target.backend.name == "kernels" and file.n_bytes > available():
@@ -115,5 +124,5 @@ def propose(model: Model, drafter: Drafter, ids: Sequence[int], k: int) -> list[
 
 def check_target(drafter: Drafter, model: Model):
     """Raises ValueError unless the drafter was loaded for this very model: it runs on its backend and reads its keys and values."""
-    if drafter.target is not model:
+    if getattr(drafter, "target", None) is not model:
         raise ValueError("this drafter was loaded for another model: load_drafter(path, target=model)")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refimpl.decode.depth import depth_of
+from refimpl.decode.depth import AutoDepth, depth_of
 from refimpl.decode.drafter import Drafter, check_target
 from refimpl.decode.model import Model
 from refimpl.decode.sampling import Sampler, Sampling
@@ -78,7 +78,9 @@ def stream(model: Model, ids: Sequence[int], *, max_new_tokens: int = 64, temper
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
     if not 0 <= draft_min_p < 1:
         raise ValueError(f"draft_min_p={draft_min_p!r}: expected at least 0 and below 1")
-    depth = depth_of(draft_max)
+    if drafter is not None:
+        check_target(drafter, model)
+    depth = depth_of(draft_max, AutoDepth() if drafter is None else drafter.auto)
     sampler = Sampler(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
                       suppress=model.tokenizer.suppress)
     ids = model.checked(ids)
@@ -93,7 +95,6 @@ def stream(model: Model, ids: Sequence[int], *, max_new_tokens: int = 64, temper
     if drafter is None:
         chosen = plain(model, cache, sampler, state_D)
     else:
-        check_target(drafter, model)
         stats.draft = DraftStats()
         chosen = speculative(model, drafter, cache, sampler, state_D, max_new_tokens, depth, draft_min_p, stats.draft,
                              end=model.tokenizer.end_of_generation)

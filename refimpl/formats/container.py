@@ -163,12 +163,12 @@ class GGUFFile:
         first = -(-info.offset // page) * page                  # only whole pages: the rest belongs to the neighbours
         last = (info.offset + info.n_bytes) // page * page
         if last > first:
-            _let_go(mapping, first, last - first)
+            let_go(mapping, first, last - first)
 
     def release_all(self) -> None:
         """The same for everything in the file."""
         for part in self._open_parts():
-            _let_go(part.mapping, 0, len(part.mapping))
+            let_go(part.mapping, 0, len(part.mapping))
 
     def close(self) -> None:
         """Lets go of the files. Views from `raw` stay valid; the last of them takes the mapping with it."""
@@ -306,7 +306,7 @@ class _Cursor:
 
 
 def _read_part(path: Path, number: int) -> _Part:
-    mapping = _map(path)
+    mapping = map_file(path)
     try:
         cursor = _Cursor(path, mapping)
         version, n_tensors, n_keys = _read_header(cursor)
@@ -328,22 +328,23 @@ def _read_part(path: Path, number: int) -> _Part:
         raise
 
 
-def _map(path: Path) -> mmap.mmap:
+def map_file(path: Path, what: str = "a GGUF file", error_type: type[GGUFError] = GGUFError) -> mmap.mmap:
+    """Maps a file into memory, read-only. Raises `error_type` where it is no regular file, is empty or cannot be opened."""
     try:
         mode = os.stat(path).st_mode                            # before opening: opening a pipe would wait for ever
         if not stat.S_ISREG(mode):
-            raise GGUFError(path, None, f"expected a GGUF file, found {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}")
+            raise error_type(path, None, f"expected {what}, found {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}")
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise GGUFError(path, 0, "expected a GGUF file, found an empty one; download it again")
+                raise error_type(path, 0, f"expected {what}, found an empty one; download it again")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise GGUFError(path, None, "no such file") from None
+        raise error_type(path, None, "no such file") from None
     except (OSError, ValueError, OverflowError) as error:       # no permission; a zero byte in the path; 32-bit machines
-        raise GGUFError(path, None, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+        raise error_type(path, None, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _let_go(mapping: mmap.mmap, first: int, n_bytes: int) -> None:
+def let_go(mapping: mmap.mmap, first: int, n_bytes: int) -> None:
     """Tells the system that these pages are not wanted any more. A hint: where it is refused, nothing is lost."""
     if hasattr(mapping, "madvise"):                         # not on Windows
         with contextlib.suppress(OSError):

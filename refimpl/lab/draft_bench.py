@@ -1,13 +1,16 @@
 """How much faster with a drafter: plain and speculative decoding in turn, with the same model, the same cache lengths, the same machine.
 
 A file with random contents accepts nothing, so its speed with a real drafter has to be estimated. A SIMULATION does that: the drafter
-drafts, the target verifies, the rest is rolled back, all at their real cost; only the decision how many drafts are accepted is
-replaced by a throw of dice with given chances, and the tokens in the rows by random ones, so that the experts they need are as
-different as those of unrelated words. (In a random model the drafts would be a single token again and again, and share their experts.)
+drafts, the target verifies, the rest is rolled back, all at their real cost. Only how many drafts are accepted is decided with given
+chances, and the tokens in the rows are replaced by random ones, so that the experts they need are as different as those of unrelated
+words. (In a random model the drafts would be a single token again and again, and share their experts.)
+
+The first run of each way is not counted. "auto" has learnt what a round costs by then, as it would in the first answer of a chat.
 """
 
 import contextlib
 import io
+import itertools
 import os
 import statistics
 import time
@@ -19,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from refimpl.decode.depth import depth_of
+from refimpl.decode.depth import AutoDepth, depth_of
 from refimpl.decode.drafter import Drafter, load_drafter
 from refimpl.decode.generate import plain
 from refimpl.decode.model import Model, load
@@ -27,6 +30,7 @@ from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, figures, speculative
 from refimpl.lab.bench import PAUSE, Plan, machine, random_ids, silent, spread
 
+GOLDEN = (5**0.5 - 1) / 2
 CONTEXT = 16                # tokens that everything starts from at depth 0
 
 
@@ -55,9 +59,15 @@ class RandomRows:
 
 
 def by_chance(simulation: Simulation, ids: Sequence[int], rng: np.random.Generator) -> Callable[..., list[int]]:
-    """An `accept` that throws dice. It makes the target's choice in as many rows as the real one would."""
+    """An `accept` with given chances. It makes the target's choice in as many rows as the real one would.
+
+    Instead of dice it takes the fractional parts of multiples of the golden ratio, from a random one on, which fill 0..1 evenly in short
+    runs too: so that these have the chances asked for.
+    """
+    turns = itertools.count(int(rng.integers(1 << 20)))
+
     def decide(drafted: Sequence[int], chosen: Iterable[int], end: Collection[int]) -> list[int]:
-        u = rng.random()
+        u = next(turns) * GOLDEN % 1
         n = sum(u < chance for chance in simulation.chances[:len(drafted)])
         for _ in zip(range(n + 1), chosen):
             pass
@@ -66,7 +76,7 @@ def by_chance(simulation: Simulation, ids: Sequence[int], rng: np.random.Generat
 
 
 def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike | None, plan: Plan, depths: Sequence[int | str], *,
-                chances: Sequence[float] | None = None, min_p: float = 0.0, head: str | None = None, temperature: float = 0.0,
+                chances: Sequence[float] | None = None, min_p: float = 0.0, head: str | int | None = None, temperature: float = 0.0,
                 prompt: str | None = None, threads: int | None = None, backend: str = "kernels", arithmetic: str | None = None,
                 progress: Callable[..., AbstractContextManager] = silent) -> dict[str, object]:
     """Tokens per second without a drafter and with each of `depths` ("auto" or a number of drafts), in turn, and their ratios.
@@ -76,7 +86,7 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
     """
     ways = {"plain": None} | {str(depth): depth for depth in depths}
     for depth in depths:
-        depth_of(depth)
+        depth_of(depth, AutoDepth())
     simulation = None if chances is None else Simulation(tuple(chances))
     with contextlib.ExitStack() as loading:
         def begin(total):
@@ -120,10 +130,11 @@ def _run(model: Model, drafter: Drafter, depth, context, ids, plan: Plan, simula
     if depth is None:
         tokens = plain(model, cache, sampler, state_D)
     elif simulation is None:
-        tokens = speculative(model, drafter, cache, sampler, state_D, plan.n_new, depth_of(depth), min_p, stats, end=())
+        tokens = speculative(model, drafter, cache, sampler, state_D, plan.n_new, depth_of(depth, drafter.auto), min_p, stats, end=())
     else:
-        tokens = speculative(model, RandomRows(drafter, ids, rng), cache, sampler, state_D, plan.n_new, depth_of(depth), min_p, stats,
-                             decide=by_chance(simulation, ids, rng), end=())
+        made = RandomRows(drafter, ids, rng)
+        tokens = speculative(model, made, cache, sampler, state_D, plan.n_new, depth_of(depth, drafter.auto), min_p,
+                             stats, decide=by_chance(simulation, ids, rng), end=())
     for _ in zip(range(plan.n_new), tokens):
         pass
     return time.perf_counter() - began

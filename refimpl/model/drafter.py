@@ -16,7 +16,7 @@ sees exactly the positions that were committed, 0 to N - 2.
 C in array names is the target's width, Z the number of centroids.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ HEADS = ("dense", "centroid")
 
 @dataclass(frozen=True)
 class DenseHead:
-    """A row for every token of the vocabulary."""
+    """A row for every token of the vocabulary, or for the first ones: the earliest merges, which tend to be the commonest."""
 
     table_VD: Matrix
 
@@ -68,23 +68,29 @@ class DrafterWeights:
     ignored: dict[str, str]
 
 
-def drafter_weights_from_gguf(file: GGUFFile, config: DrafterConfig, head: str,
+def drafter_weights_from_gguf(file: GGUFFile, config: DrafterConfig, head: str | int,
                               prepare: Callable[[str, Matrix], Matrix]) -> DrafterWeights:
-    """Collects the weights of a drafter; `head` is one of HEADS. `prepare` and errors as in `weights_from_gguf`."""
+    """Collects the weights of a drafter; `head` is one of HEADS, or how many tokens a dense one has. `prepare` and errors as in
+    `weights_from_gguf`.
+    """
     take, trunk, ignored = Taker(file, prepare), config.trunk, {}
-    dense = head == "dense"
     weights = DrafterWeights(
         pre_projection_DC=take.matrix("nextn.pre_projection.weight", trunk.n_embd, 2 * config.n_target),
         post_projection_CD=take.matrix("nextn.post_projection.weight", config.n_target, trunk.n_embd),
         layers=tuple(layer_weights(take, trunk, spec, ignored) for spec in trunk.layers),
         norm_D=take.vector("output_norm.weight", trunk.n_embd),
-        head=DenseHead(take.matrix("token_embd.weight", trunk.n_vocab, trunk.n_embd)) if dense else _centroid_head(take, config),
+        head=_centroid_head(take, config) if head == "centroid" else _dense_head(take, config, trunk.n_vocab if head == "dense" else head),
         rope_frequency_R=rope_frequencies_of(take, trunk),
         ignored=ignored)
     for name in (CENTROIDS, ORDERING, "rope_freqs.weight"):
         take.ignore(name, "the dense head does not need it" if name != "rope_freqs.weight" else "no layer is a full one", ignored)
     take.finish("a Gemma 4 drafter")
     return weights
+
+
+def _dense_head(take: Taker, config: DrafterConfig, n_token: int) -> DenseHead:
+    table = take.raw("token_embd.weight", (config.trunk.n_vocab, config.trunk.n_embd))
+    return DenseHead(take.prepare("token_embd.weight", table.rows(0, n_token)))
 
 
 def _centroid_head(take: Taker, config: DrafterConfig) -> CentroidHead:
@@ -131,23 +137,23 @@ def step(config: DrafterConfig, weights: DrafterWeights, backend: Backend, embed
     return z_TD[0], backend.matmul(z_TD, weights.post_projection_CD)[0]
 
 
-def candidates(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, logits) of the tokens that the head looks at: all of them, or those of the best groups (transformers:
+def candidates(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> tuple[Sequence[int], np.ndarray]:
+    """(ids, logits) of the tokens that the head looks at: all of them, the first ones, or those of the best groups (transformers:
     Gemma4AssistantMaskedEmbedder). No soft cap.
     """
     head = weights.head
     if isinstance(head, DenseHead):
         logit_V = backend.matmul(z_D[None], head.table_VD)[0]
-        return np.arange(len(logit_V)), logit_V
+        return range(len(logit_V)), logit_V
     score_Z = backend.matmul(z_D[None], head.centroid_ZD)[0]
     best_X = np.argsort(-score_Z, kind="stable")[:head.n_top]
     logit_XV = backend.matmul_chosen(z_D[None], best_X[None], head.table_ZVD)[0]
     return head.token_ZV[best_X].ravel(), logit_XV.ravel()
 
 
-def logits(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> np.ndarray:
-    """Logits of the whole vocabulary, float32 (V,): with a centroid head all others are 1 below the least of the candidates."""
+def logits(config: DrafterConfig, weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> np.ndarray:
+    """Logits of the whole vocabulary, float32 (V,): those of tokens that are no candidates are 1 below the least candidate's."""
     id_K, logit_K = candidates(weights, backend, z_D)
-    logit_V = np.full(weights.head.token_ZV.size if isinstance(weights.head, CentroidHead) else len(id_K), logit_K.min() - 1, np.float32)
-    logit_V[id_K] = logit_K
+    logit_V = np.full(config.trunk.n_vocab, logit_K.min() - 1, np.float32)
+    logit_V[np.asarray(id_K)] = logit_K
     return logit_V

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from refimpl.decode.depth import MOST
+from refimpl.decode.depth import MOST, AutoDepth
 from refimpl.decode.drafter import load_drafter
 from refimpl.decode.generate import generate
 from refimpl.decode.model import Model, load
@@ -27,7 +27,7 @@ class Copy:
     """Proposes what followed the last two tokens, or the last one, when they stood in the text before."""
 
     def __init__(self, target: Model, text: list[int]):
-        self.target, self.text = target, text           # `text` grows while the target writes
+        self.target, self.text, self.auto = target, text, AutoDepth()
 
     def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
         """As Drafter has it."""
@@ -43,7 +43,7 @@ class Bigram:
     """Proposes what followed a token most often."""
 
     def __init__(self, target: Model, files: list[list[int]]):
-        self.target, n = target, target.config.n_vocab
+        self.target, self.auto, n = target, AutoDepth(), target.config.n_vocab
         pair = np.concatenate([np.array(ids[:-1], np.int64) * n + np.array(ids[1:]) for ids in files])
         pair, count = np.unique(pair, return_counts=True)
         order = np.argsort(count, kind="stable")
