@@ -62,7 +62,7 @@ MOE = [1.0, 1.4, 1.7, 2.0, 2.3, 2.6, 2.9, 3.2, 3.5]             # every row brin
 def test_it_comes_near_to_the_best_fixed_number(verify, draft, accepted, noise, spikes):
     best = max(rate(verify, draft, accepted, k) / rate(verify, draft, accepted, 0) for k in range(MOST + 1))
     speeds = [simulate(verify, draft, accepted, seed=seed, noise=noise, spikes=spikes)[0] for seed in range(10)]
-    assert sum(speeds) / 10 > 0.94 * best and min(speeds) > 0.85 * best
+    assert sum(speeds) / 10 > 0.94 * best and min(speeds) > 0.8 * best
 
 
 @pytest.mark.parametrize(("verify", "draft"), [(DENSE, 0.05), (DENSE, 0.6), (MOE, 0.3)])
@@ -79,7 +79,8 @@ def test_it_notices_when_drafting_begins_to_pay_and_when_it_ends():
         good = 800 <= turn < 1600
         depth.observe(k, k if good else 0, 0.05 * k, DENSE[k])
         chosen.append(k)
-    assert sum(chosen[600:800]) < 20 and min(chosen[1100:1600]) >= MOST - 2 and sum(chosen[2200:]) < 20
+    assert sum(chosen[600:800]) < 20 and sum(chosen[2200:]) < 20
+    assert sum(k >= MOST - 2 for k in chosen[1200:1600]) > 390              # a plain round now and then is left
 
 
 def test_the_first_rounds_find_out_the_costs():
@@ -102,6 +103,29 @@ def test_costs_in_between_are_guessed_along_a_line():
 def test_odd_numbers_are_refused(n):
     with pytest.raises(ValueError, match="expected 'auto' or a number from 1 to 8"):
         depth_of(n, AutoDepth())
+
+
+def test_a_plain_round_is_measured_again_now_and_then():
+    """Drafting seems to pay only because the machine was slow while plain rounds were measured."""
+    depth, chosen, rng = AutoDepth(), [], random.Random(0)
+    for turn in range(2000):
+        k = depth.choose()
+        depth.observe(k, sum(rng.random() < 0.3 for _ in range(k > 0)), 0.1 * k, 3.0 if turn < 3 else 1 + 0.4 * k)
+        chosen.append(k)
+    assert sum(chosen[10:110]) >= 90 and sum(chosen[1500:]) < 50
+
+
+def test_more_rows_never_take_less_time():
+    """The machine was slow while plain rounds were measured, and became quicker: a drafter that is never right must still go."""
+    depth, chosen = AutoDepth(), []
+    for turn in range(900):
+        k = depth.choose()
+        depth.observe(k, 0, 0.1 * k, DENSE[k] * (3 if turn < 3 else 1))
+        chosen.append(k)
+    assert sum(chosen[300:]) < 40
+    for k, seconds in ((0, 2.0), (1, 1.0), (2, 2.5)):
+        (depth := depth if k else AutoDepth()).observe(k, 0, 0.1 * k, seconds)
+    assert depth.verify_seconds() == pytest.approx([2.0, 2.0, 2.5, 4.0])
 
 
 def test_a_fixed_number_stays():

@@ -222,3 +222,31 @@ def test_models_and_drafters_are_told_apart(pairs):
             refimpl.propose(model, drafter, ids, k)
     with pytest.raises(ValueError, match="head='x': expected 'dense', 'centroid' or a number"):
         refimpl.load_drafter(pairs["12B"][3], model, head="x")
+
+
+# ---- whole texts
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_text_equals_transformers_assisted_generation(pairs, shape):
+    """And the drafts of its first round: with 5 tokens before them, less than the window, transformers' own cache is clean then."""
+    target, drafter, path, drafter_path = pairs[shape]
+    drafter.generation_config.num_assistant_tokens = 4
+    drafter.generation_config.num_assistant_tokens_schedule = "constant"
+    target.generation_config.eos_token_id = None
+    seen, forward = [], drafter.forward
+
+    def watched(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        seen.append(int(out.logits[0, -1].argmax()))
+        return out
+    drafter.forward = watched
+    try:
+        with torch.no_grad():
+            want = target.generate(torch.tensor([prompt(5)]), assistant_model=drafter, max_new_tokens=30, do_sample=False)[0, 5:].tolist()
+    finally:
+        del drafter.forward
+    model = refimpl.load(path, arithmetic="exact")
+    ours = refimpl.load_drafter(drafter_path, model)
+    out = refimpl.generate(model, prompt(5), max_new_tokens=30, drafter=ours, draft_max=4)
+    assert out.ids == want[:len(out.ids)] and (len(out.ids) == 30 or want[len(out.ids)] == 1)
+    assert refimpl.propose(model, ours, prompt(5) + want[:1], 4) == seen[:4]

@@ -1,5 +1,6 @@
 """How many tokens to draft: a fixed number, or the one that pays best on this machine, for this text, right now."""
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -9,7 +10,8 @@ MOST = 8                    # drafts in a round, at most
 RECENT = 9                  # so many of the latest timings count
 FADE = 0.97                 # weight of the past at every new observation: some 30 drafts are remembered
 PRIOR = 2.0, 0.7            # acceptance is taken for 70 % until it has been seen, with the weight of 2 observations
-PROBE_SHARE = 0.01          # of the time may go into probes while drafting does not pay
+PLAIN_EVERY = 128           # rounds: one is spent without a draft, because what that costs may have changed
+PROBE_SHARE = 0.005         # of the time may go into probes while drafting does not pay
 FIRST = 3                   # rounds without a draft, and then with one, in which the costs are found out
 DEEPER_EVERY = 16           # rounds: one is spent on one draft more than seems best
 
@@ -60,6 +62,7 @@ class AutoDepth:
         weight, share = PRIOR
         self.seen, self.right = [weight] * MOST, [weight * share] * MOST
         self.rounds = self.plain = 0            # rounds in all; rounds without drafts since the last one with some
+        self.best, self.patience = 0, 0         # the answer, and while it is 0 the rounds before a single draft is tried
 
     def accepted(self) -> list[float]:
         """a_1, a_2, ...: how likely drafts 1 to i are all accepted."""
@@ -70,7 +73,10 @@ class AutoDepth:
         return chances
 
     def verify_seconds(self) -> list[float]:
-        """Seconds for 0, 1, ... drafts: measured ones, between them along a line, and one further step along the last slope."""
+        """Seconds for 0, 1, ... drafts: measured ones, between them along a line, and one further step along the last slope.
+
+        More rows never take less time: where it looks so, the machine was slower when fewer were measured.
+        """
         known = [k for k, times in enumerate(self.verify) if times]
         median = {k: statistics.median(self.verify[k]) for k in known}
         times = []
@@ -82,19 +88,25 @@ class AutoDepth:
             else:
                 share = (k - below) / (above - below) if above > below else 0.0
                 times.append(median[below] * (1 - share) + median[above] * share)
-        return times
+        return list(itertools.accumulate(times, max))
 
     def choose(self) -> int:
         """Drafts for the next round."""
         for k in (0, 1):
             if len(self.verify[k]) < FIRST:
                 return k
+        if self.plain == 0:                 # plain rounds teach little, and a small model has no time to lose
+            self._work_out()
+        if self.best == 0:
+            return 1 if self.plain >= self.patience else 0
+        if self.rounds % PLAIN_EVERY == PLAIN_EVERY - 1:
+            return 0
+        return min(self.best + 1, MOST) if self.rounds % DEEPER_EVERY == 0 else self.best
+
+    def _work_out(self):
         verify, draft = self.verify_seconds(), statistics.median(self.draft)
-        best = best_depth(verify, draft, self.accepted()[:len(verify) - 1])
-        if best == 0:
-            cost = max(0.0, verify[1] + draft - verify[0])
-            return 1 if self.plain >= max(DEEPER_EVERY, math.ceil(cost / (PROBE_SHARE * verify[0]))) else 0
-        return min(best + 1, len(verify) - 1) if self.rounds % DEEPER_EVERY == 0 else best
+        self.best = best_depth(verify, draft, self.accepted()[:len(verify) - 1])
+        self.patience = max(DEEPER_EVERY, math.ceil(max(0.0, verify[1] + draft - verify[0]) / (PROBE_SHARE * verify[0])))
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float):
         """Learns from a round: how many were drafted, the first how many of them were accepted, and what it took."""

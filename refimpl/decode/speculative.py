@@ -21,13 +21,14 @@ from refimpl.decode.drafter import Drafter
 from refimpl.decode.model import Model
 from refimpl.decode.sampling import Sampler
 from refimpl.model.cache import Cache
+from refimpl.model.gemma4 import no_tap
 
 
 @dataclass
 class DraftStats:
     """What drafting did. `proposed[i]`, `accepted[i]`: rounds in which draft i + 1 was made, and in which it was accepted.
 
-    `experts`: distinct experts a verified call used, summed over its layers with experts, of `expert_layers` layers in all.
+    `experts`: distinct experts that calls with drafts used, summed over their layers with experts, `expert_layers` layers in all.
     """
 
     rounds: int = 0
@@ -60,7 +61,7 @@ class DraftStats:
 
     @property
     def experts_per_layer(self) -> float:
-        """Distinct experts that a verified call used in a layer, on average; 0 for a model without experts."""
+        """Distinct experts that a call with drafts used in a layer, on average; 0 for a model without experts."""
         return self.experts / self.expert_layers if self.expert_layers else 0.0
 
     def add(self, drafted: int, accepted: int):
@@ -125,9 +126,10 @@ def speculative(model: Model, drafter: Drafter, cache: Cache, sampler: Sampler, 
     while left > 0 and latest not in end:
         room = min(left - 1, cache.n_ctx - cache.length - 1, cache.max_rows - 1)
         began = time.perf_counter()
-        drafted = drafter.draft(latest, state_D, cache, min(depth.choose(), room), min_p)
+        n = min(depth.choose(), room)
+        drafted = drafter.draft(latest, state_D, cache, n, min_p) if n else []
         drafted_at = time.perf_counter()
-        state_TD = model.run(model.checked([latest, *drafted]), cache, stats.look)
+        state_TD = model.run(model.checked([latest, *drafted]), cache, stats.look if drafted else no_tap)
         logit_TV = model.head(state_TD)
         verified_at = time.perf_counter()
         emitted = decide(drafted, map(sampler.pick, logit_TV), end)

@@ -51,11 +51,12 @@ class RandomRows:
     """A drafter at its real cost, whose proposals are replaced by random tokens."""
 
     def __init__(self, drafter: Drafter, ids: Sequence[int], rng: np.random.Generator):
-        self.target, self.drafter, self.ids, self.rng = drafter.target, drafter, ids, rng
+        self.target, self.drafter, self.ids, self.rng = drafter.target, drafter, np.array(ids), rng
 
     def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
         """As Drafter has it."""
-        return self.rng.choice(self.ids, len(self.drafter.draft(token, state_C, cache, n, min_p))).tolist()
+        drafted = self.drafter.draft(token, state_C, cache, n, min_p)
+        return self.ids[self.rng.integers(len(self.ids), size=len(drafted))].tolist()
 
 
 def by_chance(simulation: Simulation, ids: Sequence[int], rng: np.random.Generator) -> Callable[..., list[int]]:
@@ -71,7 +72,7 @@ def by_chance(simulation: Simulation, ids: Sequence[int], rng: np.random.Generat
         n = sum(u < chance for chance in simulation.chances[:len(drafted)])
         for _ in zip(range(n + 1), chosen):
             pass
-        return [*drafted[:n], int(rng.choice(ids))]
+        return [*drafted[:n], ids[int(rng.integers(len(ids)))]]
     return decide
 
 
