@@ -172,7 +172,7 @@ def test_kernel_and_twin(case):
 SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1x1x256", "matmul_q8 Q5_1 1x1x256", "matmul_q8 Q8_0 1x1x256",
          "matmul_q8 Q4_K 6x16x256", "matmul_q8 Q5_K 1x1x256", "matmul_q8 Q6_K 6x16x256", "matmul Q4_0 1x1x256", "matmul Q6_K 1x1x256",
          "matmul Q5_K 1x1x256", "matmul BF16 6x16x256", "matmul_q8 F16 odd width", "matmul F32 odd width",
-         "run_experts matmul_q8 Q4_0 Q4_0 1 tokens",
+         "run_experts matmul_q8 Q4_0 Q4_0 1 tokens", "matmul_chosen matmul_q8 Q4_0 1 rows", "matmul_chosen matmul Q6_K 1 rows",
          "choose", "choose more than 16", "attend ring", "attend half", "attend full", "rms_norm", "rms_norm of one",
          "rms_normalise", "gated", "rotate", "softcap")
 
