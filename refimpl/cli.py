@@ -247,20 +247,18 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
 def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_min_p: float, head: str | None) -> dict[str, object]:
     """The arguments of `stream` that have to do with drafting. Offers a drafter that lies beside the model, and loads none unasked."""
     import refimpl
-    from refimpl.decode.depth import AutoDepth, depth_of
     from refimpl.decode.drafter import beside
 
-    depth = number_or_word(draft_max)
-    depth_of(depth, AutoDepth())
+    options = {"draft_max": number_or_word(draft_max), "draft_min_p": draft_min_p}
     if draft == "none" or draft is None and path is not None:
         found = beside(path) if draft is None else []
         if found:
             errors.print(f"note: {found[0]} looks like this model's drafter; --draft {found[0]} makes the same text faster")
-        return {}
+        return options
     with contextlib.ExitStack() as stack:
         drafter = refimpl.load_drafter(draft, m, head=number_or_word(head),
                                        begin=lambda total: stack.enter_context(bar("MB of the drafter", total, 10**6)))
-    return {"drafter": drafter, "draft_max": depth, "draft_min_p": draft_min_p}
+    return options | {"drafter": drafter}
 
 
 def number_or_word(word: str | None) -> int | str | None:

@@ -130,7 +130,7 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
 
 
 def told(hold: Callable[[Matrix], object], file: GGUFFile,
-          begin: Callable[[int], Callable[[int], None]]) -> Callable[[str, Matrix], object]:
+         begin: Callable[[int], Callable[[int], None]]) -> Callable[[str, Matrix], object]:
     """`hold` for one matrix after the other: tells of the bytes done, and lets go of the file's pages now and then."""
     step, since = begin(file.n_bytes), 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.formats.container import GGUFError, TensorInfo, let_go, map_file
+from refimpl.formats.container import GGUFError, TensorInfo, let_go, map_file, view
 
 TYPES = {"F32": ("F32", 4), "F16": ("F16", 2), "BF16": ("BF16", 2), "I64": ("I64", 8), "I32": ("I32", 4)}
 MAX_HEADER = 100_000_000
@@ -41,9 +41,7 @@ class Checkpoint:
 
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8 `(*shape[:-1], row_bytes)`: a read-only view of the mapping."""
-        info = self.tensors[name]
-        flat = np.frombuffer(self._mappings[info.part], np.uint8, info.n_bytes, info.offset)
-        return flat.reshape(*info.shape[:-1], info.row_bytes)
+        return view(self._mappings[self.tensors[name].part], self.tensors[name])
 
     def release_all(self) -> None:
         """Tells the system that no page is wanted in memory for now. Best effort."""

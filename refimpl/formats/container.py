@@ -150,8 +150,7 @@ class GGUFFile:
         Raises GGUFError if the file has no such tensor, ValueError after `close`.
         """
         info = self._info(name)
-        flat = np.frombuffer(self._open_parts()[info.part].mapping, np.uint8, info.n_bytes, info.offset)
-        return flat.reshape(*info.shape[:-1], info.row_bytes)
+        return view(self._open_parts()[info.part].mapping, info)
 
     def release(self, name: str) -> None:
         """Tells the system that the tensor's pages are no longer wanted in memory; reading them again works. Best effort.
@@ -342,6 +341,11 @@ def map_file(path: Path, what: str = "a GGUF file", error_type: type[GGUFError] 
         raise error_type(path, None, "no such file") from None
     except (OSError, ValueError, OverflowError) as error:       # no permission; a zero byte in the path; 32-bit machines
         raise error_type(path, None, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def view(mapping: mmap.mmap, info: TensorInfo) -> np.ndarray:
+    """The bytes of a tensor, uint8 `(*shape[:-1], row_bytes)`; nothing is copied."""
+    return np.frombuffer(mapping, np.uint8, info.n_bytes, info.offset).reshape(*info.shape[:-1], info.row_bytes)
 
 
 def let_go(mapping: mmap.mmap, first: int, n_bytes: int) -> None:

@@ -222,6 +222,13 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def lines_of(table: Table) -> list[str]:
+    """A table as text, whatever the terminal."""
+    console = Console(file=io.StringIO(), width=110)
+    console.print(table)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
 def as_text(result: dict[str, object]) -> str:
     """The same for people."""
     model, here, opponent = result["model"], result["machine"], result["opponent"]
@@ -244,9 +251,7 @@ def as_text(result: dict[str, object]) -> str:
             table.add_row(title, engine, *(f"{speed[key]:.2f}" for key in ("median", "min", "max")), f"{run['ms_per_token']:.3f}", share)
         if "ratio" in test:
             table.add_row(title, "ratio", *(f"{test['ratio'][key]:.3f}" for key in ("of_medians", "min", "max")))
-    console = Console(file=io.StringIO(), width=110)
-    console.print(table)
-    lines += ["", *(line.rstrip() for line in console.file.getvalue().splitlines()), ""]
+    lines += ["", *lines_of(table), ""]
     band = result["bandwidth"]
     for test in result["tests"]:
         for engine, run in test["engines"].items():

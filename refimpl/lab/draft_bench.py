@@ -9,7 +9,6 @@ The first run of each way is not counted. "auto" has learnt what a round costs b
 """
 
 import contextlib
-import io
 import itertools
 import os
 import statistics
@@ -19,7 +18,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from refimpl.decode.depth import AutoDepth, depth_of
@@ -28,7 +26,7 @@ from refimpl.decode.generate import plain
 from refimpl.decode.model import Model, load
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, figures, speculative
-from refimpl.lab.bench import PAUSE, Plan, machine, random_ids, silent, spread
+from refimpl.lab.bench import PAUSE, Plan, lines_of, machine, random_ids, silent, spread
 
 GOLDEN = (5**0.5 - 1) / 2
 CONTEXT = 16                # tokens that everything starts from at depth 0
@@ -161,9 +159,7 @@ def as_text(result: dict[str, object]) -> str:
             cells += [f"{draft['tokens_per_round']:.2f}", f"{1000 * draft['draft_seconds'] / max(draft['proposed'], 1):.2f}",
                       f"{1000 * draft['verify_seconds'] / rounds:.2f}", f"{draft['experts_per_layer']:.1f}"]
         table.add_row(way, *cells)
-    console = Console(file=io.StringIO(), width=110)
-    console.print(table)
-    lines += ["", *(line.rstrip() for line in console.file.getvalue().splitlines())]
+    lines += ["", *lines_of(table)]
     for way, run in result["decode"].items():
         if "draft" in run and run["draft"]["acceptance"]:
             lines.append(f"{way}: accepted by position " + ", ".join(f"{100 * share:.0f} %" for share in run["draft"]["acceptance"]))

@@ -8,9 +8,9 @@ import numpy as np
 from refimpl.decode.model import BUILT_IN, CHUNK, float32_bytes
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
 from refimpl.model.cache import cache_bytes
-from refimpl.model.config import Config, Keys, MoeFfn, config_from_gguf
+from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, config_from_gguf
 from refimpl.model.drafter import CENTROIDS
-from refimpl.model.drafter_config import DRAFTER_ARCHITECTURE, DRAFTER_KEYS
+from refimpl.model.drafter_config import DRAFTER_KEYS
 from refimpl.model.memory import available, buffer_bytes, needed
 from refimpl.model.weights import vocabulary_size
 

@@ -15,8 +15,9 @@ import numpy as np
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.codecs import quantize
 from refimpl.formats.writer import PLAIN_TYPES, Deferred, write_gguf
+from refimpl.model.config import DRAFTER_ARCHITECTURE
 from refimpl.model.drafter import CENTROIDS, ORDERING
-from refimpl.model.export import fitting_type, gguf_metadata, rope_divisors, stays_float32
+from refimpl.model.export import fitting_type, gguf_metadata, rope_divisors, stays_float32, under
 
 N_VOCAB = 262_144
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -142,7 +143,7 @@ def drafter_metadata(name: str) -> dict[str, object]:
         "attention.sliding_window": settings["sliding_window"], "attention.sliding_window_pattern": np.array([True, True, True, False]),
         "attention.shared_kv_layers": 4, "embedding_length_per_layer_input": 0, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4,
         "rope.dimension_count": 512, "rope.dimension_count_swa": 256, "nextn_predict_layers": 4}
-    return {"general.architecture": "gemma4-assistant"} | {f"gemma4-assistant.{key}": value for key, value in keys.items()}
+    return under(DRAFTER_ARCHITECTURE, keys)
 
 
 def recipe_type(recipe: str, name: str, shape: tuple[int, ...], n_layer: int) -> str:

@@ -8,9 +8,10 @@ import numpy as np
 
 from refimpl.formats.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refimpl.formats.container import TensorInfo
+from refimpl.model.config import DRAFTER_ARCHITECTURE
 from refimpl.model.export import drafter_metadata, gguf_name, rope_divisors
 
-ROPE, EPSILON = "rope_freqs.weight", "gemma4-assistant.attention.layer_norm_rms_epsilon"
+ROPE, EPSILON = "rope_freqs.weight", f"{DRAFTER_ARCHITECTURE}.attention.layer_norm_rms_epsilon"
 
 
 class RenamedCheckpoint:
@@ -43,7 +44,7 @@ def drafter_from_directory(path: str | os.PathLike) -> RenamedCheckpoint:
         text = config["text_config"]
         share = text["rope_parameters"]["full_attention"]["partial_rotary_factor"]
         metadata[EPSILON] = float(np.float32(metadata[EPSILON]))        # as a GGUF file holds it: the same bits from both
-        rope = rope_divisors(metadata["gemma4-assistant.attention.key_length"], share)
+        rope = rope_divisors(metadata[f"{DRAFTER_ARCHITECTURE}.attention.key_length"], share)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(place, None, f"is no configuration of a Gemma 4 drafter: {type(error).__name__} {error}") from None
     names = {}

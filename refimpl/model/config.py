@@ -18,7 +18,7 @@ import numpy as np
 
 from refimpl.formats.container import GGUFError
 
-ARCHITECTURE = "gemma4"
+ARCHITECTURE, DRAFTER_ARCHITECTURE = "gemma4", "gemma4-assistant"
 
 
 class Kind(Enum):
@@ -139,7 +139,7 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
     `tensor_names` tells what no key says: which layers have no value projection. Source: llama.cpp's converter (conversion/gemma.py).
     """
     architecture = metadata.get("general.architecture")
-    if architecture == "gemma4-assistant":
+    if architecture == DRAFTER_ARCHITECTURE:
         raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone; give its target as the model")
     if architecture != ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; refimpl runs {ARCHITECTURE} only")

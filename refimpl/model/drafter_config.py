@@ -7,9 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from refimpl.formats.container import GGUFError
-from refimpl.model.config import ARCHITECTURE, KNOWN, Config, DenseFfn, Keys, Kind, LayerSpec, base_of_sliding, head_dims
+from refimpl.model.config import (
+    ARCHITECTURE,
+    DRAFTER_ARCHITECTURE,
+    KNOWN,
+    Config,
+    DenseFfn,
+    Keys,
+    Kind,
+    LayerSpec,
+    base_of_sliding,
+    head_dims,
+)
 
-DRAFTER_ARCHITECTURE = "gemma4-assistant"
 N_TOP = 32              # centroids that are looked into; all published drafters have 32 (transformers: centroid_intermediate_top_k)
 DRAFTER_KEYS = (KNOWN - {"expert_count", "expert_used_count", "expert_feed_forward_length"}) | {
     "embedding_length_out", "nextn_predict_layers", "masked_embd_top_k"}

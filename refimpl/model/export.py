@@ -10,6 +10,7 @@ import numpy as np
 
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.codecs import quantize
+from refimpl.model.config import ARCHITECTURE, DRAFTER_ARCHITECTURE
 
 _GLOBAL = {
     "embed_tokens.weight": "token_embd.weight",
@@ -101,17 +102,23 @@ def gguf_metadata(config: Mapping[str, object]) -> dict[str, object]:
     if config["enable_moe_block"]:
         keys |= {"expert_count": config["num_experts"], "expert_used_count": config["top_k_experts"],
                  "expert_feed_forward_length": config["moe_intermediate_size"]}
-    return {"general.architecture": "gemma4"} | {f"gemma4.{key}": value for key, value in keys.items()}
+    return under(ARCHITECTURE, keys)
+
+
+def under(architecture: str, keys: Mapping[str, object]) -> dict[str, object]:
+    """Metadata of a file of this architecture: its name, and its keys behind it."""
+    return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
 def drafter_metadata(config: Mapping[str, object]) -> dict[str, object]:
     """The `gemma4-assistant.*` keys for a `Gemma4AssistantConfig().to_dict()`."""
     text = dict(config["text_config"])
-    keys = {key.removeprefix("gemma4."): value for key, value in gguf_metadata(text).items() if key.startswith("gemma4.")}
+    prefix = ARCHITECTURE + "."
+    keys = {key.removeprefix(prefix): value for key, value in gguf_metadata(text).items() if key.startswith(prefix)}
     keys |= {"embedding_length_out": config["backbone_hidden_size"], "nextn_predict_layers": keys["block_count"]}
     if config["use_ordered_embeddings"]:
         keys["masked_embd_top_k"] = config["centroid_intermediate_top_k"]       # ours: other engines do not use the centroids
-    return {"general.architecture": "gemma4-assistant"} | {f"gemma4-assistant.{key}": value for key, value in keys.items()}
+    return under(DRAFTER_ARCHITECTURE, keys)
 
 
 def rope_divisors(head_dim: int, rotated_share: float) -> np.ndarray:

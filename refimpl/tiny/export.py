@@ -44,19 +44,22 @@ def tokenizer_metadata(tokenizer_json: str) -> dict[str, object]:
     }
 
 
+def about_file(name: str, description: str, more_sources: str = "") -> dict[str, object]:
+    """The `general.*` keys of a file that ships."""
+    return {"general.name": name, "general.description": description, "general.license": "MIT",
+            "general.source.description": f"Python {platform.python_version()} standard library, {corpus.LICENCE}{more_sources}",
+            "general.file_type": 2,                    # mostly Q4_0
+            "general.quantization_version": 2}
+
+
 def export(run: Path, target: Path):
     """Writes the model of a training run (its `model.pt`, `config.json` and `tokenizer.json`) to `target`."""
     import torch
 
     state = {name: value.numpy() for name, value in torch.load(run / "model.pt", weights_only=True).items()}
     config = json.loads((run / "config.json").read_text())
-    about = {
-        "general.name": "refimpl tiny python",
-        "general.description": "A Gemma 4 MoE in miniature, trained on the Python standard library's source. Writes Python-like text.",
-        "general.license": "MIT",
-        "general.source.description": f"Python {platform.python_version()} standard library, {corpus.LICENCE}",
-        "general.file_type": 2,                    # mostly Q4_0
-        "general.quantization_version": 2,
+    about = about_file("refimpl tiny python", "A Gemma 4 MoE in miniature, trained on the Python standard library's source. "
+                       "Writes Python-like text.") | {
         # no top-k or top-p: cutting off the tail locks a model of this size into loops (8 of 48 texts; none without)
         "general.sampling.temp": 0.7, "general.sampling.top_k": 0, "general.sampling.top_p": 1.0,
     }
@@ -73,14 +76,8 @@ def export_drafter(run: Path, target: Path):
 
     state = {name: value.numpy() for name, value in torch.load(run / "drafter.pt", weights_only=True).items()}
     config = json.loads((run / "config.json").read_text())
-    about = {
-        "general.name": "refimpl tiny python drafter",
-        "general.description": "Drafts for the refimpl tiny python model (multi-token prediction).",
-        "general.license": "MIT",
-        "general.source.description": f"Python {platform.python_version()} standard library, {corpus.LICENCE}, and texts of the target",
-        "general.file_type": 2,
-        "general.quantization_version": 2,
-    }
+    about = about_file("refimpl tiny python drafter", "Drafts for the refimpl tiny python model (multi-token prediction).",
+                       ", and texts of the target")
     vocabulary_keys = {key: value for key, value in open_gguf(BUILT_IN).metadata.items() if key.startswith("tokenizer.ggml.")}
     write_gguf(target, drafter_metadata(config) | about | vocabulary_keys,
                gguf_tensors(config["text_config"], state, lambda name, shape: "Q4_0"))

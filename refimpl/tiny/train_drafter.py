@@ -78,14 +78,11 @@ def load_target(path: str | None = None):
 
     file = open_gguf(BUILT_IN if path is None else path)
     model = build_model(0)
+    scalars = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            info = file.tensors[gguf_name(name)]
-            p.copy_(torch.from_numpy(Matrix(file.raw(gguf_name(name)), info.type).float32().reshape(p.shape)))
-        for name, buffer in model.named_buffers():
-            if name.endswith("layer_scalar"):
-                info = file.tensors[gguf_name(name)]
-                buffer.copy_(torch.from_numpy(Matrix(file.raw(gguf_name(name)), info.type).float32().reshape(buffer.shape)))
+        for theirs, value in [*model.named_parameters(), *scalars]:
+            name = gguf_name(theirs)
+            value.copy_(torch.from_numpy(Matrix(file.raw(name), file.tensors[name].type).float32().reshape(value.shape)))
     return model.eval().requires_grad_(False)
 
 
@@ -154,7 +151,8 @@ class SoftCrossEntropy(torch.autograd.Function):
 
 def run(target, drafter, ids_BT: torch.Tensor, from_position: int):
     """(losses of the steps, agreement (steps, rows) of each guess with the text) for the positions from `from_position` on."""
-    window, n = SHAPE["sliding_window"], ids_BT.shape[1] - STEPS            # queries at 1..n
+    # queries at 1..n; the last guess of the last one needs a token to compare with
+    window, n = SHAPE["sliding_window"], ids_BT.shape[1] - STEPS - 1
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         out = target.model(input_ids=ids_BT, attention_mask=NO_MASKS, use_cache=False, return_shared_kv_states=True)
         state_BTH, embedded_BTH = out.last_hidden_state.float(), target.model.embed_tokens(ids_BT)
@@ -163,7 +161,6 @@ def run(target, drafter, ids_BT: torch.Tensor, from_position: int):
         p_BTV = logit.softmax(-1).bfloat16()
         # in the type of the queries they will meet
         shared = {kind: tuple(x.bfloat16() for x in out.shared_kv_states[kind]) for kind in ("full_attention", "sliding_attention")}
-    n -= 1                                                                  # the last guess of the last query needs a token to compare with
     mask, position = masks(n, ids_BT.shape[1], window), torch.arange(1, n + 1)[None]
     mask = {kind: m.bfloat16() for kind, m in mask.items()}
     kept = slice(from_position - 1, n)
