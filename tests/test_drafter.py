@@ -128,7 +128,8 @@ def test_a_drafter_leaves_the_cache_as_it_is(pairs):
     model = reference(pairs["26B-A4B"][2])
     drafter, cache = refimpl.load_drafter(pairs["26B-A4B"][3], model), model.new_cache()
     state = model.states(prompt(20), cache)[-1]
-    before = {i: (layer.k_SKH.tobytes(), layer.v_SKH.tobytes()) for i, layer in cache.layers.items()}    # bytes: an unused slot may hold NaN
+    # as bytes: an unused slot may hold NaN
+    before = {i: (layer.k_SKH.tobytes(), layer.v_SKH.tobytes()) for i, layer in cache.layers.items()}
     first = drafter.draft(7, state, cache, 4)
     assert drafter.draft(7, state, cache, 4) == first and cache.length == 20
     assert {i: (layer.k_SKH.tobytes(), layer.v_SKH.tobytes()) for i, layer in cache.layers.items()} == before

@@ -1,0 +1,65 @@
+"""The command line: arguments in, text out. The only part that prints.
+
+Text goes to standard output; progress, timings and complaints to standard error. Exit status: 0, 1 for a failure (one line says what),
+2 for wrong usage, 130 after Ctrl-C.
+"""
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from refimpl.cli import files, measure, run  # noqa: F401  (each adds its commands to the app)
+from refimpl.cli.app import Failure, abandon_output, app, errors
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False):
+    if version:
+        import refimpl
+
+        print(refimpl.__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        errors.print(context.get_help())
+        raise typer.Exit(2)
+
+
+def main():
+    """Runs the command line. Whatever goes wrong becomes one line on standard error."""
+    warnings.showwarning = lambda message, *place: errors.print(f"note: {message}")
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status or 0)
+    except BrokenPipeError:
+        abandon_output()
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except typer.Exit as e:
+        sys.exit(e.exit_code)
+    except Exception as e:
+        sys.exit(complain(e))
+
+
+def complain(e: Exception) -> int:
+    """One line for an error; returns the exit status. An error of ours that nobody foresaw keeps its traceback."""
+    from refimpl.formats.container import GGUFError
+    from refimpl.model.cache import ContextFull
+
+    usage_error = typer.BadParameter.__base__       # typer carries a copy of click or uses the installed one, by its version
+    if isinstance(e, usage_error):
+        errors.print(f"refimpl: {e.format_message()}")
+        return 2
+    if isinstance(e, OSError) and e.filename is not None:
+        errors.print(f"refimpl: {e.filename}: {e.strerror}")
+        return 1
+    if isinstance(e, (GGUFError, ContextFull, Failure, ValueError, OSError)):
+        errors.print(f"refimpl: {' '.join(str(e).split())}")
+        return 1
+    if isinstance(e, MemoryError):
+        errors.print("refimpl: not enough memory")
+        return 1
+    raise e

@@ -1,0 +1,146 @@
+"""What all commands share: the options that several have, output, progress, loading."""
+
+import contextlib
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Gemma 4 inference from scratch, readable and checked. Without -m: the small model that ships.")
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+ModelPath = Annotated[Path | None, typer.Option("-m", "--model", help="GGUF file (the first part of a split one)", show_default=False)]
+Context = Annotated[int | None, typer.Option("-c", "--ctx-size", min=1, help="context in tokens (default: the model's)",
+                                            show_default=False)]
+Temperature = Annotated[float | None, typer.Option("--temp", min=0.0, help="0 takes the likeliest (default: the file's, else 1.0)",
+                                                   show_default=False)]
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="0 is off (default: the file's, else 64)", show_default=False)]
+TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="1 is off (default: the file's, else 0.95)",
+                                            show_default=False)]
+MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off (default: the file's, else 0)",
+                                            show_default=False)]
+Arithmetic = Annotated[str | None, typer.Option("--arithmetic", show_default=False, help="q8: activations in 8 bits, as ggml does (default "
+                                                "of the kernels); exact: float32 throughout (default of the reference)")]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="default: one for each physical core", show_default=False)]
+BackendName = Annotated[str, typer.Option("--backend", help="kernels: compiled, all cores; reference: NumPy, one thread")]
+Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="of the random choices: same seed, same text")]
+Draft = Annotated[str | None, typer.Option("--draft", show_default=False, help="the model's drafter (GGUF): faster, and the same text; "
+                                           "none: without one (default: the built-in model has its own, others none)")]
+DraftMax = Annotated[str, typer.Option("--draft-max", help="tokens to draft at a time, 1 to 8; auto: as many as pay")]
+DraftMinP = Annotated[float, typer.Option("--draft-min-p", min=0.0, max=1.0, help="a draft ends ahead of a token less likely than this")]
+DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense; centroid, where the drafter has one (then "
+                                               "the default); or how many tokens of the vocabulary to look at")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
+NewTokens = Annotated[int, typer.Option("-n", "--predict", min=0, help="new tokens at most")]
+
+
+class Failure(Exception):
+    """A reason to stop that the user can do something about."""
+
+
+def write(text: str):
+    """To standard output, at once. An OSError names it, but for the one of a closed pipe."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        abandon_output()
+        raise OSError(e.errno, e.strerror, "standard output") from e
+
+
+def abandon_output():
+    """Nobody can take our output: keeps the interpreter from trying again, and complaining, when it closes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int, unit: int = 1):
+    """A progress bar on standard error, counting in `unit`s, gone when done, silent when that is no terminal. Yields step(n)."""
+    if not errors.is_terminal:
+        yield lambda n: None
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task(what, total=total // unit)
+        yield lambda n: progress.advance(task, n / unit)
+
+
+def tell_of_compiling():
+    """Says on standard error that kernels are being compiled, when they are: at the first use on a machine."""
+    from refimpl.kernels.jit import announce
+    from refimpl.kernels.words import ISA
+
+    count = itertools.count(1)
+
+    def tell(name: str):
+        n = next(count)
+        if n == 1:
+            errors.print(f"compiling kernels for {ISA}, once on this machine (up to a minute)")
+        if errors.is_terminal:
+            errors.print(f"  {n}: {name}")
+    announce(tell)
+
+
+def load(path: Path | None, backend: str, arithmetic: str | None, threads: int | None, n_ctx: int, verbose: bool):
+    """The model, and what is odd about its file or this machine on standard error."""
+    import refimpl
+
+    tell_of_compiling()
+    with contextlib.ExitStack() as stack:
+        m = refimpl.load(path, backend=backend, arithmetic=arithmetic, threads=threads, n_ctx=n_ctx,
+                         begin=lambda total: stack.enter_context(bar("MB loaded", total, 10**6)))
+    for warning in m.tokenizer.warnings:
+        errors.print(f"note: {warning}")
+    if m.backend.name == "kernels":
+        from refimpl.kernels.threads import layer, slow_layer_warning
+        from refimpl.kernels.words import ISA
+
+        if warning := slow_layer_warning():
+            errors.print(f"note: {warning}")
+        if verbose:
+            errors.print(f"kernels: {ISA}, threads: {m.backend.threads} by {layer()}, arithmetic: {m.backend.arithmetic}")
+    elif verbose:
+        errors.print(f"reference: NumPy, one thread, arithmetic: {m.backend.arithmetic}")
+    return m
+
+
+def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_min_p: float, head: str | None) -> dict[str, object]:
+    """The arguments of `stream` that have to do with drafting. Offers a drafter that lies beside the model, and loads none unasked."""
+    import refimpl
+    from refimpl.decode.drafter import beside
+
+    options = {"draft_max": number_or_word(draft_max), "draft_min_p": draft_min_p}
+    if draft == "none" or draft is None and path is not None:
+        found = beside(path) if draft is None else []
+        if found:
+            errors.print(f"note: {found[0]} looks like this model's drafter; --draft {found[0]} makes the same text faster")
+        return options
+    with contextlib.ExitStack() as stack:
+        drafter = refimpl.load_drafter(draft, m, head=number_or_word(head),
+                                       begin=lambda total: stack.enter_context(bar("MB of the drafter", total, 10**6)))
+    return options | {"drafter": drafter}
+
+
+def number_or_word(word: str | None) -> int | str | None:
+    """An option that is a number or a word; whoever takes it refuses what is senseless."""
+    try:
+        return int(word)
+    except (TypeError, ValueError):
+        return word
+
+
+def chances_argument(text: str | None) -> list[float] | None:
+    """--accept as numbers."""
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--accept {text}: expected numbers with commas between them, .84,.60") from None

@@ -1,0 +1,72 @@
+"""bench."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from refimpl.cli.app import (
+    Arithmetic,
+    BackendName,
+    DraftHead,
+    DraftMinP,
+    Json,
+    ModelPath,
+    Threads,
+    app,
+    bar,
+    chances_argument,
+    errors,
+    number_or_word,
+    tell_of_compiling,
+    write,
+)
+
+
+@app.command()
+def bench(
+    model: ModelPath = None,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="tokens of the prompt; 0 leaves it out")] = 512,
+    n_new: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="new tokens; 0 leaves them out")] = 64,
+    depth: Annotated[int, typer.Option("-d", "--n-depth", min=0, help="tokens of context before the new ones")] = 0,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="runs of each test")] = 5,
+    threads: Threads = None,
+    versus: Annotated[str | None, typer.Option("--vs", help="llama.cpp: run it in turn, on the same file and ids")] = None,
+    draft: Annotated[str | None, typer.Option("--draft", show_default=False, help="measure new tokens with this drafter and without; "
+                                              "built-in: the built-in model's")] = None,
+    draft_max: Annotated[str, typer.Option("--draft-max", help="with --draft: drafts at a time, some to compare: auto,1,2")] = "auto",
+    draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
+    accept: Annotated[str | None, typer.Option("--accept", show_default=False, help="with --draft: a SIMULATION with the chances that the "
+                                               "first draft, the first two, ... are accepted: .84,.60,.39")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", show_default=False, help="with --draft: the text to continue")] = None,
+    temp: Annotated[float, typer.Option("--temp", min=0.0, help="with --draft: temperature")] = 0.0,
+    backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
+):
+    """Measure speed: a prompt, new tokens, how near they come to what reading the weights allows; with --draft, what drafting wins."""
+    from refimpl.lab.bench import OPPONENTS, Plan, as_text
+    from refimpl.lab.bench import bench as measure
+
+    if versus is not None and versus not in OPPONENTS:
+        raise typer.BadParameter(f"--vs {versus}: expected {' or '.join(OPPONENTS)}")
+    if not n_prompt and not n_new:
+        raise typer.BadParameter("-p and -n are both 0: nothing to measure")
+    tell_of_compiling()
+    if draft is not None:
+        from refimpl.lab import draft_bench
+
+        if versus is not None or not n_new:
+            raise typer.BadParameter("--draft measures new tokens of refimpl alone: no --vs, and -n of at least 1")
+        depths = [number_or_word(word) for word in draft_max.split(",")]
+        result = draft_bench.draft_bench(
+            model, None if draft == "built-in" else draft, Plan(0, n_new, depth, repetitions), depths, chances=chances_argument(accept),
+            min_p=draft_min_p, head=number_or_word(draft_head), temperature=temp, prompt=prompt, threads=threads, backend=backend,
+            arithmetic=arithmetic, progress=bar)
+        write((json.dumps(result) if as_json else draft_bench.as_text(result)) + "\n")
+        return
+    if accept is not None or prompt is not None:
+        raise typer.BadParameter("--accept and --prompt need --draft")
+    result = measure(model, Plan(n_prompt, n_new, depth, repetitions), threads=threads, backend=backend, arithmetic=arithmetic,
+                     opponent=versus, progress=bar)
+    for note in result["notes"]:
+        errors.print(f"note: {note}")
+    write((json.dumps(result) if as_json else as_text(result)) + "\n")

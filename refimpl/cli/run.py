@@ -1,0 +1,191 @@
+"""generate and chat."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refimpl.cli.app import (
+    Arithmetic,
+    BackendName,
+    Context,
+    Draft,
+    DraftHead,
+    DraftMax,
+    DraftMinP,
+    Failure,
+    Json,
+    MinP,
+    ModelPath,
+    NewTokens,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    Verbose,
+    app,
+    bar,
+    drafting_of,
+    errors,
+    load,
+    write,
+)
+
+
+@app.command()
+def generate(
+    model: ModelPath = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text to continue; - reads standard input")] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="read the prompt from a file")] = None,
+    predict: NewTokens = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a question: use the file's chat template")] = False,
+    think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
+    special: Annotated[bool, typer.Option("--special", help="special tokens in the prompt count, and are shown in the text")] = False,
+    ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
+    draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
+    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
+    verbose: Verbose = False,
+):
+    """Continue a prompt."""
+    import refimpl
+
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give the text with -p TEXT, -p - or -f FILE")
+    if think and not chat:
+        raise typer.BadParameter("--think needs --chat")
+    text = read_prompt(prompt, file)
+    room = ctx if ctx is not None else len(text.encode()) + predict + 256        # a token is at least a byte; 256 for a template
+    m = load(model, backend, arithmetic, threads, room, verbose)
+    drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
+    if chat:
+        ids = chat_ids(m, [{"role": "user", "content": text}], think)
+    else:
+        ids = m.tokenizer.encode(text, special=special)
+    out = refimpl.Output()
+    pieces = begin(m, ids, out, max_new_tokens=predict, n_ctx=ctx, special=special, **drafting,
+                   **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
+    if not as_json and not chat:
+        write(text)
+    interrupted = speak(pieces, out, silent=as_json)
+    if as_json:
+        write(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)) + "\n")
+    else:
+        write("\n")
+    if verbose:
+        tell(out.stats)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def chat(
+    model: ModelPath = None,
+    system: Annotated[str | None, typer.Option("--system", help="instruction ahead of the conversation")] = None,
+    think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
+    predict: NewTokens = 1024,
+    ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
+    draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
+    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, verbose: Verbose = False,
+):
+    """Talk to an instruction-tuned model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
+    import refimpl
+    from refimpl.decode.chat import split_thought
+
+    m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * predict, verbose)
+    drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        errors.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line.strip():
+            break
+        messages.append({"role": "user", "content": line.strip()})
+        out = refimpl.Output()
+        pieces = begin(m, chat_ids(m, messages, think), out, max_new_tokens=predict, n_ctx=ctx, **drafting,
+                       **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
+        speak(pieces, out)
+        write("\n")
+        messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
+        if verbose:
+            tell(out.stats)
+
+
+# ---- helpers
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from -p, standard input or a file."""
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise Failure(f"{file}: at byte {e.start}: not UTF-8 text") from None
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise Failure(f"standard input: at byte {e.start}: not UTF-8 text") from None
+
+
+def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
+    """Token ids of a conversation. Text of the user is cut up apart, so that markers in it stay text."""
+    from refimpl.decode.chat import encode_chat
+
+    return encode_chat(m.tokenizer, m.file.metadata.get("tokenizer.chat_template"), messages, thinking=think)
+
+
+def sampling_of(m, **given) -> dict[str, float]:
+    """The file's own sampling settings, else Gemma's, under what the command line says (None where it says nothing)."""
+    from refimpl.decode.sampling import Sampling
+
+    return dataclasses.asdict(Sampling.from_metadata(m.file.metadata, **given))
+
+
+def begin(m, ids: list[int], out, **options):
+    """Runs the prompt under a progress bar. Returns an iterator over the pieces of text, the first of which is already made."""
+    import refimpl
+
+    with bar("prompt", len(ids)) as step:
+        pieces = refimpl.stream(m, ids, output=out, progress=step, **options)
+        first = next(pieces, "")
+    return itertools.chain([first], pieces)
+
+
+def speak(pieces, out, silent: bool = False) -> bool:
+    """Prints the pieces as they come. Returns whether Ctrl-C cut them short; what was said stays."""
+    try:
+        for piece in pieces:
+            if not silent:
+                write(piece)
+    except KeyboardInterrupt:
+        out.stats.stop = "interrupted"
+        return True
+    return False
+
+
+def report(stats) -> dict[str, object]:
+    """The figures of a run, for programs."""
+    from refimpl.decode.speculative import figures
+
+    return {"n_prompt": stats.n_prompt, "n_generated": stats.n_generated, "prompt_seconds": round(stats.prompt_seconds, 4),
+            "decode_seconds": round(stats.decode_seconds, 4), "prompt_per_second": round(stats.prompt_per_second, 2),
+            "decode_per_second": round(stats.decode_per_second, 2), "stop": stats.stop} | (
+            {"draft": figures(stats.draft)} if stats.draft else {})
+
+
+def tell(stats):
+    """The figures of a run, for people."""
+    errors.print(f"prompt {stats.n_prompt} tokens, {stats.prompt_per_second:.1f}/s; new {stats.n_generated} tokens, "
+                 f"{stats.decode_per_second:.1f}/s; stopped by {stats.stop}")
+    if stats.draft and stats.draft.rounds:
+        d = stats.draft
+        shares = ", ".join(f"{100 * share:.0f} %" for share in d.acceptance) or "none made"
+        experts = f"; {d.experts_per_layer:.1f} distinct experts a layer" if d.expert_layers else ""
+        errors.print(f"{d.rounds} rounds of {d.tokens_per_round:.2f} tokens, {d.n_accepted} of {d.n_proposed} drafts accepted, by position "
+                     f"{shares}{experts}; draft {d.draft_seconds:.2f} s, verify {d.verify_seconds:.2f} s, "
+                     f"other {max(0.0, stats.decode_seconds - d.draft_seconds - d.verify_seconds):.2f} s")
