@@ -16,6 +16,7 @@ from refimpl.kernels import tiles
 from refimpl.kernels.kinds import SHAPES
 from refimpl.kernels.matmul import matmul, matmul_q8
 from refimpl.kernels.tiles import held_bytes, tiled
+from refimpl.lab.inspect import as_text, describe
 from refimpl.model.memory import MemoryRefusal, available, needed
 from refimpl.reference.matmul import matmul as matmul_by_hand
 from refimpl.reference.matmul import matmul_q8 as matmul_q8_by_hand
@@ -197,10 +198,10 @@ def test_what_does_not_fit_is_refused_with_the_remedy(files, monkeypatch):
 def test_the_command_line_says_so(files):
     code, out, err = run("generate", "-m", files[0], "-p", "a", "-n", 2)
     assert code == 0 and err.count("note: there are no kernels for ") == 1 and "first token_embd.weight" in err and "refimpl convert" in err
-    code, out, _ = run("inspect", "-m", files[0])
-    assert code == 0 and "held as float32, 4 bytes a weight, which is counted" in out
-    assert "no kernels" not in run("inspect", "-m", files[1])[1]
-    assert run("generate", "-m", files[0], "-p", "a", "-n", 2, "--backend", "reference")[2] == ""
+    described = describe(files[0], 64)
+    assert "held as float32, 4 bytes a weight, which is counted" in as_text(described)
+    assert described["memory"]["weight_bytes"] == describe(files[1], 64)["memory"]["weight_bytes"]
+    assert "no kernels" not in as_text(describe(files[1], 64))
 
 
 def test_a_drafter_counts_too(tmp_path, monkeypatch):

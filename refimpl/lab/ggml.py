@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import time
 from functools import cache
 from pathlib import Path
 
@@ -64,3 +65,39 @@ def ggml_dequantize(raw: np.ndarray, type_name: str) -> np.ndarray:
         raise ValueError(f"ggml has no decoder of {type_name}")
     to_float(raw.ctypes.data_as(_BYTES), out.ctypes.data_as(_FLOATS), ctypes.c_int64(out.size))
     return out
+
+
+# ---- how fast ggml multiplies
+
+class _CpuTraits(ctypes.Structure):
+    """struct ggml_type_traits_cpu (ggml-cpu.h)."""
+
+    _fields_ = [("from_float", ctypes.c_void_p), ("vec_dot", ctypes.c_void_p), ("vec_dot_type", ctypes.c_int), ("nrows", ctypes.c_int64)]
+
+
+_DOT = ctypes.CFUNCTYPE(None, ctypes.c_int, _FLOATS, ctypes.c_size_t, _BYTES, ctypes.c_size_t, _BYTES, ctypes.c_size_t, ctypes.c_int)
+
+
+def ggml_dot_speed(type_name: str, n_weights: int = 65_536, passes: int = 200) -> float:
+    """Weights per second that ggml multiplies and adds on one thread, a row with a row of activations in its own 8 bits, out of the cache.
+
+    Random bytes; the quickest of `passes`, less what a call of one block takes.
+    """
+    found = library()           # the CPU part needs it to be loaded
+    cpu = ctypes.CDLL(str(next(Path(found._name).parent.glob("*ggml-cpu*"))))
+    cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTraits)
+    cpu.ggml_cpu_init()
+    traits = cpu.ggml_get_type_traits_cpu(_NUMBER[type_name]).contents
+    rng = np.random.default_rng(0)
+    x = ggml_quantize(rng.standard_normal((1, n_weights), dtype=np.float32), TYPE_IDS[traits.vec_dot_type])
+    w = rng.integers(0, 256, BLOCKS[type_name].row_bytes(n_weights), dtype=np.uint8)
+    out, dot = ctypes.c_float(), _DOT(traits.vec_dot)
+    arguments = ctypes.byref(out), 0, w.ctypes.data_as(_BYTES), 0, x.ctypes.data_as(_BYTES), 0, 1
+    seconds = {n: min(_timed(dot, n, *arguments) for _ in range(passes)) for n in (256, n_weights)}
+    return (n_weights - 256) / (seconds[n_weights] - seconds[256])
+
+
+def _timed(function, *arguments) -> float:
+    began = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - began
