@@ -70,7 +70,7 @@ def digest(notebook: NotebookNode) -> str:
 def execute(notebook: NotebookNode) -> NotebookNode:
     """Runs all cells in a fresh kernel of this Python, with this checkout's package. Raises CellExecutionError where a cell does."""
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline", "OMP_WAIT_POLICY": "passive"}
+    env = os.environ | {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     client = NotebookClient(notebook, kernel_manager_class=Kernel, kernel_name="python3", timeout=CELL_SECONDS, record_timing=False,
                             resources={"metadata": {"path": str(HERE)}})
     client.execute(env=env)
