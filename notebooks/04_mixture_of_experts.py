@@ -25,7 +25,8 @@ from refimpl.tiny.evaluate import model_bits
 #
 # For the state $x$ of one token, with a matrix $W$ that has a row for each of $E$ experts:
 #
-# $$ p = \text{softmax}(W \hat x), \qquad y = \sum_{e \in \text{top}_8(p)} \frac{p_e}{\sum_{j \in \text{top}_8(p)} p_j} \, s_e \, \text{FFN}_e(x) $$
+# $$ p = \text{softmax}(W \hat x), \qquad w_e = \frac{s_e \, p_e}{\sum_{j \in \text{top}_8(p)} p_j}, \qquad
+# y = \sum_{e \in \text{top}_8(p)} w_e \, \text{FFN}_e(x) $$ p = \text{softmax}(W \hat x), \qquad y = \sum_{e \in \text{top}_8(p)} \frac{p_e}{\sum_{j \in \text{top}_8(p)} p_j} \, s_e \, \text{FFN}_e(x) $$
 #
 # Shazeer et al. 2017 (arXiv:1701.06538, section 2.1) have the same sum with the softmax over the chosen only, which is equal on
 # paper, and with noise on the router for training. $\hat x$ is the normalised state, $s_e$ a learnt factor of each expert. These are
@@ -76,9 +77,9 @@ routing_pictures.kinds_picture(shares, kinds)
 
 # %% [markdown]
 # A column is an expert, a row a kind of token (in brackets how many there are). Nobody told the router what a keyword is, and yet the
-# bright blocks along the diagonal are experts that one kind of token visits far more often than the others do. The choice is made
-# from the state of the token, so it is about words more than about kinds. For each kind, the expert of layer 2 that prefers it most
-# (of those with at least 25 of its tokens), and what goes through it most often:
+# bright blocks along the diagonal are experts that one kind of token visits far more often than the others do. (A row of few tokens
+# is noisy.) The choice is made from the state of the token, so it is about words more than about kinds. For each kind, the expert of
+# layer 2 that prefers it most (of those with at least 25 of its tokens), and what goes through it most often:
 
 # %% tags=["text"]
 table(["kind", "expert", "times as often as any token", "commonest tokens"],
@@ -140,8 +141,9 @@ table(["experts", *counts], [["error of the output", *(f"{100 * e:.0f} %" for e 
                              ["bits per token", *(f"{b:.3f}" for b in bits)]])
 
 # %% [markdown]
-# The output of a layer is far off with half of the experts, but the model as a whole suffers little: the dense branch and the
-# residual stream carry on. This is a small model; how much the real one would lose cannot be read off here.
+# Fewer experts change what a layer puts out far more than they change what the model says: the dense branch, the residual stream and
+# the other layers carry on. More than 8, with which it was never trained, make next to no difference. This is a small model; what the
+# real one would lose cannot be read off here.
 #
 # ## What it saves: bytes
 #
@@ -152,14 +154,16 @@ table(["experts", *counts], [["error of the output", *(f"{100 * e:.0f} %" for e 
 source(reads.read_bytes)
 
 # %%
-needed = {"26B-A4B, 8 of 128 experts": reads.read_bytes("26B-A4B"), "26B-A4B, if all experts ran": reads.read_bytes("26B-A4B", all_experts=True),
+needed = {"26B-A4B, 8 of 128 experts": reads.read_bytes("26B-A4B"),
+          "26B-A4B, if all experts ran": reads.read_bytes("26B-A4B", all_experts=True),
           "12B, dense": reads.read_bytes("12B"), "31B, dense": reads.read_bytes("31B")}
 routing_pictures.bytes_picture(needed)
 
 # %%
 total = {name: sum(parts.values()) for name, parts in needed.items()}
 least = total["26B-A4B, 8 of 128 experts"]
-table(["", "GB per token", "times the 26B-A4B"], [[name, f"{n_bytes / 1e9:.2f}", f"{n_bytes / least:.1f}"] for name, n_bytes in total.items()])
+table(["", "GB per token", "times the 26B-A4B"],
+      [[name, f"{n_bytes / 1e9:.2f}", f"{n_bytes / least:.1f}"] for name, n_bytes in total.items()])
 
 # %% [markdown]
 # ## When it stops being cheap: several rows at once
@@ -184,12 +188,12 @@ rows = [1, 2, 3, 5, 9, 16]
 table(["rows", *rows], [
     ["neighbouring tokens", *(f"{np.mean([routing.distinct(id_TX, n) for id_TX in routes.id_LTX]):.1f}" for n in rows)],
     ["tokens from anywhere", *(f"{np.mean([routing.distinct(id_TX, n) for id_TX in shuffled]):.1f}" for n in rows)],
-    ["independent and even", *(f"{float(routing.distinct_if_independent(n_expert, n_used, n)):.1f}" for n in rows)]])
+    ["by the formula", *(f"{float(routing.distinct_if_independent(n_expert, n_used, n)):.1f}" for n in rows)]])
 
 # %% [markdown]
-# Neighbours share experts, because they are about the same thing; tokens from anywhere share hardly more than chance makes them, the
-# little more being what uneven load does. But nobody is far below the formula, so it can be used to say what a call of $n$ rows must
-# read:
+# Neighbours share experts, because they are about the same thing. Tokens from anywhere share hardly more than chance makes them, and
+# that little comes from the uneven load. So the formula is an upper estimate, and for the few rows of a draft a close one. With it, a
+# call of $n$ rows of the true shapes reads this many bytes of weights, as a multiple of what one row reads:
 
 # %%
 table(["rows in a call", 1, 2, 3, 4, 5, 9],
@@ -197,5 +201,5 @@ table(["rows in a call", 1, 2, 3, 4, 5, 9],
        for name in ("26B-A4B", "12B", "31B")])
 
 # %% [markdown]
-# Bytes of weights, as a multiple of those for one row. A dense model verifies drafts nearly for free; the 26B-A4B pays for every one.
-# That is why drafting helps it less (notebook 5).
+# As far as reading goes, a dense model verifies drafts for free; the 26B-A4B pays for every one. That is why drafting helps it less
+# (notebook 5).

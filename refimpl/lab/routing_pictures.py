@@ -75,7 +75,7 @@ def rows_picture(id_LTX: np.ndarray, shuffled_LTX: np.ndarray, n_expert: int, mo
     """Distinct experts of 1 to `most` rows: neighbours in a text, the same rows shuffled, and by the formula."""
     n = np.arange(1, most + 1)
     fig, axes = figure(7, 3.4)
-    axes.plot(n, distinct_if_independent(n_expert, id_LTX.shape[-1], n), color=BLACK, ls="--", lw=1.2, label="independent and even: the formula")
+    axes.plot(n, distinct_if_independent(n_expert, id_LTX.shape[-1], n), color=BLACK, ls="--", lw=1.2, label="by the formula")
     for rows_LTX, colour, name in ((shuffled_LTX, RED, "tokens from anywhere"), (id_LTX, BLUE, "neighbouring tokens")):
         found = np.array([[distinct(id_TX, k) for k in n] for id_TX in rows_LTX])
         axes.plot(n, found.mean(axis=0), color=colour, lw=2, label=f"{name}: mean of the layers")
