@@ -180,7 +180,7 @@ source(cache.LayerCache, cache.cache_bytes)
 kv.cache_picture(models, (131_072, 262_144), max_rows=5)
 
 # %% [markdown]
-# Nearly all of it are the full layers; the rings cost the same at any context. Without windows, and with keys and values in every
+# Most of it belongs to the full layers; the rings cost the same at any context. Without windows, and with keys and values in every
 # layer, the whole context of each model would take (GB, float16):
 
 # %%
