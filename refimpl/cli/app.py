@@ -100,6 +100,10 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
                          begin=lambda total: stack.enter_context(bar("MB loaded", total, 10**6)))
     for warning in m.tokenizer.warnings:
         errors.print(f"note: {warning}")
+    if m.widened:
+        from refimpl.model.memory import about_widened
+
+        errors.print(f"note: {about_widened(m.widened, m.file.path)}")
     if m.backend.name == "kernels":
         from refimpl.kernels.threads import layer, slow_layer_warning
         from refimpl.kernels.words import ISA

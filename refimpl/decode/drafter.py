@@ -11,6 +11,7 @@ import numpy as np
 from refimpl.decode.depth import AutoDepth
 from refimpl.decode.model import BUILT_IN, Model, told
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.formats.matrix import Matrix
 from refimpl.model import drafter as network
 from refimpl.model.cache import Cache
 from refimpl.model.checkpoint import drafter_from_directory
@@ -77,8 +78,9 @@ def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | i
     file = drafter_from_directory(path) if os.path.isdir(path) else open_gguf(path)
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
-    if target.backend.name == "kernels" and file.n_bytes > available():
-        raise MemoryRefusal(f"{file.path}: the drafter needs {file.n_bytes / 1e9:.2f} GB beside its target, this machine has "
+    n_bytes = sum(target.backend.held(Matrix(file.raw(name), info.type)) for name, info in file.tensors.items())
+    if target.backend.name == "kernels" and n_bytes > available():
+        raise MemoryRefusal(f"{file.path}: the drafter needs {n_bytes / 1e9:.2f} GB beside its target, this machine has "
                             f"{available() / 1e9:.2f} GB free; without a drafter the text is the same")
     head = ("centroid" if network.CENTROIDS in file.tensors else "dense") if head is None else head
     with target.backend.running():

@@ -1,7 +1,7 @@
 """A model ready to use: file, configuration, weights and tokenizer together."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,10 @@ KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weigh
 class Model:
     """A Gemma 4 text model. `load` makes one."""
 
-    def __init__(self, file: GGUFFile, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend):
+    def __init__(self, file: GGUFFile, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend,
+                 widened: Mapping[str, list[str]]):
         self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
+        self.widened = widened      # type -> names of the tensors that are held as float32 because the kernels do not read them
 
     @property
     def name(self) -> str:
@@ -88,7 +90,8 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
 
     `backend`: "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread).
     `arithmetic`: "q8", activations rounded to 8 bits before they meet quantized weights, as ggml does (the kernels' default), or
-    "exact", float32 throughout (the reference's).
+    "exact", float32 throughout (the reference's). Weights of types without integer arithmetic here (IQ1 to IQ3, TQ, NVFP4, ...) meet
+    exact activations in both, and the kernels hold them as float32 (`Model.widened` names them).
 
     The kernels rearrange the weights in memory (kernels/tiles.py); MemoryRefusal (a ValueError) if there is no room for them and a context
     of `n_ctx` tokens. `weights` says how the reference holds them: "quantized" as they lie in the mapped file, dequantized at each use;
@@ -116,17 +119,18 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
                 raise ValueError(f"{file.path}: heads of {layer.head_dim} in layer {layer.index}; the kernels take multiples of 16, "
                                  "backend='reference' (--backend reference) takes any")
         functions = kernel_backend(arithmetic, prepare(threads))
-        need = needed(file, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type)
+        need = needed(file, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type, functions.held)
         refuse_unless_it_fits(need, available(), file.path)
+        widened = need.widened
     else:
         hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
-        functions = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix)
+        functions, widened = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix), {}
     with functions.running():
         matrices = weights_from_gguf(file, config, told(functions.prepare, file, begin))
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
-    return Model(file, config, matrices, tokenizer, functions)
+    return Model(file, config, matrices, tokenizer, functions, widened)
 
 
 def told(hold: Callable[[Matrix], object], file: GGUFFile,

@@ -56,12 +56,16 @@ def _drafter(file: GGUFFile) -> dict[str, object]:
 
 def _memory(file: GGUFFile, config: Config, n_ctx: int) -> dict[str, object]:
     """As the kernels hold it, with keys and values in float16. Of a file that this version cannot load: the weights as they are."""
+    from refimpl.kernels.tiles import held_bytes  # here: it takes a third of a second
+
     half = np.dtype(np.float16)
     try:
-        weight_bytes = needed(file, config, n_ctx, CHUNK, half).weights
+        need = needed(file, config, n_ctx, CHUNK, half, held_bytes)
+        weight_bytes, widened = need.weights, need.widened
     except GGUFError:
-        weight_bytes = file.n_bytes
-    return {"n_ctx": n_ctx, "weight_bytes": weight_bytes, "kv_bytes": cache_bytes(config, n_ctx, CHUNK, half),
+        weight_bytes, widened = file.n_bytes, {}
+    return {"n_ctx": n_ctx, "weight_bytes": weight_bytes, "held_as_float32": {kind: len(names) for kind, names in widened.items()},
+            "kv_bytes": cache_bytes(config, n_ctx, CHUNK, half),
             "buffer_bytes": buffer_bytes(config, CHUNK), "free_bytes": available()}
 
 
@@ -120,6 +124,9 @@ def as_text(described: dict[str, object]) -> str:
     memory = described["memory"]
     lines += ["", f"memory: weights {size(memory['weight_bytes'])}, keys and values {size(memory['kv_bytes'])} for a full context of "
               f"{memory['n_ctx']} (-c sets another), {size(memory['buffer_bytes'])} to compute in; {size(memory['free_bytes'])} free"]
+    if memory["held_as_float32"]:
+        types = ", ".join(f"{kind} ({n} tensors)" for kind, n in memory["held_as_float32"].items())
+        lines.append(f"there are no kernels for {types}: held as float32, 4 bytes a weight, which is counted")
     return "\n".join(lines)
 
 

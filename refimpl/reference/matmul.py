@@ -31,12 +31,13 @@ def matmul(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
 
 
 def matmul_q8(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
-    """The same product with activations rounded to 8 bits (see activations.py). Weights of F16, BF16 and F32 stay with `matmul`.
+    """The same product with activations rounded to 8 bits (see activations.py). Weights of F16, BF16 and F32, and of types for which there
+    is no integer arithmetic here (IQ1 to IQ3, TQ, NVFP4, ...: not in LEVELS), stay with `matmul`.
 
     Inside a block everything is an integer and exact; the blocks of a row are added in order, each with one fused multiply-add (two
     where the type has a minimum). (ggml fuses and orders as its vector width suggests.)
     """
-    if BLOCKS[w_OD.type].elements == 1:
+    if w_OD.type not in LEVELS:
         return matmul(x_TD, w_OD)
     x = round_activations(x_TD, w_OD.type)
     y_TO = np.empty((x_TD.shape[0], w_OD.shape[0]), np.float32)
