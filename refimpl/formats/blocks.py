@@ -71,13 +71,17 @@ _TABLE = (
     Block("Q5_1", 32, (("d", "<f2", 1), ("m", "<f2", 1), ("qh", "<u4", 1), ("qs", "u1", 16))),
     Block("Q8_0", 32, (("d", "<f2", 1), ("qs", "i1", 32))),
     # 256 elements in 8 or 16 sub-blocks, whose scales are themselves quantized.
+    Block("Q2_K", 256, (("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2", 1), ("dmin", "<f2", 1))),
+    Block("Q3_K", 256, (("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2", 1))),
     Block("Q4_K", 256, (("d", "<f2", 1), ("dmin", "<f2", 1), ("scales", "u1", 12), ("qs", "u1", 128))),
     Block("Q5_K", 256, (("d", "<f2", 1), ("dmin", "<f2", 1), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128))),
     Block("Q6_K", 256, (("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2", 1))),
+    # 4 bits that choose from a table.
+    Block("IQ4_NL", 32, (("d", "<f2", 1), ("qs", "u1", 16))),
+    Block("IQ4_XS", 256, (("d", "<f2", 1), ("scales_h", "<u2", 1), ("scales_l", "u1", 4), ("qs", "u1", 128))),
+    Block("MXFP4", 32, (("e", "u1", 1), ("qs", "u1", 16))),
     # Sized, not decoded.
     _opaque("Q8_1", 32, 36),  # two halves and 32 int8; gguf-py's table still says 40 (two floats, an older layout)
-    _opaque("Q2_K", 256, 84),
-    _opaque("Q3_K", 256, 110),
     _opaque("Q8_K", 256, 292),
     _opaque("IQ1_S", 256, 50),
     _opaque("IQ1_M", 256, 56),
@@ -86,11 +90,8 @@ _TABLE = (
     _opaque("IQ2_S", 256, 82),
     _opaque("IQ3_XXS", 256, 98),
     _opaque("IQ3_S", 256, 110),
-    _opaque("IQ4_NL", 32, 18),
-    _opaque("IQ4_XS", 256, 136),
     _opaque("TQ1_0", 256, 54),
     _opaque("TQ2_0", 256, 66),
-    _opaque("MXFP4", 32, 17),
     _opaque("NVFP4", 64, 36),
     _opaque("Q1_0", 128, 18),
     _opaque("Q2_0", 64, 18),

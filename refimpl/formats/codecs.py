@@ -1,7 +1,8 @@
 """The face of the formats: dequantize and quantize by type name, in bounded memory.
 
 Decoding is exact but for one rounding. A half has 11 significant bits, the integers beside it at most 12 together, so every
-product d * q or (d * s) * q fits the 24 bits of a float32; only the sum with a minimum (Q4_1, Q5_1, Q4_K, Q5_K) rounds, once.
+product d * q or (d * s) * q fits the 24 bits of a float32; only the sum with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) rounds, once.
+MXFP4's scale is a power of two.
 A decoder that fuses, or works in float64, must therefore give the same bits: a difference from these numbers is an error.
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from refimpl.formats import floats, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
+from refimpl.formats import floats, iq4, mxfp4, q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
 from refimpl.formats.blocks import BLOCKS, Block, blocks_of, fields_of
 
 Codec = Callable[[np.ndarray], np.ndarray]
@@ -26,6 +27,11 @@ _DEQUANTIZE: dict[str, Codec] = {
     "Q4_K": q4_k.dequantize_q4_k,
     "Q5_K": q5_k.dequantize_q5_k,
     "Q6_K": q6_k.dequantize_q6_k,
+    "Q2_K": q2_k.dequantize_q2_k,
+    "Q3_K": q3_k.dequantize_q3_k,
+    "IQ4_NL": iq4.dequantize_iq4_nl,
+    "IQ4_XS": iq4.dequantize_iq4_xs,
+    "MXFP4": mxfp4.dequantize_mxfp4,
 }
 
 _QUANTIZE: dict[str, Codec] = {
@@ -40,6 +46,11 @@ _QUANTIZE: dict[str, Codec] = {
     "Q4_K": q4_k.quantize_q4_k,
     "Q5_K": q5_k.quantize_q5_k,
     "Q6_K": q6_k.quantize_q6_k,
+    "Q2_K": q2_k.quantize_q2_k,
+    "Q3_K": q3_k.quantize_q3_k,
+    "IQ4_NL": iq4.quantize_iq4_nl,
+    "IQ4_XS": iq4.quantize_iq4_xs,
+    "MXFP4": mxfp4.quantize_mxfp4,
 }
 
 DEQUANTIZABLE = frozenset(_DEQUANTIZE)
