@@ -131,7 +131,7 @@ def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
     """Yields (name, block type, data) for `write_gguf`, from a state dict of float32 arrays.
 
     `type_of(name, shape)` chooses the type of every tensor that may be quantized; a type whose block does not divide the row falls
-    back to the next one that does, as llama.cpp's quantizer does (Q4_K to Q5_0, Q5_K to Q5_1, Q6_K to Q8_0, else F16).
+    back to the next one that does, as llama.cpp's quantizer does (Q4_K to Q5_0, Q2_K to Q4_0, ..., else F16).
     """
     full = config["layer_types"].index("full_attention")
     head_dim = {int(i): layer for i, layer in config["per_layer_config"].items()}[full]["head_dim"]
@@ -149,7 +149,8 @@ def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
         yield name, block, quantize(value, block) if plain is None else value.astype(plain)
 
 
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q5_0": "F16", "Q5_1": "F16", "Q8_0": "F16"}
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL", "IQ4_NL": "F16",
+             "MXFP4": "F16", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16", "Q8_0": "F16"}
 
 
 def fitting_type(block: str, n_cols: int) -> str:
