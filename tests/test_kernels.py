@@ -202,7 +202,9 @@ def test_every_exponent_in_8_bits():
     for part, scale in ((records[:128], np.float32(1e5)), (records[128:], np.float32(1e-3))):
         w, x = Matrix(part, "MXFP4"), rows(3, 32) * scale
         got = kernels.matmul_q8(x, tiled(w, 1))
-        assert same(got, reference.matmul_q8(x, w)) and np.isfinite(got).all() and (got != 0).all()
+        with np.errstate(over="ignore"):                # of the sums that Q8_1 wants
+            want = reference.matmul_q8(x, w)
+        assert same(got, want) and np.isfinite(got).all() and (got != 0).all()
 
 
 SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1x1x256", "matmul_q8 Q5_1 1x1x256", "matmul_q8 Q8_0 1x1x256",
