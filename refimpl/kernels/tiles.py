@@ -5,9 +5,9 @@
     row 1   | block 0 | block 1 | ...           block 1 | ...
     ...                                         ...
 
-A unit is as many bytes of a block as a kernel takes from a row at once: 2 for a float16 scale, 1 for the small scales of the K types,
-4 for everything else (4 bytes hold the weights that one integer dot instruction multiplies). A tile is exactly as large as its rows were;
-the last tile of a matrix is filled up with zeros.
+A unit is as many bytes of a block as a kernel takes from a row at once: 2 for a float16 scale, 1 for the scale of MXFP4 and for the small
+scales of sub-blocks, 4 for everything else (4 bytes hold the weights that one integer dot instruction multiplies). A tile is exactly as
+large as its rows were; the last tile of a matrix is filled up with zeros.
 
 A type that no kernel reads (IQ1 to IQ3, TQ, NVFP4, ...: all that can be decoded and is not in kinds.py) is held as tiles of F32, 4 bytes a
 weight, dequantized a few rows at a time on the way: then everything works with it, in exact arithmetic, and it gains neither memory nor
@@ -51,7 +51,7 @@ def units(block: Block) -> np.ndarray:
     found, offset = [], 0
     for name, kind, count in block.fields:
         n_bytes = np.dtype(kind).itemsize * count
-        step = 1 if name == "scales" else min(4, n_bytes)
+        step = 1 if name.startswith("scales") else min(4, n_bytes)
         found += [(offset + u, step) for u in range(0, n_bytes, step)]
         offset += n_bytes
     return np.array(found, np.int64)
