@@ -14,6 +14,7 @@ from refimpl.cli.app import (
     Seed,
     app,
     bar,
+    fetched,
     write,
 )
 
@@ -27,7 +28,7 @@ def inspect(
     """Show what is in a file: metadata, layers, tensor types and sizes, and the memory it will need."""
     from refimpl.lab.inspect import as_text, describe
 
-    described = describe(model, ctx)
+    described = describe(fetched(model), ctx)
     write((json.dumps(described) if as_json else as_text(described)) + "\n")
 
 

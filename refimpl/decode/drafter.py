@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.decode.depth import AutoDepth
+from refimpl.decode.hub import local
 from refimpl.decode.model import BUILT_IN, Model, told
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
 from refimpl.formats.matrix import Matrix
@@ -61,20 +62,20 @@ def _probability(logit_K: np.ndarray) -> float:
 
 def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | int | None = None,
                  begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Drafter:
-    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`) or a Hugging Face directory; without a path, that of the built-in
-    model.
+    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`) or a Hugging Face directory, downloaded first if `path` is
+    `hf:owner/name` (decode/hub.py); without a path, that of the built-in model.
 
     `head`: "dense", a product with every row of the vocabulary; "centroid", with the tokens of the best groups only, for files that have
     them (E2B and E4B); a number, with that many tokens at the start of the vocabulary, the earliest merges, which tend to be the
     commonest: quicker, and the others are never proposed; None, "centroid" where it is there. `begin` as in `load`.
 
-    Raises GGUFError, with one clear line, for a file that is no drafter or belongs to another target, MemoryRefusal where there is no
-    room, ValueError for other arguments.
+    Raises GGUFError, with one clear line, for a file that is no drafter or belongs to another target, HubError for one that cannot be
+    downloaded, MemoryRefusal where there is no room, ValueError for other arguments.
     """
     n_vocab = target.config.n_vocab
     if head is not None and head not in HEADS and (type(head) is not int or not 1 <= head <= n_vocab):
         raise ValueError(f"head={head!r}: expected {', '.join(map(repr, HEADS))} or a number of tokens from 1 to {n_vocab}")
-    path = BUILT_IN_DRAFTER if path is None else path
+    path = BUILT_IN_DRAFTER if path is None else local(path, drafter=True)
     file = drafter_from_directory(path) if os.path.isdir(path) else open_gguf(path)
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)

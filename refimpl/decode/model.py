@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from refimpl.decode.hub import local
 from refimpl.decode.tokenizer import Tokenizer
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
@@ -86,7 +87,7 @@ class Model:
 def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", arithmetic: str | None = None, threads: int | None = None,
          weights: str = "auto", n_ctx: int = 1,
          begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Model:
-    """Loads a Gemma 4 GGUF file; without a path, the small model that ships with the package.
+    """Loads a Gemma 4 GGUF file, downloaded first if `path` is `hf:owner/name` (decode/hub.py); without a path, the small model that ships.
 
     `backend`: "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread).
     `arithmetic`: "q8", activations rounded to 8 bits before they meet quantized weights, as ggml does (the kernels' default), or
@@ -98,7 +99,8 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
     "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the arithmetic allows it.
     `begin(bytes in all)` returns a function that is told of the bytes done.
 
-    Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used, ValueError for other arguments.
+    Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used, HubError for one that cannot be
+    downloaded, ValueError for other arguments.
     """
     arithmetic = {"kernels": "q8", "reference": "exact"}.get(backend) if arithmetic is None else arithmetic
     if backend not in ("kernels", "reference"):
@@ -111,7 +113,7 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
         raise ValueError(f"weights={weights!r}: expected 'auto', 'quantized' or 'float32'")
     if weights == "float32" and (arithmetic == "q8" or backend == "kernels"):
         raise ValueError("weights='float32' is for the reference in exact arithmetic")
-    file = open_gguf(BUILT_IN if path is None else path)
+    file = open_gguf(BUILT_IN if path is None else local(path))
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
     if backend == "kernels":
         for layer in config.layers:
