@@ -15,6 +15,7 @@ from refimpl.formats.container import GGUFFile
 from refimpl.formats.matrix import Matrix
 from refimpl.kernels.threads import ROOT, control_groups, read
 from refimpl.model.cache import cache_bytes
+from refimpl.model.checkpoint import RenamedCheckpoint
 from refimpl.model.config import Config, MoeFfn
 from refimpl.model.weights import PerLayerEmbedding, Weights, weights_from_gguf
 
@@ -45,7 +46,14 @@ class Need:
         return self.weights + self.cache + self.buffers
 
 
-def needed(file: GGUFFile, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
+class _Outline:
+    """A directory whose tensors have their sizes, and their contents only where those take no memory."""
+
+    def __init__(self, file: RenamedCheckpoint):
+        self.path, self.tensors, self.raw = file.path, file.tensors, file.outline
+
+
+def needed(file: GGUFFile | RenamedCheckpoint, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
            held: Callable[[Matrix], int] = lambda matrix: matrix.raw.nbytes) -> Need:
     """What the model in `file` will take with a context of `n_ctx` tokens, `max_rows` of them in a call.
 
@@ -53,7 +61,7 @@ def needed(file: GGUFFile, config: Config, n_ctx: int, max_rows: int, kv_type: n
     than `cache` until its context is full, and for a moment one layer twice when it does grow. Raises GGUFError for a file that is no
     model.
     """
-    weights = weights_from_gguf(file, config, lambda name, matrix: matrix)
+    weights = weights_from_gguf(_Outline(file) if isinstance(file, RenamedCheckpoint) else file, config, lambda name, matrix: matrix)
     tables = {id(table) for table in tables_of(weights)}
     in_memory = sum(held(part) if isinstance(part, Matrix) else part.nbytes for part in parts_of(weights) if id(part) not in tables)
     return Need(in_memory, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx)
