@@ -41,13 +41,13 @@ def write_vocabulary(folder, n: int = V):
                   "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": {p: i for i, p in enumerate(pieces)},
                   "merges": [["t", "h"]]}}))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
-        "mask_token": "<mask>"}))
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>",
+        "pad_token": "<pad>", "mask_token": "<mask>"}))
 
 
 def save(folder, model, dtype=torch.float32, shard: str = "1GB", old_form: bool = False):
     """Writes a model as transformers does, `old_form` with the configuration of published files, and gives it a vocabulary."""
-    copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard)    # `to` rounds constants
+    copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard)      # `to` rounds constants too
     if old_form:
         publish(folder / "config.json")
     write_vocabulary(folder)
