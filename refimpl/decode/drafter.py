@@ -11,11 +11,11 @@ import numpy as np
 from refimpl.decode.depth import AutoDepth
 from refimpl.decode.hub import local
 from refimpl.decode.model import BUILT_IN, Model, told
-from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.formats.container import GGUFError, GGUFFile
 from refimpl.formats.matrix import Matrix
 from refimpl.model import drafter as network
 from refimpl.model.cache import Cache
-from refimpl.model.checkpoint import drafter_from_directory
+from refimpl.model.checkpoint import RenamedCheckpoint, open_drafter
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
 from refimpl.model.gemma4 import embed
@@ -29,7 +29,7 @@ N_COMPARED = 10         # the largest logits among which the probability of a pr
 class Drafter:
     """A drafter for one target, on the target's backend. `load_drafter` makes one. `auto` is what it has learnt of the pace of both."""
 
-    def __init__(self, file: GGUFFile, config: DrafterConfig, weights: DrafterWeights, target: Model):
+    def __init__(self, file: GGUFFile | RenamedCheckpoint, config: DrafterConfig, weights: DrafterWeights, target: Model):
         self.file, self.config, self.weights, self.target = file, config, weights, target
         self.auto = AutoDepth()
 
@@ -75,8 +75,7 @@ def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | i
     n_vocab = target.config.n_vocab
     if head is not None and head not in HEADS and (type(head) is not int or not 1 <= head <= n_vocab):
         raise ValueError(f"head={head!r}: expected {', '.join(map(repr, HEADS))} or a number of tokens from 1 to {n_vocab}")
-    path = BUILT_IN_DRAFTER if path is None else local(path, drafter=True)
-    file = drafter_from_directory(path) if os.path.isdir(path) else open_gguf(path)
+    file = open_drafter(BUILT_IN_DRAFTER if path is None else local(path, drafter=True))
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
     n_bytes = sum(target.backend.held(Matrix(file.raw(name), info.type)) for name, info in file.tensors.items())
@@ -99,7 +98,7 @@ def beside(path: Path) -> list[Path]:
                   if words(file) & marks and words(file) - marks and words(file) - marks <= words(path))
 
 
-def _check_vocabulary(file: GGUFFile, target: Model):
+def _check_vocabulary(file: GGUFFile | RenamedCheckpoint, target: Model):
     """The drafter's pieces, where the file has any, must be the target's."""
     ours, theirs = (f.metadata.get("tokenizer.ggml.tokens") for f in (file, target.file))
     if ours is None or theirs is None:

@@ -16,6 +16,7 @@ from refimpl.formats.container import GGUFFile
 from refimpl.formats.matrix import Matrix
 from refimpl.kernels.threads import ROOT, control_groups, read
 from refimpl.model.cache import cache_bytes
+from refimpl.model.checkpoint import RenamedCheckpoint
 from refimpl.model.config import Config, MoeFfn
 from refimpl.model.weights import PerLayerEmbedding, Weights, weights_from_gguf
 
@@ -50,7 +51,14 @@ class Need:
         return self.weights + self.cache + self.buffers
 
 
-def needed(file: GGUFFile, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
+class _Outline:
+    """A directory whose tensors have their sizes, and their contents only where those take no memory."""
+
+    def __init__(self, file: RenamedCheckpoint):
+        self.path, self.tensors, self.raw = file.path, file.tensors, file.outline
+
+
+def needed(file: GGUFFile | RenamedCheckpoint, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
            held: Callable[[Matrix], int]) -> Need:
     """What the model in `file` will take with a context of `n_ctx` tokens, `max_rows` of them in a call.
 
@@ -67,7 +75,7 @@ def needed(file: GGUFFile, config: Config, n_ctx: int, max_rows: int, kv_type: n
         if n_bytes > matrix.raw.nbytes:
             widened[matrix.type].append(name)
         return matrix
-    weights = weights_from_gguf(file, config, measure)
+    weights = weights_from_gguf(_Outline(file) if isinstance(file, RenamedCheckpoint) else file, config, measure)
     vector_bytes = sum(part.nbytes for part in parts_of(weights) if isinstance(part, np.ndarray))
     return Need(matrix_bytes + vector_bytes, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx,
                 dict(widened))
