@@ -8,7 +8,15 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
-from shapes import PIECES, V
+from shapes import COMMON, PIECES, SHAPES, V, random_model
+from transformers import (
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForConditionalGeneration,
+    Gemma4UnifiedTextConfig,
+)
 
 ARGS = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=32)
 SCHEME = QuantizationScheme(targets=["Linear"], weights=ARGS)
@@ -17,6 +25,8 @@ QUANTIZATION = {
     "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": {
         "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False,
         "observer": "memoryless_minmax"}}}}
+SMALL_VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+                    position_embedding_size=16, use_clipped_linears=True)
 LINEAR = re.compile(r".*(_proj|per_layer_input_gate|per_layer_projection)\.weight")
 
 
@@ -61,6 +71,23 @@ def publish(place):
     full = next(iter(text.pop("per_layer_config").values()))
     text |= {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full.get("num_key_value_heads")}
     place.write_text(json.dumps(config))
+
+
+def multimodal(shape: str, unified: bool):
+    """(a model with parts that see and hear around the text model of `random_model`, that text model)."""
+    kept = COMMON | SHAPES[shape]
+    if unified:
+        kept = {k: v for k, v in kept.items() if not k.startswith(("hidden_size_per", "vocab_size_per", "enable_moe"))}
+        config = Gemma4UnifiedConfig(text_config=Gemma4UnifiedTextConfig(**kept),
+                                     vision_config=dict(patch_size=2, mm_embed_dim=16, mm_posemb_size=4, output_proj_dims=64),
+                                     audio_config=dict(audio_embed_dim=16))
+        model = Gemma4UnifiedForConditionalGeneration(config)
+    else:
+        model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=Gemma4TextConfig(**kept), vision_config=SMALL_VISION))
+    text = random_model(shape)
+    missing, unexpected = model.model.language_model.load_state_dict(text.model.state_dict(), strict=False)
+    assert not missing and not unexpected
+    return model.float(), text
 
 
 def scales_of(weight: torch.Tensor) -> torch.Tensor:

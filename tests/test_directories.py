@@ -6,17 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from directories import QUANTIZATION, change_json, pack, save, save_w4a16, scales_of, unpack, write_vocabulary
+from directories import QUANTIZATION, change_json, multimodal, pack, save, save_w4a16, scales_of, unpack, write_vocabulary
 from safetensors.torch import load_file, save_file
-from shapes import COMMON, SHAPES, oracle, prompt, random_drafter, random_model, reference, worst
-from transformers import (
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4TextConfig,
-    Gemma4UnifiedConfig,
-    Gemma4UnifiedForConditionalGeneration,
-    Gemma4UnifiedTextConfig,
-)
+from shapes import SHAPES, oracle, prompt, random_drafter, random_model, reference, worst
 
 import refimpl
 from refimpl.formats import w4a16
@@ -27,9 +19,6 @@ from refimpl.model.checkpoint import open_directory
 from refimpl.model.memory import needed
 
 TOLERANCE = 1e-4
-SMALL_VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
-                    position_embedding_size=16, use_clipped_linears=True)
-
 
 def rounded(model, dtype):
     """The model with its weights rounded to `dtype`, its constants as they were."""
@@ -77,23 +66,6 @@ def test_global_key_value_heads_count_only_where_keys_are_values(tmp_path):
     folder = save(tmp_path / "m", hf, old_form=True)
     change_json(folder / "config.json", num_global_key_value_heads=1)
     assert error_of(folder, hf, backend="reference") < TOLERANCE
-
-
-def multimodal(shape: str, unified: bool):
-    """(a random model with a vision part, the text model in it)."""
-    kept = COMMON | SHAPES[shape]
-    if unified:
-        kept = {k: v for k, v in kept.items() if not k.startswith(("hidden_size_per", "vocab_size_per", "enable_moe"))}
-        config = Gemma4UnifiedConfig(text_config=Gemma4UnifiedTextConfig(**kept),
-                                     vision_config=dict(patch_size=2, mm_embed_dim=16, mm_posemb_size=4, output_proj_dims=64),
-                                     audio_config=dict(audio_embed_dim=16))
-        model = Gemma4UnifiedForConditionalGeneration(config)
-    else:
-        model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=Gemma4TextConfig(**kept), vision_config=SMALL_VISION))
-    text = random_model(shape)
-    missing, unexpected = model.model.language_model.load_state_dict(text.model.state_dict(), strict=False)
-    assert not missing and not unexpected
-    return model.float(), text
 
 
 @pytest.mark.parametrize(("shape", "unified"), [("E2B", False), ("26B-A4B", False), ("12B", True)])

@@ -169,6 +169,10 @@ class GGUFFile:
         for part in self._open_parts():
             let_go(part.mapping, 0, len(part.mapping))
 
+    def files(self) -> list[Path]:
+        """The file, or all parts of a split model."""
+        return [part.path for part in self._open_parts()]
+
     def close(self) -> None:
         """Lets go of the files. Views from `raw` stay valid; the last of them takes the mapping with it."""
         parts, self._parts = self._parts or [], None

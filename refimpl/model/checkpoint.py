@@ -54,6 +54,10 @@ class RenamedCheckpoint:
         source = self._sources[name]
         return source.raw() if source.lies_there else np.broadcast_to(np.uint8(0), (*source.info.shape[:-1], source.info.row_bytes))
 
+    def files(self) -> list[Path]:
+        """As GGUFFile has it."""
+        return self.checkpoint.files()
+
     def release_all(self) -> None:
         """As GGUFFile has it."""
         self.checkpoint.release_all()
