@@ -63,6 +63,15 @@ def test_q4_k_m_falls_back_where_a_row_does_not_divide():
     assert types == {"F32", "Q4_K", "Q6_K", "Q5_0", "Q8_0"}
 
 
+def test_recipes_of_one_type():
+    """Rows of 704 (down projections of the experts) are no multiple of 256."""
+    config = config_of("26B-A4B")
+    others = {"q2_k": {"Q4_0"}, "q3_k": {"Q4_0"}, "iq4_xs": {"IQ4_NL"}, "iq4_nl": set(), "mxfp4": set()}
+    for recipe, more in others.items():
+        types = {recipe_type(recipe, tensor, shape, 30) for tensor, shape in model_tensors(config)}
+        assert types == {"F32", "Q6_K", recipe.upper()} | more
+
+
 def test_types_that_do_not_fit_are_replaced_as_llama_cpp_replaces_them():
     """tensor_type_fallback in llama-quant.cpp: rows of whole blocks of 32, and rows that are not even that."""
     small = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
@@ -103,7 +112,7 @@ def test_wrong_names_are_refused(tmp_path):
                        (("12B-assistant", "google-q4_0", 2), "four layers")):
         with pytest.raises(ValueError, match=says):
             synthesise(args[0], tmp_path / "x.gguf", *args[1:])
-    assert not list(tmp_path.iterdir()) and len(shape_names()) == 10 and len(RECIPES) == 3
+    assert not list(tmp_path.iterdir()) and len(shape_names()) == 10 and len(RECIPES) == 8
 
 
 def test_a_drafter_is_written_whole(tmp_path):

@@ -58,7 +58,8 @@ def convert(
 def synth(
     shape: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or one of them with -assistant: its drafter")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")],
-    recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0 or q4_k_m")] = "google-q4_0",
+    recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0, q4_k_m, or one type for all: q2_k, q3_k, iq4_nl, "
+                                                         "iq4_xs, mxfp4")] = "google-q4_0",
     layers: Annotated[int | None, typer.Option("--layers", min=2, help="only so many layers", show_default=False)] = None,
     seed: Seed = 0,
 ):
