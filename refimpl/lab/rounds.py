@@ -62,8 +62,8 @@ class Stubborn:
         return [self.token] * len(self.drafter.draft(token, state_C, cache, n, min_p))
 
 
-def run(model: Model, ids: Sequence[int], n_new: int, drafter: Drafter | Stubborn | None = None, depth: FixedDepth | AutoDepth | None = None,
-        **sampling) -> Run:
+def run(model: Model, ids: Sequence[int], n_new: int, drafter: Drafter | Stubborn | None = None,
+        depth: FixedDepth | AutoDepth | None = None, **sampling) -> Run:
     """`n_new` tokens after `ids`, with a drafter (`depth` says how many drafts a round has) or without. `sampling` as in Sampling; greedy
     unless a temperature is given. It does not stop at the end of a text, so that all runs are of one length.
     """
@@ -135,6 +135,18 @@ def costs(model: Model, drafter: Drafter, ids: Sequence[int], turns: int = 15) -
         drafter.draft(int(ids_T[-1]), state_D, cache, MOST)
         draft.append((time.perf_counter() - began) / MOST)
     return Costs([min(times[1:]) for times in verify], min(draft[1:]))
+
+
+class Charged(AutoDepth):
+    """The automatic depth, charged with costs measured before instead of those of the moment, which other programs may disturb."""
+
+    def __init__(self, costs: Costs):
+        super().__init__()
+        self.costs = costs
+
+    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float):
+        """As AutoDepth has it."""
+        super().observe(drafted, accepted, drafted * self.costs.draft, self.costs.verify[drafted])
 
 
 def rates(verify: Sequence[float], draft: float, accepted: Sequence[float]) -> list[float]:

@@ -41,7 +41,7 @@ def acceptance_picture(curves: Mapping[str, Sequence[float]], alphas: Mapping[st
     for (name, chances), colour in zip(curves.items(), (GREEN, ORANGE)):
         n = range(1, len(chances) + 1)
         axes.plot(n, chances, "o-", color=colour, lw=2, ms=5, label=name)
-        axes.plot(n, [alphas[name] ** i for i in n], "--", color=colour, lw=1, label=f"{alphas[name]:.2f}$^i$")
+        axes.plot(n, [alphas[name] ** i for i in n], "--", color=colour, lw=1, label=f"{alphas[name]:.2f} to the power of i")
     axes.set(xlabel="drafts 1 to i", ylabel="rounds in which all were accepted", ylim=(0, 1))
     legend(axes, ncols=2)
     return picture(fig, "Acceptance by position, greedy and sampled.")
@@ -83,11 +83,12 @@ def costs_picture(costs: Costs, chances: Mapping[str, Sequence[float]]):
 def depths_picture(runs: Mapping[str, Run]):
     """How many tokens were drafted in each round, one panel for each run."""
     fig, panels = figure(9, 1.5 * len(runs) + 0.3, len(runs), 1, sharey=True)
+    most = max(len(r.drafted) for run in runs.values() for r in run.rounds)
     for axes, (name, run) in zip(panels, runs.items()):
         depth = [len(r.drafted) for r in run.rounds]
         axes.bar(range(1, len(depth) + 1), depth, width=1, color=ORANGE, label="drafted")
         axes.bar(range(1, len(depth) + 1), [r.n_accepted for r in run.rounds], width=1, color=GREEN, label="accepted")
-        axes.set(title=name, ylabel="tokens", xlim=(0.5, len(depth) + 0.5))
+        axes.set(title=name, ylabel="tokens", xlim=(0.5, len(depth) + 0.5), yticks=range(0, most + 1, 2), ylim=(0, most + 1.5))
     panels[-1].set_xlabel("round")
     legend(panels[0], loc="upper right", ncols=2)
     return picture(fig, "Drafts in each round as the automatic depth chose them.")

@@ -5,7 +5,6 @@ matplotlib and IPython are imported where they are used, so that nothing else ne
 
 import inspect
 import io
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,17 +117,18 @@ def visible(piece: str) -> str:
 def _boxes(boxes: Sequence[tuple[int, float, str, str, str]], n_lines: int, width: float, key: Sequence[tuple[str, str]]):
     from matplotlib.patches import Rectangle
 
-    n_key = math.ceil(len(key) / 4)
-    fig, axes = figure(0.093 * max(width, 72), 0.23 * (n_lines + n_key) + 0.1)
-    axes.set(xlim=(0, max(width, 72)), ylim=(n_lines, -n_key))
+    n_key, width = bool(key), max(width, 72)
+    fig, axes = figure(0.093 * width, 0.23 * (n_lines + n_key) + 0.1)
+    axes.set(xlim=(0, width), ylim=(n_lines, -n_key))
     axes.axis("off")
     style = {"family": "monospace", "fontsize": 9, "va": "center_baseline", "parse_math": False}
     for line, column, text, back, ink in boxes:
         axes.add_patch(Rectangle((column + 0.04, line + 0.06), len(text) - 0.08, 0.88, color=back, lw=0))
         for j, letter in enumerate(text):
             axes.text(column + j + 0.5, line + 0.52, letter, color=ink, ha="center", **style)
-    for n, (colour, meaning) in enumerate(key):
-        x, y = max(width, 72) / 4 * (n % 4), n // 4 - n_key
-        axes.add_patch(Rectangle((x, y + 0.15), 2, 0.6, color=colour, lw=0))
-        axes.text(x + 2.6, y + 0.5, meaning, fontsize=8, va="center", parse_math=False)
+    x = 0.0
+    for colour, meaning in key:
+        axes.add_patch(Rectangle((x, -0.85), 2, 0.6, color=colour, lw=0))
+        axes.text(x + 2.6, -0.5, meaning, fontsize=8, va="center", parse_math=False)
+        x += 5 + 0.75 * len(meaning)
     return fig
