@@ -125,7 +125,7 @@ source(gemma4.attention)
 # weight of the key norm, and turn.
 
 # %%
-model = refimpl.load()
+model = refimpl.load(threads=1)
 code = '''class Stack:
     """A list of items; the newest one comes first."""
 

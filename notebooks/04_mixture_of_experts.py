@@ -26,7 +26,7 @@ from refimpl.tiny.evaluate import model_bits
 # For the state $x$ of one token, with a matrix $W$ that has a row for each of $E$ experts:
 #
 # $$ p = \text{softmax}(W \hat x), \qquad w_e = \frac{s_e \, p_e}{\sum_{j \in \text{top}_8(p)} p_j}, \qquad
-# y = \sum_{e \in \text{top}_8(p)} w_e \, \text{FFN}_e(x) $$ p = \text{softmax}(W \hat x), \qquad y = \sum_{e \in \text{top}_8(p)} \frac{p_e}{\sum_{j \in \text{top}_8(p)} p_j} \, s_e \, \text{FFN}_e(x) $$
+# y = \sum_{e \in \text{top}_8(p)} w_e \, \text{FFN}_e(x) $$
 #
 # Shazeer et al. 2017 (arXiv:1701.06538, section 2.1) have the same sum with the softmax over the chosen only, which is equal on
 # paper, and with noise on the router for training. $\hat x$ is the normalised state, $s_e$ a learnt factor of each expert. These are
@@ -52,7 +52,7 @@ source(gemma4.moe_ffn)
 source(routing.tapped, routing.route)
 
 # %% tags=["text"]
-model = refimpl.load()
+model = refimpl.load(threads=1)
 passages = [routing.passage(model, text, 256) for text in read_corpus().heldout.values() if len(text) > 6000]
 texts = [part.ids for part in passages]
 kinds = np.concatenate([part.kind_T for part in passages])

@@ -3,7 +3,6 @@
 import ast
 import os
 import sys
-import time
 
 import nbformat
 import pytest
@@ -65,9 +64,10 @@ def test_its_file_is_small_and_the_same_whoever_writes_it(source):
 
 @notebooks
 def test_it_runs_now_and_shows_what_is_stored(source):
-    began = time.perf_counter()
+    before = os.times()
     now = build.execute(build.read(source))
-    assert time.perf_counter() - began < MOST_SECONDS
+    after = os.times()                          # processor time of the kernel, so that a busy machine does not fail it
+    assert after.children_user + after.children_system - before.children_user - before.children_system < MOST_SECONDS
     assert not list(build.differences(stored(source), now))
 
 

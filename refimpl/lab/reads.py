@@ -14,7 +14,7 @@ def part_of(name: str) -> str:
     role = name.split(".")[2] if name.startswith("blk.") else name
     if role in ("attn_q", "attn_k", "attn_v", "attn_output"):
         return "attention"
-    if role in ("ffn_gate_up_exps", "ffn_down_exps"):
+    if role in ("ffn_gate_up_exps", "ffn_down_exps") and name.endswith(".weight"):
         return "experts"
     return {"ffn_gate": "dense feed-forward", "ffn_up": "dense feed-forward", "ffn_down": "dense feed-forward",
             "token_embd.weight": "head"}.get(role, "the rest")
@@ -30,10 +30,12 @@ def read_bytes(name: str, n_rows: int = 1, recipe: str = "google-q4_0", all_expe
     config = config_of(name, n_layer)
     found = dict.fromkeys(PARTS, 0.0)
     for tensor, shape in model_tensors(config):
+        if tensor == "rope_freqs.weight":           # read once, when the model is loaded
+            continue
         block = BLOCKS[recipe_type(recipe, tensor, shape, len(config["layer_types"]))]
         row_bytes = block.row_bytes(shape[-1])
         n_bytes, part = math.prod(shape[:-1]) * row_bytes, part_of(tensor)
-        if part == "experts" and len(shape) == 3 and not all_experts:
+        if part == "experts" and not all_experts:
             n_bytes *= distinct_if_independent(config["num_experts"], config["top_k_experts"], n_rows) / config["num_experts"]
         elif tensor == "per_layer_token_embd.weight":
             n_bytes = n_rows * row_bytes

@@ -5,7 +5,6 @@ matplotlib and IPython are imported where they are used, so that nothing else ne
 
 import inspect
 import io
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,20 +94,41 @@ def text_figure(pieces: Sequence[str], backs: Sequence[str], inks: Sequence[str]
 
     `key` explains colours, (colour, meaning) each. A newline is drawn as an arrow.
     """
+    runs, n_lines = text_cells(pieces, width)
+    return _boxes([(line, column, part, backs[i], inks[i]) for i, line, column, part in runs], n_lines, width, key)
+
+
+def lines_figure(lines: Sequence[Sequence[tuple[str, str, str]]], key: Sequence[tuple[str, str]] = ()):
+    """A figure of boxes with text, line by line: (text, colour behind it, colour of its letters) each. `key` as in `text_figure`."""
+    boxes = []
+    for i, line in enumerate(lines):
+        column = 0.0
+        for text, back, ink in line:
+            boxes.append((i, column, text, back, ink))
+            column += len(text) + 0.3
+    return _boxes(boxes, len(lines), max(column + len(text) for _, column, text, _, _ in boxes) + 1, key)
+
+
+def visible(piece: str) -> str:
+    """A piece with its spaces and newlines drawn."""
+    return piece.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u2192")
+
+
+def _boxes(boxes: Sequence[tuple[int, float, str, str, str]], n_lines: int, width: float, key: Sequence[tuple[str, str]]):
     from matplotlib.patches import Rectangle
 
-    runs, n_lines = text_cells(pieces, width)
-    n_key = math.ceil(len(key) / 4)
+    n_key, width = bool(key), max(width, 72)
     fig, axes = figure(0.093 * width, 0.23 * (n_lines + n_key) + 0.1)
     axes.set(xlim=(0, width), ylim=(n_lines, -n_key))
     axes.axis("off")
     style = {"family": "monospace", "fontsize": 9, "va": "center_baseline", "parse_math": False}
-    for i, line, column, part in runs:
-        axes.add_patch(Rectangle((column + 0.04, line + 0.06), len(part) - 0.08, 0.88, color=backs[i], lw=0))
-        for j, letter in enumerate(part):
-            axes.text(column + j + 0.5, line + 0.52, letter, color=inks[i], ha="center", **style)
-    for n, (colour, meaning) in enumerate(key):
-        x, y = width / 4 * (n % 4), n // 4 - n_key
-        axes.add_patch(Rectangle((x, y + 0.15), 2, 0.6, color=colour, lw=0))
-        axes.text(x + 2.6, y + 0.5, meaning, fontsize=8, va="center", parse_math=False)
+    for line, column, text, back, ink in boxes:
+        axes.add_patch(Rectangle((column + 0.04, line + 0.06), len(text) - 0.08, 0.88, color=back, lw=0))
+        for j, letter in enumerate(text):
+            axes.text(column + j + 0.5, line + 0.52, letter, color=ink, ha="center", **style)
+    x = 0.0
+    for colour, meaning in key:
+        axes.add_patch(Rectangle((x, -0.85), 2, 0.6, color=colour, lw=0))
+        axes.text(x + 2.6, -0.5, meaning, fontsize=8, va="center", parse_math=False)
+        x += 5 + 0.75 * len(meaning)
     return fig
