@@ -25,7 +25,7 @@ def evaluate(
     count: Annotated[str, typer.Option("--count", help="every: each token once; second-half: as llama.cpp's perplexity counts")] = "every",
     chunks: Annotated[int | None, typer.Option("--chunks", min=1, show_default=False, help="only so many windows")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template: the text as it is")] = False,
-    n_top: Annotated[int, typer.Option("--keep-top", min=10, help="with -o: likeliest tokens to keep of every position")] = 64,
+    n_top: Annotated[int, typer.Option("--keep-top", min=10, help="with -o: likeliest tokens to keep of every position")] = 256,
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="processes, each with the model; the numbers stay the same")] = 1,
     threads: Threads = None,
     backend: Annotated[str, typer.Option("--backend", help="kernels, reference, or llama.cpp in a process of its own")] = "kernels",

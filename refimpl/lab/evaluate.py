@@ -10,10 +10,8 @@ Against another engine or file (`against`) the divergence is exact; against a ru
 
 import concurrent.futures
 import hashlib
-import math
 import multiprocessing
 import multiprocessing.util
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -28,8 +26,8 @@ from refimpl.decode.tokenizer import Tokenizer
 from refimpl.formats.container import GGUFFile, open_gguf
 from refimpl.kernels.threads import default_threads
 from refimpl.lab.bench import silent
-from refimpl.lab.divergence import divergence, divergence_bounds, keep, likeliest
-from refimpl.lab.runs import COLUMNS, KEPT, Journal, Run, read_run, write_run
+from refimpl.lab.divergence import divergence, divergence_bounds, keep
+from refimpl.lab.runs import COLUMNS, KEPT, Journal, read_run, write_run
 from refimpl.lab.sources import Side, opened
 from refimpl.lab.summary import summary
 from refimpl.lab.windows import COUNTS, Window, cut, read_documents
@@ -141,7 +139,7 @@ def agreement(base_K: np.ndarray, own_K: np.ndarray) -> dict[str, int]:
 
 
 def evaluate(side: Side, texts: Sequence[Path] = (), *, against: Side | None = None, base: Path | None = None, output: Path | None = None,
-             n_ctx: int = 512, stride: int | None = None, count: str = "every", raw: bool = False, n_top: int = 64,
+             n_ctx: int = 512, stride: int | None = None, count: str = "every", raw: bool = False, n_top: int = 256,
              n_windows: int | None = None, jobs: int = 1, threads: int | None = None,
              progress: Callable[..., AbstractContextManager] = silent) -> dict[str, object]:
     """Every figure of an evaluation, as plain data.

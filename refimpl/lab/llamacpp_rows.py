@@ -19,9 +19,9 @@ from refimpl.lab.llamacpp import LlamaCpp, _Engine, talk
 class LlamaCppRows(LlamaCpp):
     """A model loaded by llama.cpp, asked for logits. It runs at most `size` tokens at once, as it keeps the logits of all of them."""
 
-    def __init__(self, path: Path, n_ctx: int, n_threads: int, size: int):
-        """Starts the process and waits for the model. Raises LlamaCppError."""
-        super().__init__(path, n_ctx, n_threads, command=(sys.executable, "-m", __name__, str(size)))
+    def __init__(self, path: Path, n_ctx: int, n_threads: int, size: int, command: Sequence[str] | None = None):
+        """Starts the process (`command`, for tests, in place of our own) and waits for the model. Raises LlamaCppError."""
+        super().__init__(path, n_ctx, n_threads, command or (sys.executable, "-m", __name__, str(size)))
         self.size = size
 
     def rows(self, ids: Sequence[int], first: int) -> Iterator[np.ndarray]:
