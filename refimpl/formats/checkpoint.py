@@ -63,7 +63,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     parts = []
     for number, name in enumerate(names):
         mapping = map_file(path / name, "a safetensors file", CheckpointError)
-        parts.append((path / name, mapping, _header(path / name, mapping, number)))
+        parts.append((path / name, mapping, tensors_of(path / name, mapping, number)))
     return Checkpoint(path, config, parts)
 
 
@@ -81,7 +81,8 @@ def _json(path: Path) -> dict[str, object]:
     return found
 
 
-def _header(path: Path, mapping: mmap.mmap, number: int) -> dict[str, TensorInfo]:
+def tensors_of(path: Path, mapping: mmap.mmap, number: int) -> dict[str, TensorInfo]:
+    """The tensors that the header of a mapped file lists, checked against its bytes. `number` is the part they get. Raises CheckpointError."""
     size = len(mapping)
     length = int.from_bytes(mapping[:8], "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):

@@ -43,6 +43,14 @@ def no_tap(name: str, value: np.ndarray):
     """Looks at nothing."""
 
 
+def both(first: Tap, then: Tap) -> Tap:
+    """A tap that hands a value to two."""
+    def tap(name: str, value: np.ndarray):
+        first(name, value)
+        then(name, value)
+    return first if then is no_tap else tap
+
+
 def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarray, cache: Cache, tap: Tap = no_tap) -> np.ndarray:
     """Runs tokens at positions cache.length, cache.length + 1, ... Returns the final normed state, float32 (T, D).
 
