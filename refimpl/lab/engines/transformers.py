@@ -13,7 +13,9 @@ import numpy as np
 from refimpl.lab.names import NAMES, Name
 from refimpl.lab.trace import Trace, TraceError
 
-TYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+TYPES = ("float32", "bfloat16", "float16")
+# modules that are handed all positions as rows, without a batch axis
+ROWS = ("router", "router.proj", "experts", "pre_feedforward_layernorm_2")
 
 
 def trace(model, ids: Sequence[int], drafter=None, draft_max: int = 4, dtype: str = "float32") -> Trace:
@@ -70,56 +72,40 @@ def watched(text, arrays: dict[str, np.ndarray]):
     """Hooks on a Gemma4TextModel for the length of a `with` block, which fill `arrays`."""
     from transformers.models.gemma4 import modeling_gemma4 as code
 
-    hooks, now, rotate = [], {}, code.apply_rotary_pos_emb
+    hooks, inputs, rotations, rotate = [], [], [], code.apply_rotary_pos_emb
 
-    def keep(name: str, value):
-        value = numpy(value)
-        arrays[name] = value[0] if value.ndim > 2 or value.shape[0] == 1 and value.ndim == 2 and now.get("batch") else value
-
-    def hook(name: Name, module, label: str, heads: int):
+    def hook(name: Name, module, label: str, head_dim: int | None = None):
         side, _, item = name.side.partition(" ")
 
         def after(module, args, out):
-            value = args[int(item or 0)] if side == "in" else out
-            value = value[int(item or 0)] if isinstance(value, tuple) else value
-            value = value.reshape(*value.shape[:-1], -1, heads) if heads and value.shape[-1] != heads else value
-            keep(label, value)
+            value = args[0] if side == "in" else out
+            value = numpy(value[int(item or 0)] if isinstance(value, tuple) else value)
+            value = value if name.module in ROWS else value[0]
+            arrays[label] = value if head_dim is None else value.reshape(len(value), -1, head_dim)
         hooks.append(module.register_forward_hook(after))
 
     def rotated(x, *args, **options):
         out = rotate(x, *args, **options)
-        keep(f"{'QK'[now['calls']]}cur_pos-{now['layer']}", out)
-        now["calls"] += 1
+        arrays[rotations.pop(0)] = numpy(out)[0]
         return out
 
-    def enter(i: int):
-        def before(module, args, options):
-            now.update(layer=i, calls=0)
-        return before
-
     for name in NAMES:
-        if not name.layered and name.module.startswith("model.") and " " not in name.side:
-            module = getattr(text, name.module.removeprefix("model."), None)
-            if module is not None:
-                hook(name, module, name.name, 0)
+        module = part_of(text, name.module.removeprefix("model.")) if name.module.startswith("model.") and not name.layered else None
+        if module is not None:
+            hook(name, module, name.name)
     for i, layer in enumerate(text.layers):
-        hooks.append(layer.self_attn.register_forward_pre_hook(enter(i), with_kwargs=True))
+        kind, attention = "experts" if hasattr(layer, "router") else "dense", layer.self_attn
+        # the rotation is a function and no module: an attention calls it for its queries, and then for its keys
+        hooks.append(attention.register_forward_pre_hook(
+            lambda *_, i=i: rotations.__setitem__(slice(None), [f"Qcur_pos-{i}", f"Kcur_pos-{i}"])))
         for name in NAMES:
-            module = layer
-            for part in name.module.split(".") if name.layered and name.side in ("out", "in", "out 1", "out 2", "layer") else ["-"]:
-                module = getattr(module, part, None) if part else module
-            here = module is not None and (not name.name.startswith("ffn_norm") or (name.name == "ffn_norm_1") == hasattr(layer, "router")
-                                           or name.name == "ffn_norm_2")
-            here = here and not (name.name == "ffn_out" and hasattr(layer, "router")) and not (
-                name.name == "ffn_moe_combined" and not hasattr(layer, "router")) and not (name.name == "l_out" and name.side != "layer")
-            if here and (name.module or name.side == "layer"):
-                attention = name.module.startswith("self_attn")
-                hook(name if name.side != "layer" else Name("l_out", "", ""), module, f"{name.name}-{i}",
-                     layer.self_attn.head_dim if attention else 0)
-        if getattr(layer.self_attn, "v_proj", None) is None and not layer.self_attn.is_kv_shared_layer:
-            hook(Name("Vcur", "", ""), layer.self_attn.k_proj, f"Vcur-{i}", layer.self_attn.head_dim)
-        if getattr(layer, "hidden_size_per_layer_input", 0):
-            hook(Name("inp_per_layer", "", "", side="in 1"), layer, f"inp_per_layer {i}", 0)
+            module = part_of(layer, name.module) if name.layered and name.side != "rotated" and name.only in ("", kind) else None
+            if name.name == "Vcur" and module is None and not attention.is_kv_shared_layer:
+                module = attention.k_proj
+            if module is not None:
+                hook(name, module, f"{name.name}-{i}", attention.head_dim if name.module.startswith("self_attn") else None)
+        if text.hidden_size_per_layer_input:
+            hooks.append(layer.register_forward_pre_hook(lambda module, args: inputs.append(numpy(args[1])[0])))
     code.apply_rotary_pos_emb = rotated
     try:
         yield
@@ -127,12 +113,16 @@ def watched(text, arrays: dict[str, np.ndarray]):
         code.apply_rotary_pos_emb = rotate
         for h in hooks:
             h.remove()
-        parts = [arrays.pop(f"inp_per_layer {i}") for i in range(len(text.layers)) if f"inp_per_layer {i}" in arrays]
-        if parts:
-            arrays["inp_per_layer"] = np.stack(parts, 1)
-        for name in ("inp_per_layer_selected",):
-            if name in arrays:
-                arrays[name] = arrays[name].reshape(len(arrays[name]), len(text.layers), -1)
+    if inputs:
+        arrays["inp_per_layer"] = np.stack(inputs, 1)
+        arrays["inp_per_layer_selected"] = arrays["inp_per_layer_selected"].reshape(arrays["inp_per_layer"].shape)
+
+
+def part_of(module, path: str):
+    """A module below another, None where there is none of that path ("." is itself, "" is none)."""
+    for part in path.strip(".").split(".") if path != "." else ():
+        module = getattr(module, part, None) if part else None
+    return module
 
 
 def drafts(text, drafter, ids: list[int], n: int) -> Mapping[str, np.ndarray]:
@@ -150,6 +140,6 @@ def drafts(text, drafter, ids: list[int], n: int) -> Mapping[str, np.ndarray]:
             with watched(drafter.model, values):
                 out = drafter(inputs_embeds=both, position_ids=torch.tensor([[len(ids) - 1]]), shared_kv_states=shared)
             state, token = out.last_hidden_state, int(out.logits[0, -1].argmax())
-            values |= {"inp_xh": numpy(both[0]), "h_nextn": numpy(state[0]), "result_output": numpy(out.logits[0])}
+            values |= {"inp_xh": numpy(both[0]), "pre_proj": numpy(drafter.pre_projection(both)[0]), "h_nextn": numpy(state[0]), "result_output": numpy(out.logits[0])}
             found |= {f"draft{step}.{name}": value for name, value in values.items()}
     return found
