@@ -12,8 +12,8 @@ and what then lies between the two runs, tensor by tensor, is the noise of an en
 float16 and looks GELU up in a table of float16. The largest row counts; rows behind an expert that changed places do not (compare.py);
 several seeds, the worst of them.
 
-Two engines are each away from exact arithmetic, so the tolerance is SAFETY times the sum of both noises. SAFETY = 8: the largest
-error of a correct engine was 3.3 times that sum in the runs of tests/test_compare.py (transformers in float32 and bfloat16, our
+Two engines are each away from exact arithmetic, so the tolerance is SAFETY times the sum of both noises. SAFETY = 5: the largest
+error of a correct engine was 2.4 times that sum in 60 runs (random models of the five shapes, transformers in float32 and bfloat16, our
 arithmetics and backends), where steps that have no name here (softmax, the cosines, the parts of an expert) are rounded too.
 
 Without the model the noise is guessed: `a_priori`.
@@ -31,7 +31,7 @@ from refimpl.lab.trace import Trace, trace
 from refimpl.model.backend import kernel_backend, reference_backend
 from refimpl.model.gemma4 import Tap, no_tap
 
-SAFETY = 8
+SAFETY = 5
 ROUNDOFF = {"exact": 2.0**-24, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "q8": 2.0**-11}
 Q8_STEP = 3 / 127 / 12**0.5             # rms of rounding to 8 bits, relative to rms: largest of 32 at 3 rms, uniform in a step
 MEASURED_POSITIONS = 48
