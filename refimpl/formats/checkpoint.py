@@ -82,7 +82,7 @@ def _json(path: Path) -> dict[str, object]:
 
 
 def tensors_of(path: Path, mapping: mmap.mmap, number: int) -> dict[str, TensorInfo]:
-    """The tensors that the header of a mapped file lists, checked against its bytes. `number` is the part they get. Raises CheckpointError."""
+    """The tensors in the header of a mapped file, checked against its bytes. `number` is the part they get. Raises CheckpointError."""
     size = len(mapping)
     length = int.from_bytes(mapping[:8], "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):

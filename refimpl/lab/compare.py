@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from refimpl.decode.model import Model
 from refimpl.lab.names import graph_order, place_of
-from refimpl.lab.rounding import SAFETY, a_priori
-from refimpl.lab.symptoms import Scene, Symptom, row_errors, symptom_of
+from refimpl.lab.rounding import SAFETY, a_priori, carried, measured, replayed
+from refimpl.lab.scene import Scene, row_errors
+from refimpl.lab.symptoms import Symptom, symptom_of
 from refimpl.lab.trace import Trace, TraceError, Value
 
 LARGEST = 4             # the error of the largest of some hundred elements, in units of their rms
@@ -49,8 +51,27 @@ class Comparison:
     tolerance_from: str = ""
 
 
-def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None) -> Comparison:
-    """Judges `b` by `a`. `noise` is the sum of both engines' (rounding.py: measured), guessed when None.
+def compare_with(model: Model, a: Trace, b: Trace) -> Comparison:
+    """Judges `b` by `a`, with tolerances measured on `model` (rounding.judge)."""
+    return compare(a, b, {} if a.ids != b.ids else _sum(*(measured(model, a.ids, t.arithmetic, deviations) for t in (a, b))))
+
+
+def compare_steps(model: Model, b: Trace) -> Comparison:
+    """Judges every step of `b` by what `model` (rounding.judge) makes of the values that `b` itself has before it.
+
+    An error of one step does not show in the next ones, nor a tie in the rows behind it: whatever departs is a fault of its own.
+    """
+    names = b.names()
+    noise = _sum(*(measured(model, b.ids, arithmetic, steps_apart, names) for arithmetic in ("exact", b.arithmetic)))
+    return compare(replayed(model, b), b, noise, steps=True)
+
+
+def _sum(x: Mapping[str, float], y: Mapping[str, float]) -> dict[str, float]:
+    return {name: x[name] + y[name] for name in x}
+
+
+def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps: bool = False) -> Comparison:
+    """Judges `b` by `a`. `noise` is the sum of both engines' (rounding.py: measured), guessed when None; `steps`: `a` is a replay of `b`.
 
     Raises TraceError where the two cannot be compared: of different models, or without a common tensor or position.
     """
@@ -72,7 +93,7 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None) -> Com
     guessed = noise is None
     if guessed:
         noise = {name: sum(a_priori(both, t.arithmetic)[name] for t in (a, b)) for name in both}
-    judge = _Judge(a, b, {name: SAFETY * noise[name] for name in both if name in noise})
+    judge = _Judge(a, b, {name: SAFETY * size for name, size in carried(noise, both).items()}, steps=steps)
     judged = [judge.judge(name) for name in both]
     judged = [judgement for judgement in judged if judgement is not None]
     if not judged:
@@ -82,9 +103,14 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None) -> Com
     return Comparison(a.where, b.where, judged, first, symptom, missing, unknown, judge.tie, "guessed" if guessed else "measured")
 
 
-def deviations(a: Trace, b: Trace) -> dict[str, float]:
+def steps_apart(a: Trace, b: Trace) -> dict[str, float]:
+    """`deviations` of a replay."""
+    return deviations(a, b, steps=True)
+
+
+def deviations(a: Trace, b: Trace, steps: bool = False) -> dict[str, float]:
     """The largest deviation of a row in every tensor, whatever the choice of experts: `between` of rounding.measured."""
-    judge = _Judge(a, b, {}, any_choice=True)
+    judge = _Judge(a, b, {}, any_choice=True, steps=steps)
     found = {name: judge.judge(name) for name in graph_order(a.names()) if name in b.names()}
     return {name: judgement.error for name, judgement in found.items() if judgement is not None and judgement.position >= 0}
 
@@ -113,8 +139,8 @@ def _like(array: np.ndarray, other: Value) -> np.ndarray:
 class _Judge:
     """The state of a comparison: tolerances, and the positions behind a tie."""
 
-    def __init__(self, a: Trace, b: Trace, tolerance: Mapping[str, float], any_choice: bool = False):
-        self.a, self.b, self.tolerance, self.any_choice = a, b, tolerance, any_choice
+    def __init__(self, a: Trace, b: Trace, tolerance: Mapping[str, float], any_choice: bool = False, steps: bool = False):
+        self.a, self.b, self.tolerance, self.any_choice, self.steps = a, b, tolerance, any_choice, steps
         self.tie, self.end, self.ended = "", np.inf, False
         self._pairs: dict[str, tuple] = {}
 
@@ -150,7 +176,9 @@ class _Judge:
         if place.name == "ffn_moe_topk":
             return self._choice(name, ours, theirs, positions)
         if place.name == "ffn_moe_weights":
-            ours, theirs = self._by_expert(name, ours, theirs)
+            ours, theirs, positions = self._by_expert(name, ours, theirs, positions)
+            if not len(positions):
+                return None
         errors = row_errors(ours, theirs, self.a.resolution + self.b.resolution)
         row = int(np.argmax(errors))
         apart = np.abs(np.asarray(ours[row], np.float64) - theirs[row])
@@ -175,9 +203,11 @@ class _Judge:
                                  float(ours[t][column]), float(theirs[t][column]))
         if not changed:
             return Judgement(name, "same", 0.0, 0.0, int(positions[0]))
-        self.end = positions[changed[0]]
-        self.tie = self.tie or f"{name}: as good as equal experts changed places at position {self.end}; nothing is judged from there on"
-        return Judgement(name, "tie", 0.0, 0.0, int(self.end))
+        at = int(positions[changed[0]])
+        what = f"{name}: as good as equal experts changed places at position {at}"
+        self.tie = self.tie or what + ("" if self.steps else "; nothing is judged from there on")
+        self.end = self.end if self.steps else at
+        return Judgement(name, "tie", 0.0, 0.0, at)
 
     def _tied(self, name: str, position: int, ours: np.ndarray, theirs: np.ndarray) -> bool:
         """Are the exchanged experts as good as equal by our router?"""
@@ -192,14 +222,17 @@ class _Judge:
         gap = max(row[list(taken)]) - min(row[list(instead)])
         return gap <= LARGEST * self.tolerance.get(logits, 0.0) * np.sqrt(np.mean(row * row))
 
-    def _by_expert(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights in the order of the experts' ids, as two engines may list equal choices in another order."""
+    def _by_expert(self, name: str, ours: np.ndarray, theirs: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Weights in the order of the experts' ids, as two engines may list equal choices in another order, of rows with the same ones."""
         ids = name.replace("weights", "topk")
         if ids not in self.a.names() or ids not in self.b.names():
-            return ours, theirs
-        id_a, id_b, _ = self.pair(ids)
-        order = (np.argsort(i[:len(ours)], axis=1) for i in (id_a, id_b))
-        return tuple(np.take_along_axis(w, o, axis=1) for w, o in zip((ours, theirs), order))
+            return ours, theirs, positions
+        id_a, id_b, at = self.pair(ids)
+        rows = np.isin(at, positions)
+        order_a, order_b = np.argsort(id_a[rows], axis=1), np.argsort(id_b[rows], axis=1)
+        same = (np.take_along_axis(id_a[rows], order_a, axis=1) == np.take_along_axis(id_b[rows], order_b, axis=1)).all(axis=1)
+        ours, theirs = (np.take_along_axis(w, o, axis=1)[same] for w, o in ((ours, order_a), (theirs, order_b)))
+        return ours, theirs, positions[same]
 
     def scene(self, judgement: Judgement) -> Scene:
         """The departing tensor and what is around it, for symptoms.py."""
@@ -208,7 +241,7 @@ class _Judge:
             inside = positions < self.end
             ours, theirs, positions = ours[inside], theirs[inside], positions[inside]
             if place_of(judgement.name).name == "ffn_moe_weights":
-                ours, theirs = self._by_expert(judgement.name, ours, theirs)
+                ours, theirs, positions = self._by_expert(judgement.name, ours, theirs, positions)
 
         def beside(name: str) -> tuple[np.ndarray, np.ndarray] | None:
             if name not in self.a.names() or name not in self.b.names():

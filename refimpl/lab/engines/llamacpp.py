@@ -90,7 +90,6 @@ def array_of(tensor: Tensor) -> np.ndarray:
 def main(path: str, asked: str, threads: str, out: str):
     """Runs the ids in `asked` and writes what the callback saw."""
     import llama_cpp as lib
-
     from llama_cpp._ggml import libggml
 
     from refimpl.lab import llamacpp as quiet

@@ -140,6 +140,7 @@ def drafts(text, drafter, ids: list[int], n: int) -> Mapping[str, np.ndarray]:
             with watched(drafter.model, values):
                 out = drafter(inputs_embeds=both, position_ids=torch.tensor([[len(ids) - 1]]), shared_kv_states=shared)
             state, token = out.last_hidden_state, int(out.logits[0, -1].argmax())
-            values |= {"inp_xh": numpy(both[0]), "pre_proj": numpy(drafter.pre_projection(both)[0]), "h_nextn": numpy(state[0]), "result_output": numpy(out.logits[0])}
+            values |= {"inp_xh": numpy(both[0]), "pre_proj": numpy(drafter.pre_projection(both)[0]), "h_nextn": numpy(state[0]),
+                       "result_output": numpy(out.logits[0])}
             found |= {f"draft{step}.{name}": value for name, value in values.items()}
     return found
