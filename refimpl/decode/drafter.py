@@ -18,7 +18,7 @@ from refimpl.model.cache import Cache
 from refimpl.model.checkpoint import RenamedCheckpoint, open_drafter
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
-from refimpl.model.gemma4 import embed
+from refimpl.model.gemma4 import Tap, embed, no_tap
 from refimpl.model.memory import MemoryRefusal, available
 from refimpl.model.weights import vocabulary_size
 
@@ -33,19 +33,24 @@ class Drafter:
         self.file, self.config, self.weights, self.target = file, config, weights, target
         self.auto = AutoDepth()
 
-    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float = 0.0) -> list[int]:
+    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float = 0.0,
+              watch: Callable[[int], Tap] = lambda step: no_tap) -> list[int]:
         """Up to `n` ids that may follow `token`, the likeliest each time.
 
         `token` is the latest one, which the target has not run; `state_C` the target's final normed state before it; the cache holds
         everything before it. Stops early ahead of a token whose probability (among the 10 largest, as in llama.cpp) is below `min_p`.
+        `watch(j)` is the tap of step j.
         """
         proposed, backend = [], self.target.backend
         with backend.running():
             angles = network.angles_at(self.weights, cache.length)
             while len(proposed) < n:
                 embedding_C = embed(self.target.config, self.target.weights, np.array([token]))[0]
-                z_D, state_C = network.step(self.config, self.weights, backend, embedding_C, state_C, angles, cache)
+                tap = watch(len(proposed))
+                z_D, state_C = network.step(self.config, self.weights, backend, embedding_C, state_C, angles, cache, tap)
                 id_K, logit_K = network.candidates(self.weights, backend, z_D)
+                if tap is not no_tap:
+                    tap("result_output", network.spread(self.config, id_K, logit_K)[None])
                 best = int(np.argmax(logit_K))
                 if min_p > 0 and _probability(logit_K) < min_p:
                     break

@@ -149,7 +149,7 @@ def open_checkpoint(path: str | os.PathLike, wanted: Callable[[str], bool] = lam
     shards = []
     for number, name in enumerate(names):
         mapping = map_file(path / name, "a safetensors file", CheckpointError)
-        shards.append(_Shard(path / name, mapping, _header(path / name, mapping, number, wanted)))
+        shards.append(_Shard(path / name, mapping, tensors_of(path / name, mapping, number, wanted)))
     _check_index(index, weight_map, {shard.path.name: shard.tensors for shard in shards}, wanted)
     return Checkpoint(path, config, shards, packed)
 
@@ -191,7 +191,8 @@ def _check_index(index: Path, weight_map: dict[str, str], held: dict[str, Iterab
             raise CheckpointError(index, None, f"says that tensor {name!r} is in {file}, which does not hold it: download both again")
 
 
-def _header(path: Path, mapping: mmap.mmap, number: int, wanted: Callable[[str], bool]) -> dict[str, TensorInfo]:
+def tensors_of(path: Path, mapping: mmap.mmap, number: int, wanted: Callable[[str], bool]) -> dict[str, TensorInfo]:
+    """The `wanted` tensors in the header of a mapped file, checked against its bytes, of part `number`. Raises CheckpointError."""
     size = len(mapping)
     length = int.from_bytes(mapping[:8], "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):

@@ -157,6 +157,10 @@ class GGUFFile:
         info = self._info(name)
         return view(self._open_parts()[info.part].mapping, info)
 
+    def mappings(self) -> list[mmap.mmap]:
+        """The bytes of all parts, in order. Raises ValueError after `close`."""
+        return [part.mapping for part in self._open_parts()]
+
     def release(self, name: str) -> None:
         """Tells the system that the tensor's pages are no longer wanted in memory; reading them again works. Best effort.
 
