@@ -21,10 +21,13 @@ import numpy as np
 from refimpl.formats import w4a16
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.codecs import dequantize
-from refimpl.formats.container import GGUFError, TensorInfo, let_go, map_file, view
+from refimpl.formats.container import MAX_DIMS, GGUFError, TensorInfo, let_go, map_file, view
 
 TYPES = {"F32": ("F32", 4), "F16": ("F16", 2), "BF16": ("BF16", 2), "I64": ("I64", 8), "I32": ("I32", 4)}
-MAX_HEADER = 100_000_000
+# Far above any real header (26B-A4B with every expert on its own: 35,000 tensors, 5 MB). Parsed JSON takes many times its bytes.
+MAX_HEADER = 8 << 20
+MAX_MARKS = 500_000                 # brackets, commas and colons of a header: each value has one
+MAX_SIZE = 1 << 48                  # of one dimension: a product of numbers with thousands of digits would take for ever
 MAX_JSON = 100_000_000
 PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 
@@ -168,6 +171,8 @@ def is_packed(config: dict[str, object], place: Path) -> bool:
 def read_json(path: Path, remedy: str = "expected a Hugging Face directory with config.json and safetensors") -> dict[str, object]:
     """The object in a JSON file. Raises CheckpointError for anything else, with a `remedy` where there is no such file."""
     try:
+        if path.exists() and not path.is_file():                # opening a pipe would wait for ever
+            raise CheckpointError(path, None, "expected a JSON file, found no regular file")
         if path.stat().st_size > MAX_JSON:
             raise CheckpointError(path, None, f"is larger than {MAX_JSON:,} bytes, expected a small JSON file")
         found = json.loads(path.read_text("utf-8"))
@@ -191,6 +196,18 @@ def _check_index(index: Path, weight_map: dict[str, str], held: dict[str, Iterab
             raise CheckpointError(index, None, f"says that tensor {name!r} is in {file}, which does not hold it: download both again")
 
 
+def _parsed(raw: bytes) -> object:
+    """The JSON of a header. Raises ValueError for one that is none, has a name twice, or more in it than any model."""
+    if sum(raw.count(mark) for mark in b"[{,:") > MAX_MARKS:
+        raise ValueError("more entries than any model has")
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(entries := dict(pairs)) != len(pairs):
+            raise ValueError("a name stands in it twice")
+        return entries
+    return json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+
+
 def tensors_of(path: Path, mapping: mmap.mmap, number: int, wanted: Callable[[str], bool]) -> dict[str, TensorInfo]:
     """The `wanted` tensors in the header of a mapped file, checked against its bytes, of part `number`. Raises CheckpointError."""
     size = len(mapping)
@@ -198,7 +215,7 @@ def tensors_of(path: Path, mapping: mmap.mmap, number: int, wanted: Callable[[st
     if size < 8 or length > min(size - 8, MAX_HEADER):
         raise CheckpointError(path, 0, f"expected a header of at most {max(0, size - 8)} bytes, found a length of {length}")
     try:
-        header = json.loads(mapping[8:8 + length].decode("utf-8"))
+        header = _parsed(mapping[8:8 + length])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, 8, f"the header is no JSON: {error}") from None
     if not isinstance(header, dict):
@@ -210,11 +227,12 @@ def tensors_of(path: Path, mapping: mmap.mmap, number: int, wanted: Callable[[st
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             numbers = (*shape, begin, end)
-            if not shape or not all(type(n) is int and n >= 0 for n in numbers) or not all(shape):
+            if not shape or not all(type(n) is int and 0 <= n < MAX_SIZE for n in numbers) or not all(shape) or len(shape) > MAX_DIMS:
                 raise ValueError
+            known = dtype in TYPES
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(path, 8, f"tensor {name!r}: expected a dtype, a shape and two data_offsets") from None
-        if dtype not in TYPES:
+        if not known:
             raise CheckpointError(path, 8, f"tensor {name!r} is {dtype}, which this version cannot read; it reads {', '.join(TYPES)}")
         block, item = TYPES[dtype]
         if end - begin != math.prod(shape) * item or end > size - first:
