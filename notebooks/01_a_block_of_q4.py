@@ -58,7 +58,8 @@ bits_picture(block, "Q4_0", range(18), per_line=6, marked=("d", "q17"))
 d = float(block[:2].view("<f2")[0])
 weights = dequantize(block, "Q4_0")
 table(["weight", "q", "q - 8", f"times d = {d:.6f}", "decoder"],
-      [[j, q, q - 8, f"{d * (q - 8):.6f}", f"{weights[j]:.6f}"] for j in (0, 1, 2, 16, 17, 18) for q in [number_of(block, "Q4_0", f"q{j}")]])
+      [[j, q, q - 8, f"{d * (q - 8):.6f}", f"{weights[j]:.6f}"]
+       for j in (0, 1, 2, 16, 17, 18) for q in [number_of(block, "Q4_0", f"q{j}")]])
 
 # %% [markdown]
 # ## From weights to bytes
@@ -143,8 +144,9 @@ rows = quant_table.rows()
 table(quant_table.HEAD, quant_table.cells(rows))
 
 # %% [markdown]
-# As a picture. There is a least possible error: no code with $R$ bits a number can bring normal numbers back with a relative error below
-# $2^{-R}$ (Shannon's rate-distortion function; Cover and Thomas, *Elements of Information Theory*, theorem 10.3.2). Every bit more halves it.
+# As a picture. There is a least possible error: no code with $R$ bits a number can bring normal numbers back with a relative error
+# below $2^{-R}$ (Shannon's rate-distortion function; Cover and Thomas, *Elements of Information Theory*, theorem 10.3.2). Every bit more
+# halves it.
 
 # %%
 error_picture(rows)
@@ -174,11 +176,12 @@ source(iq2.dequantize_iq2_xxs, grids.with_parity, grids.signed_steps)
 speed_picture(rows)
 
 # %% [markdown]
-# Decoding reads every weight once for each token, so what counts is the slower of two things: how fast the bytes come out of memory, and how
-# fast they are multiplied. The memory of that machine gives 34 GB a second, 17 to each of its two threads. Q4_K takes 4.5 bits a weight, so
-# that 30 billion weights a second arrive at a thread, and 40 could be multiplied: the memory is what it waits for. IQ3_S takes 3.44 bits, so
-# that 40 billion could arrive, and 10 can be multiplied: it waits for the arithmetic, and with a file a quarter smaller a token takes three
-# times as long. On a machine with few threads, choose a K type. Where a model does not fit otherwise, a codebook is what there is.
+# Decoding reads every weight once for each token, so what counts is the slower of two things: how fast the bytes come out of memory, and
+# how fast they are multiplied. The memory of that machine gives 34 GB a second, 17 to each of its two threads. Q4_K takes 4.5 bits a
+# weight, so that 30 billion weights a second arrive at a thread, and 40 could be multiplied: the memory is what it waits for. IQ3_S takes
+# 3.44 bits, so that 40 billion could arrive, and 10 can be multiplied: it waits for the arithmetic, and with a file a quarter smaller a
+# token takes three times as long. On a machine with few threads, choose a K type. Where a model does not fit otherwise, a codebook is what
+# there is.
 #
 # The table's third column says what this package does. It has kernels for the types that it holds with the bits of the file. All others
 # it can read: it holds them as 32-bit floats, which is simple and right, and neither small nor fast.

@@ -69,9 +69,9 @@ def test_every_bit_belongs_to_what_is_written_down(type_name):
     n, part = BLOCKS[type_name].elements, 32
     turned = np.packbits(np.unpackbits(block)[None] ^ np.eye(8 * len(block), dtype=np.uint8), axis=-1)
     assert len(owners) == len(turned) == 8 * BLOCKS[type_name].n_bytes
-    moved = dequantize(turned, type_name) != dequantize(block, type_name)
-    for own, where in zip(owners, moved):
-        found = set(np.flatnonzero(where).tolist())
+    difference = dequantize(turned, type_name) - dequantize(block, type_name)
+    for own, by in zip(owners, difference):
+        found = set(np.flatnonzero(by).tolist())
         if own[0] == "q":
             assert found == {int(own[1:])}, own
         elif own[0] in "sm":
@@ -80,6 +80,8 @@ def test_every_bit_belongs_to_what_is_written_down(type_name):
             assert own[0] == "s" or len(found) == part
         else:
             assert len(found) > n // 2, own
+            if np.isfinite(by).all():       # dmin moves a sub-block as a whole, d each weight by its own q
+                assert (np.ptp(by.reshape(-1, part), axis=1).max() < 0.02 * np.abs(by).max()) == (own == "dmin"), own
 
 
 def test_numbers_of_a_block():
