@@ -97,6 +97,16 @@ def test_types(tmp_path):
     assert types_of(tmp_path / "Q4_K.gguf")["per_layer_token_embd.weight"] == "Q8_0"        # rows of 320
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
+def test_float32_is_rounded_as_torch_rounds(tmp_path, kind, dtype):
+    hf = random_model("12B")
+    convert(save(tmp_path / "m", hf), tmp_path / "m.gguf", kind)
+    file = open_gguf(tmp_path / "m.gguf")
+    for theirs, ours in (("model.embed_tokens", "token_embd"), ("model.layers.3.mlp.up_proj", "blk.3.ffn_up")):
+        want = hf.state_dict()[f"{theirs}.weight"].to(dtype).view(torch.int16).numpy()
+        assert np.array_equal(file.raw(f"{ours}.weight").view(np.int16), want)
+
+
 def test_router_and_experts(tmp_path, packed_moe):
     convert(packed_moe, tmp_path / "m.gguf", "Q8_0")
     types = types_of(tmp_path / "m.gguf")

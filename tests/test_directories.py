@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -209,6 +211,12 @@ def test_inspect_shows_what_is_ignored(tmp_path):
     assert f"{len(described['ignored'])} tensors, belongs to the part that sees; refimpl reads text" in text
     random_drafter("12B").save_pretrained(tmp_path / "d")
     assert "a drafter, for a target of width 64" in as_text(describe(tmp_path / "d"))
+
+
+def test_the_command_inspects_a_directory(tmp_path):
+    folder = save(tmp_path / "m", random_model("12B"))
+    done = subprocess.run([sys.executable, "-m", "refimpl", "inspect", "-m", folder, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["model"]["n_layer"] == 6, done.stderr
 
 
 # ---- vocabulary and generation
