@@ -66,7 +66,8 @@ def test_shares_and_load_count_every_pick(routes, passages):
     np.testing.assert_allclose(share[present].sum(axis=1), 8)
     assert picks(routes.id_LTX[0], 128).sum() == routes.id_LTX[0].size
     assert routing.load(routes.id_LTX[0], 128).mean() == pytest.approx(1)
-    kind, expert, times, _ = routing.specialists(routes.id_LTX[2], kind_T, [piece for part in passages for piece in part.pieces], 128, 10)[0]
+    pieces = [piece for part in passages for piece in part.pieces]
+    kind, expert, times, _ = routing.specialists(routes.id_LTX[2], kind_T, pieces, 128, 10)[0]
     assert kind == "keyword" and times == pytest.approx(share_by_kind(routes.id_LTX[2], kind_T, 128)[0, expert]
                                                         / picks(routes.id_LTX[2], 128)[:, expert].mean())
 

@@ -151,7 +151,7 @@ class Charged(AutoDepth):
 
 def rates(verify: Sequence[float], draft: float, accepted: Sequence[float]) -> list[float]:
     """Tokens per unit of cost with 0, 1, ... drafts, as `best_depth` has it (decode/depth.py)."""
-    expected = np.cumsum([1.0, *accepted])[:len(verify)]
+    expected = np.cumsum([1.0, *accepted, *[0.0] * len(verify)])
     return [float(tokens / (cost + n * draft)) for n, (tokens, cost) in enumerate(zip(expected, verify))]
 
 
