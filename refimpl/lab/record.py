@@ -19,7 +19,7 @@ from refimpl.formats.container import GGUFFile
 from refimpl.formats.tensor_file import TensorWriter
 from refimpl.lab.trace import FORMAT, Trace, TraceError
 from refimpl.model.cache import Cache
-from refimpl.model.gemma4 import Tap, both, no_tap
+from refimpl.model.gemma4 import Tap, no_tap
 
 ALL_LOGITS_BELOW = 65_536                 # size of a vocabulary of which all logits are kept unless told
 TOP = 256                                 # how many of a larger one
@@ -40,9 +40,14 @@ class Memory(dict):
 
 
 class Recorder:
-    """Receives values as a tap and hands the wanted rows on. `patterns`: names with `*` and `?`, as in a shell."""
+    """Receives values as a tap and hands the wanted rows on. `patterns`: names with `*` and `?`, as in a shell.
 
-    def __init__(self, out: TensorWriter | Memory, positions: Sequence[int], patterns: Sequence[str], top: int):
+    `before` and `after` are taps that see a value of the prompt before its rows are taken and after, and may change it.
+    """
+
+    def __init__(self, out: TensorWriter | Memory, positions: Sequence[int], patterns: Sequence[str], top: int, before: Tap = no_tap,
+                 after: Tap = no_tap):
+        self.before, self.after = before, after
         self.out, self.positions, self.patterns, self.top = out, np.array(positions), list(patterns), top
         self._crc32, self._written, self._wanted = {}, {}, {}
         self._rows, self._at = slice(0, 0), np.array([], int)
@@ -62,10 +67,12 @@ class Recorder:
 
     def tap(self, name: str, value: np.ndarray):
         """A value of the prompt."""
+        self.before(name, value)
         if self.wants(name):
             rows = value[self._at]
             if len(rows):
                 self.put(name, rows, len(self.positions))
+        self.after(name, value)
 
     def tap_of(self, place: str) -> Tap:
         """The tap for values of a draft step or a round: all rows at once."""
@@ -77,6 +84,7 @@ class Recorder:
 
     def logits(self, logit_TV: np.ndarray):
         """Logits of the prompt, of rows that are asked for."""
+        self.before("result_output", logit_TV)
         self._logits("result_output", logit_TV, len(self.positions))
 
     def _logits(self, name: str, logit_TV: np.ndarray, n_rows: int):
@@ -193,14 +201,10 @@ def facts_of(model: Model, prompt: str | None = None) -> dict[str, object]:
 
 def trace(model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None, tensors: Sequence[str] = ("*",),
           logits: int | str | None = None, before: Tap = no_tap, after: Tap = no_tap, **drafting) -> Trace:
-    """A trace in memory, of all positions unless told. `before` and `after` are taps that see a value of the prompt before it is kept and
-    after, and may change it.
-    """
+    """A trace in memory, of all positions unless told. `before` and `after` as in Recorder."""
     kept = Memory()
     positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))
-    recorder = Recorder(kept, positions, tensors, n_top(model, logits))
-    tap = both(recorder.tap, after)
-    recorder.tap = tap if before is no_tap else both(before, tap)
+    recorder = Recorder(kept, positions, tensors, n_top(model, logits), before, after)
     record(model, ids, recorder, **drafting)
     recorder.crc32()
     return Trace("this run", tuple(map(int, ids)), positions, model.backend.arithmetic, kept, facts_of(model))

@@ -19,7 +19,8 @@ arithmetics and backends), where steps that have no name here (softmax, the cosi
 Without the model the noise is guessed: `a_priori`.
 
 Step by step (`replayed`) the growth is left out: every named value is computed from the other engine's values before it and compared with
-its own, so that each step has the rounding of that step alone. The noise is measured in the same way, on a run of ours.
+its own, so that each step has the rounding of that step alone. The noise is measured in the same way, on a run of ours in which every
+value is moved once more after it was kept: a step has roundings inside that have no name, which stand for one of its inputs.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,7 +34,7 @@ from refimpl.lab.names import graph_order
 from refimpl.lab.record import file_sha256, trace
 from refimpl.lab.trace import Trace, TraceError
 from refimpl.model.backend import kernel_backend, reference_backend
-from refimpl.model.gemma4 import Tap
+from refimpl.model.gemma4 import Tap, no_tap
 
 SAFETY = 5
 ROUNDOFF = {"exact": 2.0**-24, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "q8": 2.0**-11}
@@ -63,7 +64,8 @@ def measured(model: Model, ids: Sequence[int], arithmetic: str, between: Callabl
     right, noise = trace(model, ids) if names is None else None, {}
     engine = in_q8(model) if arithmetic == "q8" else model
     for seed in SEEDS:
-        moved = trace(engine, ids, before=perturbing(ROUNDOFF[arithmetic], seed))
+        move = perturbing(ROUNDOFF[arithmetic], seed)
+        moved = trace(engine, ids, before=move, after=no_tap if names is None else move)
         if names is not None:
             moved = replace(moved, arrays={name: moved.arrays[name] for name in names if name in moved.arrays})
             right = replayed(model, moved)

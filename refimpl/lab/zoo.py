@@ -35,6 +35,17 @@ class Bug:
     first: str
     kind: str = ""
 
+    @property
+    def at_load(self) -> bool:
+        """Does a model have to be loaded with the bug in place?"""
+        return self.function in (q4_0.levels_q4_0, q4_k.unpack_scales, weights._moe, config.config_from_gguf, ops.rope_frequencies)
+
+    def expected(self, config) -> str:
+        """`first` for a model of this configuration."""
+        full = next(layer.index for layer in config.layers if layer.window is None)
+        shared = next((layer.index for layer in config.layers if not layer.has_own_kv), None)
+        return self.first.format(full=full, shared=shared)
+
 
 BUGS = {
     # the embedding

@@ -6,7 +6,35 @@
     NAME[-LAYER]  a value, (R, ...), under a name that `refimpl trace --names` lists; an axis of 1 in front (a batch) is dropped, and
                   the axes behind the first may be flattened. bfloat16 is stored as float32.
 
-Any of the names may be missing. Arrays with other names are listed and not compared.
+Any of the names may be missing. Arrays with other names are listed and not compared. From an engine in PyTorch, for example:
+
+    import numpy as np
+    import torch
+
+    kept = {}
+
+
+    def keep(name):
+        def hook(module, args, out):
+            out = out[0] if isinstance(out, tuple) else out
+            kept[name] = out.detach().float().cpu().numpy()
+        return hook
+
+
+    def dump(model, ids, path):
+        # `model(ids)` gives logits; `model.layers[i]` returns the residual stream, with `norm` and `q_proj` inside
+        hooks = []
+        for i, layer in enumerate(model.layers):
+            hooks.append(layer.register_forward_hook(keep(f"l_out-{i}")))
+            hooks.append(layer.norm.register_forward_hook(keep(f"attn_norm-{i}")))
+            hooks.append(layer.q_proj.register_forward_hook(keep(f"Qcur-{i}")))
+        with torch.no_grad():
+            kept["result_output"] = model(torch.tensor([ids])).float().cpu().numpy()
+        for hook in hooks:
+            hook.remove()
+        np.savez(path, ids=np.array(ids), arithmetic="bfloat16", **kept)
+
+and then `refimpl trace -m model.gguf --ids 2,105,9731 -o right.safetensors` and `refimpl compare right.safetensors dump.npz`.
 """
 
 import os

@@ -1,0 +1,174 @@
+# %% [markdown]
+# # 6. Reading another engine
+#
+# **An engine writes text that is a little off. Where does it start to differ from the model, and is it rounding or a bug?**
+#
+# Two correct engines never agree to the last bit: they add up in another order, hold their values in fewer bits, look functions up in
+# tables. So "different" means nothing by itself. This notebook measures how far a correct engine may be away, tensor by tensor, then
+# breaks the forward pass in ways in which engines really were broken, and lets `compare` name the first tensor and the kind of mistake.
+
+# %%
+from inspect import getsource
+from pathlib import Path
+from tempfile import mkdtemp
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Image, Markdown
+
+import refimpl
+from refimpl.lab import compare, names, record, rounding, scene, symptoms, verdict, zoo
+
+folder = Path(mkdtemp())
+model = refimpl.load(backend="reference", weights="quantized")
+text = "def parse(self, text):\n    for line in text.splitlines():\n        if line.startswith('#'):\n            continue\n"
+text += "        key, value = line.split('=')\n        self.items[key] = value\n    return self.items\n\n\ndef write(self, path):\n"
+ids = model.tokenizer.encode(text + "    with open(path, 'w') as file:\n        for key, value in self.items.items():\n")
+len(ids), model.config.n_layer
+
+# %% [markdown]
+# ## Every value has a name
+#
+# The forward pass calls `tap(name, value)` for each of its steps, under the names that llama.cpp gives its graph. A trace is all of them.
+
+# %%
+right = record.trace(model, ids)
+order = names.graph_order(right.names())
+print(len(order), "tensors:", ", ".join(order[:30]), "...")
+
+# %% [markdown]
+# ## How far away is a correct engine?
+#
+# Of a row $a_t$ (all heads and channels at position $t$) and another engine's $b_t$ take
+#
+# $$ \delta_t = \frac{\mathrm{rms}(a_t - b_t)}{\mathrm{rms}(a_t)}, \qquad \delta = \max_t \delta_t . $$
+
+# %%
+Markdown(f"```python\n{getsource(scene.row_errors)}```")
+
+# %% [markdown]
+# An engine that keeps $p$ significant bits makes a relative error of up to $u = 2^{-p}$ in every step (Higham, *Accuracy and Stability of
+# Numerical Algorithms*, section 2.2): $2^{-24}$ in float32, $2^{-8}$ in bfloat16. What becomes of such an error further down depends on
+# the model: a norm scales it, attention averages it, a residual stream carries it along. So it is not bounded on paper but measured: the
+# same run again, with every named value moved as rounding would move it.
+
+# %%
+Markdown(f"```python\n{getsource(rounding.perturbing)}```")
+
+# %%
+noise = {kind: rounding.measured(model, ids, kind, compare.deviations) for kind in ("exact", "bfloat16", "q8")}
+figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
+for kind, label in (("q8", "8-bit activations"), ("bfloat16", "bfloat16"), ("exact", "float32")):
+    axes.semilogy([noise[kind][name] or np.nan for name in order], label=label, linewidth=1)
+axes.set_xticks([order.index(f"l_out-{i}") for i in range(6)], [f"l_out-{i}" for i in range(6)], fontsize=8)
+axes.set_ylabel("deviation of a correct engine")
+axes.legend(frameon=False, loc="center right", fontsize=8);
+
+# %% [markdown]
+# The tolerance of a tensor is this noise, of both engines together, times a safety factor (`rounding.SAFETY`). A tensor that is further
+# away did not get there by rounding. (Gaps are the ids of chosen experts, which are no quantities. The straight line is explained next.)
+#
+# Two cases need more care. Where two experts are as good as equal, a correct engine may take the other one, and everything behind is
+# different; `compare` sees from the router's logits that it was a tie and judges nothing from that position on. (In bfloat16 that soon
+# happens at the first positions, and the largest noise so far stands for what could not be measured.) And where the prompts differ,
+# nothing else matters.
+
+# %%
+same = compare.compare_with(model, right, record.trace(refimpl.load(arithmetic="exact"), ids))
+print(verdict.as_text(same))
+
+# %% [markdown]
+# That was the compiled kernels against NumPy: the same to within float32.
+#
+# ## A bug
+#
+# The window of the sliding layers is one position too long: `pos - self.window` where it should say `pos - self.window + 1`. Engines
+# shipped this one more than once. The text, with the bug above and without below, gives nothing away:
+
+# %%
+bug = zoo.BUGS["window one too long"]
+with zoo.planted(bug):
+    print(refimpl.generate(model, ids, max_new_tokens=40).text)
+print("---")
+print(refimpl.generate(model, ids, max_new_tokens=40).text)
+
+# %% [markdown]
+# The comparison does:
+
+# %%
+with zoo.planted(bug):
+    theirs = record.trace(model, ids)
+found = compare.compare_with(model, right, theirs)
+print(verdict.as_text(found))
+
+# %%
+verdict.plot(found, folder / "window.png")
+Image(folder / "window.png")
+
+# %% [markdown]
+# Blue is nearer than the tolerance allows, red is further. Everything before the framed tensor is right, and everything behind it is
+# made of wrong values, which says nothing about how it was made.
+#
+# ## What does it look like?
+#
+# A difference has a shape. For each kind of mistake there is a test of a few lines that makes from our values what theirs would be, and
+# asks whether that fits. A norm that was left out, for instance, leaves a factor for each row times one for each channel:
+
+# %%
+Markdown(f"```python\n{getsource(symptoms.missing_norm)}```")
+
+# %%
+shown = ["embedding scale rounded to bfloat16", "RoPE turns neighbours", "rope_freqs ignored", "values are keys after their norm",
+         "no norm after attention", "GELU by erf", "weights not renormalised", "soft cap twice"]
+rows = []
+for name in shown:
+    with zoo.planted(zoo.BUGS[name]):
+        loaded = refimpl.load(backend="reference") if zoo.BUGS[name].at_load else model
+        wrong = compare.compare(right, record.trace(loaded, ids), {key: 2 * size for key, size in noise["exact"].items()})
+    rows.append(f"| {name} | `{wrong.first.name}` | {wrong.symptom.kind} | {wrong.symptom.text} |")
+Markdown("\n".join(["| planted | departs first | looks like | |", "|---|---|---|---|", *rows]))
+
+# %% [markdown]
+# ## Two bugs at once
+#
+# Behind the first wrong tensor everything is wrong, so a comparison of two runs finds one bug at a time. `compare_steps` finds them all:
+# it computes each step from *their* values before it. A mistake then shows where it is made and nowhere else.
+
+# %%
+Markdown(f"```python\n{getsource(rounding.replayed)}```")
+
+# %%
+with zoo.planted(zoo.BUGS["values not normalised"]), zoo.planted(zoo.BUGS["expert scale dropped"]):
+    theirs = record.trace(model, ids)
+runs, steps = compare.compare_with(model, right, theirs), compare.compare_steps(model, theirs)
+print("departing tensors, run against run:", sum(j.verdict == "departs" for j in runs.judged))
+print("departing steps:", ", ".join(j.name for j in steps.judged if j.verdict == "departs"))
+
+# %%
+verdict.plot(runs, folder / "runs.png")
+Image(folder / "runs.png")
+
+# %%
+verdict.plot(steps, folder / "steps.png")
+Image(folder / "steps.png")
+
+# %% [markdown]
+# The upper map has one framed tensor and red after it. The lower one has two stripes: two mistakes, made in every layer.
+#
+# ## What a comparison of layers' outputs does not see
+#
+# The second of these, or weights that are not renormalised at all, hardly changes what a layer puts out. The experts' sum passes a norm,
+# which takes any common factor of a row out again:
+
+# %%
+with zoo.planted(zoo.BUGS["weights not renormalised"]):
+    theirs = record.trace(model, ids)
+for name in ("ffn_moe_weights-0", "ffn_moe_out-0", "ffn_moe-0", "l_out-0", "result_output"):
+    print(f"{name:18} {np.max(scene.row_errors(right.arrays[name], theirs.arrays[name])):.1e}")
+
+# %% [markdown]
+# The weights are wrong by more than half, the layer's output by no more than rounding. Whoever compares hidden states and logits alone cannot see
+# it, so the router's weights are in the trace; and so are the per-layer inputs of E2B and E4B, for the same reason.
+#
+# On the command line: `refimpl trace -m model.gguf -p TEXT -o right.safetensors`, then `refimpl compare right.safetensors` and one of
+# another trace, `transformers:DIRECTORY`, `llama.cpp:model.gguf`, what llama.cpp's tools printed, or a `.npz` that any engine can write.

@@ -1,0 +1,84 @@
+"""Every wrong forward pass of the zoo: compare names the tensor that is the first to depart, and mostly what kind of mistake it is."""
+
+import pytest
+from shapes import prompt, random_model, reference, write_model
+
+import refimpl
+from refimpl.lab import zoo
+from refimpl.lab.compare import compare, deviations
+from refimpl.lab.record import trace
+from refimpl.lab.rounding import measured
+from refimpl.lab.zoo import BUGS, planted
+
+TEXT = ("def parse(self, text):\n    for line in text.splitlines():\n        if line.startswith('#'):\n            continue\n"
+        "        key, value = line.split('=')\n        self.items[key] = value\n    return self.items\n\n\n"
+        "def write(self, path):\n    with open(path, 'w') as file:\n")
+RECOGNISED = 39             # of the kinds; the goal was 16 of 20
+
+
+class Subject:
+    """A model, its right trace, and the noise of a float32 engine on it."""
+
+    def __init__(self, path):
+        self.path, self.model = path, reference(path)
+        self.ids = self.model.tokenizer.encode(TEXT)[:72] if path is None else prompt(16)
+        self.right = self.trace(self.model)
+        self.noise = {name: 2 * size for name, size in measured(self.model, self.ids, "exact", deviations).items()}
+
+    def trace(self, model):
+        """With two steps of a drafter, where there is one."""
+        if self.path is not None:
+            return trace(model, self.ids)
+        return trace(model, self.ids, drafter=refimpl.load_drafter(None, model), draft_max=2)
+
+    def wrong(self, bug):
+        """A trace with the bug."""
+        with planted(bug):
+            return self.trace(reference(self.path) if bug.at_load else self.model)
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    wide = random_model("26B-A4B", seed=6, hidden_size=256, intermediate_size=256, num_hidden_layers=2,
+                        layer_types=["sliding_attention", "full_attention"])
+    return {zoo.MOE: Subject(None), zoo.PLE: Subject(write_model(folder / "ple.gguf", random_model("E2B", seed=6))),
+            zoo.K_QUANTS: Subject(write_model(folder / "k.gguf", wide, "Q4_K"))}
+
+
+@pytest.fixture(scope="module")
+def recognised():
+    return []
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_first_departure_is_named(name, subjects, recognised):
+    bug = BUGS[name]
+    subject = subjects[bug.on]
+    found = compare(subject.right, subject.wrong(bug), subject.noise)
+    assert found.first is not None, "not noticed"
+    assert found.first.name == bug.expected(subject.model.config), found.symptom
+    if bug.kind:
+        assert found.symptom.kind == bug.kind, found.symptom
+        recognised.append(name)
+
+
+def test_enough_kinds_are_recognised(recognised):
+    assert len(BUGS) >= 20 and sum(bool(bug.kind) for bug in BUGS.values()) == len(recognised) == RECOGNISED
+
+
+def test_without_a_bug_nothing_departs(subjects):
+    for subject in subjects.values():
+        found = compare(subject.right, subject.trace(subject.model), subject.noise)
+        assert found.first is None and not found.tie and max(judgement.error for judgement in found.judged) == 0.0
+
+
+def test_a_bug_is_gone_after_its_block(subjects):
+    bug = BUGS["values not normalised"]
+    before = bug.function.__code__
+    with pytest.raises(KeyError), planted(bug):
+        assert bug.function.__code__ is not before
+        raise KeyError
+    assert bug.function.__code__ is before
+    with pytest.raises(ValueError, match="stands 0 times in attention"), planted(zoo.Bug(bug.function, "no such text", "", zoo.MOE, "")):
+        pass
