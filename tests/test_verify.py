@@ -132,7 +132,7 @@ def test_types_that_cannot_be_read_are_not_called_finite():
 # ---- machines
 
 def test_built_in_model_has_the_known_bits():
-    """What this machine computes is what every other one does. A change of the arithmetic changes the hashes: measure them anew then."""
+    """What this machine computes is what was computed where the hashes were taken. A change of the arithmetic changes them."""
     found = list(selftest.runs(None, [("q8", 2, 16), ("exact", 2, 16), ("q8", 1, selftest.N_TOKENS)]))
     assert {run["isa"] for run in found} == {ISA}
     assert [run["sha256"] for run in found] == [selftest.KNOWN[arithmetic] for arithmetic in ("q8", "exact", "q8")]

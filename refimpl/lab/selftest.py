@@ -5,9 +5,10 @@ in lines of JSON: `{"compiling": isa}` when kernels must be compiled first, `{"r
 
 What is hashed: SHA-256 of the logits at all of N_TOKENS positions, float32, little-endian. What equal hashes show: for the types and
 layers of this file, over these tokens, this machine's kernels (its processor, compiler, thread library, NumPy and mathematical library)
-compute the same numbers whatever is asked of them together, and, where the hash is the one in KNOWN, the same as the machines that the
-package was tested on. What they do not show: that the numbers are right (the tests compare with transformers); other types of weights,
-lengths, or drafters; and nothing of the reference, whose sums NumPy orders as it likes, so that other machines may give it other bits.
+compute the same numbers whatever is asked of them together, and, where the hash is the one in KNOWN, the numbers of the machine on which
+that was taken (x86-64 with AVX-512, and under all four instruction sets there). What they do not show: that the numbers are right (the
+tests compare with transformers); other types of weights, lengths, or drafters; and nothing of the reference, whose sums NumPy orders as
+it likes, so that other machines may give it other bits.
 """
 
 import hashlib

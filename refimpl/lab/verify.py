@@ -4,7 +4,7 @@
     sha256       of the file's bytes, held against a given one
     numbers      every scale of every block, and every plain weight, is finite
     same bits    a short run has the same bits on any number of threads, any number of rows a call, every instruction set (selftest.py)
-    known bits   those of the built-in model are the ones that other machines compute
+    known bits   those of the built-in model are the ones that the package knows (selftest.KNOWN)
 
 A file that passes can still be another one than you think: only its SHA-256, held against one from who made it, tells.
 """
@@ -201,7 +201,7 @@ def compare_runs(found: Sequence[dict[str, object]], built_in: bool) -> list[Che
     count = {key: ", ".join(map(str, dict.fromkeys(run[key] for run in found))) for key in ("threads", "rows", "isa")}
     said = f"{len(found)} runs: {count['isa']}; threads: {count['threads']}; rows a call: {count['rows']}"
     shown = ", ".join(f"{arithmetic} {value[:16]}" for arithmetic, value in hashes.items())
-    known = (Check("known bits", FAILED if unknown else OK, f"{shown}: as on every other machine", unknown) if built_in else
+    known = (Check("known bits", FAILED if unknown else OK, f"{shown}: the ones that the package knows", unknown) if built_in else
              Check("known bits", LEFT_OUT, f"known of the built-in model only (verify without -m); here {shown}"))
     return [Check("same bits", FAILED if findings else OK, said, findings), known]
 
