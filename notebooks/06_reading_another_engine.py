@@ -62,7 +62,7 @@ for kind, label in (("q8", "8-bit activations"), ("bfloat16", "bfloat16"), ("exa
     axes.semilogy([noise[kind][name] or np.nan for name in order], label=label, linewidth=1)
 axes.set_xticks([order.index(f"l_out-{i}") for i in range(6)], [f"l_out-{i}" for i in range(6)], fontsize=8)
 axes.set_ylabel("deviation of a correct engine")
-axes.legend(frameon=False, loc="center right", fontsize=8);
+axes.legend(frameon=False, loc="center right", fontsize=8)
 
 # %% [markdown]
 # The tolerance of a tensor is this noise, of both engines together, times a safety factor (`rounding.SAFETY`). A tensor that is further
@@ -167,8 +167,8 @@ for name in ("ffn_moe_weights-0", "ffn_moe_out-0", "ffn_moe-0", "l_out-0", "resu
     print(f"{name:18} {np.max(scene.row_errors(right.arrays[name], theirs.arrays[name])):.1e}")
 
 # %% [markdown]
-# The weights are wrong by more than half, the layer's output by no more than rounding. Whoever compares hidden states and logits alone cannot see
-# it, so the router's weights are in the trace; and so are the per-layer inputs of E2B and E4B, for the same reason.
+# The weights are wrong by more than half, the layer's output by no more than rounding. Whoever compares hidden states and logits alone
+# cannot see it, so the router's weights are in the trace; and so are the per-layer inputs of E2B and E4B, for the same reason.
 #
 # On the command line: `refimpl trace -m model.gguf -p TEXT -o right.safetensors`, then `refimpl compare right.safetensors` and one of
 # another trace, `transformers:DIRECTORY`, `llama.cpp:model.gguf`, what llama.cpp's tools printed, or a `.npz` that any engine can write.

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class TensorWriter:
     def __init__(self, path: str | os.PathLike, header_bytes: int):
         self.path, self._room, self._end = Path(path), -(-header_bytes // 8) * 8, 0
         self._entries: dict[str, dict] = {}
+        self.crc32: dict[str, int] = {}             # of what each tensor was given, in the order in which it came
         self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
         with self._named():
             self._file = self._temporary.open("xb")
@@ -65,6 +67,7 @@ class TensorWriter:
         size = math.prod(shape) * dtype.itemsize
         self._entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [self._end, self._end + size]}
         self._end += size                       # the format allows no gaps
+        self.crc32[name] = 0
 
     def write(self, name: str, row: int, rows: np.ndarray):
         """Rows row, row + 1, ... of a tensor."""
@@ -75,6 +78,7 @@ class TensorWriter:
         with self._named():
             self._file.seek(8 + self._room + entry["data_offsets"][0] + row * (data.nbytes // max(len(rows), 1)))
             self._file.write(data)
+        self.crc32[name] = zlib.crc32(data, self.crc32[name])
 
     def finish(self, metadata: Mapping[str, str]):
         """The header, and the file gets its name."""

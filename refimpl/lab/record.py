@@ -4,8 +4,9 @@ import fnmatch
 import hashlib
 import json
 import os
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ ALL_LOGITS_BELOW = 65_536                 # size of a vocabulary of which all lo
 TOP = 256                                 # how many of a larger one
 LOGIT_BYTES = 32 << 20                    # of logits that are in memory at a time
 HASH_PIECE = 1 << 24
+PENDING = 64 << 20                        # bytes that may wait to be written
 
 
 class Memory(dict):
@@ -39,17 +41,45 @@ class Memory(dict):
         self[name][row:row + len(rows)] = rows
 
 
+class Behind:
+    """Hands tensors on to a TensorWriter in a thread of its own, while the model computes on; at most PENDING bytes wait."""
+
+    def __init__(self, out: TensorWriter):
+        self.out, self._thread, self._pending, self._bytes = out, ThreadPoolExecutor(1), deque(), 0
+
+    def add(self, name: str, dtype: np.dtype, shape: tuple[int, ...]):
+        """Room for a tensor."""
+        self._thread.submit(self.out.add, name, dtype, shape)
+
+    def write(self, name: str, row: int, rows: np.ndarray):
+        """Rows row, row + 1, ... of a tensor. Raises what writing earlier ones did."""
+        self._pending.append((self._thread.submit(self.out.write, name, row, rows), rows.nbytes))
+        self._bytes += rows.nbytes
+        self.wait(PENDING)
+
+    def wait(self, most: int = 0):
+        """Until no more than so many bytes wait. Raises what writing did."""
+        while self._pending and (self._bytes > most or not most):
+            written, n_bytes = self._pending.popleft()
+            self._bytes -= n_bytes
+            written.result()
+
+    def close(self):
+        """Drops what waits."""
+        self._thread.shutdown(cancel_futures=True)
+
+
 class Recorder:
     """Receives values as a tap and hands the wanted rows on. `patterns`: names with `*` and `?`, as in a shell.
 
     `before` and `after` are taps that see a value of the prompt before its rows are taken and after, and may change it.
     """
 
-    def __init__(self, out: TensorWriter | Memory, positions: Sequence[int], patterns: Sequence[str], top: int, before: Tap = no_tap,
+    def __init__(self, out: Behind | Memory, positions: Sequence[int], patterns: Sequence[str], top: int, before: Tap = no_tap,
                  after: Tap = no_tap):
         self.before, self.after = before, after
         self.out, self.positions, self.patterns, self.top = out, np.array(positions), list(patterns), top
-        self._crc32, self._written, self._wanted = {}, {}, {}
+        self._written, self._wanted = {}, {}
         self._rows, self._at = slice(0, 0), np.array([], int)
 
     def wants(self, name: str) -> bool:
@@ -103,18 +133,15 @@ class Recorder:
             rows = rows.astype(np.int32)
         if name not in self._written:
             self.out.add(name, rows.dtype, (n_rows, *rows.shape[1:]))
-            self._crc32[name] = self._written[name] = 0
-        rows = np.ascontiguousarray(rows)
+            self._written[name] = 0
         self.out.write(name, self._written[name], rows)
-        self._crc32[name] = zlib.crc32(rows, self._crc32[name])
         self._written[name] += len(rows)
 
-    def crc32(self) -> dict[str, int]:
-        """Of every tensor so far. Raises TraceError for a pattern that met no name."""
+    def check(self):
+        """Raises TraceError for a pattern that met no name."""
         for pattern in self.patterns:
-            if not any(fnmatch.fnmatchcase(name.removesuffix(".top"), pattern) for name in self._crc32):
+            if not any(fnmatch.fnmatchcase(name.removesuffix(".top"), pattern) for name in self._written):
                 raise TraceError(f"no value is called {pattern!r}: refimpl trace --names lists them")
-        return self._crc32
 
 
 def record(model: Model, ids: Sequence[int], recorder: Recorder, *, drafter: Drafter | None = None, draft_max: int = 4, rounds: int = 0,
@@ -206,7 +233,7 @@ def trace(model: Model, ids: Sequence[int], *, positions: Iterable[int] | None =
     positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))
     recorder = Recorder(kept, positions, tensors, n_top(model, logits), before, after)
     record(model, ids, recorder, **drafting)
-    recorder.crc32()
+    recorder.check()
     return Trace("this run", tuple(map(int, ids)), positions, model.backend.arithmetic, kept, facts_of(model))
 
 
@@ -223,9 +250,17 @@ def write_trace(path: str | os.PathLike, model: Model, ids: Sequence[int], *, po
     header = {"format": FORMAT, "ids": [int(i) for i in ids], "positions": [int(p) for p in positions],
               "arithmetic": model.backend.arithmetic} | facts_of(model, prompt)
     with TensorWriter(path, 10_000 + 16 * steps * 2**10 + 2 * len(json.dumps(header))) as out:
-        recorder = Recorder(out, positions, tensors, n_top(model, logits))
-        record(model, ids, recorder, **drafting)
-        header |= {"crc32": recorder.crc32(), "model_sha256": file_sha256(model.file, begin)}
+        behind, hashing = Behind(out), ThreadPoolExecutor(1)
+        try:
+            sha256 = hashing.submit(file_sha256, model.file, begin)
+            recorder = Recorder(behind, positions, tensors, n_top(model, logits))
+            record(model, ids, recorder, **drafting)
+            recorder.check()
+            behind.wait()
+            header |= {"crc32": out.crc32, "model_sha256": sha256.result()}
+        finally:
+            behind.close()
+            hashing.shutdown()
         out.finish({"refimpl": json.dumps(header)})
     return header
 
