@@ -16,8 +16,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["refimpl.formats", "refimpl.model", "refimpl.decode", "jinja2"]):
-    import jinja2.sandbox  # noqa: F401  (chat.py imports it late)
     import fuzz_cases
+    import jinja2.sandbox  # noqa: F401  (chat.py imports it late)
     import test_fuzz
 
 OUTSIDE = ("open", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "sys._getframe")
