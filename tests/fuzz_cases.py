@@ -142,14 +142,19 @@ def make_gguf(data: bytes) -> bytes:
     return changed_bytes(stream, raw) if how in (7, 8) else raw
 
 
-def changed_model(stream: Stream, weights_only: bool) -> bytes:
-    metadata, records, tensors = BASES[stream.pick(list(BASES))]
-    keys, entries, offset, data = dict(records), [], 0, []
+def laid_out(tensors) -> tuple[list[list], bytearray]:
+    """(name, dimensions, type and offset of every tensor, the bytes of all)."""
+    entries, offset, data = [], 0, []
     for name, (shape, block, raw) in tensors.items():
         entries.append([name, list(reversed(shape)), NUMBER_OF[block], offset])
         data += [raw, bytes(-len(raw) % 32)]
         offset += len(raw) + len(data[-1])
-    body, header = bytearray(b"".join(data)), {}
+    return entries, bytearray(b"".join(data))
+
+
+def changed_model(stream: Stream, weights_only: bool) -> bytes:
+    metadata, records, tensors = BASES[stream.pick(list(BASES))]
+    keys, (entries, body), header = dict(records), laid_out(tensors), {}
     for _ in range(stream.number(4)):
         if weights_only or stream.number(4) == 3:
             change_weights(stream, body, entries)
@@ -441,11 +446,53 @@ WORDS = ("{{", "}}", "{%", "%}", "{#", "#}", "messages", "[0]", ".content", ".ro
          "|map('attr', '__class__')")
 
 
+ATOMS = ("messages", "messages[0]", "'a%s'", "1", "7", "none", "x", "range(9)", "namespace(a=1)", "dict(a=1)", "cycler", "joiner", "lipsum",
+         "loop", "bos_token", "[1, 'b']", "{'k': 'v'}", "self", "f", "raise_exception", "strftime_now")
+FILTERS = ("length", "tojson", "list", "first", "join(',')", "upper", "string", "int", "map(attribute='content')", "attr('__class__')",
+           "format(1)", "batch(2)", "center(9)", "indent", "items", "sort", "unique", "reverse", "map('attr', '__class__')",
+           "xmlattr", "random", "safe")
+NAMES_OF_JINJA = ("content", "role", "__class__", "__globals__", "__init__", "mro", "index", "format", "append", "update", "fromkeys",
+                  "a", "k")
+OPERATORS = ("+", "-", "*", "%", "~", "==", "<", "in", "and", "or", "is")
+
+
 def make_template(data: bytes) -> str:
-    """Words of Jinja in any order; half of the time each inside of braces of its own."""
+    """Well-formed blocks, or words of Jinja in any order."""
     stream = Stream(data)
-    tidy, words = stream.number(2), [stream.pick(WORDS) for _ in range(min(len(data), 60))]
-    return "".join(stream.pick(("{{ %s }}", "{%% %s %%}", "%s")) % word for word in words) if tidy else " ".join(words)
+    if stream.number(4) == 3:
+        return " ".join(stream.pick(WORDS) for _ in range(min(len(data), 60)))
+    return "".join(block(stream, 3) for _ in range(1 + stream.number(5)))
+
+
+def block(stream, depth: int) -> str:
+    what, inside = stream.number(7 if depth else 2), lambda: block(stream, depth - 1)
+    if what == 1:
+        return "text\n"
+    if what == 2:
+        return "{%% for x in %s %%}%s{%% endfor %%}" % (expression(stream, 2), inside())
+    if what == 3:
+        return "{%% if %s %%}%s{%% else %%}%s{%% endif %%}" % (expression(stream, 2), inside(), inside())
+    if what == 4:
+        return "{%% set x = %s %%}%s" % (expression(stream, 2), inside())
+    if what == 5:
+        return "{%% macro f(x) %%}%s{%% endmacro %%}%s" % (inside(), inside())
+    if what == 6:
+        return "{%% generation %%}%s{%% endgeneration %%}" % inside()
+    return "{{ %s }}" % expression(stream, 3)
+
+
+def expression(stream, depth: int) -> str:
+    what = stream.number(6 if depth else 1)
+    if what == 0:
+        return stream.pick(ATOMS)
+    part = expression(stream, depth - 1)
+    if what == 1:
+        return f"{part} | {stream.pick(FILTERS)}"
+    if what == 2:
+        return f"{part}.{stream.pick(NAMES_OF_JINJA)}"
+    if what == 3:
+        return f"({part}) {stream.pick(OPERATORS)} ({expression(stream, depth - 1)})"
+    return f"{part}({stream.pick(ATOMS)})" if what == 4 else f"{part}[{stream.pick(ATOMS)}]"
 
 
 def run_template(template: str) -> str:

@@ -119,6 +119,11 @@ def test_templates_mean_what_they_mean_in_transformers(rule, process):
 
 FORBIDDEN = {
     "class": "{{ ''.__class__.__mro__ }}", "globals": "{{ cycler.__init__.__globals__ }}",
+    "range": "{{ range(10**9) }}", "mro by format": "{{ '{0.__class__.__mro__}'.format(1) }}",
+    "format_map": "{{ '{a.__class__}'.format_map({'a': 1}) }}{{ 1/0 }}",
+    "globals of a macro": "{% macro a() %}{% endmacro %}{{ a.__globals__ }}{{ 1/0 }}", "joiner": "{{ joiner.__init__.__globals__ }}",
+    "lipsum": "{{ lipsum.__globals__['os'] }}", "self": "{{ self._TemplateReference__context }}{{ 1/0 }}",
+    "map attr": "{{ [''] | map('attr', '__class__') | list | attr('mro') }}{{ 1/0 }}",
     "changing the messages": "{{ messages.append(1) }}",
     "underscore in a namespace": "{% set n = namespace(_a=1) %}",
     "assigned later": "{% set n = namespace() %}{% set n.__a = 1 %}",
@@ -148,6 +153,20 @@ BOMBS = {
     "doubling": ("{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "memory"),
     "format": ("{{ '%1000000000d' % 1 }}", "memory"),
     "filter": ("{{ 'x' | center(10**9) }}", "memory"),
+    "the same in both directions": ("{{ messages[0].content | center(10**9) | center(2 * 10**9) }}", "memory"),
+    "indented": ("{{ ('a\n' * 10**6) | indent('b' * 10**6) }}", "memory"),
+    "a list of a range": ("{{ ('x' * 10**8) | list }}", "memory"),
+    "batches filled up": ("{{ [1] | batch(10**9, 'x') | list }}", "memory"),
+    "joined": ("{{ (['x' * 10**6] * 10**4) | join }}", "memory"),
+    "padded by a method": ("{{ 'x'.ljust(10**9) }}{{ 'x'.zfill(10**9) }}", "memory"),
+    "replaced": ("{{ ('x' * 10**6) | replace('x', 'y' * 10**5) }}", "memory"),
+    "str.format": ("{{ '{:1000000000}'.format(1) }}", "memory"),
+    "macros that call each other twice": (
+        "{% macro a(n) %}{% if n %}{{ a(n - 1) }}{{ a(n - 1) }}{% endif %}{% endmacro %}{{ a(90) }}", "2 s"),
+    "a recursive loop": (
+        "{% for x in [[[[1] * 99] * 99] * 99] * 99 recursive %}{% if x is iterable %}{{ loop(x) }}{% endif %}{% endfor %}", "2 s"),
+    "powers of powers": ("{{ 9 ** (9 ** 9) }}", "2 s"),
+    "constants at compile time": ("{{ " + "('x' * 10**4) ~ " * 300 + "('x' * 10**9) }}", "memory"),
     "long output": ("{% for i in range(90000) %}{{ messages[0].content * 1000 }}{% endfor %}", "grows beyond"),
     "big number": ("{{ (10 ** (10 ** 9)) | string }}", "2 s"),
 }

@@ -67,6 +67,14 @@ def change_config(**new):
     return change
 
 
+def change_text(**new):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"] = {k: v for k, v in (config["text_config"] | new).items() if k != "per_layer_config" or v}
+        (folder / "config.json").write_text(json.dumps(config))
+    return change
+
+
 def header(change):
     def write(folder):
         raw = (folder / "model.safetensors").read_bytes()
@@ -93,6 +101,9 @@ def entry(**new):
     (change_config(text_config=None), "is no configuration of a Gemma 4 drafter: text_config is missing"),
     (change_config(text_config=3), "is no configuration"),
     (change_config(text_config={"layer_types": []}), "is no configuration"),
+    (change_text(final_logit_softcapping=10**400), "a number is too large"),
+    (change_text(global_head_dim=2**40, per_layer_config=None), "expected a head of 2 to 65536"),
+    (change_text(num_attention_heads=10**4000), "is 1000"),
     (change_config(backbone_hidden_size=3840), "embedding_length_out is 3840, the target has 64"),
     (change_config(backbone_hidden_size="x"), "embedding_length_out is 'x', expected one int"),
     (lambda f: (f / "model.safetensors").write_bytes(b""), "found an empty one"),

@@ -1,8 +1,33 @@
-"""The GGUF reader: what it must read exactly as gguf-py does, and what it must refuse, always with GGUFError."""
+"""The GGUF reader: what it must read exactly as gguf-py does, and what it must refuse, always with GGUFError.
+
+Files on which readers are known to have failed, and the case (of BAD) or test here that has each:
+
+    empty, magic only, cut header             empty, magic-only, cut-header, test_truncation_at_every_byte
+    counts of 2^63                            n-keys-2^63, n-tensors-2^63, n-keys-beyond-the-bytes, n-tensors-beyond-the-bytes
+    a string of 2^62 or past the end          string-length-2^62, string-past-the-end, key-length-2^62, key-past-the-end
+    an array of 2^40 bytes                    array-of-2^40-u8, array-of-2^61-u64-wraps, array-of-2^61-strings
+    an array of 10^6 with 8 bytes there       array-of-1e6-u8-with-8-bytes, array-of-strings-one-too-many
+    nested arrays                             nested-array, nested-5000-deep
+    a key or tensor twice                     duplicate-key, duplicate-tensor
+    alignment 0 or 3, or huge                 alignment-0, alignment-3, alignment-131072, alignment-2147483648
+    5 or 10^6 dimensions                      n-dims-5, n-dims-1e6, n-dims-0
+    a product of dimensions that wraps        dims-product-wraps, dims-product-wraps-to-8
+    a dimension of zero                       zero-dimension
+    an unknown type                           unknown-type-99, removed-type-4
+    a row that is not whole blocks            row-not-whole-blocks
+    an offset past the end, data cut          offset-past-the-end, offset-2^64-32, data-one-byte-short, data-of-the-last-tensor-cut
+    not aligned, two on one range, holes      offset-not-aligned, two-tensors-on-one-range, tensors-overlap-out-of-order,
+                                              test_holes_between_tensors_are_harmless
+    a name of 64 bytes                        name-64-bytes, name-64-bytes-in-32-letters
+    a key that is not UTF-8                   key-not-utf8, test_values_that_are_not_utf8_are_replaced_with_a_warning
+    a bool of 2                               bool-2, bool-2-in-array
+    a scale of infinity or NaN                test_infinite_and_nan_scales_are_read_as_they_are (they reach the arithmetic, which survives)
+"""
 
 import gc
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -34,6 +59,7 @@ from hypothesis import strategies as st
 
 from refimpl.formats.blocks import BLOCKS, TYPE_IDS
 from refimpl.formats.container import GGUFError, StringArray, open_gguf
+from refimpl.formats.matrix import Matrix
 from refimpl.formats.writer import Deferred, write_gguf
 
 ARCH = key("general.architecture", STRING, "gemma4")
@@ -311,6 +337,20 @@ BAD = {
     "bool-2-in-array": (with_key(array_key("k", BOOL, count=3, raw=b"\x01\x00\x02")), 51, "found 2"),
     "key-cut": (gguf([key("k", U64, 1)])[:-1], 37, "expected 8 bytes for 'k', found 7"),
 }
+
+
+def test_the_table_above_names_what_there_is():
+    table = [line[46:].split("(")[0] for line in __doc__.splitlines() if line.startswith("    ")]
+    names = {word for column in table for word in re.split(r"[,\s]+", column) if word}
+    assert len(names) > 40 and not {name for name in names if name not in BAD and name not in globals()}
+
+
+@pytest.mark.parametrize("scale", [b"\x00\x7c", b"\x00\xfc", b"\x00\x7e"])
+def test_infinite_and_nan_scales_are_read_as_they_are(tmp_path, scale):
+    path = write(tmp_path, gguf([ARCH], [tensor("w", [32, 2], TYPE_Q4_0)], (scale + bytes(range(16))) * 2))
+    with open_gguf(path) as file:
+        weights = Matrix(file.raw("w"), "Q4_0").float32()
+    assert weights.shape == (2, 32) and not np.isfinite(weights).any()
 
 
 @pytest.mark.parametrize("case", BAD)

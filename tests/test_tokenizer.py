@@ -306,6 +306,8 @@ BAD_FILES = {
     "short types": (changed("token_type", lambda t: t[:-1]), "token types for"),
     "float types": (changed("token_type", lambda t: t.astype(np.float32)), "array of integers"),
     "type 9": (changed("token_type", lambda t: np.where(np.arange(len(t)) == 300, 9, t)), "0..6"),
+    "scores a number": (changed("scores", len), "scores is not an array"),
+    "model an array": (changed("model", lambda _: np.array([], np.int32)), "only 'gemma4'"),
     "short scores": (changed("scores", lambda s: s[:-2]), "scores for"),
     "no merges": (without("merges"), "merges is missing"),
     "merge of one piece": (changed("merges", lambda m: [*m, "ab"]), "is not two pieces"),

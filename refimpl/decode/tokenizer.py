@@ -78,7 +78,7 @@ class Tokenizer:
         """
         file = _Reader(metadata, name)
         model = metadata.get("tokenizer.ggml.model")
-        file.require(model == "gemma4", f"tokenizer.ggml.model is {model!r}; only 'gemma4' is supported")
+        file.require(isinstance(model, str) and model == "gemma4", f"tokenizer.ggml.model is {model!r}; only 'gemma4' is supported")
         pieces, types = file.strings("tokens", MAX_PIECES), file.integers("token_type")
         file.require(pieces, "tokenizer.ggml.tokens is empty")
         file.require(len(types) == len(pieces), f"{len(types)} token types for {len(pieces)} tokens")

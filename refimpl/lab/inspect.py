@@ -9,7 +9,7 @@ from refimpl.decode.model import BUILT_IN, CHUNK, float32_bytes
 from refimpl.formats.container import GGUFError, GGUFFile
 from refimpl.model.cache import cache_bytes
 from refimpl.model.checkpoint import RenamedCheckpoint, open_model
-from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, config_from_gguf
+from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, architecture_of, config_from_gguf
 from refimpl.model.drafter import CENTROIDS
 from refimpl.model.drafter_config import DRAFTER_KEYS
 from refimpl.model.memory import available, buffer_bytes, needed
@@ -24,7 +24,7 @@ def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[s
     A drafter is described as one. Raises GGUFError for a file that is neither a Gemma 4 model nor a drafter.
     """
     file = open_model(BUILT_IN if path is None else path)
-    if file.metadata.get("general.architecture") == DRAFTER_ARCHITECTURE:
+    if architecture_of(file.metadata) == DRAFTER_ARCHITECTURE:
         return _head(file) | {"drafter": _drafter(file)} | _contents(file)
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
     n_ctx = config.n_ctx if n_ctx is None else n_ctx

@@ -133,12 +133,18 @@ class Keys:
         return [int(v) for v in value]
 
 
+def architecture_of(metadata: Mapping[str, object]) -> str | None:
+    """What the file says it is; None where it says nothing, or no text (an array does not even compare with one)."""
+    value = metadata.get("general.architecture")
+    return value if isinstance(value, str) else None
+
+
 def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[str], n_vocab: int, path) -> Config:
     """Reads the configuration of a Gemma 4 text model. Raises GGUFError naming the key that is missing, unknown or senseless.
 
     `tensor_names` tells what no key says: which layers have no value projection. Source: llama.cpp's converter (conversion/gemma.py).
     """
-    architecture = metadata.get("general.architecture")
+    architecture = architecture_of(metadata)
     if architecture == DRAFTER_ARCHITECTURE:
         raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone; give its target as the model")
     if architecture != ARCHITECTURE:

@@ -16,6 +16,7 @@ from refimpl.model.config import (
     Keys,
     Kind,
     LayerSpec,
+    architecture_of,
     base_of_sliding,
     head_dims,
 )
@@ -39,7 +40,7 @@ class DrafterConfig:
 
 def drafter_config_from_gguf(metadata: Mapping[str, object], n_vocab: int, target: Config, path) -> DrafterConfig:
     """Reads the configuration of a drafter for `target`. Raises GGUFError naming the key, or the dimension that does not fit."""
-    architecture = metadata.get("general.architecture")
+    architecture = architecture_of(metadata)
     if architecture == ARCHITECTURE:
         raise GGUFError(path, None, "this is a model (gemma4), no drafter (gemma4-assistant)")
     if architecture != DRAFTER_ARCHITECTURE:
