@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from directories import save
+from shapes import random_model
 
 from refimpl.decode.model import BUILT_IN
 from refimpl.formats.blocks import BLOCKS, bytes_of
@@ -17,7 +19,7 @@ from refimpl.formats.container import open_gguf
 from refimpl.kernels.words import BEST, ISA, ORDER
 from refimpl.lab import selftest
 from refimpl.lab import verify as module
-from refimpl.lab.verify import as_text, check_numbers, check_structure, compare_runs, not_finite, verify
+from refimpl.lab.verify import as_text, check_structure, compare_runs, not_finite, verify
 
 ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(BUILT_IN.read_bytes()).hexdigest()
@@ -116,17 +118,37 @@ def test_a_drafter_is_looked_at_and_not_run():
     assert result["ok"] and states(result)["numbers"] == "ok" and states(result)["same bits"] == "left out"
 
 
-def test_types_that_cannot_be_read_are_not_called_finite():
-    class File:
-        path = Path("x")
-        tensors = {"a": type("Info", (), dict(type="TQ1_0", n_bytes=54, row_bytes=54, offset=0))}
+@pytest.mark.parametrize("pieces,finite", [((0x0000, 0x0000, 0xC000, 0x7000), False), ((0x0000, 0x0000, 0xB000, 0x7000), True)])
+def test_a_scale_in_four_pieces_is_looked_at(pieces, finite):
+    """IQ1_M keeps its half in the upper nibbles of four words: 0x7C00 is infinite, 0x7B00 is 57344."""
+    block = BLOCKS["IQ1_M"]
+    scales = np.zeros((2, 3, 4), np.uint16)
+    scales[1, 2] = pieces
+    raw = bytes_of(block, qs=np.zeros((2, 3, 32), np.uint8), qh=np.zeros((2, 3, 16), np.uint8), scales=scales)
+    assert list(not_finite(raw, block)) == ([] if finite else [("a scale", 1, 5)])
 
-        def raw(self, name):
-            return np.full((1, 54), 255, np.uint8)
 
-        def release(self, name):
-            pass
-    assert check_numbers(File()).said == "0 blocks, all finite; not looked at: TQ1_0"
+def test_a_file_in_the_hubs_cache_is_held_against_what_the_hub_lists(tmp_path):
+    """The cache keeps a large file under the SHA-256 that the repository lists, and links to it."""
+    for digest, state in ((DIGEST, "ok"), ("0" * 64, "FAILED")):
+        blob, link = tmp_path / "blobs" / digest, tmp_path / "snapshots" / digest[:4] / "model.gguf"
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(BUILT_IN, blob)
+        link.symlink_to(blob)
+        result = verify(link, run=False)
+        assert states(result)["sha256"] == state and (state == "FAILED" or "as the hub lists it" in as_text(result))
+
+
+def test_a_directory_is_looked_at(tmp_path):
+    folder = save(tmp_path / "model", random_model("E2B"))
+    result = verify(folder, run=False)
+    assert result["ok"] and "Hugging Face directory" in as_text(result)
+    shard = next(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-4:] = b"\xff" * 4
+    shard.write_bytes(data)
+    assert "not finite" in findings(verify(folder, run=False))[0]
 
 
 # ---- machines

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from refimpl.cli.app import Arithmetic, Json, ModelPath, Threads, app, bar, errors, tell_of_compiling, write
+from refimpl.cli.app import Arithmetic, Json, ModelPath, Threads, app, bar, errors, fetched, tell_of_compiling, write
 
 
 @app.command("eval")
@@ -48,7 +48,7 @@ def evaluate(
     if base is not None and (raw or stride is not None):
         raise typer.BadParameter("--base has its own windows: no --raw, --stride")
     tell_of_compiling()
-    side = side_of(backend, arithmetic, model)
+    side = side_of(backend, arithmetic, fetched(model))
     result = measure(side, file or (), against=None if against is None else other_side(against, side), base=base, output=output, n_ctx=ctx,
                      stride=stride, count=count, raw=raw, n_top=n_top, n_windows=chunks, jobs=jobs, threads=threads, progress=bar)
     for note in result["notes"]:

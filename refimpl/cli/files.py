@@ -36,7 +36,7 @@ def inspect(
 
 @app.command()
 def convert(
-    model: Annotated[Path, typer.Argument(help="a Hugging Face directory, or a GGUF file (the first part of a split one)")],
+    model: Annotated[str, typer.Argument(help="a Hugging Face directory, a GGUF file (the first part of a split one), or hf:owner/name")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the GGUF file to write")],
     kind: Annotated[str, typer.Option("--type", help="auto: as it is, W4A16 as Q4_0; or F32, F16, BF16, Q8_0, Q4_0, Q4_K, ...: norms and "
                                       "router F32, embeddings Q6_K under the types below Q8_0")] = "auto",
@@ -46,9 +46,10 @@ def convert(
     from refimpl.lab.convert import convert as run
     from refimpl.lab.inspect import size
 
+    source = fetched(model)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # as Ctrl-C: the half-written file goes
     with contextlib.ExitStack() as stack:
-        done = run(model, output, kind if kind == "auto" else kind.upper(),
+        done = run(source, output, kind if kind == "auto" else kind.upper(),
                    begin=lambda total: stack.enter_context(bar("MB converted", total, 10**6)))
     types = ", ".join(f"{n} {block}" for block, n in done["types"].items())
     write((json.dumps(done) if as_json else f"{done['output']}: {size(done['bytes'])}, tensors: {types}") + "\n")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from refimpl.cli.app import Json, ModelPath, Threads, app, bar, errors, write
+from refimpl.cli.app import Json, ModelPath, Threads, app, bar, errors, fetched, write
 
 
 @app.command()
@@ -23,7 +23,7 @@ def verify(
     for digest in sha256 or ():
         if len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef"):
             raise typer.BadParameter(f"--sha256 {digest}: expected 64 hexadecimal digits")
-    result = check(model, sha256=sha256 or (), run=run, threads=threads, progress=bar, tell=errors.print)
+    result = check(fetched(model), sha256=sha256 or (), run=run, threads=threads, progress=bar, tell=errors.print)
     write((json.dumps(result) if as_json else as_text(result)) + "\n")
     if not result["ok"]:
         raise typer.Exit(1)

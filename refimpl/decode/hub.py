@@ -29,6 +29,7 @@ from refimpl.decode.hub_files import HubError, chosen
 
 PREFIX = "hf:"
 SPEC = re.compile(r"hf:(?P<repo>[^/:@]+/[^/:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<what>.+))?")
+SHA256 = re.compile("[0-9a-f]{64}")
 CHUNK_BYTES = 1 << 20
 TIMEOUT = 20                            # seconds until a server that does not answer counts as out of reach
 
@@ -73,6 +74,12 @@ def local(path: str | os.PathLike, drafter: bool = False) -> Path:
     _refuse_a_full_disk(spec, listing, names)
     paths = [_fetch(spec, listing, listing.files[name]) for name in names]
     return paths[0] if names[0].lower().endswith(".gguf") else paths[names.index("config.json")].parent
+
+
+def listed_sha256(path: Path) -> str | None:
+    """The SHA-256 that the hub lists for a file in its cache, which keeps large files under that name; None for any other file."""
+    blob = Path(os.path.realpath(path))
+    return blob.name if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name) else None
 
 
 # What the hub has, and what the cache has ----------------------------------------------------------------------------------
@@ -141,8 +148,7 @@ def _fetch(spec: str, listing: _Listing, file: _File) -> Path:
 
 def _check(spec: str, file: _File, path: Path):
     """Compares SHA-256 once, and notes in the repository's folder that it was right, with the file's size and time. Deletes a wrong one."""
-    blob = Path(os.path.realpath(path))
-    wanted = file.sha256 or (blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else None)
+    blob, wanted = Path(os.path.realpath(path)), file.sha256 or listed_sha256(path)
     if wanted is None:                                          # a small file, which git keeps itself
         return
     mark = path.parents[file.name.count("/") + 2] / ".verified" / wanted

@@ -147,11 +147,6 @@ class GGUFFile:
                 self.tensors[name] = info
         self._parts: list[_Part] | None = parts
 
-    @property
-    def paths(self) -> list[Path]:
-        """All files, in order. Raises ValueError after `close`."""
-        return [part.path for part in self._open_parts()]
-
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8 `(*shape[:-1], row_bytes)`: a read-only view of the mapping, nothing is copied.
 
@@ -182,7 +177,7 @@ class GGUFFile:
             let_go(part.mapping, 0, len(part.mapping))
 
     def files(self) -> list[Path]:
-        """The file, or all parts of a split model."""
+        """The file, or all parts of a split model, in order. Raises ValueError after `close`."""
         return [part.path for part in self._open_parts()]
 
     def close(self) -> None:

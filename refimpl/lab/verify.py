@@ -1,7 +1,7 @@
 """Is this file whole, and does this machine compute with it as it should? Five checks, each of which tells what it has found.
 
     structure    container, configuration, tokenizer, and a place for every tensor
-    sha256       of the file's bytes, held against a given one
+    sha256       of the file's bytes, held against a given one, or against the one that the hub lists for it
     numbers      every scale of every block, and every plain weight, is finite
     same bits    a short run has the same bits on any number of threads, any number of rows a call, every instruction set (selftest.py)
     known bits   those of the built-in model are the ones that the package knows (selftest.KNOWN)
@@ -16,18 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.decode.model import BUILT_IN
+from refimpl.decode.hub import listed_sha256
+from refimpl.decode.model import BUILT_IN, RELEASE_EVERY
 from refimpl.decode.tokenizer import Tokenizer, TokenizerError
 from refimpl.formats.blocks import BLOCKS, Block, fields_of
-from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.formats.codecs import dequantize
+from refimpl.formats.container import GGUFError, GGUFFile
 from refimpl.kernels.threads import prepare
 from refimpl.lab import selftest
 from refimpl.lab.bench import silent
 from refimpl.lab.evaluate import file_hash
-from refimpl.model.config import DRAFTER_ARCHITECTURE, config_from_gguf
+from refimpl.model.checkpoint import RenamedCheckpoint, open_model
+from refimpl.model.config import DRAFTER_ARCHITECTURE, architecture_of, config_from_gguf
 from refimpl.model.weights import vocabulary_size, weights_from_gguf
 
 STEP_BYTES = 16 << 20               # of a tensor looked at together
+SCATTERED = ("IQ1_M",)              # types whose scale lies in pieces: their weights are looked at instead
 OK, FAILED, LEFT_OUT = "ok", "FAILED", "left out"
 
 
@@ -43,9 +47,10 @@ class Check:
 
 def verify(path: Path | None, *, sha256: Sequence[str] = (), run: bool = True, threads: int | None = None,
            progress: Callable[..., AbstractContextManager] = silent, tell: Callable[[str], None] = lambda line: None) -> dict[str, object]:
-    """All checks of a file (None: the built-in model), as plain data; "ok" is true where nothing is wrong.
+    """All checks of a file or directory (None: the built-in model), as plain data; "ok" is true where nothing is wrong.
 
-    `sha256` are hexadecimal digests the file must have, one for each part of a split model; without, it is told and nothing else. `run`
+    `sha256` are hexadecimal digests the file must have, one for each part of a split model; without, a file in the hub's cache must have
+    the listed one, and of others it is told. `run`
     False leaves out the checks that compute. `tell(line)` is told what takes long. Raises OSError, and ValueError for `threads`.
     """
     name = Path(BUILT_IN if path is None else path)
@@ -75,12 +80,13 @@ def as_text(result: dict[str, object]) -> str:
 
 # ---- the file
 
-def check_structure(path: Path) -> tuple[Check, GGUFFile | None]:
+def check_structure(path: Path) -> tuple[Check, GGUFFile | RenamedCheckpoint | None]:
     """Opens the file and finds a place for every tensor. The file is None where it cannot be opened."""
     file = None
     try:
-        file = open_gguf(path)
-        said = f"GGUF {file.version}, {len(file.tensors)} tensors"
+        file = open_model(path)
+        said = f"GGUF {file.version}" if isinstance(file, GGUFFile) else "Hugging Face directory"
+        said += f", {len(file.tensors)} tensors"
         if _is_drafter(file):
             return Check("structure", OK, f"{said}; a drafter, whose layers are checked when it meets its target"), file
         config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
@@ -93,13 +99,13 @@ def check_structure(path: Path) -> tuple[Check, GGUFFile | None]:
         return Check("structure", FAILED, "", [str(e)]), file
 
 
-def _is_drafter(file: GGUFFile) -> bool:
-    return file.metadata.get("general.architecture") == DRAFTER_ARCHITECTURE
+def _is_drafter(file: GGUFFile | RenamedCheckpoint) -> bool:
+    return architecture_of(file.metadata) == DRAFTER_ARCHITECTURE
 
 
-def file_paths(path: Path, file: GGUFFile | None) -> list[Path]:
-    """The files of a model, more than one for a split one."""
-    return [path] if file is None else file.paths
+def file_paths(path: Path, file: GGUFFile | RenamedCheckpoint | None) -> list[Path]:
+    """The files of a model: the parts of a split one, the safetensors files of a directory."""
+    return [path] if file is None else file.files()
 
 
 def check_hash(paths: Sequence[Path], wanted: Sequence[str]) -> Check:
@@ -110,32 +116,34 @@ def check_hash(paths: Sequence[Path], wanted: Sequence[str]) -> Check:
         found = [file_hash(path) for path in paths]
     except OSError as e:
         return Check("sha256", FAILED, "", [f"{e.filename}: {e.strerror}"])
+    given = "as given"
     if not wanted:
-        return Check("sha256", OK, f"{', '.join(found)} (nothing was given to hold it against)")
+        wanted, given = [listed_sha256(path) or "" for path in paths], "as the hub lists it"
+        if not all(wanted):
+            return Check("sha256", OK, f"{', '.join(found)} (nothing was given to hold it against)")
     if len(wanted) != len(paths):
         return Check("sha256", FAILED, "", [f"{len(wanted)} given for a model of {len(paths)} files"])
     findings = [f"{path}: {theirs}, expected {ours.lower()}; it is another file, or damaged: download it again"
                 for path, theirs, ours in zip(paths, found, wanted) if theirs != ours.lower()]
-    return Check("sha256", FAILED if findings else OK, f"{', '.join(found)}, as given", findings)
+    return Check("sha256", FAILED if findings else OK, f"{', '.join(found)}, {given}", findings)
 
 
-def check_numbers(file: GGUFFile, step: Callable[[int], None] = lambda n_bytes: None) -> Check:
+def check_numbers(file: GGUFFile | RenamedCheckpoint, step: Callable[[int], None] = lambda n_bytes: None) -> Check:
     """Looks at every number that the file holds as a float: scales, minimums, plain weights."""
-    findings, n_blocks, opaque = [], 0, set()
+    findings, n_blocks, since = [], 0, 0
     for name, info in file.tensors.items():
         block = BLOCKS[info.type]
-        if block.fields[0][0] == "raw":
-            opaque.add(info.type)
-        else:
-            n_blocks += info.n_bytes // block.n_bytes
-            findings += [f"{file.path}: tensor {name} ({info.type}): {n:,} of {info.n_bytes // block.n_bytes:,} blocks with {what} that is "
-                         f"not finite, the first at block {at % (info.row_bytes // block.n_bytes)} of row "
-                         f"{at // (info.row_bytes // block.n_bytes)}, byte {info.offset + at * block.n_bytes}"
-                         for what, n, at in not_finite(file.raw(name), block)]
-        file.release(name)
+        n_blocks += info.n_bytes // block.n_bytes
+        findings += [f"{file.path}: tensor {name} ({info.type}): {n:,} of {info.n_bytes // block.n_bytes:,} blocks with {what} that is "
+                     f"not finite, the first at block {at % (info.row_bytes // block.n_bytes)} of row "
+                     f"{at // (info.row_bytes // block.n_bytes)}, byte {info.offset + at * block.n_bytes}"
+                     for what, n, at in not_finite(file.raw(name), block)]
         step(info.n_bytes)
-    said = f"{n_blocks:,} blocks, all finite" + (f"; not looked at: {', '.join(sorted(opaque))}" if opaque else "")
-    return Check("numbers", FAILED if findings else OK, said, findings)
+        since += info.n_bytes
+        if since > RELEASE_EVERY:
+            file.release_all()
+            since = 0
+    return Check("numbers", FAILED if findings else OK, f"{n_blocks:,} blocks, all finite", findings)
 
 
 def not_finite(raw: np.ndarray, block: Block) -> Iterator[tuple[str, int, int]]:
@@ -146,7 +154,11 @@ def not_finite(raw: np.ndarray, block: Block) -> Iterator[tuple[str, int, int]]:
     for first in range(0, len(rows), step):
         blocks = fields_of(rows[first:first + step], block).ravel()
         for name, kind, count in block.fields:
-            if np.dtype(kind).kind == "f":
+            if block.name in SCATTERED:
+                if name != "scales":
+                    continue
+                bad = ~np.isfinite(dequantize(rows[first:first + step], block.name)).reshape(-1, block.elements)
+            elif np.dtype(kind).kind == "f":
                 bad = ~np.isfinite(blocks[name])
             elif block.name == "BF16":                              # no dtype of NumPy's: an exponent of ones, as in a float32
                 bad = blocks[name] & np.uint16(0x7F80) == 0x7F80
@@ -156,7 +168,7 @@ def not_finite(raw: np.ndarray, block: Block) -> Iterator[tuple[str, int, int]]:
             if len(at):
                 seen = wrong.setdefault(name, [0, first * per_row + int(at[0])])
                 seen[0] += len(at)
-    words = {"x": "a number", "d": "a scale (d)", "m": "a minimum (m)", "dmin": "a minimum (dmin)"}
+    words = {"x": "a number", "d": "a scale (d)", "m": "a minimum (m)", "dmin": "a minimum (dmin)", "scales": "a scale"}
     return ((words.get(name, name), n, at) for name, (n, at) in wrong.items())
 
 
