@@ -321,7 +321,7 @@ def long_header(folder):
 
 PLAIN_FAULTS = [
     (lambda f: (f / "config.json").unlink(), "config.json: no such file; expected a Hugging Face directory"),
-    (lambda f: ((f / "config.json").unlink(), (f / "x.gguf").touch()), "to run x.gguf in it, name the file"),
+    (lambda f: ((f / "config.json").unlink(), (f / "x.gguf").touch()), "to run x.gguf in this folder, name the file"),
     (lambda f: shard_of(f, "layers.2.mlp")[0].unlink(), "files are missing, first model-0"),
     (without_a_tensor, "'model.layers.2.mlp.up_proj.weight' is in model-00"),
     (in_two_shards, "stands in another file too"),

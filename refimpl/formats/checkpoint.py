@@ -187,7 +187,7 @@ def read_json(path: Path, remedy: str = "expected a Hugging Face directory with 
 
 def _instead(folder: Path) -> str:
     files = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
-    return f"; to run {files[0].name} in it, name the file" if files else ""
+    return f"; to run {files[0].name} in this folder, name the file" if files else ""
 
 
 def _check_index(index: Path, weight_map: dict[str, str], held: dict[str, Iterable[str]], wanted: Callable[[str], bool]):
