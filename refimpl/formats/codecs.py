@@ -72,7 +72,11 @@ def quantize(x: np.ndarray, type_name: str) -> np.ndarray:
 
     The quantized types refuse NaN and infinities with a ValueError, the K types also weights too large for their float16 scales.
     """
-    codec = _look_up(_QUANTIZE, type_name, "quantize to")
+    return quantize_by(_look_up(_QUANTIZE, type_name, "quantize to"), x, type_name)
+
+
+def quantize_by(codec: Codec, x: np.ndarray, type_name: str) -> np.ndarray:
+    """The same by another rule for this type than llama.cpp's: `codec` takes rows of float32 to bytes."""
     block = BLOCKS[type_name]
     blocks_of(x[:0] if x.ndim > 1 else x, block)  # dtype and row length; no copy of x
     out = np.empty((*x.shape[:-1], block.row_bytes(x.shape[-1])), np.uint8)
