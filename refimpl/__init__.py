@@ -7,11 +7,12 @@
 
 from refimpl.decode.drafter import Drafter, load_drafter, propose
 from refimpl.decode.generate import Output, Stats, generate, stream
+from refimpl.decode.hub_files import HubError
 from refimpl.decode.model import Model, load
 from refimpl.decode.tokenizer import TokenizerError
 from refimpl.formats.container import GGUFError
 from refimpl.model.cache import ContextFull
 
 __version__ = "0.1.0"
-__all__ = ["ContextFull", "Drafter", "GGUFError", "Model", "Output", "Stats", "TokenizerError", "generate", "load", "load_drafter",
-           "propose", "stream"]
+__all__ = ["ContextFull", "Drafter", "GGUFError", "HubError", "Model", "Output", "Stats", "TokenizerError", "generate", "load",
+           "load_drafter", "propose", "stream"]

@@ -4,6 +4,8 @@ NaN is compared as NaN == NaN: its payload and sign depend on the order of a pro
 downstream reads them. Everything else, the sign of zero included, must have the same 32 bits.
 """
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -20,14 +22,33 @@ from refimpl.formats.q8_0 import round_half_away
 SEED = 20240229
 N_BLOCKS = 20_480
 DECODED = sorted(DEQUANTIZABLE)
-ENCODED_BY_GGUF = sorted(QUANTIZABLE - {"Q4_K", "Q5_K", "Q6_K"})
-K_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
+SEARCHED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]      # encoded by a search of our own
+ENCODED_BY_GGUF = sorted(QUANTIZABLE - {*SEARCHED, "Q8_K"})
 SCALE_FIELDS = {name: [f for f, kind, _ in BLOCKS[name].fields if kind == "<f2" and f != "x"] for name in DECODED}
 SCALED = [name for name in DECODED if SCALE_FIELDS[name]]
+FIXTURE = Path(__file__).parent / "files" / "types.npz"  # blocks that ggml wrote and read: see make_types.py beside it
+BY_GGML = sorted({name.split()[0] for name in np.load(FIXTURE) if name != "normal"})
+
+
+def bits_in(fields, n_bits):
+    """Consecutive fields of n_bits, low bits first, by NumPy's own unpacking."""
+    bits = np.unpackbits(fields, axis=-1, bitorder="little").reshape(*fields.shape[:-1], -1, n_bits)
+    return bits @ (1 << np.arange(n_bits))
+
+
+# Types that gguf-py sizes and does not decode, written down a second time; test_decode_as_ggml has ggml's own word on them.
+BY_HAND = {
+    "Q1_0": lambda b: b["d"].astype(np.float32)[..., None] * np.where(bits_in(b["qs"], 1) == 1, 1, -1).astype(np.float32),
+    "Q2_0": lambda b: b["d"].astype(np.float32)[..., None] * (bits_in(b["qs"], 2) - 1).astype(np.float32),
+    "Q8_1": lambda b: b["d"].astype(np.float32)[..., None] * b["qs"],
+    "Q8_K": lambda b: b["d"][..., None] * b["qs"],
+}
 
 
 def gguf_dequantize(raw, type_name):
     with np.errstate(all="ignore"):
+        if type_name in BY_HAND:
+            return BY_HAND[type_name](fields_of(raw, BLOCKS[type_name])).reshape(*raw.shape[:-1], -1)
         return oracle.dequantize(raw, gguf.GGMLQuantizationType[type_name])
 
 
@@ -102,7 +123,7 @@ def test_fields_of_views_without_copying():
 # --- packing
 
 
-@pytest.mark.parametrize("n_bits,group", [(4, 16), (4, 32), (4, 64), (2, 32), (1, 32)])
+@pytest.mark.parametrize("n_bits,group", [(4, 1), (4, 8), (4, 16), (4, 32), (4, 64), (2, 4), (2, 32), (1, 32)])
 def test_pack_inverts_unpack(n_bits, group):
     packed = np.random.default_rng(SEED).integers(0, 256, (3, 5, 128), dtype=np.uint8)
     values = unpack(packed, n_bits, group)
@@ -145,7 +166,7 @@ def test_decode_random_bytes(type_name):
     check_decode(random_raw(type_name), type_name, "random bytes")
 
 
-@pytest.mark.parametrize("type_name", DECODED)
+@pytest.mark.parametrize("type_name", sorted(DEQUANTIZABLE & QUANTIZABLE))
 def test_decode_quantized_normals(type_name):
     x = np.random.default_rng(SEED).standard_normal((64, 4096), dtype=np.float32)
     check_decode(quantize(x, type_name), type_name, "normal weights")
@@ -172,6 +193,53 @@ def test_decode_awkward_scales(type_name):
     check_decode(raw, type_name, "awkward scales")
 
 
+@pytest.mark.parametrize("type_name", BY_GGML)
+def test_decode_as_ggml(type_name):
+    """A block that ggml quantized, and one of random bytes, against ggml's own decoder: codebooks and layouts from a second source."""
+    stored = np.load(FIXTURE)
+    raw, weights = stored[f"{type_name} raw"], stored[f"{type_name} weights"]
+    assert_same(weights, dequantize(raw, type_name), f"{type_name} as ggml reads it", BLOCKS[type_name], raw)
+    error = rms(weights[0] - stored["normal"])
+    assert error < 0.9, f"ggml's block of normal weights is no such thing: error {error}"
+    if type_name in QUANTIZABLE:
+        assert_same(raw[:1], quantize(stored["normal"], type_name), f"{type_name} as ggml writes it", BLOCKS[type_name])
+
+
+def test_decode_awkward_scales_in_four_pieces():
+    """IQ1_M keeps a nibble of its half in each of four words."""
+    awkward = np.array([0x0001, 0x8001, 0x03FF, 0x0400, 0x0000, 0x8000, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0x1234, 0xFEDC], np.uint16)
+    raw = random_raw("IQ1_M", 8 * len(awkward), rows=8)
+    words = fields_of(raw, BLOCKS["IQ1_M"])["scales"]
+    words[...] = words & 0x0FFF | np.stack([(awkward >> 4 * k & 15) << 12 for k in range(4)], -1).astype(np.uint16)
+    check_decode(raw, "IQ1_M", "awkward scales")
+    w = dequantize(raw, "IQ1_M").reshape(8, len(awkward), 256)
+    one = np.abs(w[:, awkward == 0x0001]) / np.float32(2.0**-24) * 8
+    assert np.array_equal(one, np.rint(one)) and one.max() == 15 * 9 and one.min() <= 7     # (2 s + 1) (v + 1/8) in eighths
+
+
+def test_decode_awkward_float32_scales():
+    awkward = np.array([0x00000001, 0x80000001, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0x00000000, 0x80000000], np.uint32)
+    raw = random_raw("Q8_K", 8 * len(awkward), rows=8)
+    fields_of(raw, BLOCKS["Q8_K"])["d"] = awkward.view(np.float32)
+    check_decode(raw, "Q8_K", "awkward scales")
+
+
+def test_decode_every_scale_of_nvfp4_times_every_value():
+    raw = np.zeros((256, 36), np.uint8)
+    raw[:, :4], raw[:, 4:] = np.arange(256)[:, None], pack(np.tile(np.arange(16, dtype=np.uint8), 4), n_bits=4, group=8)
+    check_decode(raw, "NVFP4", "every scale")
+    assert dequantize(raw[0x38], "NVFP4")[:16].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]     # d = 1
+
+
+def test_q8_k_stores_sums():
+    stored = fields_of(quantize(INPUTS["normal"], "Q8_K"), BLOCKS["Q8_K"])
+    assert np.array_equal(stored["bsums"], stored["qs"].reshape(64, 4, 16, 16).astype(int).sum(-1)) and (stored["qs"].min(-1) == -127).any()
+    for kind in ("zero", "tiny", "huge"):
+        x, w = INPUTS[kind], dequantize(quantize(INPUTS[kind], "Q8_K"), "Q8_K")
+        assert np.abs(w - x).max() <= np.abs(x).max() / 127 * 0.51
+    assert not dequantize(quantize(INPUTS["normal"] * np.float32(1e-40), "Q8_K"), "Q8_K").any()
+
+
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q8_0"])
 def test_decode_every_scale_times_every_level(type_name):
     """All 65,536 halves; each with all 16 nibbles, or all 256 int8 values (in 8 blocks of 32)."""
@@ -187,6 +255,18 @@ def test_decode_every_scale_times_every_level(type_name):
     check_decode(raw, type_name, "every scale")
     if type_name == "Q4_0":
         assert np.array_equal(dequantize(raw[0x3C00], "Q4_0")[:16], np.arange(-8, 8))  # d = 1: independent of any oracle
+
+
+def test_decode_every_exponent_times_every_value():
+    """MXFP4: all 256 scales, the denormal ones and 255 among them, with all 16 nibbles."""
+    records = np.empty(256, BLOCKS["MXFP4"].dtype)
+    records["e"] = np.arange(256)
+    records["qs"] = pack(np.tile(np.arange(16, dtype=np.uint8), 2), n_bits=4, group=16)
+    raw = records.view(np.uint8)
+    check_decode(raw[None], "MXFP4", "every exponent")
+    one = dequantize(raw[127 * 17:128 * 17], "MXFP4")         # independent of any oracle: the values of E2M1
+    assert one[:16].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    assert dequantize(raw[:17], "MXFP4")[1] == np.float32(2.0**-128) and dequantize(raw[17:34], "MXFP4")[1] == np.float32(2.0**-127)
 
 
 @pytest.mark.parametrize("type_name", ["F16", "BF16"])
@@ -242,8 +322,9 @@ def test_empty(type_name):
     block = BLOCKS[type_name]
     assert dequantize(np.zeros((0, 2 * block.n_bytes), np.uint8), type_name).shape == (0, 2 * block.elements)
     assert dequantize(np.zeros((3, 0), np.uint8), type_name).shape == (3, 0)
-    assert quantize(np.zeros((3, 0), np.float32), type_name).shape == (3, 0)
-    assert quantize(np.zeros((0, 256), np.float32), type_name).shape == (0, block.row_bytes(256))
+    if type_name in QUANTIZABLE:
+        assert quantize(np.zeros((3, 0), np.float32), type_name).shape == (3, 0)
+        assert quantize(np.zeros((0, 256), np.float32), type_name).shape == (0, block.row_bytes(256))
 
 
 @pytest.mark.parametrize("type_name", [t for t in DECODED if BLOCKS[t].n_bytes > 1])
@@ -262,10 +343,10 @@ def test_wrong_arguments_are_refused():
         dequantize(np.zeros((2, 18), np.int8), "Q4_0")
     with pytest.raises(ValueError, match="contiguous"):
         dequantize(np.zeros((2, 36), np.uint8)[:, ::2], "Q4_0")
-    with pytest.raises(UnsupportedType, match="cannot dequantize IQ2_XS; supported: F32, F16"):
-        dequantize(np.zeros((1, 74), np.uint8), "IQ2_XS")
-    with pytest.raises(UnsupportedType, match="cannot quantize to MXFP4; supported: .*Q8_0"):
-        quantize(np.zeros((1, 32), np.float32), "MXFP4")
+    with pytest.raises(UnsupportedType, match="cannot dequantize I8; supported: F32, F16"):
+        dequantize(np.zeros((1, 74), np.uint8), "I8")
+    with pytest.raises(UnsupportedType, match="cannot quantize to Q1_0; supported: .*Q8_0"):
+        quantize(np.zeros((1, 128), np.float32), "Q1_0")
 
 
 @pytest.mark.parametrize("type_name", sorted(QUANTIZABLE - {"F32", "F16", "BF16"}))
@@ -319,11 +400,22 @@ def test_encode_as_gguf(type_name, kind):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("type_name", sorted(set(ENCODED_BY_GGUF) - {"F32", "F16", "BF16"}))
+@pytest.mark.parametrize("type_name", sorted(set(ENCODED_BY_GGUF) - {"F32", "F16", "BF16", "MXFP4"}))
 def test_encode_where_ggufs_reciprocal_overflows(type_name):
     """Below 2**-128 gguf-py casts NaN and infinity to integers. The integers may differ; the weights restored must not."""
     x = INPUTS["normal"] * np.float32(1e-40)
     assert np.array_equal(gguf_dequantize(gguf_quantize(x, type_name), type_name), dequantize(quantize(x, type_name), type_name))
+
+
+def test_encode_where_ggufs_exponent_wraps():
+    """MXFP4 below 2**-125: gguf-py's exponent is cast to a byte while negative. Ours is 0, and weights are half a step off at most."""
+    x = INPUTS["normal"] * np.float32(2.0**-128)
+    raw = quantize(x, "MXFP4")
+    restored = dequantize(raw, "MXFP4")
+    assert np.abs(restored - x).max() <= 2.0**-128 and not fields_of(raw, BLOCKS["MXFP4"])["e"].any()
+    near = np.nextafter(np.float32(32), np.float32(0))          # whose logarithm is 5 in float32
+    x = np.full((1, 32), near, np.float32)
+    assert_same(gguf_quantize(x, "MXFP4"), quantize(x, "MXFP4"), "MXFP4, just below a power of two")
 
 
 @pytest.mark.parametrize("type_name", ["F16", "BF16"])
@@ -358,7 +450,8 @@ def test_reciprocal_is_defined_everywhere():
 
 @pytest.mark.parametrize("type_name", SCALED)
 def test_products_are_exact(type_name):
-    """What codecs.py promises: without the minimum, a weight over its d is an integer, so no product was rounded."""
+    """What codecs.py promises: without the minimum, a weight over its d is an integer (of eighths in IQ1 and IQ2, quarters in IQ3_XXS), so
+    no product was rounded."""
     raw = random_raw(type_name, 4096)
     records = fields_of(raw, BLOCKS[type_name])
     scale, *minimum = SCALE_FIELDS[type_name]
@@ -367,7 +460,9 @@ def test_products_are_exact(type_name):
         records[name] = 0
     w = dequantize(raw, type_name).reshape(*records.shape, -1).astype(np.float64)
     levels = w / records[scale].astype(np.float64)[..., None]
-    assert np.array_equal(levels, np.rint(levels)) and np.abs(levels).max() >= 7
+    step = {"IQ3_XXS": 4, "IQ3_S": 1}.get(type_name, 8 if type_name.startswith("IQ") else 1)
+    assert np.array_equal(step * levels, np.rint(step * levels)) and np.abs(levels).max() >= {"Q1_0": 1, "TQ1_0": 1, "Q2_0": 2,
+                                                                                             "TQ2_0": 2}.get(type_name, 7)
 
 
 def test_bytes_of_inverts_fields_of():
@@ -378,7 +473,7 @@ def test_bytes_of_inverts_fields_of():
     assert_same(x, rows_of(blocks_of(x, BLOCKS["Q5_1"])), "blocks joined again")
 
 
-# --- the K quantizers, which gguf-py does not have: judged by their error
+# --- the quantizers that gguf-py does not have: judged by their error
 
 
 def rms(e):
@@ -390,61 +485,74 @@ def divide(a, b):
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0)
 
 
-def minmax_k(x, top):
-    """The naive quantizer of Q4_K and Q5_K: minimum to maximum of each sub-block, scales rounded to 6 bits, no search."""
-    parts = x.reshape(-1, 8, 32)
+def minmax_k(x, top, n_sub=8, most=63):
+    """The naive quantizer of Q2_K, Q4_K and Q5_K: minimum to maximum of each sub-block, scales rounded to integers, no search."""
+    parts = x.reshape(-1, n_sub, 256 // n_sub)
     low = np.minimum(parts.min(-1), 0)
     scale = (parts.max(-1) - low) / top
-    d = (scale.max(-1, keepdims=True) / 63).astype(np.float16).astype(np.float32)
-    dmin = (-low.min(-1, keepdims=True) / 63).astype(np.float16).astype(np.float32)
+    d = (scale.max(-1, keepdims=True) / most).astype(np.float16).astype(np.float32)
+    dmin = (-low.min(-1, keepdims=True) / most).astype(np.float16).astype(np.float32)
     step, offset = (d * np.rint(divide(scale, d)))[..., None], (dmin * np.rint(divide(-low, dmin)))[..., None]
     return (step * np.rint(divide(parts + offset, step)).clip(0, top) - offset).reshape(x.shape)
 
 
-def absmax_q6_k(x):
-    """The naive quantizer of Q6_K: the largest magnitude of each sub-block becomes -32."""
-    parts = x.reshape(-1, 16, 16)
-    scale = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1)[..., 0] / -32
-    d = (np.abs(scale).max(-1, keepdims=True) / 127).astype(np.float16).astype(np.float32)
+def absmax(x, levels, n_sub, most):
+    """The naive quantizer of superblocks without a minimum: the largest magnitude of a sub-block becomes the lowest level."""
+    parts = x.reshape(-1, n_sub, 256 // n_sub)
+    scale = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1)[..., 0] / levels[0]
+    d = (np.abs(scale).max(-1, keepdims=True) / most).astype(np.float16).astype(np.float32)
     step = (d * np.rint(divide(scale, d)))[..., None]
-    return (step * np.rint(divide(parts, step)).clip(-32, 31)).reshape(x.shape)
+    ratio = divide(parts, step)[..., None]
+    return (step * levels[np.abs(ratio - levels).argmin(-1)]).reshape(x.shape)
 
 
-NAIVE = {"Q4_K": lambda x: minmax_k(x, 15), "Q5_K": lambda x: minmax_k(x, 31), "Q6_K": absmax_q6_k}
-
-# RMS error on standard normals. Measured with this seed: naive 0.0784, 0.0382, 0.0188; ours 0.0707, 0.0349, 0.0172;
-# llama.cpp's quantize_row_*_ref on standard normals: 0.0714, 0.0361, 0.0177.
-BOUND = {"Q4_K": 0.0712, "Q5_K": 0.0352, "Q6_K": 0.0174}
-RATIO = {"Q4_K": 0.92, "Q5_K": 0.93, "Q6_K": 0.93}
+def absmax_iq4_nl(x):
+    parts = x.reshape(-1, 32)
+    d = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1) / IQ4[0]
+    return (d * IQ4[np.abs(divide(parts, d)[..., None] - IQ4).argmin(-1)]).reshape(x.shape)
 
 
-@pytest.mark.parametrize("type_name", K_TYPES)
-def test_k_error_on_normals(type_name):
+IQ4 = np.array(oracle.IQ4_NL.kvalues, np.float32)
+NAIVE = {"Q2_K": lambda x: minmax_k(x, 3, 16, 15), "Q4_K": lambda x: minmax_k(x, 15), "Q5_K": lambda x: minmax_k(x, 31),
+         "Q3_K": lambda x: absmax(x, np.arange(-4, 4, dtype=np.float32), 16, 31), "IQ4_XS": lambda x: absmax(x, IQ4, 8, 31),
+         "Q6_K": lambda x: absmax(x, np.arange(-32, 32, dtype=np.float32), 16, 127), "IQ4_NL": absmax_iq4_nl}
+
+# RMS error on standard normals, measured with this seed; that of llama.cpp is ggml_quantize_chunk's without an importance matrix:
+#            Q2_K    Q3_K    Q4_K    Q5_K    Q6_K    IQ4_NL  IQ4_XS
+# naive      0.3293  0.1553  0.0784  0.0382  0.0188  0.0800  0.0802
+# ours       0.2699  0.1440  0.0707  0.0349  0.0172  0.0734  0.0742
+# llama.cpp  0.2975  0.1513  0.0714  0.0361  0.0177  0.0763  0.0768
+BOUND = {"Q2_K": 0.2705, "Q3_K": 0.1445, "Q4_K": 0.0712, "Q5_K": 0.0352, "Q6_K": 0.0174, "IQ4_NL": 0.0740, "IQ4_XS": 0.0747}
+RATIO = {"Q2_K": 0.84, "Q3_K": 0.93, "Q4_K": 0.92, "Q5_K": 0.93, "Q6_K": 0.93, "IQ4_NL": 0.93, "IQ4_XS": 0.93}
+
+
+@pytest.mark.parametrize("type_name", SEARCHED)
+def test_search_error_on_normals(type_name):
     x = np.random.default_rng(SEED).standard_normal((256, 1024), dtype=np.float32)
     ours, naive = rms(dequantize(quantize(x, type_name), type_name) - x), rms(NAIVE[type_name](x) - x)
     print(f"{type_name}: ours {ours:.5f}, naive {naive:.5f}")
     assert ours < BOUND[type_name] and ours < RATIO[type_name] * naive
 
 
-@pytest.mark.parametrize("type_name", K_TYPES)
+@pytest.mark.parametrize("type_name", SEARCHED)
 @pytest.mark.parametrize("kind", ["spikes", "positive", "lattice", "some blocks zero", "some blocks positive"])
-def test_k_error_is_below_naive_elsewhere(type_name, kind):
+def test_search_error_is_below_naive_elsewhere(type_name, kind):
     x = INPUTS[kind]
     ours, naive = rms(dequantize(quantize(x, type_name), type_name) - x), rms(NAIVE[type_name](x) - x)
     print(f"{type_name}, {kind}: ours {ours:.5f}, naive {naive:.5f}")
     assert ours <= naive
 
 
-@pytest.mark.parametrize("type_name", ["Q4_K", "Q5_K"])
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q4_K", "Q5_K"])
 @pytest.mark.parametrize("kind", ["normal", "positive", "some blocks positive"])
-def test_k_stores_no_negative_minimum_scale(type_name, kind):
+def test_search_stores_no_negative_minimum_scale(type_name, kind):
     """A negative dmin would decode here; ggml never writes one, so no other engine has been tried on it."""
     assert (fields_of(quantize(INPUTS[kind], type_name), BLOCKS[type_name])["dmin"] >= 0).all()
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("type_name", K_TYPES)
-def test_k_scale_of_the_data_does_not_matter(type_name):
+@pytest.mark.parametrize("type_name", SEARCHED)
+def test_search_scale_of_the_data_does_not_matter(type_name):
     """Times a power of two within float16's normal range of scales, the error is the same power of two larger."""
     x = INPUTS["normal"]
     base = rms(dequantize(quantize(x, type_name), type_name) - x)
@@ -453,33 +561,39 @@ def test_k_scale_of_the_data_does_not_matter(type_name):
         assert rms(dequantize(quantize(y, type_name), type_name) - y) == pytest.approx(base * factor, rel=1e-3)
 
 
+# Half a step of the scale, relative to the largest; a whole one where a scale of the other sign has one step less.
+SCALE_STEP = {"Q2_K": 1 / 30, "Q3_K": 1 / 32, "Q4_K": 1 / 126, "Q5_K": 1 / 126, "Q6_K": 1 / 126, "IQ4_NL": 1 / 2048, "IQ4_XS": 1 / 32}
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("type_name", K_TYPES)
-def test_k_edges(type_name):
+@pytest.mark.parametrize("type_name", SEARCHED)
+def test_search_edges(type_name):
     for kind in ("zero", "negative zero", "tiny"):
         assert np.abs(dequantize(quantize(INPUTS[kind], type_name), type_name)).max() < 1e-29
-    # Constant sub-blocks: the one step left is that of the 6-bit (8-bit) scale or minimum, half of 1/63 of the largest.
+    # Constant sub-blocks: the one step left is that of the scale or minimum.
     constant = INPUTS["constant"].reshape(-1, 256)
     restored = dequantize(quantize(constant, type_name), type_name)
-    assert (np.abs(restored - constant).max(axis=-1) < 1.02 / 126 * np.abs(constant).max(axis=-1)).all()
+    assert (np.abs(restored - constant).max(axis=-1) < 1.02 * SCALE_STEP[type_name] * np.abs(constant).max(axis=-1)).all()
     with pytest.raises(ValueError, match="cannot quantize"):
         quantize(INPUTS["huge"], type_name)
 
 
-@pytest.mark.parametrize("type_name", K_TYPES)
-def test_k_is_exact_on_what_it_can_hold(type_name):
-    """Weights of the form (d * s) * q - (dmin * m), all levels used in each sub-block: nothing is lost."""
+@pytest.mark.parametrize("type_name", SEARCHED)
+def test_search_is_exact_on_what_it_can_hold(type_name):
+    """Weights of the form (d * s) * q - (dmin * m), the levels used to both ends in each sub-block: nothing is lost."""
     rng = np.random.default_rng(SEED)
-    if type_name == "Q6_K":
-        q = np.concatenate([np.full((32, 16, 1), -32), rng.integers(-32, 32, (32, 16, 15))], axis=-1)
-        s = rng.integers(64, 128, (32, 16, 1))
-        s[:, 0] = -128
-        x = q * s * 2.0**-10
-    else:
-        top = 15 if type_name == "Q4_K" else 31
-        q = np.tile(np.arange(32) % (top + 1), (32, 8, 1))
-        s, m = rng.integers(20, 64, (32, 8, 1)), rng.integers(20, 64, (32, 8, 1))
-        s[:, 0], m[:, 0] = 63, 63
+    if type_name in ("Q2_K", "Q4_K", "Q5_K"):
+        top, n_sub, most = {"Q2_K": (3, 16, 15), "Q4_K": (15, 8, 63), "Q5_K": (31, 8, 63)}[type_name]
+        q = np.tile(np.arange(256 // n_sub) % (top + 1), (32, n_sub, 1))
+        s, m = rng.integers(most // 3, most + 1, (32, n_sub, 1)), rng.integers(most // 3, most + 1, (32, n_sub, 1))
+        s[:, 0], m[:, 0] = most, most
         x = q * s * 2.0**-10 - m * 2.0**-8
+    else:
+        levels, n_sub, lowest = {"Q3_K": (np.arange(-4, 4), 16, -32), "Q6_K": (np.arange(-32, 32), 16, -128),
+                                 "IQ4_NL": (IQ4, 8, -1), "IQ4_XS": (IQ4, 8, -32)}[type_name]
+        q = levels[np.concatenate([np.zeros((32, n_sub, 1), int), rng.integers(0, len(levels), (32, n_sub, 256 // n_sub - 1))], axis=-1)]
+        s = rng.integers(-lowest // 2, max(-lowest, 1), (32, n_sub, 1)) if lowest < -1 else 2.0**rng.integers(-4, 5, (32, n_sub, 1))
+        s[:, 0] = lowest
+        x = q * s * 2.0**-10
     x = x.reshape(32, 256).astype(np.float32)
     assert np.abs(dequantize(quantize(x, type_name), type_name) - x).max() == 0

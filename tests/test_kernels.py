@@ -18,8 +18,8 @@ from refimpl.formats.matrix import Matrix
 from refimpl.kernels import jit
 from refimpl.kernels.tiles import tiled, units
 
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32")
-INTEGER = TYPES[:8]
+INTEGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+TYPES = (*INTEGER, "F16", "BF16", "F32")
 PAIRS = ("matmul", "attention", "moe", "ops")
 NO_TWIN = {         # functions of the reference that have none, and why
     "ops.gelu": "only inside `gated`", "ops.softmax": "only inside `attend` and `choose`", "ops.fma": "a word of simd.py",
@@ -139,7 +139,8 @@ TABLE = {
     "matmul_q8 F16 odd width": (product_case, "matmul_q8", "F16", 5, 17, 1),
     "matmul_q8 Q4_0 one block": (product_case, "matmul_q8", "Q4_0", 2, 3, 32),
     **{f"run_experts {name} {block} {down} {n_tok} tokens": (experts_case, name, block, down, n_tok)
-       for name, block, down in (("matmul_q8", "Q4_0", "Q4_0"), ("matmul_q8", "Q4_K", "Q8_0"), ("matmul", "Q4_0", "Q4_0"))
+       for name, block, down in (("matmul_q8", "Q4_0", "Q4_0"), ("matmul_q8", "Q4_K", "Q8_0"), ("matmul_q8", "Q2_K", "MXFP4"),
+                                 ("matmul", "Q4_0", "Q4_0"))
        for n_tok in (0, 1, 7, 8)},
     **{f"matmul_chosen {name} {block} {n_tok} rows": (chosen_case, name, block, n_tok)
        for name, block in (("matmul_q8", "Q4_0"), ("matmul", "Q6_K"), ("matmul_q8", "F32")) for n_tok in (0, 1, 3)},
@@ -169,7 +170,46 @@ def test_kernel_and_twin(case):
     close(ours(*our_args), theirs(*their_args), bound)
 
 
+@pytest.mark.parametrize("block", ["Q2_K", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"])
+def test_random_bytes_are_the_weights_that_the_reference_sees(block):
+    """Scales, minimums and levels that no quantizer writes. Exact arithmetic on unit vectors gives the weights themselves, bit for bit."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (40, 2 * BLOCKS[block].n_bytes), dtype=np.uint8)
+    records = raw.view(BLOCKS[block].dtype)
+    for name, kind, _ in BLOCKS[block].fields:       # finite scales, all exponents of E8M0
+        if kind == "<f2":
+            records[name] = rng.uniform(-2, 2, records.shape).astype(np.float16)
+    if block == "MXFP4":
+        records["e"] = np.concatenate([[0, 1, 2, 254, 255], rng.integers(0, 256, records.size - 5)]).reshape(records.shape)
+    w, kernels = Matrix(raw, block), next(twins("matmul"))
+    columns = rng.permutation(w.shape[1])[:64]
+    x = np.zeros((64, w.shape[1]), np.float32)
+    x[np.arange(64), columns] = 1
+    want = w.float32()[:, columns].T
+    finite = np.isfinite(w.float32()).all(axis=1)                  # infinity times the zeros beside it is NaN
+    got = kernels.matmul(x, tiled(w, 1))
+    assert finite.sum() > 30 and np.array_equal(got[:, finite], want[:, finite])
+    if block != "MXFP4":
+        x = rows(5, w.shape[1])
+        assert same(kernels.matmul_q8(x, tiled(w, 1)), next(t for t in twins("matmul") if t is not kernels).matmul_q8(x, w))
+
+
+def test_every_exponent_in_8_bits():
+    """MXFP4, all 256 exponents, with activations that neither vanish nor overflow."""
+    records = np.random.default_rng(0).integers(0, 256, (256, 17), dtype=np.uint8)
+    records[:, 0] = np.arange(256)
+    kernels, reference = twins("matmul")
+    for part, scale in ((records[:128], np.float32(1e5)), (records[128:], np.float32(1e-3))):
+        w, x = Matrix(part, "MXFP4"), rows(3, 32) * scale
+        got = kernels.matmul_q8(x, tiled(w, 1))
+        with np.errstate(over="ignore"):                # of the sums that Q8_1 wants
+            want = reference.matmul_q8(x, w)
+        assert same(got, want) and np.isfinite(got).all() and (got != 0).all()
+
+
 SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1x1x256", "matmul_q8 Q5_1 1x1x256", "matmul_q8 Q8_0 1x1x256",
+         "matmul_q8 Q2_K 6x16x256", "matmul_q8 Q3_K 1x1x256", "matmul_q8 IQ4_NL 1x1x256", "matmul_q8 IQ4_XS 6x16x256",
+         "matmul_q8 MXFP4 1x1x256", "matmul MXFP4 1x1x256", "matmul IQ4_XS 1x1x256", "matmul Q3_K 1x1x256", "matmul Q2_K 1x1x256",
          "matmul_q8 Q4_K 6x16x256", "matmul_q8 Q5_K 1x1x256", "matmul_q8 Q6_K 6x16x256", "matmul Q4_0 1x1x256", "matmul Q6_K 1x1x256",
          "matmul Q5_K 1x1x256", "matmul BF16 6x16x256", "matmul_q8 F16 odd width", "matmul F32 odd width",
          "run_experts matmul_q8 Q4_0 Q4_0 1 tokens", "matmul_chosen matmul_q8 Q4_0 1 rows", "matmul_chosen matmul Q6_K 1 rows",
@@ -295,8 +335,8 @@ def test_arguments_are_checked_before_compiled_code_sees_them():
     for bad in (rows(2, 32), rows(2, 64).astype(np.float64), rows(2, 64)[0]):
         with pytest.raises(ValueError, match="expected float32 rows of 64"):
             matmul.matmul_q8(bad, w)
-    with pytest.raises(ValueError, match="no kernels for Q2_K"):
-        tiled(Matrix(np.zeros((16, 84), np.uint8), "Q2_K"), 1)
+    with pytest.raises(ValueError, match="cannot dequantize I8"):
+        tiled(Matrix(np.zeros((16, 84), np.uint8), "I8"), 1)
     with pytest.raises(ValueError, match="one matrix"):
         matmul.matmul(x, experts)
     for bad in (np.full((2, 2), 4), np.full((2, 2), -1)):

@@ -9,9 +9,14 @@ from shapes import opened, random_model, write_model
 from test_threads import V1, V2, put
 
 import refimpl
-from refimpl.model.memory import COMPILER_BYTES, MemoryRefusal, Need, available, buffer_bytes, needed, refuse_unless_it_fits
+from refimpl.model.memory import COMPILER_BYTES, MemoryRefusal, Need, available, buffer_bytes, needed, refuse_unless_it_fits, stored_bytes
 
 GB = 10**9
+
+
+def as_stored(file, config, n_ctx: int, kv_type) -> Need:
+    """With weights as they lie in the file, 8 rows in a call."""
+    return needed(file, config, n_ctx, 8, kv_type, stored_bytes)
 
 
 def without(file, *names: str) -> int:
@@ -23,17 +28,17 @@ def test_weights_are_all_that_products_use(moe, ple):
     # a layer's output scale is read into a number, rotations into angles: neither is held
     scales = {f"blk.{i}.layer_output_scale.weight" for i in range(12)} | {"rope_freqs.weight"}
     file, config = moe
-    assert needed(file, config, 64, 8, np.float32).weights == without(file, *scales) > 300_000     # an embedding that is the head too: once
+    assert as_stored(file, config, 64, np.float32).weights == without(file, *scales) > 300_000     # an embedding that is the head too: once
     file, config = ple
     shared = {f"blk.{i}.attn_{part}.weight" for i in range(5, 10) for part in ("k", "v", "k_norm")}
-    assert needed(file, config, 64, 8, np.float32).weights == without(file, "per_layer_token_embd.weight", *shared, *scales)
+    assert as_stored(file, config, 64, np.float32).weights == without(file, "per_layer_token_embd.weight", *shared, *scales)
 
 
 def test_an_embedding_beside_a_head_is_only_looked_up_in(tmp_path, moe):
     def with_head(tensors):
         return [*tensors, ("output.weight", *next(rest for name, *rest in tensors if name == "token_embd.weight"))]
     path = write_model(tmp_path / "untied.gguf", random_model("26B-A4B"), "Q4_0", change=with_head)
-    assert needed(*opened(path), 64, 8, np.float32).weights == needed(*moe, 64, 8, np.float32).weights
+    assert as_stored(*opened(path), 64, np.float32).weights == as_stored(*moe, 64, np.float32).weights
 
 
 def test_a_backends_own_layout_counts(moe):
@@ -47,9 +52,9 @@ def test_a_backends_own_layout_counts(moe):
 def test_context_is_the_one_asked_for(moe):
     file, config = moe
     # 5 sliding layers of 2 heads of 16, a ring of 7 + 8; a full one of 1 head of 32; keys and values in float32
-    assert needed(file, config, 64, 8, np.float32).cache == 8 * (5 * 2 * 16 * 15 + 32 * 64)
-    assert needed(file, config, 500, 8, np.float32).cache - needed(file, config, 64, 8, np.float32).cache == 8 * 32 * (500 - 64)
-    half = needed(file, config, 64, 8, np.float16)
+    assert as_stored(file, config, 64, np.float32).cache == 8 * (5 * 2 * 16 * 15 + 32 * 64)
+    assert as_stored(file, config, 500, np.float32).cache - as_stored(file, config, 64, np.float32).cache == 8 * 32 * (500 - 64)
+    half = as_stored(file, config, 64, np.float16)
     assert half.cache == 4 * (5 * 2 * 16 * 15 + 32 * 64) and half.n_ctx == 64
     assert half.total == half.weights + half.cache + half.buffers == half.without_context + half.cache
 
@@ -110,7 +115,7 @@ def test_this_machine_has_some():
 # ---- and where the two do not meet
 
 def test_one_line_says_what_is_needed_and_what_helps():
-    need = Need(weights=14 * GB, cache=6 * GB, buffers=GB // 2, n_ctx=200_000)
+    need = Need(weights=14 * GB, cache=6 * GB, buffers=GB // 2, n_ctx=200_000, widened={})
     refuse_unless_it_fits(need, need.total, "x.gguf")
     with pytest.raises(MemoryRefusal) as refusal:
         refuse_unless_it_fits(need, need.total - 1, "x.gguf")

@@ -6,6 +6,7 @@ import torch
 from shapes import SHAPES, oracle, prompt, random_model, reference, round_to, worst, write_model
 
 import refimpl
+from refimpl.formats.blocks import BLOCKS
 
 TOLERANCE = 1e-4          # of the largest logit
 Q4_K_FITS = dict(hidden_size=256, intermediate_size=256)       # rows of 256, so that Q4_K is really used
@@ -41,9 +42,9 @@ def test_quantized_files_equal_transformers_with_the_same_weights(shape, block, 
     assert_close(compare(path, round_to(hf, block), prompt(24), weights="quantized"))
 
 
-@pytest.mark.parametrize("block", ["F16", "BF16", "Q4_1", "Q5_0", "Q5_1", "Q6_K"])
+@pytest.mark.parametrize("block", ["F16", "BF16", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"])
 def test_the_other_block_types(block, tmp_path):
-    hf = random_model("26B-A4B", seed=4, **(Q4_K_FITS if block == "Q6_K" else {}))
+    hf = random_model("26B-A4B", seed=4, **(Q4_K_FITS if BLOCKS[block].elements == 256 else {}))
     path = write_model(tmp_path / "m.gguf", hf, block)
     assert_close(compare(path, round_to(hf, block), prompt(24), weights="quantized"))
 

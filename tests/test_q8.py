@@ -14,7 +14,7 @@ from refimpl.reference.activations import round_activations
 from refimpl.reference.matmul import FloatMinimum, IntegerMinimum, integer_parts, matmul, matmul_q8
 from refimpl.reference.ops import fma
 
-TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 
 
 def random_matrix(block: str, n_rows: int, n_cols: int, seed: int = 0) -> Matrix:
@@ -32,7 +32,8 @@ def test_integers_and_scales_are_the_weights(block):
             raw.view(BLOCKS[block].dtype)[name] = rng.uniform(-2, 2, (20, 3)).astype(np.float16)
     w = Matrix(raw, block)
     p = integer_parts(w)
-    values = p.d_OB[..., None] * p.q_OBQ.astype(np.float32)
+    with np.errstate(over="ignore"):                # the largest exponents of MXFP4
+        values = p.d_OB[..., None] * p.q_OBQ.astype(np.float32)
     if isinstance(p.minimum, IntegerMinimum):
         values = values - p.minimum.dmin_OB[..., None] * p.minimum.low_OBQ.astype(np.float32)
     elif isinstance(p.minimum, FloatMinimum):

@@ -22,11 +22,14 @@ EDGES = {
 }
 STORE = {U8x64: "store_u8", I32x16: "store_i32", F32x16: "store_f32"}
 LOAD = {U8x64: "load_u8", F32x16: "load_f32"}
-INTEGERS = {"shift": range(8), "mask": (1, 3, 15, 255), "j": range(4), "group": range(8), "n": range(17)}
+INTEGERS = {"shift": range(8), "mask": (1, 3, 15, 255), "j": range(4), "group": range(8), "n": range(17),
+            "first": np.array([0x0706050403020100, -0x7E0102F304F5F607, -1]),
+            "last": np.array([0x0F0E0D0C0B0A0908, -2**63, 2**63 - 1, 0x1122334455667788])}
 DOMAIN = {      # what a word does not promise to take is left out
     "dot4": lambda total, weights, activations: (total, np.minimum(weights, 128), activations),
     "round_to_i32": lambda v: (np.clip(np.nan_to_num(v), -2.0**22, 2.0**22),),
     "power_of_two": lambda n: (n % 256 - 127,),
+    "look_up": lambda v, first, last: (v % 16, first, last),
 }
 SPLAT = {types.int32: "splat_i32", types.float32: "splat_f32"}
 
@@ -136,6 +139,14 @@ def test_half_precision_of_every_half_and_all_around():
         out = np.zeros(16, np.float32)
         rounded(v, out)
         assert np.array_equal(out.view(np.uint32), v.astype(np.float16).astype(np.float32).view(np.uint32))
+
+
+def test_every_exponent_of_e8m0():
+    load, every = compiled("load_e8m0", WORDS["load_e8m0"]), np.arange(256, dtype=np.uint8)
+    for e in every.reshape(16, 16):
+        out = np.zeros(16, np.float32)
+        load(np.resize(e, 64), out)
+        assert out.tolist() == [2.0 ** (int(i) - 128) for i in e]
 
 
 def test_every_word_is_tested():

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.codecs import QUANTIZABLE
 from refimpl.formats.container import open_gguf
 from refimpl.lab.synth import (
     RECIPES,
@@ -22,7 +23,7 @@ from refimpl.lab.synth import (
     vocabulary_metadata,
 )
 from refimpl.model.config import config_from_gguf
-from refimpl.model.export import gguf_metadata
+from refimpl.model.export import fitting_type, gguf_metadata
 
 PARAMETERS = {"12B": 11.907e9, "26B-A4B": 25.233e9, "31B": 30.697e9}        # published: 11.91, 25.23 and 30.70 billion
 DRAFTER_PARAMETERS = {"E2B": 77.7e6, "E4B": 78.518e6, "12B": 422.86e6, "26B-A4B": 419.7e6, "31B": 469.5e6}
@@ -62,6 +63,24 @@ def test_q4_k_m_falls_back_where_a_row_does_not_divide():
     assert types == {"F32", "Q4_K", "Q6_K", "Q5_0", "Q8_0"}
 
 
+def test_recipes_of_one_type():
+    """Rows of 704 (down projections of the experts) are no multiple of 256."""
+    config = config_of("26B-A4B")
+    others = {"q2_k": {"Q4_0"}, "q3_k": {"Q4_0"}, "iq4_xs": {"IQ4_NL"}, "iq4_nl": set(), "mxfp4": set()}
+    for recipe, more in others.items():
+        types = {recipe_type(recipe, tensor, shape, 30) for tensor, shape in model_tensors(config)}
+        assert types == {"F32", "Q6_K", recipe.upper()} | more
+
+
+def test_types_that_do_not_fit_are_replaced_as_llama_cpp_replaces_them():
+    """tensor_type_fallback in llama-quant.cpp: rows of whole blocks of 32, and rows that are not even that."""
+    small = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+    for block in sorted(QUANTIZABLE - {"F32", "F16", "BF16"}):
+        assert fitting_type(block, 512) == block
+        assert fitting_type(block, 96) == small.get(block, block)
+        assert fitting_type(block, 40) == "F16"
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("n_layer", [None, 12, 2])
 def test_every_cut_is_a_model_that_the_configuration_accepts(name, n_layer):
@@ -93,7 +112,7 @@ def test_wrong_names_are_refused(tmp_path):
                        (("12B-assistant", "google-q4_0", 2), "four layers")):
         with pytest.raises(ValueError, match=says):
             synthesise(args[0], tmp_path / "x.gguf", *args[1:])
-    assert not list(tmp_path.iterdir()) and len(shape_names()) == 10 and len(RECIPES) == 3
+    assert not list(tmp_path.iterdir()) and len(shape_names()) == 10 and len(RECIPES) == 8
 
 
 def test_a_drafter_is_written_whole(tmp_path):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from refimpl.cli import files, measure, run  # noqa: F401  (each adds its commands to the app)
+from refimpl.cli import evaluate, files, judge, measure, run, verify  # noqa: F401  (each adds its commands to the app)
 from refimpl.cli.app import Failure, abandon_output, app, errors
 
 

@@ -15,7 +15,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
                   help="Gemma 4 inference from scratch, readable and checked. Without -m: the small model that ships.")
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
-ModelPath = Annotated[Path | None, typer.Option("-m", "--model", help="GGUF file (the first part of a split one)", show_default=False)]
+ModelPath = Annotated[str | None, typer.Option("-m", "--model", show_default=False, help="GGUF file (of a split one the first part), "
+                                               "Hugging Face directory, or hf:owner/name[@revision][:type or file] to download one")]
 Context = Annotated[int | None, typer.Option("-c", "--ctx-size", min=1, help="context in tokens (default: the model's)",
                                             show_default=False)]
 Temperature = Annotated[float | None, typer.Option("--temp", min=0.0, help="0 takes the likeliest (default: the file's, else 1.0)",
@@ -30,8 +31,8 @@ Arithmetic = Annotated[str | None, typer.Option("--arithmetic", show_default=Fal
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="default: one for each physical core", show_default=False)]
 BackendName = Annotated[str, typer.Option("--backend", help="kernels: compiled, all cores; reference: NumPy, one thread")]
 Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="of the random choices: same seed, same text")]
-Draft = Annotated[str | None, typer.Option("--draft", show_default=False, help="the model's drafter (GGUF): faster, and the same text; "
-                                           "none: without one (default: the built-in model has its own, others none)")]
+Draft = Annotated[str | None, typer.Option("--draft", show_default=False, help="the model's drafter (file, directory or hf:...): faster, "
+                                           "same text; none: without one (default: the built-in model has its own, others none)")]
 DraftMax = Annotated[str, typer.Option("--draft-max", help="tokens to draft at a time, 1 to 8; auto: as many as pay")]
 DraftMinP = Annotated[float, typer.Option("--draft-min-p", min=0.0, max=1.0, help="a draft ends ahead of a token less likely than this")]
 DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense; centroid, where the drafter has one (then "
@@ -90,6 +91,13 @@ def tell_of_compiling():
     announce(tell)
 
 
+def fetched(model: str | None) -> Path | None:
+    """The file that -m names, downloaded first if it is `hf:...`; None for the built-in model."""
+    from refimpl.decode.hub import local
+
+    return None if model is None else local(model)
+
+
 def load(path: Path | None, backend: str, arithmetic: str | None, threads: int | None, n_ctx: int, verbose: bool):
     """The model, and what is odd about its file or this machine on standard error."""
     import refimpl
@@ -100,6 +108,10 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
                          begin=lambda total: stack.enter_context(bar("MB loaded", total, 10**6)))
     for warning in m.tokenizer.warnings:
         errors.print(f"note: {warning}")
+    if m.widened:
+        from refimpl.model.memory import about_widened
+
+        errors.print(f"note: {about_widened(m.widened, m.file.path)}")
     if m.backend.name == "kernels":
         from refimpl.kernels.threads import layer, slow_layer_warning
         from refimpl.kernels.words import ISA

@@ -1,7 +1,9 @@
-"""Commands about files: inspect and synth."""
+"""Commands about files: inspect, convert and synth."""
 
 import contextlib
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from refimpl.cli.app import (
     Seed,
     app,
     bar,
+    fetched,
     write,
 )
 
@@ -33,19 +36,40 @@ def inspect(
         if ctx is not None or model is None:
             raise typer.BadParameter("--grid wants a file of float weights (-m), and no -c")
         with contextlib.ExitStack() as stack:
-            described = describe_grid(model, lambda total: stack.enter_context(bar("tensors", total)))
+            described = describe_grid(fetched(model), lambda total: stack.enter_context(bar("tensors", total)))
     else:
         from refimpl.lab.inspect import as_text, describe
 
-        described = describe(model, ctx)
+        described = describe(fetched(model), ctx)
     write((json.dumps(described) if as_json else as_text(described)) + "\n")
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="a Hugging Face directory, or a GGUF file (the first part of a split one)")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the GGUF file to write")],
+    kind: Annotated[str, typer.Option("--type", help="auto: as it is, W4A16 as Q4_0; or F32, F16, BF16, Q8_0, Q4_0, Q4_K, ...: norms and "
+                                      "router F32, embeddings Q6_K under the types below Q8_0")] = "auto",
+    as_json: Json = False,
+):
+    """Write a Hugging Face directory as a GGUF file, or a GGUF file with other types."""
+    from refimpl.lab.convert import convert as run
+    from refimpl.lab.inspect import size
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # as Ctrl-C: the half-written file goes
+    with contextlib.ExitStack() as stack:
+        done = run(model, output, kind if kind == "auto" else kind.upper(),
+                   begin=lambda total: stack.enter_context(bar("MB converted", total, 10**6)))
+    types = ", ".join(f"{n} {block}" for block, n in done["types"].items())
+    write((json.dumps(done) if as_json else f"{done['output']}: {size(done['bytes'])}, tensors: {types}") + "\n")
 
 
 @app.command()
 def synth(
     shape: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or one of them with -assistant: its drafter")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")],
-    recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0 or q4_k_m")] = "google-q4_0",
+    recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0, q4_k_m, or one type for all: q2_k, q3_k, iq4_nl, "
+                                                         "iq4_xs, mxfp4")] = "google-q4_0",
     layers: Annotated[int | None, typer.Option("--layers", min=2, help="only so many layers", show_default=False)] = None,
     seed: Seed = 0,
 ):

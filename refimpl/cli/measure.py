@@ -17,6 +17,7 @@ from refimpl.cli.app import (
     bar,
     chances_argument,
     errors,
+    fetched,
     number_or_word,
     tell_of_compiling,
     write,
@@ -50,12 +51,15 @@ def bench(
         raise typer.BadParameter(f"--vs {versus}: expected {' or '.join(OPPONENTS)}")
     if not n_prompt and not n_new:
         raise typer.BadParameter("-p and -n are both 0: nothing to measure")
+    if draft is not None and (versus is not None or not n_new):
+        raise typer.BadParameter("--draft measures new tokens of refimpl alone: no --vs, and -n of at least 1")
+    if draft is None and (accept is not None or prompt is not None):
+        raise typer.BadParameter("--accept and --prompt need --draft")
+    model = fetched(model)
     tell_of_compiling()
     if draft is not None:
         from refimpl.lab import draft_bench
 
-        if versus is not None or not n_new:
-            raise typer.BadParameter("--draft measures new tokens of refimpl alone: no --vs, and -n of at least 1")
         depths = [number_or_word(word) for word in draft_max.split(",")]
         result = draft_bench.draft_bench(
             model, None if draft == "built-in" else draft, Plan(0, n_new, depth, repetitions), depths, chances=chances_argument(accept),
@@ -63,8 +67,6 @@ def bench(
             arithmetic=arithmetic, progress=bar)
         write((json.dumps(result) if as_json else draft_bench.as_text(result)) + "\n")
         return
-    if accept is not None or prompt is not None:
-        raise typer.BadParameter("--accept and --prompt need --draft")
     result = measure(model, Plan(n_prompt, n_new, depth, repetitions), threads=threads, backend=backend, arithmetic=arithmetic,
                      opponent=versus, progress=bar)
     for note in result["notes"]:

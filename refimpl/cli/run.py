@@ -32,6 +32,7 @@ from refimpl.cli.app import (
     bar,
     drafting_of,
     errors,
+    fetched,
     load,
     write,
 )
@@ -59,6 +60,7 @@ def generate(
     if think and not chat:
         raise typer.BadParameter("--think needs --chat")
     text = read_prompt(prompt, file)
+    model = fetched(model)
     room = ctx if ctx is not None else len(text.encode()) + predict + 256        # a token is at least a byte; 256 for a template
     m = load(model, backend, arithmetic, threads, room, verbose)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
@@ -96,6 +98,7 @@ def chat(
     import refimpl
     from refimpl.decode.chat import split_thought
 
+    model = fetched(model)
     m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * predict, verbose)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     messages = [{"role": "system", "content": system}] if system else []

@@ -17,7 +17,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -137,15 +137,24 @@ def encode_chat(tokenizer: "Tokenizer", template: str | None, messages: list[dic
     """
     texts = "".join(str(message.get("content")) for message in messages) + (template or "")
     seam = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in texts)
-    marker = re.compile("|".join(re.escape(piece) for piece in sorted(tokenizer.markers, key=len, reverse=True)))
-
-    def guarded(text):
-        return marker.sub(lambda match: match[0][0] + seam + match[0][1:], text) if isinstance(text, str) else text
-
-    messages = [{**message, "content": guarded(message.get("content"))} for message in messages]
+    messages = [{**message, "content": _cut(message.get("content"), tokenizer.markers, seam)} for message in messages]
     prompt = render_chat(template, messages, bos_token=tokenizer.piece(tokenizer.bos), eos_token=tokenizer.piece(tokenizer.eos),
                          thinking=thinking)
     return [i for part in prompt.split(seam) for i in tokenizer.encode(part, special=True, bos=False)]
+
+
+def _cut(text: object, markers: Iterable[str], seam: str) -> object:
+    """`text` with `seam` behind the first character of everything that spells a marker; what is no text stays as it is.
+
+    Looks at every length that markers have (at most 256), not at every marker: a hostile file has a hundred thousand of them.
+    """
+    markers = frozenset(markers)
+    if not isinstance(text, str) or not markers:
+        return text
+    heads, lengths = re.escape("".join({piece[0] for piece in markers})), {len(piece) for piece in markers}
+    ends = [at + 1 for at in (match.start() for match in re.finditer(f"[{heads}]", text))
+            if any(text[at:at + n] in markers for n in lengths)]
+    return seam.join(text[first:end] for first, end in zip([0, *ends], [*ends, len(text)]))
 
 
 def split_thought(text: str) -> tuple[str, str]:

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.decode.depth import AutoDepth
+from refimpl.decode.hub import local
 from refimpl.decode.model import BUILT_IN, Model, told
-from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.formats.container import GGUFError, GGUFFile
+from refimpl.formats.matrix import Matrix
 from refimpl.model import drafter as network
 from refimpl.model.cache import Cache
-from refimpl.model.checkpoint import drafter_from_directory
+from refimpl.model.checkpoint import RenamedCheckpoint, open_drafter
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
-from refimpl.model.gemma4 import embed
+from refimpl.model.gemma4 import Tap, embed, no_tap
 from refimpl.model.memory import MemoryRefusal, available
 from refimpl.model.weights import vocabulary_size
 
@@ -27,23 +29,28 @@ N_COMPARED = 10         # the largest logits among which the probability of a pr
 class Drafter:
     """A drafter for one target, on the target's backend. `load_drafter` makes one. `auto` is what it has learnt of the pace of both."""
 
-    def __init__(self, file: GGUFFile, config: DrafterConfig, weights: DrafterWeights, target: Model):
+    def __init__(self, file: GGUFFile | RenamedCheckpoint, config: DrafterConfig, weights: DrafterWeights, target: Model):
         self.file, self.config, self.weights, self.target = file, config, weights, target
         self.auto = AutoDepth()
 
-    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float = 0.0) -> list[int]:
+    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float = 0.0,
+              watch: Callable[[int], Tap] = lambda step: no_tap) -> list[int]:
         """Up to `n` ids that may follow `token`, the likeliest each time.
 
         `token` is the latest one, which the target has not run; `state_C` the target's final normed state before it; the cache holds
         everything before it. Stops early ahead of a token whose probability (among the 10 largest, as in llama.cpp) is below `min_p`.
+        `watch(j)` is the tap of step j.
         """
         proposed, backend = [], self.target.backend
         with backend.running():
             angles = network.angles_at(self.weights, cache.length)
             while len(proposed) < n:
                 embedding_C = embed(self.target.config, self.target.weights, np.array([token]))[0]
-                z_D, state_C = network.step(self.config, self.weights, backend, embedding_C, state_C, angles, cache)
+                tap = watch(len(proposed))
+                z_D, state_C = network.step(self.config, self.weights, backend, embedding_C, state_C, angles, cache, tap)
                 id_K, logit_K = network.candidates(self.weights, backend, z_D)
+                if tap is not no_tap:
+                    tap("result_output", network.spread(self.config, id_K, logit_K)[None])
                 best = int(np.argmax(logit_K))
                 if min_p > 0 and _probability(logit_K) < min_p:
                     break
@@ -60,25 +67,25 @@ def _probability(logit_K: np.ndarray) -> float:
 
 def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | int | None = None,
                  begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Drafter:
-    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`) or a Hugging Face directory; without a path, that of the built-in
-    model.
+    """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`) or a Hugging Face directory, downloaded first if `path` is
+    `hf:owner/name` (decode/hub.py); without a path, that of the built-in model.
 
     `head`: "dense", a product with every row of the vocabulary; "centroid", with the tokens of the best groups only, for files that have
     them (E2B and E4B); a number, with that many tokens at the start of the vocabulary, the earliest merges, which tend to be the
     commonest: quicker, and the others are never proposed; None, "centroid" where it is there. `begin` as in `load`.
 
-    Raises GGUFError, with one clear line, for a file that is no drafter or belongs to another target, MemoryRefusal where there is no
-    room, ValueError for other arguments.
+    Raises GGUFError, with one clear line, for a file that is no drafter or belongs to another target, HubError for one that cannot be
+    downloaded, MemoryRefusal where there is no room, ValueError for other arguments.
     """
     n_vocab = target.config.n_vocab
     if head is not None and head not in HEADS and (type(head) is not int or not 1 <= head <= n_vocab):
         raise ValueError(f"head={head!r}: expected {', '.join(map(repr, HEADS))} or a number of tokens from 1 to {n_vocab}")
-    path = BUILT_IN_DRAFTER if path is None else path
-    file = drafter_from_directory(path) if os.path.isdir(path) else open_gguf(path)
+    file = open_drafter(BUILT_IN_DRAFTER if path is None else local(path, drafter=True))
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
-    if target.backend.name == "kernels" and file.n_bytes > available():
-        raise MemoryRefusal(f"{file.path}: the drafter needs {file.n_bytes / 1e9:.2f} GB beside its target, this machine has "
+    n_bytes = sum(target.backend.held(Matrix(file.raw(name), info.type)) for name, info in file.tensors.items())
+    if target.backend.name == "kernels" and n_bytes > available():
+        raise MemoryRefusal(f"{file.path}: the drafter needs {n_bytes / 1e9:.2f} GB beside its target, this machine has "
                             f"{available() / 1e9:.2f} GB free; without a drafter the text is the same")
     head = ("centroid" if network.CENTROIDS in file.tensors else "dense") if head is None else head
     with target.backend.running():
@@ -96,7 +103,7 @@ def beside(path: Path) -> list[Path]:
                   if words(file) & marks and words(file) - marks and words(file) - marks <= words(path))
 
 
-def _check_vocabulary(file: GGUFFile, target: Model):
+def _check_vocabulary(file: GGUFFile | RenamedCheckpoint, target: Model):
     """The drafter's pieces, where the file has any, must be the target's."""
     ours, theirs = (f.metadata.get("tokenizer.ggml.tokens") for f in (file, target.file))
     if ours is None or theirs is None:

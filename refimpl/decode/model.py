@@ -1,19 +1,21 @@
 """A model ready to use: file, configuration, weights and tokenizer together."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from refimpl.decode.hub import local
 from refimpl.decode.tokenizer import Tokenizer
 from refimpl.formats.blocks import BLOCKS
-from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.formats.container import GGUFError, GGUFFile
 from refimpl.formats.matrix import Matrix
 from refimpl.kernels.threads import prepare
 from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
+from refimpl.model.checkpoint import RenamedCheckpoint, open_model
 from refimpl.model.config import Config, config_from_gguf
 from refimpl.model.memory import available, needed, refuse_unless_it_fits
 from refimpl.model.weights import Weights, vocabulary_size, weights_from_gguf
@@ -27,8 +29,10 @@ KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weigh
 class Model:
     """A Gemma 4 text model. `load` makes one."""
 
-    def __init__(self, file: GGUFFile, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend):
+    def __init__(self, file: GGUFFile | RenamedCheckpoint, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend,
+                 widened: Mapping[str, list[str]]):
         self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
+        self.widened = widened      # type -> names of the tensors that are held as float32 because the kernels do not read them
 
     @property
     def name(self) -> str:
@@ -84,18 +88,21 @@ class Model:
 def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", arithmetic: str | None = None, threads: int | None = None,
          weights: str = "auto", n_ctx: int = 1,
          begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Model:
-    """Loads a Gemma 4 GGUF file; without a path, the small model that ships with the package.
+    """Loads a Gemma 4 GGUF file or Hugging Face directory (safetensors, not quantized or W4A16), downloaded first if `path` is
+    `hf:owner/name` (decode/hub.py); without a path, the small model that ships.
 
     `backend`: "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread).
     `arithmetic`: "q8", activations rounded to 8 bits before they meet quantized weights, as ggml does (the kernels' default), or
-    "exact", float32 throughout (the reference's).
+    "exact", float32 throughout (the reference's). Weights of types without integer arithmetic here (IQ1 to IQ3, TQ, NVFP4, ...) meet
+    exact activations in both, and the kernels hold them as float32 (`Model.widened` names them).
 
     The kernels rearrange the weights in memory (kernels/tiles.py); MemoryRefusal (a ValueError) if there is no room for them and a context
     of `n_ctx` tokens. `weights` says how the reference holds them: "quantized" as they lie in the mapped file, dequantized at each use;
     "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the arithmetic allows it.
     `begin(bytes in all)` returns a function that is told of the bytes done.
 
-    Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used, ValueError for other arguments.
+    Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used, HubError for one that cannot be
+    downloaded, ValueError for other arguments.
     """
     arithmetic = {"kernels": "q8", "reference": "exact"}.get(backend) if arithmetic is None else arithmetic
     if backend not in ("kernels", "reference"):
@@ -108,7 +115,7 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
         raise ValueError(f"weights={weights!r}: expected 'auto', 'quantized' or 'float32'")
     if weights == "float32" and (arithmetic == "q8" or backend == "kernels"):
         raise ValueError("weights='float32' is for the reference in exact arithmetic")
-    file = open_gguf(BUILT_IN if path is None else path)
+    file = open_model(BUILT_IN if path is None else local(path))
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
     if backend == "kernels":
         for layer in config.layers:
@@ -116,20 +123,21 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
                 raise ValueError(f"{file.path}: heads of {layer.head_dim} in layer {layer.index}; the kernels take multiples of 16, "
                                  "backend='reference' (--backend reference) takes any")
         functions = kernel_backend(arithmetic, prepare(threads))
-        need = needed(file, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type)
+        need = needed(file, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type, functions.held)
         refuse_unless_it_fits(need, available(), file.path)
+        widened = need.widened
     else:
         hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
-        functions = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix)
+        functions, widened = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix), {}
     with functions.running():
         matrices = weights_from_gguf(file, config, told(functions.prepare, file, begin))
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
-    return Model(file, config, matrices, tokenizer, functions)
+    return Model(file, config, matrices, tokenizer, functions, widened)
 
 
-def told(hold: Callable[[Matrix], object], file: GGUFFile,
+def told(hold: Callable[[Matrix], object], file: GGUFFile | RenamedCheckpoint,
          begin: Callable[[int], Callable[[int], None]]) -> Callable[[str, Matrix], object]:
     """`hold` for one matrix after the other: tells of the bytes done, and lets go of the file's pages now and then."""
     step, since = begin(file.n_bytes), 0
@@ -146,6 +154,6 @@ def told(hold: Callable[[Matrix], object], file: GGUFFile,
     return prepare_and_tell
 
 
-def float32_bytes(file: GGUFFile) -> int:
+def float32_bytes(file: GGUFFile | RenamedCheckpoint) -> int:
     """What all weights would take as float32."""
     return sum(4 * info.n_bytes // BLOCKS[info.type].n_bytes * BLOCKS[info.type].elements for info in file.tensors.values())

@@ -21,7 +21,7 @@ from refimpl.decode.drafter import Drafter
 from refimpl.decode.model import Model
 from refimpl.decode.sampling import Sampler
 from refimpl.model.cache import Cache
-from refimpl.model.gemma4 import no_tap
+from refimpl.model.gemma4 import Tap, both, no_tap
 
 
 @dataclass
@@ -114,12 +114,13 @@ def accept(drafted: Sequence[int], chosen: Iterable[int], end: Collection[int] =
 
 def speculative(model: Model, drafter: Drafter, cache: Cache, sampler: Sampler, state_D: np.ndarray, limit: int,
                 depth: FixedDepth | AutoDepth, min_p: float, stats: DraftStats, *, end: Collection[int],
-                decide: Callable[..., list[int]] = accept) -> Iterator[int]:
+                decide: Callable[..., list[int]] = accept, watch: Callable[[int], Tap] = lambda round_: no_tap) -> Iterator[int]:
     """Yields at most `limit` chosen ids, as the plain loop would; an id of `end` among them is the last.
 
     `state_D` is the state behind the last token in the cache. Every round is committed before its ids are yielded, and nothing that was
     not accepted ever is: wherever the caller stops, the cache holds the tokens yielded so far, but for the latest, and at most
-    accepted ones behind them. `decide` is `accept`, or what a simulation has in its place.
+    accepted ones behind them. `decide` is `accept`, or what a simulation has in its place. `watch(i)` is the
+    tap of the target's call in round i.
     """
     latest, left = sampler.pick(model.head(state_D[None])[0]), limit - 1
     yield latest
@@ -129,8 +130,10 @@ def speculative(model: Model, drafter: Drafter, cache: Cache, sampler: Sampler, 
         n = min(depth.choose(), room)
         drafted = drafter.draft(latest, state_D, cache, n, min_p) if n else []
         drafted_at = time.perf_counter()
-        state_TD = model.run(model.checked([latest, *drafted]), cache, stats.look if drafted else no_tap)
+        tap = watch(stats.rounds)
+        state_TD = model.run(model.checked([latest, *drafted]), cache, both(stats.look, tap) if drafted else tap)
         logit_TV = model.head(state_TD)
+        tap("result_output", logit_TV)
         verified_at = time.perf_counter()
         emitted = decide(drafted, map(sampler.pick, logit_TV), end)
         cache.advance(len(emitted))

@@ -31,6 +31,11 @@ BOM = "\ufeff"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Values of tokenizer.ggml.token_type (0, undefined, is taken as normal)."""
 
+# Twice what Gemma 4 has: a piece takes many times its bytes in memory, so these keep a hostile file's within a gigabyte.
+MAX_PIECES, MAX_MERGES = 1 << 19, 1 << 20
+MAX_ADDED_CHARS = 256
+"""Of a piece that is looked for in the text before merging; Gemma 4's longest has 31."""
+
 END_PIECES = ("<eos>", "<turn|>", "<|tool_response>")
 """Pieces that end generation whatever ids the metadata names. `</s>` is not among them: in Gemma 4 it is an HTML tag."""
 
@@ -74,11 +79,12 @@ class Tokenizer:
         file = _Reader(metadata, name)
         model = metadata.get("tokenizer.ggml.model")
         file.require(model == "gemma4", f"tokenizer.ggml.model is {model!r}; only 'gemma4' is supported")
-        pieces, types = file.strings("tokens"), file.integers("token_type")
+        pieces, types = file.strings("tokens", MAX_PIECES), file.integers("token_type")
         file.require(pieces, "tokenizer.ggml.tokens is empty")
         file.require(len(types) == len(pieces), f"{len(types)} token types for {len(pieces)} tokens")
         file.require(bool(np.isin(types, range(7)).all()), "a token type is not one of 0..6")
         if (scores := metadata.get("tokenizer.ggml.scores")) is not None:
+            file.require(hasattr(scores, "__len__"), "tokenizer.ggml.scores is not an array")
             file.require(len(scores) == len(pieces), f"{len(scores)} scores for {len(pieces)} tokens")
         warnings, damaged = [], _restore_lost_bom(pieces)
         if damaged:
@@ -100,6 +106,8 @@ class Tokenizer:
         control = frozenset(np.flatnonzero((types == CONTROL) | (types == UNKNOWN)).tolist()) | ends | {bos}
         visible = [i for i in np.flatnonzero(types == USER_DEFINED).tolist() if i not in control]
         file.require(all(pieces[i] for i in (*visible, *control)), "a control or user-defined token is an empty string")
+        file.require(all(len(pieces[i]) <= MAX_ADDED_CHARS for i in (*visible, *control)),
+                     f"a control or user-defined token has more than {MAX_ADDED_CHARS} characters")
         return cls(pieces, bpe, visible=visible, control=control, bytes_=bytes_, bos=bos, eos=eos, end_of_generation=ends,
                    suppress=file.suppressed(), warnings=tuple(warnings))
 
@@ -202,7 +210,7 @@ def _byte_pieces(file: "_Reader", pieces: list[str], types: np.ndarray, id_of: d
 
 
 def _byte_pair_encoding(file: "_Reader", id_of: dict[str, int], damaged: list[int], warnings: list[str]) -> BPE:
-    merges = [tuple(merge.split(" ")) for merge in file.strings("merges")]
+    merges = [tuple(merge.split(" ", 2)) for merge in file.strings("merges", MAX_MERGES)]
     if damaged:  # the same hand that dropped byte order marks from the pieces may have dropped them from the merges
         merges = [(BOM, merge[1]) if len(merge) == 2 and not merge[0] else merge for merge in merges]
         usable = [merge for merge in merges if _merge_fault(merge, id_of) is None]
@@ -216,7 +224,7 @@ def _byte_pair_encoding(file: "_Reader", id_of: dict[str, int], damaged: list[in
     except Exception as error:  # the library's own words do not say which merge; looking for it only now costs nothing before
         for rank, merge in enumerate(merges):
             fault = _merge_fault(merge, id_of)
-            file.require(fault is None, f"merge {rank} ({' '.join(merge)!r}) {fault}")
+            file.require(fault is None, f"merge {rank} ({' '.join(merge)[:100]!r}) {fault}")
         raise TokenizerError(f"{file.name}: vocabulary refused: {' '.join(str(error).split())}") from None
 
 
@@ -224,7 +232,7 @@ def _merge_fault(merge: tuple[str, ...], id_of: dict[str, int]) -> str | None:
     if len(merge) != 2 or not all(merge):
         return "is not two pieces with a space between them"
     unknown = [piece for piece in (*merge, "".join(merge)) if piece not in id_of]
-    return f"refers to the unknown piece {unknown[0]!r}" if unknown else None
+    return f"refers to the unknown piece {unknown[0][:100]!r}" if unknown else None
 
 
 class _Reader:
@@ -235,16 +243,17 @@ class _Reader:
 
     def require(self, condition: object, message: str) -> None:
         if not condition:
-            raise TokenizerError(f"{self.name}: {message}")
+            raise TokenizerError(f"{self.name}: {message[:500]}")           # it may quote the file
 
     def _get(self, key: str) -> object:
         self.require(key in self.metadata, f"{key} is missing")
         return self.metadata[key]
 
-    def strings(self, key: str) -> list[str]:
+    def strings(self, key: str, most: int) -> list[str]:
         key = f"tokenizer.ggml.{key}"
         value = self._get(key)
         self.require(not isinstance(value, str | bytes) and hasattr(value, "__len__"), f"{key} is not an array of strings")
+        self.require(len(value) <= most, f"{key} has {len(value)} entries, expected at most {most}")
         items = list(value.tolist() if hasattr(value, "tolist") else value)  # our own: repairs must not reach the caller's
         self.require(set(map(type, items)) <= {str}, f"{key} is not an array of strings")
         try:

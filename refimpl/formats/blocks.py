@@ -49,11 +49,6 @@ def _scalar(name: str, kind: str) -> Block:
     return Block(name, 1, (("x", kind, 1),))
 
 
-def _opaque(name: str, elements: int, n_bytes: int) -> Block:
-    """Return a type this project sizes (so that a file holding it can be listed) but does not decode."""
-    return Block(name, elements, (("raw", "u1", n_bytes),))
-
-
 _TABLE = (
     # Plain numbers: a block of one element.
     _scalar("F32", "<f4"),
@@ -71,29 +66,32 @@ _TABLE = (
     Block("Q5_1", 32, (("d", "<f2", 1), ("m", "<f2", 1), ("qh", "<u4", 1), ("qs", "u1", 16))),
     Block("Q8_0", 32, (("d", "<f2", 1), ("qs", "i1", 32))),
     # 256 elements in 8 or 16 sub-blocks, whose scales are themselves quantized.
+    Block("Q2_K", 256, (("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2", 1), ("dmin", "<f2", 1))),
+    Block("Q3_K", 256, (("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2", 1))),
     Block("Q4_K", 256, (("d", "<f2", 1), ("dmin", "<f2", 1), ("scales", "u1", 12), ("qs", "u1", 128))),
     Block("Q5_K", 256, (("d", "<f2", 1), ("dmin", "<f2", 1), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128))),
     Block("Q6_K", 256, (("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2", 1))),
-    # Sized, not decoded.
-    _opaque("Q8_1", 32, 36),  # two halves and 32 int8; gguf-py's table still says 40 (two floats, an older layout)
-    _opaque("Q2_K", 256, 84),
-    _opaque("Q3_K", 256, 110),
-    _opaque("Q8_K", 256, 292),
-    _opaque("IQ1_S", 256, 50),
-    _opaque("IQ1_M", 256, 56),
-    _opaque("IQ2_XXS", 256, 66),
-    _opaque("IQ2_XS", 256, 74),
-    _opaque("IQ2_S", 256, 82),
-    _opaque("IQ3_XXS", 256, 98),
-    _opaque("IQ3_S", 256, 110),
-    _opaque("IQ4_NL", 32, 18),
-    _opaque("IQ4_XS", 256, 136),
-    _opaque("TQ1_0", 256, 54),
-    _opaque("TQ2_0", 256, 66),
-    _opaque("MXFP4", 32, 17),
-    _opaque("NVFP4", 64, 36),
-    _opaque("Q1_0", 128, 18),
-    _opaque("Q2_0", 64, 18),
+    # 4 bits that choose from a table.
+    Block("IQ4_NL", 32, (("d", "<f2", 1), ("qs", "u1", 16))),
+    Block("IQ4_XS", 256, (("d", "<f2", 1), ("scales_h", "<u2", 1), ("scales_l", "u1", 4), ("qs", "u1", 128))),
+    Block("MXFP4", 32, (("e", "u1", 1), ("qs", "u1", 16))),
+    # 256 elements as vectors of 8 or 4 out of a codebook (grids.py), signs and steps beside them.
+    Block("IQ3_S", 256, (("d", "<f2", 1), ("qs", "u1", 64), ("qh", "u1", 8), ("signs", "u1", 32), ("scales", "u1", 4))),
+    Block("IQ3_XXS", 256, (("d", "<f2", 1), ("qs", "u1", 64), ("signs", "<u4", 8))),
+    Block("IQ2_S", 256, (("d", "<f2", 1), ("qs", "u1", 32), ("signs", "u1", 32), ("qh", "u1", 8), ("scales", "u1", 8))),
+    Block("IQ2_XS", 256, (("d", "<f2", 1), ("qs", "<u2", 32), ("scales", "u1", 8))),
+    Block("IQ2_XXS", 256, (("d", "<f2", 1), ("qs", "<u4", 16))),
+    Block("IQ1_M", 256, (("qs", "u1", 32), ("qh", "u1", 16), ("scales", "<u2", 4))),
+    Block("IQ1_S", 256, (("d", "<f2", 1), ("qs", "u1", 32), ("qh", "<u2", 8))),
+    # Few bits and one scale: ternary digits, 4-bit floats, one or two bits.
+    Block("TQ1_0", 256, (("qs", "u1", 48), ("qh", "u1", 4), ("d", "<f2", 1))),
+    Block("TQ2_0", 256, (("qs", "u1", 64), ("d", "<f2", 1))),
+    Block("NVFP4", 64, (("d", "u1", 4), ("qs", "u1", 32))),
+    Block("Q1_0", 128, (("d", "<f2", 1), ("qs", "u1", 16))),
+    Block("Q2_0", 64, (("d", "<f2", 1), ("qs", "u1", 16))),
+    # What ggml rounds activations to. (Of Q8_1, gguf-py's table still says 40 bytes: two floats, an older layout.)
+    Block("Q8_1", 32, (("d", "<f2", 1), ("s", "<f2", 1), ("qs", "i1", 32))),
+    Block("Q8_K", 256, (("d", "<f4", 1), ("qs", "i1", 256), ("bsums", "<i2", 16))),
 )
 
 BLOCKS: dict[str, Block] = {block.name: block for block in _TABLE}

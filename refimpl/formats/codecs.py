@@ -1,7 +1,8 @@
 """The face of the formats: dequantize and quantize by type name, in bounded memory.
 
 Decoding is exact but for one rounding. A half has 11 significant bits, the integers beside it at most 12 together, so every
-product d * q or (d * s) * q fits the 24 bits of a float32; only the sum with a minimum (Q4_1, Q5_1, Q4_K, Q5_K) rounds, once.
+product d * q or (d * s) * q fits the 24 bits of a float32; only the sum with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) rounds, once, and
+the product with the float32 scale of Q8_K. MXFP4's scale is a power of two.
 A decoder that fuses, or works in float64, must therefore give the same bits: a difference from these numbers is an error.
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from refimpl.formats import floats, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
+from refimpl.formats import floats, iq1, iq2, iq3, iq4, mxfp4, nvfp4, q1_0, q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0, q8_k, tq
 from refimpl.formats.blocks import BLOCKS, Block, blocks_of, fields_of
 
 Codec = Callable[[np.ndarray], np.ndarray]
@@ -26,6 +27,25 @@ _DEQUANTIZE: dict[str, Codec] = {
     "Q4_K": q4_k.dequantize_q4_k,
     "Q5_K": q5_k.dequantize_q5_k,
     "Q6_K": q6_k.dequantize_q6_k,
+    "Q2_K": q2_k.dequantize_q2_k,
+    "Q3_K": q3_k.dequantize_q3_k,
+    "IQ4_NL": iq4.dequantize_iq4_nl,
+    "IQ4_XS": iq4.dequantize_iq4_xs,
+    "MXFP4": mxfp4.dequantize_mxfp4,
+    "IQ3_S": iq3.dequantize_iq3_s,
+    "IQ3_XXS": iq3.dequantize_iq3_xxs,
+    "IQ2_S": iq2.dequantize_iq2_s,
+    "IQ2_XS": iq2.dequantize_iq2_xs,
+    "IQ2_XXS": iq2.dequantize_iq2_xxs,
+    "IQ1_M": iq1.dequantize_iq1_m,
+    "IQ1_S": iq1.dequantize_iq1_s,
+    "TQ1_0": tq.dequantize_tq1_0,
+    "TQ2_0": tq.dequantize_tq2_0,
+    "NVFP4": nvfp4.dequantize_nvfp4,
+    "Q1_0": q1_0.dequantize_q1_0,
+    "Q2_0": q1_0.dequantize_q2_0,
+    "Q8_1": q8_0.dequantize_q8_1,
+    "Q8_K": q8_k.dequantize_q8_k,
 }
 
 _QUANTIZE: dict[str, Codec] = {
@@ -40,6 +60,14 @@ _QUANTIZE: dict[str, Codec] = {
     "Q4_K": q4_k.quantize_q4_k,
     "Q5_K": q5_k.quantize_q5_k,
     "Q6_K": q6_k.quantize_q6_k,
+    "Q2_K": q2_k.quantize_q2_k,
+    "Q3_K": q3_k.quantize_q3_k,
+    "IQ4_NL": iq4.quantize_iq4_nl,
+    "IQ4_XS": iq4.quantize_iq4_xs,
+    "MXFP4": mxfp4.quantize_mxfp4,
+    "TQ1_0": tq.quantize_tq1_0,
+    "TQ2_0": tq.quantize_tq2_0,
+    "Q8_K": q8_k.quantize_q8_k,
 }
 
 DEQUANTIZABLE = frozenset(_DEQUANTIZE)

@@ -45,9 +45,11 @@ MIN_TENSOR_BYTES = 8 + 0 + 4 + 8 + 4 + 8                        # length of an e
 # Python object, so without them the memory would be no small multiple of the file.
 MAX_RECORDS = 65_536
 MAX_KEY_CHARS = 65_535                                          # bytes; the specification's own limit
+MAX_TEXT_BYTES = 16 << 20                                       # of all keys and single strings; as str they may take four times that
 MAX_NAME_BYTES = 63                                             # ggml keeps names in 64 bytes with a final zero
 MAX_DIMS = 4
 MAX_ALIGNMENT = 65_536
+MAX_MESSAGE_CHARS = 500
 DEFAULT_ALIGNMENT = 32
 
 
@@ -62,7 +64,8 @@ class GGUFError(Exception):
     def __str__(self) -> str:
         """The one line."""
         place = "" if self.offset is None else f"byte {self.offset}: "
-        line = f"{os.fspath(self.path)}: {place}{self.what}"
+        what = self.what if len(self.what) <= MAX_MESSAGE_CHARS else f"{self.what[:MAX_MESSAGE_CHARS]}..."       # it may quote the file
+        line = f"{os.fspath(self.path)}: {place}{what}"
         return " ".join(line.encode("utf-8", "replace").decode().splitlines())      # paths may hold newlines and stray bytes
 
 
@@ -144,6 +147,11 @@ class GGUFFile:
                 self.tensors[name] = info
         self._parts: list[_Part] | None = parts
 
+    @property
+    def paths(self) -> list[Path]:
+        """All files, in order. Raises ValueError after `close`."""
+        return [part.path for part in self._open_parts()]
+
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8 `(*shape[:-1], row_bytes)`: a read-only view of the mapping, nothing is copied.
 
@@ -151,6 +159,10 @@ class GGUFFile:
         """
         info = self._info(name)
         return view(self._open_parts()[info.part].mapping, info)
+
+    def mappings(self) -> list[mmap.mmap]:
+        """The bytes of all parts, in order. Raises ValueError after `close`."""
+        return [part.mapping for part in self._open_parts()]
 
     def release(self, name: str) -> None:
         """Tells the system that the tensor's pages are no longer wanted in memory; reading them again works. Best effort.
@@ -168,6 +180,10 @@ class GGUFFile:
         """The same for everything in the file."""
         for part in self._open_parts():
             let_go(part.mapping, 0, len(part.mapping))
+
+    def files(self) -> list[Path]:
+        """The file, or all parts of a split model."""
+        return [part.path for part in self._open_parts()]
 
     def close(self) -> None:
         """Lets go of the files. Views from `raw` stay valid; the last of them takes the mapping with it."""
@@ -240,7 +256,7 @@ class _Cursor:
     """A place in a mapped file. Every read is checked against the bytes left, and moves on."""
 
     def __init__(self, path: Path, mapping: mmap.mmap):
-        self.path, self.mapping, self.at = path, mapping, 0
+        self.path, self.mapping, self.at, self.text_bytes = path, mapping, 0, 0
 
     def need(self, n_bytes: int, what: str) -> None:
         left = len(self.mapping) - self.at
@@ -265,9 +281,18 @@ class _Cursor:
         if n_bytes > max_bytes:
             raise GGUFError(self.path, at, f"expected at most {max_bytes} bytes for {what}, found a length of {n_bytes}")
         try:
-            return self.take(n_bytes, what).decode()
+            return self.text(n_bytes, what).decode()
         except UnicodeDecodeError:
             raise GGUFError(self.path, at + 8, f"expected UTF-8 for {what}, found other bytes") from None
+
+    def text(self, n_bytes: int, what: str) -> bytes:
+        """The bytes of a key, a name or a single string."""
+        self.need(n_bytes, what)
+        self.text_bytes += n_bytes
+        if self.text_bytes > MAX_TEXT_BYTES:
+            raise GGUFError(self.path, self.at, f"expected at most {MAX_TEXT_BYTES} bytes of text outside of arrays, found more with the "
+                                                f"{n_bytes} of {what}")
+        return self.take(n_bytes, what)
 
     def numbers(self, type_id: int, count: int, what: str) -> np.ndarray:
         """`count` numbers or bools of a scalar metadata type: a read-only copy, so metadata does not keep the mapping alive."""
@@ -386,7 +411,7 @@ def _read_value(cursor: _Cursor, key: str, type_id: int, at: int) -> object:
     if type_id in SCALARS:
         return cursor.numbers(type_id, 1, shown)[0].item()
     if type_id == STRING:
-        return _text(cursor.take(cursor.u64(f"the length of {shown}"), shown), key)
+        return _text(cursor.text(cursor.u64(f"the length of {shown}"), shown), key)
     if type_id != ARRAY:
         raise GGUFError(cursor.path, at, f"expected a metadata type from 0 to 12 for {shown}, found {type_id}")
     at, item_id = cursor.at, cursor.u32(f"the element type of {shown}")

@@ -33,21 +33,20 @@ def levels_q4_k(blocks: np.ndarray) -> np.ndarray:
 def dequantize_q4_k(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 144) -> float32 (*lead, n_blocks * 256). w = (d*s) * q - (dmin*m); bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["Q4_K"])
-    return restore(blocks, levels_q4_k(blocks))
+    return restore(blocks, levels_q4_k(blocks), *unpack_scales(blocks["scales"]))
 
 
 def quantize_q4_k(x: np.ndarray) -> np.ndarray:
     """float32 (*lead, D) -> uint8 (*lead, D // 256 * 144). A search, see `affine_search`; raises where float16 cannot hold d."""
-    d, dmin, s, m, q = affine_search(blocks_of(x, BLOCKS["Q4_K"]), top=15)
+    d, dmin, s, m, q = affine_search(blocks_of(x, BLOCKS["Q4_K"]), top=15, n_sub=8, most=63)
     return bytes_of(BLOCKS["Q4_K"], d=d, dmin=dmin, scales=pack_scales(s, m), qs=pack(q, n_bits=4, group=32))
 
 
-def restore(blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Records (*lead, n_blocks), levels (*lead, n_blocks, 256) -> float32 rows; the half that Q4_K and Q5_K share."""
-    s, m = unpack_scales(blocks["scales"])
+def restore(blocks: np.ndarray, q: np.ndarray, s: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """Records (*lead, n_blocks), levels (*lead, n_blocks, 256), scales and minimums of sub-blocks -> float32 rows."""
     scale = (blocks["d"].astype(_F32)[..., None] * s.astype(_F32))[..., None]
     minimum = (blocks["dmin"].astype(_F32)[..., None] * m.astype(_F32))[..., None]
-    w = scale * q.reshape(*q.shape[:-1], 8, 32).astype(_F32) - minimum
+    w = scale * q.reshape(*s.shape, q.shape[-1] // s.shape[-1]).astype(_F32) - minimum
     return rows_of(w.reshape(q.shape))
 
 
@@ -69,26 +68,26 @@ def pack_scales(s: np.ndarray, m: np.ndarray) -> np.ndarray:
     return np.concatenate([first, second, third], axis=-1)
 
 
-def affine_search(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Quantize superblocks with levels 0 .. top.
+def affine_search(x: np.ndarray, top: int, n_sub: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Quantize superblocks with levels 0 .. top, in `n_sub` sub-blocks with scales and minimums 0 .. most.
 
-    x (..., 256) -> d, dmin float16 (...); s, m uint8 (..., 8) below 64; q uint8 (..., 256).
+    x (..., 256) -> d, dmin float16 (...); s, m uint8 (..., n_sub); q uint8 (..., 256).
     Two steps, both minimising sum v * (x - w)**2 over a sub-block with v = rms(x) + |x| (large weights count for more):
     the best real scale and minimum of each sub-block; then, with d and dmin fixed by the largest of them and rounded to
-    float16, the best pair of 6-bit integers next to the rounded ones. Blocks of zeros come back as zeros.
+    float16, the best pair of integers next to the rounded ones. Blocks of zeros come back as zeros.
     """
-    parts = x.reshape(*x.shape[:-1], 8, 32)
+    parts = x.reshape(*x.shape[:-1], n_sub, x.shape[-1] // n_sub)
     v = np.sqrt(np.mean(parts * parts, axis=-1, keepdims=True)) + np.abs(parts)
     scale, minimum = _fit(parts, v, top)
-    d, inverse_d = half_scale(scale.max(axis=-1, keepdims=True) / _F32(63))
-    dmin, inverse_dmin = half_scale(minimum.max(axis=-1, keepdims=True) / _F32(63))
+    d, inverse_d = half_scale(scale.max(axis=-1, keepdims=True) / _F32(most))
+    dmin, inverse_dmin = half_scale(minimum.max(axis=-1, keepdims=True) / _F32(most))
     s0, m0 = np.rint(scale * inverse_d), np.rint(minimum * inverse_dmin)
 
     best = np.full(scale.shape, np.inf, _F32)
     best_s, best_m, best_q = np.zeros_like(s0), np.zeros_like(m0), np.zeros_like(parts)
     for ds in (0, -1, 1):
         for dm in (0, -1, 1):
-            s, m = (s0 + _F32(ds)).clip(0, 63), (m0 + _F32(dm)).clip(0, 63)
+            s, m = (s0 + _F32(ds)).clip(0, most), (m0 + _F32(dm)).clip(0, most)
             step, offset = (d.astype(_F32) * s)[..., None], (dmin.astype(_F32) * m)[..., None]
             q = np.rint((parts + offset) * reciprocal(step)).clip(0, top)
             error = _weighted_square(step * q - offset - parts, v)
@@ -101,7 +100,7 @@ def affine_search(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _fit(x: np.ndarray, v: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Real scale and minimum of sub-blocks (..., 32), both (...) and >= 0, for x ~ scale * q - minimum.
+    """Real scale and minimum of sub-blocks (..., n), both (...) and >= 0, for x ~ scale * q - minimum.
 
     Stretching the range a little moves weights between levels; for each stretch the levels are held and the line through
     (q, x) is solved by weighted least squares. The stored minimum cannot be negative: then the line goes through zero.

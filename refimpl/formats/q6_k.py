@@ -33,56 +33,73 @@ def levels_q6_k(blocks: np.ndarray) -> np.ndarray:
 def dequantize_q6_k(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 210) -> float32 (*lead, n_blocks * 256). w = (d*s) * (q - 32); bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["Q6_K"])
-    scale = blocks["d"].astype(_F32)[..., None] * blocks["scales"].astype(_F32)
-    q = levels_q6_k(blocks)
-    w = scale[..., None] * q.reshape(*q.shape[:-1], 16, 16).astype(_F32)
+    return restore_signed(blocks, levels_q6_k(blocks), blocks["scales"])
+
+
+def restore_signed(blocks: np.ndarray, q: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Records (*lead, n_blocks), levels (*lead, n_blocks, 256) with their zero taken off, scales of sub-blocks -> float32 rows."""
+    scale = blocks["d"].astype(_F32)[..., None] * s.astype(_F32)
+    w = scale[..., None] * q.reshape(*s.shape, q.shape[-1] // s.shape[-1]).astype(_F32)
     return rows_of(w.reshape(q.shape))
 
 
 def quantize_q6_k(x: np.ndarray) -> np.ndarray:
-    """float32 (*lead, D) -> uint8 (*lead, D // 256 * 210). Least squares; raises where float16 cannot hold d.
+    """float32 (*lead, D) -> uint8 (*lead, D // 256 * 210). Least squares; raises where float16 cannot hold d."""
+    d, s, q = symmetric_search(blocks_of(x, BLOCKS["Q6_K"]), half=32, lowest=-128)
+    return bytes_of(
+        BLOCKS["Q6_K"],
+        ql=pack(q & np.uint8(0x0F), n_bits=4, group=64),
+        qh=pack(q >> np.uint8(4), n_bits=2, group=32),
+        scales=s,
+        d=d,
+    )
 
-    As in Q4_K: the best real scale of each sub-block, then d from the largest, rounded to float16, then the best 8-bit
-    integer next to the rounded one.
+
+def symmetric_search(x: np.ndarray, half: int, lowest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantize superblocks in sub-blocks of 16 with levels -half .. half - 1 and scales lowest .. -lowest - 1.
+
+    x (..., 256) -> d float16 (...), s int8 (..., 16), q + half uint8 (..., 256). As in Q4_K: the best real scale of each sub-block, then
+    integers.
     """
-    x = blocks_of(x, BLOCKS["Q6_K"])
     parts = x.reshape(*x.shape[:-1], 16, 16)
-    scale = _fit(parts)
+    d, s, q = nearest_scales(parts, _fit(parts, half), lowest, lambda ratio: np.rint(ratio).clip(-half, half - 1))
+    return d, s, (q + _F32(half)).astype(np.uint8).reshape(x.shape)
+
+
+def nearest_scales(parts: np.ndarray, scale: np.ndarray, lowest: int, level) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sub-blocks (..., n_sub, n), their real scales (..., n_sub) -> d float16 (...), s int8 (..., n_sub), levels float32 (..., n_sub, n).
+
+    d comes from the largest scale, which becomes `lowest`, and is rounded to float16; then each s is the best integer next to the rounded
+    one. `level` gives the level nearest to x / (d * s).
+    """
     furthest = np.take_along_axis(scale, np.abs(scale).argmax(axis=-1, keepdims=True), axis=-1)
-    d, inverse_d = half_scale(furthest / _F32(-128))
+    d, inverse_d = half_scale(furthest / _F32(lowest))
     s0 = np.rint(scale * inverse_d)
 
     best = np.full(scale.shape, np.inf, _F32)
     best_s, best_q = np.zeros_like(s0), np.zeros_like(parts)
     for ds in (0, -1, 1):
-        s = (s0 + _F32(ds)).clip(-128, 127)
+        s = (s0 + _F32(ds)).clip(lowest, -lowest - 1)
         step = (d.astype(_F32) * s)[..., None]
-        q = np.rint(parts * reciprocal(step)).clip(-32, 31)
+        q = level(parts * reciprocal(step))
         difference = step * q - parts
         error = np.einsum("...j,...j->...", difference, difference)
         better = error < best
         best, best_s, best_q = np.where(better, error, best), np.where(better, s, best_s), np.where(better[..., None], q, best_q)
-    q = (best_q + _F32(32)).astype(np.uint8).reshape(x.shape)
-    return bytes_of(
-        BLOCKS["Q6_K"],
-        ql=pack(q & np.uint8(0x0F), n_bits=4, group=64),
-        qh=pack(q >> np.uint8(4), n_bits=2, group=32),
-        scales=best_s.astype(np.int8),
-        d=d[..., 0],
-    )
+    return d[..., 0], best_s.astype(np.int8), best_q
 
 
-def _fit(x: np.ndarray) -> np.ndarray:
-    """Real scale (...) of sub-blocks (..., 16), of either sign, for x ~ scale * q with q in -32 .. 31.
+def _fit(x: np.ndarray, half: int) -> np.ndarray:
+    """Real scale (...) of sub-blocks (..., 16), of either sign, for x ~ scale * q with q in -half .. half - 1.
 
-    For levels that send the weight of largest magnitude near -32, the scale that fits them best is sum(xq) / sum(qq),
+    For levels that send the weight of largest magnitude near -half, the scale that fits them best is sum(xq) / sum(qq),
     and it takes sum(xq)**2 / sum(qq) off the squared error.
     """
     furthest = np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)
     inverse = reciprocal(furthest)
     best_scale = best_gain = np.zeros(x.shape[:-1], _F32)
-    for steps in np.linspace(31, 33, 21, dtype=_F32):
-        q = np.rint(x * (-steps * inverse)).clip(-32, 31)
+    for steps in np.linspace(half - 1, half + 1, 21, dtype=_F32):
+        q = np.rint(x * (-steps * inverse)).clip(-half, half - 1)
         sum_xq, sum_qq = np.einsum("...j,...j->...", x, q), np.einsum("...j,...j->...", q, q)
         scale = sum_xq * reciprocal(sum_qq)
         gain = scale * sum_xq

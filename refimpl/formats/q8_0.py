@@ -1,12 +1,12 @@
-"""Q8_0: 32 weights as signed bytes, one scale.
+"""Q8_0 and Q8_1: 32 weights as signed bytes, one scale; Q8_1 adds what a minimum is multiplied with.
 
-    34 bytes (8.5 bits a weight)
-    byte 0    2                  33
-         | d  | qs[0] .. qs[31]   |
-          f16   int8, one weight a byte
+    Q8_0, 34 bytes (8.5 bits a weight)         Q8_1, 36 bytes (9 bits a weight)
+    byte 0    2                  33            byte 0    2    4                  35
+         | d  | qs[0] .. qs[31]   |                 | d  | s  | qs[0] .. qs[31]   |
+          f16   int8, one weight a byte              f16  f16
 
-Formula: w[j] = d * qs[j]
-Source: block_q8_0 (ggml-common.h).
+Formula: w[j] = d * qs[j]; s = d * (the sum of qs) is not needed for it. ggml rounds activations to Q8_1, files have no use for it.
+Source: block_q8_0, block_q8_1 (ggml-common.h).
 """
 
 import numpy as np
@@ -20,6 +20,12 @@ def dequantize_q8_0(raw: np.ndarray) -> np.ndarray:
     blocks = fields_of(raw, BLOCKS["Q8_0"])
     d = blocks["d"].astype(np.float32)[..., None]
     return rows_of(d * blocks["qs"].astype(np.float32))
+
+
+def dequantize_q8_1(raw: np.ndarray) -> np.ndarray:
+    """uint8 (*lead, n_blocks * 36) -> float32 (*lead, n_blocks * 32). w = d * q; s is not read."""
+    blocks = fields_of(raw, BLOCKS["Q8_1"])
+    return rows_of(blocks["d"].astype(np.float32)[..., None] * blocks["qs"].astype(np.float32))
 
 
 def quantize_q8_0(x: np.ndarray) -> np.ndarray:

@@ -85,9 +85,9 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, object], tensors:
         finally:
             writer.close()
         os.replace(temporary, path)
-    except OSError as error:        # NumPy's has no file name, the others name the temporary one
+    except OSError as error:        # NumPy's has no file name and says only "8 requested and 4 written", the others name the temporary one
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+        raise OSError(error.errno, error.strerror or f"cannot be written, the disk is full ({error})", os.fspath(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -8,12 +8,13 @@ blocks: formats/. An offset here is 16 times the one there, because every field 
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from numba.core import types
 from numba.core.datamodel.models import OpaqueModel
 from numba.extending import NativeValue, overload, overload_attribute, register_model, typeof_impl, unbox
 
+from refimpl.formats import iq4, mxfp4
 from refimpl.formats.blocks import BLOCKS
-from refimpl.kernels.jit import inline
 from refimpl.kernels.simd import (
     add_i32,
     at,
@@ -21,13 +22,16 @@ from refimpl.kernels.simd import (
     field_i32,
     fifth_bits,
     load_bf16,
+    load_e8m0,
     load_f16,
     load_f32,
     load_i8_as_i32,
     load_u8,
     load_u8_as_i32,
+    look_up,
     or_shifted,
     shift_left,
+    splat_i32,
 )
 from refimpl.kernels.words import LANES
 
@@ -38,9 +42,9 @@ INLINE = {"forceinline": True, "error_model": "numpy"}
 class Kind:
     """A weight type in one arithmetic: `family` is "small" (blocks of 32), "large" (256, scales in sub-blocks) or "plain" (floats).
 
-    `n_sub` sub-blocks of `per_sub` weights; `zero` is what to take off the unpacked integers; `signed` says that they are int8 instead;
-    d, minimum: offsets of the scale and the minimum (where `has_minimum`); `scattered`: a block is not read from front to back. `integer`:
-    activations are rounded to 8 bits (q8), else float32.
+    `n_sub` sub-blocks of `per_sub` weights; `zero` is what to take off the unpacked integers; `wide` says that these can be above 128,
+    `signed` that they are int8 instead; d, minimum: offsets of the scale and the minimum (where `has_minimum`); `scattered`: a block is not
+    read from front to back. `integer`: activations are rounded to 8 bits (q8), else float32.
     """
 
     type: str
@@ -48,6 +52,7 @@ class Kind:
     integer: bool
     n_sub: int = 1
     zero: int = 0
+    wide: bool = False
     signed: bool = False
     d: int = 0
     has_minimum: bool = False
@@ -86,9 +91,14 @@ SHAPES = {
     "Q5_0": dict(family="small", zero=16),
     "Q5_1": dict(family="small", has_minimum=True, minimum=32),
     "Q8_0": dict(family="small", signed=True),
+    "IQ4_NL": dict(family="small", zero=128, wide=True),
+    "MXFP4": dict(family="small", zero=12),
+    "Q2_K": dict(family="large", n_sub=16, d=1280, has_minimum=True, minimum=1312),
+    "Q3_K": dict(family="large", n_sub=16, zero=4, d=1728, scattered=True),
     "Q4_K": dict(family="large", n_sub=8, has_minimum=True, minimum=32),
     "Q5_K": dict(family="large", n_sub=8, has_minimum=True, minimum=32),
     "Q6_K": dict(family="large", n_sub=16, zero=32, d=3328, scattered=True),
+    "IQ4_XS": dict(family="large", n_sub=8, zero=128, wide=True),
     "F32": dict(family="plain"),
     "F16": dict(family="plain"),
     "BF16": dict(family="plain"),
@@ -132,7 +142,7 @@ def _attribute(name: str):
         return lambda kind: value
 
 
-for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero", "signed", "d", "has_minimum", "minimum", "scattered", "widened",
+for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero", "wide", "signed", "d", "has_minimum", "minimum", "scattered", "widened",
               "integer"):
     _attribute(_name)
 
@@ -159,6 +169,38 @@ def _q8_0(kind, block, s, g):
     return load_u8(at(block, 32 + 64 * g))
 
 
+def _table(values: np.ndarray, zero: int) -> tuple[int, int]:
+    """16 values, `zero` higher, as `look_up` takes them."""
+    return tuple((values.astype(np.int64) + zero).astype(np.uint8).view(np.int64).tolist())
+
+
+IQ4_FIRST, IQ4_LAST = _table(iq4.VALUES, SHAPES["IQ4_NL"]["zero"])
+FP4_FIRST, FP4_LAST = _table(mxfp4.VALUES, SHAPES["MXFP4"]["zero"])
+
+
+def _iq4_nl(kind, block, s, g):
+    return look_up(bits(load_u8(at(block, 32 + 64 * (g & 3))), 4 * (g >> 2), 15), IQ4_FIRST, IQ4_LAST)
+
+
+def _iq4_xs(kind, block, s, g):
+    return look_up(bits(load_u8(at(block, 128 + 256 * s + 64 * (g & 3))), 4 * (g >> 2), 15), IQ4_FIRST, IQ4_LAST)
+
+
+def _mxfp4(kind, block, s, g):
+    return look_up(bits(load_u8(at(block, 16 + 64 * (g & 3))), 4 * (g >> 2), 15), FP4_FIRST, FP4_LAST)
+
+
+def _q2_k(kind, block, s, g):
+    half, quarter, piece = s >> 3, (s & 7) >> 1, 4 * (s & 1) + g
+    return bits(load_u8(at(block, 256 + 512 * half + 64 * piece)), 2 * quarter, 3)
+
+
+def _q3_k(kind, block, s, g):
+    half, quarter, piece = s >> 3, (s & 7) >> 1, 4 * (s & 1) + g
+    low = bits(load_u8(at(block, 512 + 512 * half + 64 * piece)), 2 * quarter, 3)
+    return or_shifted(low, bits(load_u8(at(block, 64 * piece)), s >> 1, 1), 2)
+
+
 def _q4_k(kind, block, s, g):
     return bits(load_u8(at(block, 256 + 512 * (s >> 1) + 64 * g)), 4 * (s & 1), 15)
 
@@ -174,7 +216,8 @@ def _q6_k(kind, block, s, g):
     return or_shifted(low, bits(load_u8(at(block, 2048 + 512 * half + 64 * piece)), 2 * quarter, 3), 4)
 
 
-LEVELS = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
+LEVELS = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k,
+          "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4}
 
 
 def levels(kind, block, s, g):
@@ -187,7 +230,45 @@ def _levels(kind, block, s, g):
     return LEVELS[kind.type_name]
 
 
+# ---- the scale of a block
+
+def _d_f16(kind, block):
+    return load_f16(at(block, kind.d))
+
+
+def _d_e8m0(kind, block):
+    return load_e8m0(at(block, kind.d))
+
+
+def scale_of_block(kind, block):
+    """The scale of 16 rows' blocks, F32x16."""
+    return (_d_e8m0 if kind.type == "MXFP4" else _d_f16)(kind, block)
+
+
+@overload(scale_of_block, jit_options=INLINE)
+def _scale_of_block(kind, block):
+    return _d_e8m0 if kind.type_name == "MXFP4" else _d_f16
+
+
 # ---- scales and minimums of the sub-blocks
+
+def _scale_2(kind, block, s):
+    return field_i32(load_u8_as_i32(at(block, 16 * s)), 0, 15)
+
+
+def _scale_3(kind, block, s):
+    """Six bits in two places, see the diagram in formats/q3_k.py."""
+    lower = field_i32(load_u8_as_i32(at(block, 1536 + 16 * (s & 7))), 4 * (s >> 3), 15)
+    upper = field_i32(load_u8_as_i32(at(block, 1664 + 16 * (s & 3))), 2 * (s >> 2), 3)
+    return add_i32(add_i32(lower, shift_left(upper, 4)), splat_i32(MINUS_32))
+
+
+def _scale_iq4_xs(kind, block, s):
+    """Six bits in two places, see the diagram in formats/iq4.py."""
+    lower = field_i32(load_u8_as_i32(at(block, 64 + 16 * (s >> 1))), 4 * (s & 1), 15)
+    upper = field_i32(load_u8_as_i32(at(block, 32 + 16 * (s >> 2))), 2 * (s & 3), 3)
+    return add_i32(add_i32(lower, shift_left(upper, 4)), splat_i32(MINUS_32))
+
 
 def _scale_4(kind, block, s):
     """Six bits, in two places from the fifth on: see the diagram in formats/q4_k.py."""
@@ -201,7 +282,8 @@ def _scale_6(kind, block, s):
     return load_i8_as_i32(at(block, 3072 + 16 * s))
 
 
-SCALES = {"Q4_K": _scale_4, "Q5_K": _scale_4, "Q6_K": _scale_6}
+MINUS_32 = np.int32(-32)
+SCALES = {"Q2_K": _scale_2, "Q3_K": _scale_3, "Q4_K": _scale_4, "Q5_K": _scale_4, "Q6_K": _scale_6, "IQ4_XS": _scale_iq4_xs}
 
 
 def scale_of(kind, block, s):
@@ -214,13 +296,25 @@ def _scale_of(kind, block, s):
     return SCALES[kind.type_name]
 
 
-@inline
-def low_of(kind, block, s):
-    """The integer minimum of sub-block s of 16 rows (Q4_K and Q5_K), I32x16."""
+def _low_2(kind, block, s):
+    return field_i32(load_u8_as_i32(at(block, 16 * s)), 4, 15)
+
+
+def _low_4(kind, block, s):
     if s < 4:
         return field_i32(load_u8_as_i32(at(block, 64 + 16 * (s + 4))), 0, 63)
     upper = field_i32(load_u8_as_i32(at(block, 64 + 16 * s)), 6, 3)
     return add_i32(field_i32(load_u8_as_i32(at(block, 64 + 16 * (s + 4))), 4, 15), shift_left(upper, 4))
+
+
+def low_of(kind, block, s):
+    """The integer minimum of sub-block s of 16 rows (Q2_K, Q4_K and Q5_K), I32x16."""
+    return (_low_2 if kind.type == "Q2_K" else _low_4)(kind, block, s)
+
+
+@overload(low_of, jit_options=INLINE)
+def _low_of(kind, block, s):
+    return _low_2 if kind.type_name == "Q2_K" else _low_4
 
 
 # ---- plain floats

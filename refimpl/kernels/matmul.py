@@ -23,7 +23,9 @@ def matmul(x_TD: np.ndarray, w_OD: Tiles) -> np.ndarray:
 
 
 def matmul_q8(x_TD: np.ndarray, w_OD: Tiles) -> np.ndarray:
-    """The same product with activations rounded to 8 bits; weights of F16, BF16 and F32 stay with float32 activations."""
+    """The same product with activations rounded to 8 bits; weights of F16, BF16 and F32 stay with float32 activations (among them what
+    tiles.py holds as F32 for want of kernels).
+    """
     return product(x_TD, w_OD, Q8)
 
 

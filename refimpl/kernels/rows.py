@@ -10,7 +10,7 @@ import numpy as np
 from numba.extending import overload
 
 from refimpl.kernels.jit import inline
-from refimpl.kernels.kinds import EXACT, INLINE, column_of, levels, low_of, scale_of
+from refimpl.kernels.kinds import EXACT, INLINE, column_of, levels, low_of, scale_of, scale_of_block
 from refimpl.kernels.simd import (
     add_f32,
     add_i32,
@@ -19,6 +19,7 @@ from refimpl.kernels.simd import (
     byte_of_lane,
     dot4,
     dot4_signed,
+    dot4_wide,
     fma,
     load_f16,
     mul_f32,
@@ -51,6 +52,8 @@ class Rounded(NamedTuple):
 @inline
 def dot(kind, total, weights, activations):
     """The integer dot product that fits the kind's weights."""
+    if kind.wide:
+        return dot4_wide(total, weights, activations)
     return dot4_signed(total, weights, activations) if kind.signed else dot4(total, weights, activations)
 
 
@@ -84,7 +87,7 @@ def _one_small(kind, tile, n_blocks, x, r, ahead, out):
         n = zero_of(kind, x, r, b)
         for g in range(8):
             n = dot(kind, n, levels(kind, block, 0, g), at(qb, 4 * g))
-        total = scaled(x, r, b, load_f16(block), n, total)
+        total = scaled(x, r, b, scale_of_block(kind, block), n, total)
         if kind.has_minimum:
             total = fma(splat_f32(x.m_TB[r, b]), load_f16(at(block, kind.minimum)), total)
     store_f32(out, total)
@@ -103,7 +106,7 @@ def _four_small(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
             w, c = levels(kind, block, 0, g), 32 * b + 4 * g
             n0, n1 = dot(kind, n0, w, at(q0, c)), dot(kind, n1, w, at(q1, c))
             n2, n3 = dot(kind, n2, w, at(q2, c)), dot(kind, n3, w, at(q3, c))
-        d = load_f16(block)
+        d = scale_of_block(kind, block)
         t0, t1 = scaled(x, r0, b, d, n0, t0), scaled(x, r1, b, d, n1, t1)
         t2, t3 = scaled(x, r2, b, d, n2, t2), scaled(x, r3, b, d, n3, t3)
         if kind.has_minimum:
@@ -131,11 +134,11 @@ def _one_large(kind, tile, n_blocks, x, r, ahead, out):
             fetch(at(block, s * (kind.n_bytes // kind.n_sub)), kind.n_bytes // kind.n_sub, ahead)
             qs, dots = at(q, 256 * b + kind.per_sub * s), zero_of(kind, x, r, kind.n_sub * b + s)
             for g in range(kind.per_sub // 4):
-                dots = dot4(dots, levels(kind, block, s, g), at(qs, 4 * g))
+                dots = dot(kind, dots, levels(kind, block, s, g), at(qs, 4 * g))
             n = add_i32(n, mul_i32(scale_of(kind, block, s), dots))
             if kind.has_minimum:
                 low = add_i32(low, mul_i32(low_of(kind, block, s), splat_i32(x.sum_TS[r, kind.n_sub * b + s])))
-        total = scaled(x, r, b, load_f16(at(block, kind.d)), n, total)
+        total = scaled(x, r, b, scale_of_block(kind, block), n, total)
         if kind.has_minimum:
             total = fma(mul_f32(load_f16(at(block, kind.minimum)), splat_f32(-x.d_TB[r, b])), to_f32(low), total)
     store_f32(out, total)
@@ -156,8 +159,8 @@ def _four_large(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
             dots2, dots3 = zero_of(kind, x, r2, kind.n_sub * b + s), zero_of(kind, x, r3, kind.n_sub * b + s)
             for g in range(kind.per_sub // 4):
                 w, c = levels(kind, block, s, g), first + 4 * g
-                dots0, dots1 = dot4(dots0, w, at(q0, c)), dot4(dots1, w, at(q1, c))
-                dots2, dots3 = dot4(dots2, w, at(q2, c)), dot4(dots3, w, at(q3, c))
+                dots0, dots1 = dot(kind, dots0, w, at(q0, c)), dot(kind, dots1, w, at(q1, c))
+                dots2, dots3 = dot(kind, dots2, w, at(q2, c)), dot(kind, dots3, w, at(q3, c))
             scale = scale_of(kind, block, s)
             n0, n1 = add_i32(n0, mul_i32(scale, dots0)), add_i32(n1, mul_i32(scale, dots1))
             n2, n3 = add_i32(n2, mul_i32(scale, dots2)), add_i32(n3, mul_i32(scale, dots3))
@@ -167,7 +170,7 @@ def _four_large(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
                 low1 = add_i32(low1, mul_i32(m, splat_i32(x.sum_TS[r1, kind.n_sub * b + s])))
                 low2 = add_i32(low2, mul_i32(m, splat_i32(x.sum_TS[r2, kind.n_sub * b + s])))
                 low3 = add_i32(low3, mul_i32(m, splat_i32(x.sum_TS[r3, kind.n_sub * b + s])))
-        d = load_f16(at(block, kind.d))
+        d = scale_of_block(kind, block)
         t0, t1 = scaled(x, r0, b, d, n0, t0), scaled(x, r1, b, d, n1, t1)
         t2, t3 = scaled(x, r2, b, d, n2, t2), scaled(x, r3, b, d, n3, t3)
         if kind.has_minimum:
@@ -202,7 +205,7 @@ def _four_plain(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
 # ---- quantized weights in exact arithmetic: made float32 first, a tile at a time
 
 def _widen_small(kind, block, out):
-    d = load_f16(block)
+    d = scale_of_block(kind, block)
     for g in range(8):
         w = levels(kind, block, 0, g)
         for j in range(4):
@@ -216,7 +219,7 @@ def _widen_small(kind, block, out):
 
 def _widen_large(kind, block, out):
     for s in range(kind.n_sub):
-        scale = mul_f32(load_f16(at(block, kind.d)), to_f32(scale_of(kind, block, s)))
+        scale = mul_f32(scale_of_block(kind, block), to_f32(scale_of(kind, block, s)))
         for g in range(kind.per_sub // 4):
             w = levels(kind, block, s, g)
             for j in range(4):

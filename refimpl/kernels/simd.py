@@ -112,6 +112,19 @@ def load_i8_as_i32(pointer):
     return pointer.span(16).view(np.int8).astype(np.int32)
 
 
+def _load_e8m0(builder, pointer):
+    e = builder.zext(load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm)
+    denormal = builder.shl(lanes(0x00200000), builder.and_(e, lanes(1)))
+    normal = builder.shl(builder.sub(e, lanes(1)), lanes(23))
+    return builder.bitcast(builder.select(builder.icmp_signed("<", e, lanes(2)), denormal, normal), F32x16.llvm)
+
+
+@word(F32x16, Address, every=_load_e8m0)
+def load_e8m0(pointer):
+    """16 unsigned bytes e, each as 2^(e - 128). Exact; the first two are denormal."""
+    return np.ldexp(np.float32(1), pointer.span(16).astype(np.int32) - 128)
+
+
 @word(types.void, Address, F32x16, every=store)
 def store_f32(pointer, v):
     """Writes 16 float32."""
@@ -268,6 +281,38 @@ def fifth_bits(bits_of_32, group):
     return (((lane[:, None] >> np.arange(4, dtype=np.uint32)) & np.uint32(1)) << np.uint32(4)).astype(np.uint8).reshape(64)
 
 
+def _table(builder, first, last, n_bytes: int):
+    """16 bytes over and over, from the int64s of their halves."""
+    pair = builder.insert_element(ir.Constant(ir.VectorType(first.type, 2), ir.Undefined), first, INT(0))
+    pair = builder.insert_element(pair, last, INT(1))
+    index = ir.Constant(ir.VectorType(INT, n_bytes // 8), [0, 1] * (n_bytes // 16))
+    return builder.bitcast(builder.shuffle_vector(pair, ir.Constant(pair.type, ir.Undefined), index), ir.VectorType(BYTE, n_bytes))
+
+
+def _look_up_avx512(builder, v, first, last):
+    return call(builder, "llvm.x86.avx512.pshuf.b.512", U8x64.llvm, _table(builder, first, last, 64), v)
+
+
+def _look_up_avx2(builder, v, first, last):
+    table = _table(builder, first, last, 32)
+    return by_halves(builder, lambda half: call(builder, "llvm.x86.avx2.pshuf.b", table.type, table, half), v)
+
+
+def _look_up_portable(builder, v, first, last):
+    """A tree of choices, bit by bit of the index: 8 pairs by the lowest, 4 by the next, ..."""
+    entries = [splat(builder, builder.trunc(builder.lshr(half, half.type(8 * k)), BYTE), 64) for half in (first, last) for k in range(8)]
+    for bit in (1, 2, 4, 8):
+        chosen = builder.icmp_unsigned("!=", builder.and_(v, ir.Constant(U8x64.llvm, [bit] * 64)), ir.Constant(U8x64.llvm, [0] * 64))
+        entries = [builder.select(chosen, odd, even) for even, odd in zip(entries[0::2], entries[1::2])]
+    return entries[0]
+
+
+@word(U8x64, U8x64, types.intp, types.intp, avx512=_look_up_avx512, avx2=_look_up_avx2, portable=_look_up_portable)
+def look_up(v, first, last):
+    """Entry v[i] (0 to 15) of a table of 16 bytes, byte by byte. `first` holds entries 0 to 7, from its low bits up, `last` the others."""
+    return np.array([first, last], np.int64).view(np.uint8)[v]
+
+
 def _byte_of_lane(builder, v, j):
     shifted = builder.lshr(builder.bitcast(v, I32x16.llvm), splat(builder, builder.shl(builder.trunc(j, INT), INT(3))))
     return builder.and_(shifted, lanes(255))
@@ -336,7 +381,7 @@ def _dot4_portable(signed: bool):
 def dot4(total, weights, activations):
     """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights of at most 128, int8 activations.
 
-    (Above 128 the 16-bit sums of AVX2 could overflow; `dot4_signed` takes the full range of a byte.)
+    (Above 128 the 16-bit sums of AVX2 could overflow; `dot4_wide` and `dot4_signed` take the full range of a byte.)
     """
     x = activations.span(4).view(np.int8).astype(np.int32)
     return total + (weights.reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
@@ -351,16 +396,21 @@ def _dot4_signed_by(dot4):
     return emit
 
 
-def _dot4_signed_avx2(builder, total, weights, activations):
+def _dot4_of_words(builder, total, weights, activations, extend):
+    """For AVX2, with both sides as 16-bit words; `extend` makes them of the weights' bytes."""
     words, ints = ir.VectorType(SHORT, 16), ir.VectorType(INT, 8)
     four = builder.sext(builder.bitcast(_four(builder, activations, 4), ir.VectorType(BYTE, 16)), words)
 
     def quarter(w):         # 16 weights: 4 lanes, as 8 sums of pairs
-        return call(builder, "llvm.x86.avx2.pmadd.wd", ints, builder.sext(w, words), four)
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ints, extend(w, words), four)
     pairs = by_halves(builder, lambda half: by_halves(builder, quarter, half), weights)
     even, odd = (ir.Constant(I32x16.llvm, list(range(k, 32, 2))) for k in (0, 1))
     nothing = ir.Constant(pairs.type, ir.Undefined)
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
+
+
+def _dot4_signed_avx2(builder, total, weights, activations):
+    return _dot4_of_words(builder, total, weights, activations, builder.sext)
 
 
 @word(I32x16, I32x16, U8x64, Address, avx512=_dot4_signed_by(_dot4_avx512), avxvnni=_dot4_signed_by(_dot4_avxvnni),
@@ -369,6 +419,18 @@ def dot4_signed(total, weights, activations):
     """As `dot4`, with the bytes of `weights` read as int8."""
     x = activations.span(4).view(np.int8).astype(np.int32)
     return total + (weights.view(np.int8).reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
+
+
+def _dot4_wide_avx2(builder, total, weights, activations):
+    return _dot4_of_words(builder, total, weights, activations, builder.zext)
+
+
+@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_wide_avx2,
+      portable=_dot4_portable(signed=False))
+def dot4_wide(total, weights, activations):
+    """As `dot4`, with weights of the full range of a byte, 0 to 255."""
+    x = activations.span(4).view(np.int8).astype(np.int32)
+    return total + (weights.reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
 
 
 # ---- lanes

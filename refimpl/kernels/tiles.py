@@ -5,21 +5,27 @@
     row 1   | block 0 | block 1 | ...           block 1 | ...
     ...                                         ...
 
-A unit is as many bytes of a block as a kernel takes from a row at once: 2 for a float16 scale, 1 for the small scales of the K types,
-4 for everything else (4 bytes hold the weights that one integer dot instruction multiplies). A tile is exactly as large as its rows were;
-the last tile of a matrix is filled up with zeros.
+A unit is as many bytes of a block as a kernel takes from a row at once: 2 for a float16 scale, 1 for the scale of MXFP4 and for the small
+scales of sub-blocks, 4 for everything else (4 bytes hold the weights that one integer dot instruction multiplies). A tile is exactly as
+large as its rows were; the last tile of a matrix is filled up with zeros.
+
+A type that no kernel reads (IQ1 to IQ3, TQ, NVFP4, ...: all that can be decoded and is not in kinds.py) is held as tiles of F32, 4 bytes a
+weight, dequantized a few rows at a time on the way: then everything works with it, in exact arithmetic, and it gains neither memory nor
+speed from its few bits.
 
 Why not in place: a kernel for Q4_0 that gathers the same 4 bytes of 16 rows from where they lie in the file read 6 GB/s, this one 28 GB/s
 with one thread and 33 with two (all that the machine has). The rearranging itself does 3 GB/s a thread.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numba import prange
 
 from refimpl.formats.blocks import BLOCKS, Block
-from refimpl.formats.matrix import Matrix
+from refimpl.formats.codecs import dequantize
+from refimpl.formats.matrix import CHUNK_BYTES, Matrix
 from refimpl.kernels.jit import kernel
 from refimpl.kernels.kinds import SHAPES
 from refimpl.kernels.simd import address, at, copy1, copy2, copy4
@@ -45,26 +51,42 @@ def units(block: Block) -> np.ndarray:
     found, offset = [], 0
     for name, kind, count in block.fields:
         n_bytes = np.dtype(kind).itemsize * count
-        step = 1 if name == "scales" else min(4, n_bytes)
+        step = 1 if name.startswith("scales") else min(4, n_bytes)
         found += [(offset + u, step) for u in range(0, n_bytes, step)]
         offset += n_bytes
     return np.array(found, np.int64)
 
 
+def held_type(type_name: str) -> str:
+    """The type in which `tiled` holds weights of this one: the same where there are kernels for it, else F32."""
+    return type_name if type_name in SHAPES else "F32"
+
+
+def held_bytes(matrix: Matrix) -> int:
+    """Bytes that a matrix takes in tiles (but for the zeros of its last one)."""
+    return matrix.raw.nbytes if matrix.type in SHAPES else 4 * math.prod(matrix.shape)
+
+
 def tiled(matrix: Matrix, n_threads: int) -> Tiles:
-    """The same weights in tiles. Reads the matrix once and writes it once. Raises ValueError for a type without kernels."""
-    if matrix.type not in SHAPES:
-        raise ValueError(f"there are no kernels for {matrix.type}; there are for {', '.join(SHAPES)}")
+    """The same weights in tiles, of `held_type`. Reads the matrix once and writes it once; beside both, it takes CHUNK_BYTES at most.
+
+    Raises UnsupportedType (a ValueError) for a type that cannot be decoded either.
+    """
     raw = matrix.raw if matrix.raw.ndim == 3 else matrix.raw[None]
-    n_expert, n_rows, row_bytes = raw.shape
+    n_expert, n_rows, _ = raw.shape
+    block = BLOCKS[held_type(matrix.type)]
+    row_bytes = block.row_bytes(matrix.shape[-1])
     n_tiles = -(-n_rows // LANES)
+    step = n_tiles if block.name == matrix.type else max(1, CHUNK_BYTES // max(1, LANES * row_bytes))
     out = np.empty((n_expert, n_tiles, LANES * row_bytes), np.uint8)
     if n_rows % LANES:
         out[:, -1] = 0
-    block = BLOCKS[matrix.type]
     for e in range(n_expert):
-        deal_rows(np.ascontiguousarray(raw[e]), block.n_bytes, units(block), out[e], n_threads)
-    return Tiles(out, matrix.type, matrix.shape)
+        for tile in range(0, n_tiles, step):
+            rows = raw[e, LANES * tile:LANES * (tile + step)]
+            rows = np.ascontiguousarray(rows) if block.name == matrix.type else dequantize(rows, matrix.type).view(np.uint8)
+            deal_rows(rows, block.n_bytes, units(block), out[e, tile:tile + step], n_threads)
+    return Tiles(out, block.name, matrix.shape)
 
 
 @kernel(parallel=True)

@@ -1,6 +1,7 @@
 """How fast this machine reads memory, and how much of it a token has to read: together, how fast decoding can be at most."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from refimpl.kernels.simd import add_f32, address, at, load_f32, splat_f32, stor
 from refimpl.kernels.threads import running
 from refimpl.model.cache import Cache
 from refimpl.model.config import Config
-from refimpl.model.memory import parts_of, tables_of
+from refimpl.model.memory import parts_of, stored_bytes, tables_of
 from refimpl.model.weights import MoeWeights, weights_from_gguf
 
 BUFFER_BYTES = 512 << 20            # far more than a cache holds
@@ -85,14 +86,15 @@ class Traffic:
         return self.weights + self.kv
 
 
-def bytes_per_token(file: GGUFFile, config: Config, depth: int, n_new: int, kv_bytes: float) -> Traffic:
+def bytes_per_token(file: GGUFFile, config: Config, depth: int, n_new: int, kv_bytes: float,
+                    held: Callable[[Matrix], int] = stored_bytes) -> Traffic:
     """What each of `n_new` tokens after `depth` others reads, in the mean; `kv_bytes` is the size of one number of a key or a value."""
     kv = sum(kv_read(config, depth + i, kv_bytes) for i in range(n_new)) / n_new
-    return Traffic(weight_bytes(file, config), kv)
+    return Traffic(weight_bytes(file, config, held), kv)
 
 
-def weight_bytes(file: GGUFFile, config: Config) -> int:
-    """Bytes of weights that one token reads, as they lie in the file.
+def weight_bytes(file: GGUFFile, config: Config, held: Callable[[Matrix], int] = stored_bytes) -> int:
+    """Bytes of weights that one token reads, as they lie in the file, or as an engine holds them (`Backend.held`).
 
     Every matrix and vector once, also where it has two roles; of the experts the share that is picked; of the embedding one row, and
     all of it as the head of a tied model; of the table of per-layer inputs one row.
@@ -106,7 +108,7 @@ def weight_bytes(file: GGUFFile, config: Config) -> int:
             share |= {id(experts): picked for experts in (block.ffn.gate_EMD, block.ffn.up_EMD, block.ffn.down_EDM)}
     for part in parts_of(weights):
         n, of = share.get(id(part), (1, 1))
-        total += (part.raw if isinstance(part, Matrix) else part).nbytes * n // of
+        total += (held(part) if isinstance(part, Matrix) else part.nbytes) * n // of
     return total
 
 

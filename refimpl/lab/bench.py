@@ -39,7 +39,7 @@ from refimpl.kernels.threads import (
 from refimpl.lab.bandwidth import BUFFER_BYTES, Traffic, bytes_per_token, number_bytes, read_bandwidth
 from refimpl.lab.inspect import size
 from refimpl.lab.llamacpp import LlamaCpp
-from refimpl.model.memory import MemoryRefusal, available
+from refimpl.model.memory import MemoryRefusal, available, stored_bytes
 
 OPPONENTS = {"llama.cpp": LlamaCpp}
 PAUSE = 0.05                # seconds before a run, in which the threads of the other engine go to sleep
@@ -127,7 +127,8 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
         bandwidths += read_bandwidth(n_threads, buffer_bytes)
     if plan.n_new:
         for name, engine in engines.items():
-            traffic = bytes_per_token(model.file, model.config, plan.depth, plan.n_new, engine.kv_bytes)
+            held = model.backend.held if name == "refimpl" else stored_bytes
+            traffic = bytes_per_token(model.file, model.config, plan.depth, plan.n_new, engine.kv_bytes, held)
             _hold_against(tests[-1]["engines"][name], traffic, max(bandwidths))
     warning = slow_layer_warning()
     return {

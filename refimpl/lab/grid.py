@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from refimpl.formats.codecs import dequantize, quantize
-from refimpl.formats.container import open_gguf
 from refimpl.formats.lattice import find_lattice
+from refimpl.model.checkpoint import open_model
 
 FLOATS = ("F32", "F16", "BF16")
 LOOKED_AT = 1 << 19             # weights of a tensor, about
@@ -70,8 +70,8 @@ def silent(total: int) -> Callable[[int], None]:
 
 
 def describe_grid(path: str | os.PathLike, begin: Begin = silent) -> dict[str, object]:
-    """`grid_of` a GGUF file."""
-    file = open_gguf(path)
+    """`grid_of` a GGUF file or the directory of a model."""
+    file = open_model(path)
     return {"path": str(file.path)} | grid_of(file, begin)
 
 

@@ -1,13 +1,14 @@
-"""What is in a Gemma 4 file, as plain data and as text. Reads no weights."""
+"""What is in a Gemma 4 file or directory, as plain data and as text. Reads no weights (of a W4A16 directory, the scales)."""
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
 from refimpl.decode.model import BUILT_IN, CHUNK, float32_bytes
-from refimpl.formats.container import GGUFError, GGUFFile, open_gguf
+from refimpl.formats.container import GGUFError, GGUFFile
 from refimpl.model.cache import cache_bytes
+from refimpl.model.checkpoint import RenamedCheckpoint, open_model
 from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, config_from_gguf
 from refimpl.model.drafter import CENTROIDS
 from refimpl.model.drafter_config import DRAFTER_KEYS
@@ -22,7 +23,7 @@ def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[s
 
     A drafter is described as one. Raises GGUFError for a file that is neither a Gemma 4 model nor a drafter.
     """
-    file = open_gguf(BUILT_IN if path is None else path)
+    file = open_model(BUILT_IN if path is None else path)
     if file.metadata.get("general.architecture") == DRAFTER_ARCHITECTURE:
         return _head(file) | {"drafter": _drafter(file)} | _contents(file)
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
@@ -35,17 +36,20 @@ def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[s
     } | _contents(file)
 
 
-def _head(file: GGUFFile) -> dict[str, object]:
-    return {"path": str(file.path), "gguf_version": file.version, "file_bytes": file.n_bytes,
-            "metadata": {key: _plain(value) for key, value in file.metadata.items()}}
+def _head(file: GGUFFile | RenamedCheckpoint) -> dict[str, object]:
+    if isinstance(file, RenamedCheckpoint):
+        form = {"safetensors_files": file.checkpoint.n_files, "file_bytes": file.checkpoint.n_bytes, "ignored": file.ignored}
+    else:
+        form = {"gguf_version": file.version, "file_bytes": file.n_bytes}
+    return {"path": str(file.path)} | form | {"metadata": {key: _plain(value) for key, value in file.metadata.items()}}
 
 
-def _contents(file: GGUFFile) -> dict[str, object]:
+def _contents(file: GGUFFile | RenamedCheckpoint) -> dict[str, object]:
     return {"types": _types(file), "tensors": [{"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.n_bytes}
                                                for t in file.tensors.values()]}
 
 
-def _drafter(file: GGUFFile) -> dict[str, object]:
+def _drafter(file: GGUFFile | RenamedCheckpoint) -> dict[str, object]:
     """What can be said of a drafter without its target."""
     keys = Keys(file.metadata, file.path, DRAFTER_ARCHITECTURE, DRAFTER_KEYS)
     big = 1 << 20
@@ -54,14 +58,18 @@ def _drafter(file: GGUFFile) -> dict[str, object]:
             "heads": ["dense", "centroid"] if CENTROIDS in file.tensors else ["dense"], "n_parameters": float32_bytes(file) // 4}
 
 
-def _memory(file: GGUFFile, config: Config, n_ctx: int) -> dict[str, object]:
+def _memory(file: GGUFFile | RenamedCheckpoint, config: Config, n_ctx: int) -> dict[str, object]:
     """As the kernels hold it, with keys and values in float16. Of a file that this version cannot load: the weights as they are."""
+    from refimpl.kernels.tiles import held_bytes  # here: it takes a third of a second
+
     half = np.dtype(np.float16)
     try:
-        weight_bytes = needed(file, config, n_ctx, CHUNK, half).weights
+        need = needed(file, config, n_ctx, CHUNK, half, held_bytes)
+        weight_bytes, widened = need.weights, need.widened
     except GGUFError:
-        weight_bytes = file.n_bytes
-    return {"n_ctx": n_ctx, "weight_bytes": weight_bytes, "kv_bytes": cache_bytes(config, n_ctx, CHUNK, half),
+        weight_bytes, widened = file.n_bytes, {}
+    return {"n_ctx": n_ctx, "weight_bytes": weight_bytes, "held_as_float32": {kind: len(names) for kind, names in widened.items()},
+            "kv_bytes": cache_bytes(config, n_ctx, CHUNK, half),
             "buffer_bytes": buffer_bytes(config, CHUNK), "free_bytes": available()}
 
 
@@ -74,7 +82,7 @@ def _layer(config: Config, i: int) -> dict[str, object]:
             "window": spec.window, "kv_from": spec.kv_from, "values_are_keys": spec.values_are_keys} | ffn
 
 
-def _types(file: GGUFFile) -> dict[str, dict[str, int]]:
+def _types(file: GGUFFile | RenamedCheckpoint) -> dict[str, dict[str, int]]:
     types = defaultdict(lambda: {"tensors": 0, "bytes": 0})
     for tensor in file.tensors.values():
         types[tensor.type]["tensors"] += 1
@@ -94,7 +102,8 @@ def _plain(value):
 
 def as_text(described: dict[str, object]) -> str:
     """The same for people."""
-    lines = [f"{described['path']}: GGUF v{described['gguf_version']}, {size(described['file_bytes'])}", ""]
+    form = f"GGUF v{described['gguf_version']}" if "gguf_version" in described else f"{described['safetensors_files']} safetensors files"
+    lines = [f"{described['path']}: {form}, {size(described['file_bytes'])}", ""]
     for key, value in described["metadata"].items():
         shown = f"{value['length']} entries, first {value['first'][:4]}" if isinstance(value, dict) else repr(value)
         lines.append(f"  {key} = {shown if len(shown) <= 100 else shown[:97] + '...'}")
@@ -120,11 +129,16 @@ def as_text(described: dict[str, object]) -> str:
     memory = described["memory"]
     lines += ["", f"memory: weights {size(memory['weight_bytes'])}, keys and values {size(memory['kv_bytes'])} for a full context of "
               f"{memory['n_ctx']} (-c sets another), {size(memory['buffer_bytes'])} to compute in; {size(memory['free_bytes'])} free"]
+    if memory["held_as_float32"]:
+        types = ", ".join(f"{kind} ({n} tensors)" for kind, n in memory["held_as_float32"].items())
+        lines.append(f"there are no kernels for {types}: held as float32, 4 bytes a weight, which is counted")
     return "\n".join(lines)
 
 
 def _type_lines(described: dict[str, object]) -> list[str]:
-    return [f"{name:>8}: {entry['tensors']:>4} tensors, {size(entry['bytes'])}" for name, entry in described["types"].items()]
+    ignored = Counter(described.get("ignored", {}).values())
+    lines = [f" ignored: {n:>4} tensors, {reason}" for reason, n in ignored.items()]
+    return lines + [f"{name:>8}: {entry['tensors']:>4} tensors, {size(entry['bytes'])}" for name, entry in described["types"].items()]
 
 
 def size(n_bytes: int) -> str:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 N_BATCH, N_UBATCH = 2048, 512           # llama-bench's
@@ -55,10 +55,7 @@ class LlamaCpp:
 
     def measure(self, context: Sequence[int], ids: Sequence[int], together: bool) -> float:
         """Seconds that `ids` take after `context`: as one prompt, or one after the other; logits for the last of a call. LlamaCppError."""
-        with contextlib.suppress(BrokenPipeError):              # the answer says why
-            self._process.stdin.write(json.dumps({"context": list(context), "ids": list(ids), "together": together}) + "\n")
-            self._process.stdin.flush()
-        return self._reply()["seconds"]
+        return self._ask(context=list(context), ids=list(ids), together=together)["seconds"]
 
     def close(self):
         """Ends the process."""
@@ -76,6 +73,12 @@ class LlamaCpp:
     def __exit__(self, *error: object):
         """Closes it."""
         self.close()
+
+    def _ask(self, **request: object) -> dict[str, object]:
+        with contextlib.suppress(BrokenPipeError):              # the answer says why
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._reply()
 
     def _reply(self) -> dict[str, object]:
         line = self._process.stdout.readline()
@@ -105,7 +108,7 @@ def _ending(status: int) -> str:
 class _Engine:
     """One model and one context in this process."""
 
-    def __init__(self, path: str, n_ctx: int, n_threads: int):
+    def __init__(self, path: str, n_ctx: int, n_threads: int, n_batch: int = N_BATCH, n_ubatch: int = N_UBATCH):
         import llama_cpp
 
         self.lib = lib = llama_cpp
@@ -118,7 +121,7 @@ class _Engine:
         if not self.model:
             raise RuntimeError("the model could not be loaded")
         how = lib.llama_context_default_params()
-        how.n_ctx, how.n_batch, how.n_ubatch = n_ctx, N_BATCH, N_UBATCH
+        how.n_ctx, how.n_batch, how.n_ubatch = n_ctx, n_batch, n_ubatch
         how.n_threads = how.n_threads_batch = n_threads
         how.op_offload = how.offload_kqv = False                        # not to a GPU either
         how.swa_full = False                                            # a ring in sliding layers, as in llama.cpp's own tools
@@ -127,7 +130,7 @@ class _Engine:
             raise RuntimeError(f"no context of {n_ctx} tokens could be made")
         self.n_batch = lib.llama_n_batch(self.context)                  # no more than the context
         self.facts = {"version": lib.__version__, "system": lib.llama_print_system_info().decode().strip(" |"), "n_threads": n_threads,
-                      "n_batch": self.n_batch, "n_ubatch": N_UBATCH, "kv": "float16"}
+                      "n_batch": self.n_batch, "n_ubatch": n_ubatch, "kv": "float16"}
 
     def measure(self, context: list[int], ids: list[int], together: bool) -> float:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
@@ -168,8 +171,11 @@ def serve(engine, requests: Iterable[str], reply):
             reply({"error": " ".join(f"{e}".split())})
 
 
-def main(path: str, n_ctx: str, n_threads: str):
-    """The process: standard output is for answers alone, whatever a library writes goes to standard error."""
+def talk(make: Callable[[], object], answer: Callable):
+    """The process: what `make` gives answers, by `answer(engine, lines, reply)`, or why there is none is the only answer.
+
+    Standard output is for answers alone, whatever a library writes goes to standard error.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)                        # Ctrl-C is for the one that started us, who then ends us
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -179,12 +185,12 @@ def main(path: str, n_ctx: str, n_threads: str):
         answers.flush()
 
     try:
-        engine = _Engine(path, int(n_ctx), int(n_threads))
+        engine = make()
     except Exception as e:
         reply({"error": " ".join(f"{e}".split())})
     else:
-        serve(engine, sys.stdin, reply)
+        answer(engine, sys.stdin, reply)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    talk(lambda: _Engine(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), serve)

@@ -41,7 +41,8 @@ DRAFTERS = {    # width, feed-forward width, query heads
     "E2B": (256, 2048, 4), "E4B": (256, 2048, 4), "12B": (1024, 8192, 16), "26B-A4B": (1024, 8192, 16), "31B": (1024, 8192, 32),
 }
 N_CENTROID, WITH_CENTROIDS = 2048, ("E2B", "E4B")
-RECIPES = ("google-q4_0", "unsloth-q4_0", "q4_k_m")
+UNIFORM = ("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4")          # every matrix but the embeddings in one type
+RECIPES = ("google-q4_0", "unsloth-q4_0", "q4_k_m", *UNIFORM)
 
 
 def shape_names() -> list[str]:
@@ -147,7 +148,7 @@ def drafter_metadata(name: str) -> dict[str, object]:
 
 
 def recipe_type(recipe: str, name: str, shape: tuple[int, ...], n_layer: int) -> str:
-    """The block type of a tensor under a recipe, as the files in circulation have it."""
+    """The block type of a tensor under a recipe: as the files in circulation have it, or one type throughout."""
     if name == ORDERING:
         return "I32"
     if stays_float32(name, shape):
@@ -160,6 +161,8 @@ def recipe_type(recipe: str, name: str, shape: tuple[int, ...], n_layer: int) ->
         block = "Q6_K"
     elif recipe == "google-q4_0":
         block = "Q4_0"
+    elif recipe in UNIFORM:
+        block = recipe.upper()
     else:       # llama.cpp's Q4_K_M gives values and down projections of about half of the layers more bits
         i = int(name.split(".")[1]) if name.startswith("blk.") else 0
         more = i < n_layer // 8 or i >= 7 * n_layer // 8 or (i - n_layer // 8) % 3 == 2

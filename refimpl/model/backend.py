@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from refimpl.formats.matrix import Matrix
+from refimpl.model.memory import stored_bytes
 
 ARITHMETIC = ("q8", "exact")
 
@@ -16,8 +17,8 @@ ARITHMETIC = ("q8", "exact")
 class Backend:
     """The functions, what keys and values are kept in, and how a matrix is held.
 
-    `prepare(matrix)` gives a matrix of the file the form that `matmul`, `run_experts` and `matmul_chosen` take. All calls belong inside
-    `running()`.
+    `prepare(matrix)` gives a matrix of the file the form that `matmul`, `run_experts` and `matmul_chosen` take; `held(matrix)` is how many
+    bytes that takes. All calls belong inside `running()`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Backend:
     softcap: Callable
     kv_type: np.dtype
     prepare: Callable[[Matrix], object]
+    held: Callable[[Matrix], int]
     running: Callable[[], AbstractContextManager]
 
 
@@ -45,7 +47,7 @@ def reference_backend(arithmetic: str, prepare: Callable[[Matrix], Matrix]) -> B
     product = {"exact": matmul.matmul, "q8": matmul.matmul_q8}[arithmetic]
     return Backend("reference", arithmetic, 1, product, attention.attend, moe.choose, partial(moe.run_experts, product),
                    partial(moe.matmul_chosen, product), ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap,
-                   np.dtype(np.float32), prepare, nullcontext)
+                   np.dtype(np.float32), prepare, stored_bytes, nullcontext)
 
 
 def kernel_backend(arithmetic: str, threads: int) -> Backend:
@@ -57,4 +59,4 @@ def kernel_backend(arithmetic: str, threads: int) -> Backend:
     return Backend("kernels", arithmetic, threads, product, attention.attend, moe.choose, partial(moe.run_experts, product),
                    partial(moe.matmul_chosen, product), ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap,
                    np.dtype(kv_type),
-                   partial(tiles.tiled, n_threads=threads), partial(running, threads))
+                   partial(tiles.tiled, n_threads=threads), tiles.held_bytes, partial(running, threads))

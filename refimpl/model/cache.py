@@ -16,13 +16,14 @@ class ContextFull(Exception):
 class LayerCache:
     """Keys and values of one layer, (slots, K, H) each, of the type `dtype`. Position p lies in slot p % slots.
 
-    `window` is the layer's sliding window, None for a layer that keeps everything (there, slot = position).
+    `window` is the layer's sliding window, None for a layer that keeps everything (there, slot = position). It grows up to `most` slots
+    before any slot is used twice: what a file says about windows and contexts takes no memory by itself.
     """
 
-    def __init__(self, n_kv: int, head_dim: int, n_slots: int, window: int | None, dtype: np.dtype):
-        self.k_SKH = np.empty((n_slots, n_kv, head_dim), dtype)
+    def __init__(self, n_kv: int, head_dim: int, n_slots: int, most: int, window: int | None, dtype: np.dtype):
+        self.k_SKH = np.empty((min(n_slots, most), n_kv, head_dim), dtype)
         self.v_SKH = np.empty_like(self.k_SKH)
-        self.window = window
+        self.window, self.most = window, most
 
     @property
     def n_slots(self) -> int:
@@ -44,7 +45,7 @@ class LayerCache:
         self.k_SKH[slots], self.v_SKH[slots] = k_TKH, v_TKH
 
     def grow(self, n_slots: int):
-        """Makes room for more positions, in a layer that keeps everything."""
+        """Makes room for more positions."""
         self.k_SKH, self.v_SKH = (np.concatenate([old, np.empty((n_slots - len(old), *old.shape[1:]), old.dtype)])
                                   for old in (self.k_SKH, self.v_SKH))
 
@@ -60,7 +61,8 @@ class Cache:
         self.n_ctx, self.max_rows, self.length = n_ctx, max_rows, 0
         self._written = 0                      # highest position ever written, plus 1
         self.layers = {
-            spec.index: LayerCache(spec.n_kv, spec.head_dim, min(n_ctx, (spec.window or 0) + max_rows), spec.window, dtype)
+            spec.index: LayerCache(spec.n_kv, spec.head_dim, max_rows, n_ctx if spec.window is None else min(n_ctx, spec.window + max_rows),
+                                   spec.window, dtype)
             for spec in config.layers if spec.has_own_kv}
 
     @property
@@ -76,8 +78,8 @@ class Cache:
         if end > self.n_ctx:
             raise ContextFull(f"{end} tokens do not fit in a context of {self.n_ctx}")
         for layer in self.layers.values():
-            if layer.window is None and end > layer.n_slots:
-                layer.grow(min(self.n_ctx, max(end, 2 * layer.n_slots)))
+            if end > layer.n_slots and layer.n_slots < layer.most:
+                layer.grow(min(layer.most, max(end, 2 * layer.n_slots)))
         self._written = max(self._written, end)
 
     def advance(self, n_rows: int):

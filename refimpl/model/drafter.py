@@ -127,14 +127,18 @@ def step(config: DrafterConfig, weights: DrafterWeights, backend: Backend, embed
     target's and is only read: its `length` is the position of the query.
     """
     pos_T = np.array([cache.length])
-    x_TD = backend.matmul(np.concatenate([embedding_C, state_C])[None], weights.pre_projection_DC)
-    tap("pre_projection", x_TD)
+    both_TC = np.concatenate([embedding_C, state_C])[None]
+    tap("inp_xh", both_TC)
+    x_TD = backend.matmul(both_TC, weights.pre_projection_DC)
+    tap("pre_proj", x_TD)
     for layer in weights.layers:
         x_TD = run_layer(config.trunk, layer, backend, x_TD, None, angles[layer.spec.kind], pos_T, pos_T, cache, tap)
         tap(f"l_out-{layer.spec.index}", x_TD)
     z_TD = backend.rms_norm(x_TD, weights.norm_D, config.trunk.norm_eps)
     tap("result_norm", z_TD)
-    return z_TD[0], backend.matmul(z_TD, weights.post_projection_CD)[0]
+    state_TC = backend.matmul(z_TD, weights.post_projection_CD)
+    tap("h_nextn", state_TC)
+    return z_TD[0], state_TC[0]
 
 
 def candidates(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> tuple[Sequence[int], np.ndarray]:
@@ -153,7 +157,11 @@ def candidates(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> tu
 
 def logits(config: DrafterConfig, weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> np.ndarray:
     """Logits of the whole vocabulary, float32 (V,): those of tokens that are no candidates are 1 below the least candidate's."""
-    id_K, logit_K = candidates(weights, backend, z_D)
+    return spread(config, *candidates(weights, backend, z_D))
+
+
+def spread(config: DrafterConfig, id_K: Sequence[int], logit_K: np.ndarray) -> np.ndarray:
+    """The logits of candidates as those of the whole vocabulary."""
     logit_V = np.full(config.trunk.n_vocab, logit_K.min() - 1, np.float32)
     logit_V[np.asarray(id_K)] = logit_K
     return logit_V

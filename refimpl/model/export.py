@@ -87,18 +87,18 @@ def gguf_metadata(config: Mapping[str, object]) -> dict[str, object]:
         "attention.value_length": head_dim,
         "attention.key_length_swa": config["head_dim"],
         "attention.value_length_swa": config["head_dim"],
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "attention.layer_norm_rms_epsilon": _float(config["rms_norm_eps"]),
         "attention.sliding_window": config["sliding_window"],
         "attention.sliding_window_pattern": np.array([kind == "sliding_attention" for kind in kinds]),
         "attention.shared_kv_layers": n_shared,
         "embedding_length_per_layer_input": config["hidden_size_per_layer_input"] or 0,
-        "rope.freq_base": float(rope["full_attention"]["rope_theta"]),
-        "rope.freq_base_swa": float(rope["sliding_attention"]["rope_theta"]),
+        "rope.freq_base": _float(rope["full_attention"]["rope_theta"]),
+        "rope.freq_base_swa": _float(rope["sliding_attention"]["rope_theta"]),
         "rope.dimension_count": head_dim,
         "rope.dimension_count_swa": config["head_dim"],
     }
     if config["final_logit_softcapping"] is not None:
-        keys["final_logit_softcapping"] = float(config["final_logit_softcapping"])
+        keys["final_logit_softcapping"] = _float(config["final_logit_softcapping"])
     if config["enable_moe_block"]:
         keys |= {"expert_count": config["num_experts"], "expert_used_count": config["top_k_experts"],
                  "expert_feed_forward_length": config["moe_intermediate_size"]}
@@ -122,7 +122,12 @@ def drafter_metadata(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def rope_divisors(head_dim: int, rotated_share: float) -> np.ndarray:
-    """`rope_freqs.weight`, float32 (head_dim / 2,): 1 for the pairs that full layers rotate, 1e30 for those that stand still."""
+    """`rope_freqs.weight`, float32 (head_dim / 2,): 1 for the pairs that full layers rotate, 1e30 for those that stand still.
+
+    Raises ValueError for what is no width of a head, or no share.
+    """
+    if type(head_dim) is not int or not 2 <= head_dim <= 1 << 16 or not 0 <= rotated_share <= 1:
+        raise ValueError(f"expected a head of 2 to 65536 and a rotated share of 0 to 1, found {head_dim} and {rotated_share}")
     return np.where(np.arange(head_dim // 2) < int(rotated_share * head_dim // 2), 1, 1e30).astype(np.float32)
 
 
@@ -131,7 +136,7 @@ def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
     """Yields (name, block type, data) for `write_gguf`, from a state dict of float32 arrays.
 
     `type_of(name, shape)` chooses the type of every tensor that may be quantized; a type whose block does not divide the row falls
-    back to the next one that does, as llama.cpp's quantizer does (Q4_K to Q5_0, Q5_K to Q5_1, Q6_K to Q8_0, else F16).
+    back to the next one that does, as llama.cpp's quantizer does (Q4_K to Q5_0, Q2_K to Q4_0, ..., else F16).
     """
     full = config["layer_types"].index("full_attention")
     head_dim = {int(i): layer for i, layer in config["per_layer_config"].items()}[full]["head_dim"]
@@ -149,7 +154,8 @@ def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
         yield name, block, quantize(value, block) if plain is None else value.astype(plain)
 
 
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q5_0": "F16", "Q5_1": "F16", "Q8_0": "F16"}
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL", "IQ4_NL": "F16",
+             "MXFP4": "F16", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16", "Q8_0": "F16"}
 
 
 def fitting_type(block: str, n_cols: int) -> str:
@@ -157,6 +163,14 @@ def fitting_type(block: str, n_cols: int) -> str:
     while n_cols % BLOCKS[block].elements:
         block = _FALLBACK[block]
     return block
+
+
+def _float(value: float) -> float:
+    """As a float. Raises ValueError also for an integer that is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("a number is too large") from None
 
 
 def _one_or_array(values: list[int]) -> int | np.ndarray:

@@ -13,7 +13,8 @@ How it differs from a plain transformer:
 - logits go through a soft cap.
 
 `backend` (backend.py) has the functions that cost time. `tap(name, array)` is called with every value
-that has a name, in llama.cpp's naming, so that engines can be compared value by value.
+that has a name, in llama.cpp's naming (lab/names.py), so that engines can be compared value by value. The array is the very one that is
+used afterwards: a tap that writes into it changes the rest of the run.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,14 @@ def no_tap(name: str, value: np.ndarray):
     """Looks at nothing."""
 
 
+def both(first: Tap, then: Tap) -> Tap:
+    """A tap that hands a value to two."""
+    def tap(name: str, value: np.ndarray):
+        first(name, value)
+        then(name, value)
+    return first if then is no_tap else tap
+
+
 def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarray, cache: Cache, tap: Tap = no_tap) -> np.ndarray:
     """Runs tokens at positions cache.length, cache.length + 1, ... Returns the final normed state, float32 (T, D).
 
@@ -55,8 +64,7 @@ def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarra
     tap("inp_scaled", x_TD)
     per_layer_TLP = None
     if isinstance(weights.per_layer, PerLayerEmbedding):
-        per_layer_TLP = per_layer_inputs(config, weights.per_layer, backend, ids_T, x_TD)
-        tap("inp_per_layer", per_layer_TLP)
+        per_layer_TLP = per_layer_inputs(config, weights.per_layer, backend, ids_T, x_TD, tap)
     for layer in weights.layers:
         x_TD = run_layer(config, layer, backend, x_TD, per_layer_TLP, angles[layer.spec.kind], pos_T, pos_T + 1, cache, tap)
         tap(f"l_out-{layer.spec.index}", x_TD)
@@ -76,12 +84,18 @@ def embed(config: Config, weights: Weights, ids_T: np.ndarray) -> np.ndarray:
     return weights.embedding_VD.take(ids_T) * np.float32(config.n_embd ** 0.5)
 
 
-def per_layer_inputs(config: Config, ple: PerLayerEmbedding, backend: Backend, ids_T: np.ndarray, x_TD: np.ndarray) -> np.ndarray:
+def per_layer_inputs(config: Config, ple: PerLayerEmbedding, backend: Backend, ids_T: np.ndarray, x_TD: np.ndarray,
+                     tap: Tap) -> np.ndarray:
     """What every layer is told about each token, (T, L, P): half from a table of its own, half from the embedding."""
     shape = (len(ids_T), config.n_layer, config.n_ple)
     from_table = ple.table_VLP.take(ids_T).reshape(shape) * np.float32(config.n_ple ** 0.5)
+    tap("inp_per_layer_selected", from_table)
     projected = backend.matmul(x_TD, ple.projection_LPD).reshape(shape) * np.float32(config.n_embd ** -0.5)
-    return (backend.rms_norm(projected, ple.norm_P, config.norm_eps) + from_table) * np.float32(2 ** -0.5)
+    projected = backend.rms_norm(projected, ple.norm_P, config.norm_eps)
+    tap("per_layer_proj", projected)
+    mixed = (projected + from_table) * np.float32(2 ** -0.5)
+    tap("inp_per_layer", mixed)
+    return mixed
 
 
 def run_layer(config, layer: LayerWeights, backend: Backend, x_TD, per_layer_TLP, angles, pos_T, end_T, cache: Cache,
@@ -94,20 +108,29 @@ def run_layer(config, layer: LayerWeights, backend: Backend, x_TD, per_layer_TLP
     normed_TD = backend.rms_norm(x_TD, layer.attention.norm_before_D, eps)
     tap(f"attn_norm-{i}", normed_TD)
     attended_TD = attention(layer.spec, layer.attention, backend, normed_TD, angles, pos_T, end_T, cache, eps, tap)
-    x_TD = x_TD + backend.rms_norm(attended_TD, layer.attention.norm_after_D, eps)
+    attended_TD = backend.rms_norm(attended_TD, layer.attention.norm_after_D, eps)
+    tap(f"attn_post_norm-{i}", attended_TD)
+    x_TD = x_TD + attended_TD
     tap(f"attn_out-{i}", x_TD)
 
     normed_TD = backend.rms_norm(x_TD, layer.norm_before_ffn_D, eps)
     if isinstance(layer.ffn, MoeWeights):
+        tap(f"ffn_norm_1-{i}", normed_TD)
         y_TD = moe_ffn(layer, layer.ffn, backend, x_TD, normed_TD, eps, tap)
+        tap(f"ffn_moe_combined-{i}", y_TD)
     else:
-        y_TD = dense_ffn(layer.ffn, backend, normed_TD)
-    tap(f"ffn_out-{i}", y_TD)
-    x_TD = x_TD + backend.rms_norm(y_TD, layer.norm_after_ffn_D, eps)
+        tap(f"ffn_norm-{i}", normed_TD)
+        y_TD = dense_ffn(i, layer.ffn, backend, normed_TD, tap)
+        tap(f"ffn_out-{i}", y_TD)
+    y_TD = backend.rms_norm(y_TD, layer.norm_after_ffn_D, eps)
+    tap(f"ffn_post_norm-{i}", y_TD)
+    x_TD = x_TD + y_TD
 
     if isinstance(layer.per_layer, PerLayerWeights):
-        x_TD = x_TD + per_layer_branch(layer.per_layer, backend, x_TD, per_layer_TLP[:, i], eps)
-        tap(f"per_layer_embd_out-{i}", x_TD)
+        tap(f"pe_in-{i}", x_TD)
+        branch_TD = per_layer_branch(layer.per_layer, backend, x_TD, per_layer_TLP[:, i], eps)
+        tap(f"per_layer_embd_out-{i}", branch_TD)
+        x_TD = x_TD + branch_TD
     return x_TD * layer.output_scale
 
 
@@ -116,24 +139,37 @@ def attention(spec, w: AttentionWeights, backend: Backend, x_TD, angles, pos_T, 
     """Projects, normalises, rotates, remembers, attends. transformers: Gemma4TextAttention."""
     i, n_tok = spec.index, len(x_TD)
     q_TNH = backend.matmul(x_TD, w.query_AD).reshape(n_tok, spec.n_head, spec.head_dim)
-    q_TNH = backend.rotate(backend.rms_norm(q_TNH, w.query_norm_H, eps), *angles)
+    tap(f"Qcur-{i}", q_TNH)
+    q_TNH = backend.rms_norm(q_TNH, w.query_norm_H, eps)
+    tap(f"Qcur_normed-{i}", q_TNH)
+    q_TNH = backend.rotate(q_TNH, *angles)
     tap(f"Qcur_pos-{i}", q_TNH)
     if not isinstance(w.kv, SharedKv):
         k_TKH = backend.matmul(x_TD, w.kv.key_OD).reshape(n_tok, spec.n_kv, spec.head_dim)
         v_TKH = k_TKH if spec.values_are_keys else backend.matmul(x_TD, w.kv.value_OD).reshape(k_TKH.shape)
-        k_TKH = backend.rotate(backend.rms_norm(k_TKH, w.kv.key_norm_H, eps), *angles)
+        tap(f"Kcur-{i}", k_TKH)
+        tap(f"Vcur-{i}", v_TKH)
+        k_TKH = backend.rms_norm(k_TKH, w.kv.key_norm_H, eps)
+        tap(f"Kcur_normed-{i}", k_TKH)
         v_TKH = backend.rms_normalise(v_TKH, eps)
-        tap(f"Kcur_pos-{i}", k_TKH)
         tap(f"Vcur_normed-{i}", v_TKH)
+        k_TKH = backend.rotate(k_TKH, *angles)
+        tap(f"Kcur_pos-{i}", k_TKH)
         cache.layers[i].write(pos_T[0], k_TKH, v_TKH)
     kept = cache.layers[spec.kv_from]
     out_TNH = backend.attend(q_TNH, kept.k_SKH, kept.v_SKH, kept.first_in_sight(pos_T), end_T)
+    tap(f"kqv_out-{i}", out_TNH)
     return backend.matmul(out_TNH.reshape(n_tok, -1), w.output_DA)
 
 
-def dense_ffn(w: DenseWeights, backend: Backend, x_TD: np.ndarray) -> np.ndarray:
-    """down(gelu(gate(x)) * up(x)). transformers: Gemma4TextMLP."""
-    return backend.matmul(backend.gated(backend.matmul(x_TD, w.gate_FD), backend.matmul(x_TD, w.up_FD)), w.down_DF)
+def dense_ffn(i: int, w: DenseWeights, backend: Backend, x_TD: np.ndarray, tap: Tap) -> np.ndarray:
+    """down(gelu(gate(x)) * up(x)) of layer i. transformers: Gemma4TextMLP."""
+    gate_TF, up_TF = backend.matmul(x_TD, w.gate_FD), backend.matmul(x_TD, w.up_FD)
+    tap(f"ffn_gate-{i}", gate_TF)
+    tap(f"ffn_up-{i}", up_TF)
+    gated_TF = backend.gated(gate_TF, up_TF)
+    tap(f"ffn_geglu-{i}", gated_TF)
+    return backend.matmul(gated_TF, w.down_DF)
 
 
 def moe_ffn(layer: LayerWeights, w: MoeWeights, backend: Backend, x_TD, normed_TD, eps: float, tap: Tap) -> np.ndarray:
@@ -143,7 +179,7 @@ def moe_ffn(layer: LayerWeights, w: MoeWeights, backend: Backend, x_TD, normed_T
     a norm of their own. transformers: Gemma4TextDecoderLayer.forward, Gemma4TextRouter, Gemma4TextExperts.
     """
     i = layer.spec.index
-    dense_TD = backend.rms_norm(dense_ffn(w.dense, backend, normed_TD), w.norm_after_dense_D, eps)
+    dense_TD = backend.rms_norm(dense_ffn(i, w.dense, backend, normed_TD, tap), w.norm_after_dense_D, eps)
     tap(f"ffn_mlp-{i}", dense_TD)
     routed_TD = backend.rms_normalise(x_TD, eps) * w.router_scale_D * np.float32(x_TD.shape[1] ** -0.5)
     logit_TE = backend.matmul(routed_TD, w.router_ED)
@@ -152,7 +188,9 @@ def moe_ffn(layer: LayerWeights, w: MoeWeights, backend: Backend, x_TD, normed_T
     tap(f"ffn_moe_topk-{i}", id_TX)
     tap(f"ffn_moe_weights-{i}", weight_TX)
     expert_in_TD = backend.rms_norm(x_TD, w.norm_before_experts_D, eps)
+    tap(f"ffn_norm_2-{i}", expert_in_TD)
     expert_TD = backend.run_experts(expert_in_TD, id_TX, weight_TX, w.gate_EMD, w.up_EMD, w.down_EDM)
+    tap(f"ffn_moe_out-{i}", expert_TD)
     expert_TD = backend.rms_norm(expert_TD, w.norm_after_experts_D, eps)
     tap(f"ffn_moe-{i}", expert_TD)
     return dense_TD + expert_TD

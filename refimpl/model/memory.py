@@ -5,7 +5,8 @@ the pages of the mapped file, which the system takes back when it needs them: of
 untied model, the per-layer inputs), and of matrices that are being rearranged.
 """
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from refimpl.formats.container import GGUFFile
 from refimpl.formats.matrix import Matrix
 from refimpl.kernels.threads import ROOT, control_groups, read
 from refimpl.model.cache import cache_bytes
+from refimpl.model.checkpoint import RenamedCheckpoint
 from refimpl.model.config import Config, MoeFfn
 from refimpl.model.weights import PerLayerEmbedding, Weights, weights_from_gguf
 
@@ -27,12 +29,16 @@ class MemoryRefusal(ValueError):
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a model takes: its weights, the keys and values of a context of `n_ctx` tokens, and what a computation needs besides."""
+    """Bytes that a model takes: its weights, the keys and values of a context of `n_ctx` tokens, and what a computation needs besides.
+
+    `widened`: type -> names of the tensors that take more than in the file, because they are held as float32.
+    """
 
     weights: int
     cache: int
     buffers: int
     n_ctx: int
+    widened: Mapping[str, list[str]]
 
     @property
     def without_context(self) -> int:
@@ -45,18 +51,46 @@ class Need:
         return self.weights + self.cache + self.buffers
 
 
-def needed(file: GGUFFile, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
-           held: Callable[[Matrix], int] = lambda matrix: matrix.raw.nbytes) -> Need:
+class _Outline:
+    """A directory whose tensors have their sizes, and their contents only where those take no memory."""
+
+    def __init__(self, file: RenamedCheckpoint):
+        self.path, self.tensors, self.raw = file.path, file.tensors, file.outline
+
+
+def needed(file: GGUFFile | RenamedCheckpoint, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
+           held: Callable[[Matrix], int]) -> Need:
     """What the model in `file` will take with a context of `n_ctx` tokens, `max_rows` of them in a call.
 
-    Keys and values are of `kv_type`; `held` gives the bytes that a matrix takes in the backend's own layout. A cache that grows has less
-    than `cache` until its context is full, and for a moment one layer twice when it does grow. Raises GGUFError for a file that is no
-    model.
+    Keys and values are of `kv_type`; `held` gives the bytes that a matrix takes in the backend's own layout (`Backend.held`). A cache that
+    grows has less than `cache` until its context is full, and for a moment one layer twice when it does grow. Raises GGUFError for a file
+    that is no model.
     """
-    weights = weights_from_gguf(file, config, lambda name, matrix: matrix)
-    tables = {id(table) for table in tables_of(weights)}
-    in_memory = sum(held(part) if isinstance(part, Matrix) else part.nbytes for part in parts_of(weights) if id(part) not in tables)
-    return Need(in_memory, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx)
+    matrix_bytes, widened = 0, defaultdict(list)
+
+    def measure(name: str, matrix: Matrix) -> Matrix:
+        nonlocal matrix_bytes
+        n_bytes = held(matrix)
+        matrix_bytes += n_bytes
+        if n_bytes > matrix.raw.nbytes:
+            widened[matrix.type].append(name)
+        return matrix
+    weights = weights_from_gguf(_Outline(file) if isinstance(file, RenamedCheckpoint) else file, config, measure)
+    vector_bytes = sum(part.nbytes for part in parts_of(weights) if isinstance(part, np.ndarray))
+    return Need(matrix_bytes + vector_bytes, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx,
+                dict(widened))
+
+
+def stored_bytes(matrix: Matrix) -> int:
+    """Bytes of a matrix as it lies in the file: `held` of a backend that leaves it there."""
+    return matrix.raw.nbytes
+
+
+def about_widened(widened: Mapping[str, list[str]], path) -> str:
+    """What it means that these tensors (`Need.widened`) are held as float32, and what helps; one line."""
+    parts = [f"{kind} ({len(names)} tensor{'s' if len(names) > 1 else ''}, first {names[0]})" for kind, names in widened.items()]
+    return (f"there are no kernels for {', '.join(parts)}: held as float32, 4 bytes a weight, and multiplied in exact arithmetic; "
+            f"`refimpl convert {path} --type Q4_K` writes a file without them, smaller in memory and faster")
 
 
 def parts_of(weights: Weights) -> Iterator[Matrix | np.ndarray]:
@@ -121,7 +155,11 @@ def refuse_unless_it_fits(need: Need, have: int, path):
     """Raises MemoryRefusal when `need` is more than the `have` bytes that there are."""
     if need.total <= have:
         return
-    helps = "a smaller context (-c) helps" if need.without_context <= have else "the weights alone are too much: a smaller file helps"
+    helps = "the weights alone are too much: a smaller file helps"
+    if need.without_context <= have:
+        helps = "a smaller context (-c) helps"
+    elif need.widened:
+        helps = about_widened(need.widened, path)
     raise MemoryRefusal(f"{path}: needs {_gb(need.total)} (weights {_gb(need.weights)}, {_gb(need.cache)} for a context of {need.n_ctx} "
                         f"tokens, {_gb(need.buffers)} to compute in), this machine has {_gb(have)} free; {helps}")
 

@@ -1,9 +1,9 @@
 """How `q8` arithmetic rounds activations to 8 bits before they meet quantized weights: ggml's rule, block by block.
 
-    weights                       activations   blocks of   scale
-    Q4_0, Q5_0, Q8_0              Q8_0          32          largest magnitude / 127, rounded to float16
-    Q4_1, Q5_1                    Q8_1          32          the same, and scale * sum of the integers, rounded to float16
-    Q4_K, Q5_K, Q6_K              Q8_K          256         signed largest / -127, in float32
+    weights                           activations   blocks of   scale
+    Q4_0, Q5_0, Q8_0, IQ4_NL, MXFP4   Q8_0          32          largest magnitude / 127, rounded to float16
+    Q4_1, Q5_1                        Q8_1          32          the same, and scale * sum of the integers, rounded to float16
+    Q2_K .. Q6_K, IQ4_XS              Q8_K          256         signed largest / -127, in float32
 
 Integers are rounded to nearest, halves to even, as ggml's vector code does on x86 and Arm (its plain C rounds halves away from zero).
 Source: quantize_row_q8_0, quantize_row_q8_1 (ggml-cpu/arch), quantize_row_q8_K_ref (ggml-quants.c).

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from refimpl.formats.blocks import BLOCKS, fields_of
+from refimpl.formats.iq4 import levels_iq4, scales_iq4_xs
 from refimpl.formats.matrix import Matrix
+from refimpl.formats.mxfp4 import levels_mxfp4, scales_mxfp4
+from refimpl.formats.q2_k import levels_q2_k, scales_q2_k
+from refimpl.formats.q3_k import levels_q3_k, scales_q3_k
 from refimpl.formats.q4_0 import levels_q4_0, levels_q4_1
 from refimpl.formats.q4_k import levels_q4_k, unpack_scales
 from refimpl.formats.q5_0 import levels_q5_0, levels_q5_1
@@ -31,12 +35,13 @@ def matmul(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
 
 
 def matmul_q8(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
-    """The same product with activations rounded to 8 bits (see activations.py). Weights of F16, BF16 and F32 stay with `matmul`.
+    """The same product with activations rounded to 8 bits (see activations.py). Weights of F16, BF16 and F32, and of types for which there
+    is no integer arithmetic here (IQ1 to IQ3, TQ, NVFP4, ...: not in LEVELS), stay with `matmul`.
 
     Inside a block everything is an integer and exact; the blocks of a row are added in order, each with one fused multiply-add (two
     where the type has a minimum). (ggml fuses and orders as its vector width suggests.)
     """
-    if BLOCKS[w_OD.type].elements == 1:
+    if w_OD.type not in LEVELS:
         return matmul(x_TD, w_OD)
     x = round_activations(x_TD, w_OD.type)
     y_TO = np.empty((x_TD.shape[0], w_OD.shape[0]), np.float32)
@@ -85,18 +90,29 @@ class IntegerParts:
 
 
 LEVELS = {"Q4_0": levels_q4_0, "Q4_1": levels_q4_1, "Q5_0": levels_q5_0, "Q5_1": levels_q5_1, "Q8_0": lambda blocks: blocks["qs"],
-          "Q4_K": levels_q4_k, "Q5_K": levels_q5_k, "Q6_K": levels_q6_k}
+          "Q2_K": levels_q2_k, "Q3_K": levels_q3_k, "Q4_K": levels_q4_k, "Q5_K": levels_q5_k, "Q6_K": levels_q6_k,
+          "IQ4_NL": levels_iq4, "IQ4_XS": levels_iq4, "MXFP4": levels_mxfp4}
+# of the sub-blocks of a superblock; scales alone, or scales and minimums
+SCALES = {"Q3_K": scales_q3_k, "Q6_K": lambda blocks: blocks["scales"], "IQ4_XS": scales_iq4_xs}
+SCALES_AND_MINIMUMS = {"Q2_K": scales_q2_k, "Q4_K": lambda blocks: unpack_scales(blocks["scales"]),
+                       "Q5_K": lambda blocks: unpack_scales(blocks["scales"])}
 
 
 def integer_parts(w_OD: Matrix) -> IntegerParts:
     """A quantized matrix taken apart. Formulas: formats/."""
     blocks = fields_of(w_OD.raw, BLOCKS[w_OD.type])
-    q_OBQ, d_OB = LEVELS[w_OD.type](blocks).astype(np.int32), blocks["d"].astype(np.float32)
+    q_OBQ = LEVELS[w_OD.type](blocks).astype(np.int32)
+    d_OB = scales_mxfp4(blocks) if w_OD.type == "MXFP4" else blocks["d"].astype(np.float32)
     if w_OD.type in ("Q4_1", "Q5_1"):
         return IntegerParts(q_OBQ, d_OB, FloatMinimum(blocks["m"].astype(np.float32)))
-    if w_OD.type in ("Q4_K", "Q5_K"):
-        s, m = (np.repeat(part, 32, axis=-1).astype(np.int32) for part in unpack_scales(blocks["scales"]))
-        return IntegerParts(q_OBQ * s, d_OB, IntegerMinimum(m, blocks["dmin"].astype(np.float32)))
-    if w_OD.type == "Q6_K":
-        q_OBQ = q_OBQ * np.repeat(blocks["scales"], 16, axis=-1)
+    if w_OD.type in SCALES_AND_MINIMUMS:
+        s_OBQ, m_OBQ = (_spread(part, q_OBQ) for part in SCALES_AND_MINIMUMS[w_OD.type](blocks))
+        return IntegerParts(q_OBQ * s_OBQ, d_OB, IntegerMinimum(m_OBQ, blocks["dmin"].astype(np.float32)))
+    if w_OD.type in SCALES:
+        q_OBQ = q_OBQ * _spread(SCALES[w_OD.type](blocks), q_OBQ)
     return IntegerParts(q_OBQ, d_OB, NoMinimum())
+
+
+def _spread(part_OBS: np.ndarray, q_OBQ: np.ndarray) -> np.ndarray:
+    """A number of each sub-block, for each of its weights."""
+    return np.repeat(part_OBS.astype(np.int32), q_OBQ.shape[-1] // part_OBS.shape[-1], axis=-1)

@@ -1,0 +1,147 @@
+"""Executes the notebooks and writes them: `python notebooks/build.py [01 02 ...]`, all of them when none is named.
+
+NN_name.py is the source (jupytext's percent format), NN_name.ipynb the same cells with what they showed. Nothing in an .ipynb depends on
+who wrote it or when: no times, no random cell ids, no kernel by name. It carries the SHA-256 of the sources it was executed from, and the
+Python version, because the standard library's text, which some notebooks read, belongs to one.
+
+A cell whose output is another on another machine (measured seconds) bears the tag "machine"; one that depends on the standard library's
+text bears the tag "text".
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jupytext
+import nbformat
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+HERE = Path(__file__).resolve().parent
+CELL_SECONDS = 300          # far more than any cell takes; a hang must end
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+NEAR = 0.01                 # so much may a printed number move with the last bit of a sum
+
+
+class ThisPython(KernelSpecManager):
+    """One kernel: the Python that runs this, whatever kernels are installed on the machine."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        """The same whatever the name."""
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+
+class Kernel(AsyncKernelManager):
+    """Starts that kernel; the client ends it."""
+
+    def __init__(self, **options):
+        super().__init__(kernel_spec_manager=ThisPython(), **options)
+
+
+def sources() -> list[Path]:
+    """Every notebook's source, in order."""
+    return sorted(HERE.glob("[0-9][0-9]_*.py"))
+
+
+def read(source: Path) -> NotebookNode:
+    """The notebook in a percent file, not executed."""
+    text = jupytext.read(source, fmt="py:percent")
+    cells = [{"cell_type": cell.cell_type, "id": f"cell-{i:02d}", "source": cell.source,
+              "metadata": {"tags": list(cell.metadata.tags)} if "tags" in cell.metadata else {}}
+             | ({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {}) for i, cell in enumerate(text.cells)]
+    metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    return nbformat.from_dict({"nbformat": 4, "nbformat_minor": 5, "metadata": metadata, "cells": cells})
+
+
+def digest(notebook: NotebookNode) -> str:
+    """SHA-256 over kind, tags and source of all cells."""
+    parts = [(cell.cell_type, cell.metadata.get("tags", []), cell.source) for cell in notebook.cells]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def execute(notebook: NotebookNode) -> NotebookNode:
+    """Runs all cells in a fresh kernel of this Python, with this checkout's package. Raises CellExecutionError where a cell does."""
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    client = NotebookClient(notebook, kernel_manager_class=Kernel, kernel_name="python3", timeout=CELL_SECONDS, record_timing=False,
+                            resources={"metadata": {"path": str(HERE)}})
+    client.execute(env=env)
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.language_info = {"name": "python"}
+    notebook.metadata.refimpl = {"python": platform.python_version(), "sources": digest(notebook)}
+    return notebook
+
+
+def write(notebook: NotebookNode, path: Path):
+    """Writes an .ipynb by way of a temporary name in the same folder."""
+    nbformat.validate(notebook)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def differences(stored: NotebookNode, now: NotebookNode) -> Iterator[str]:
+    """What cells show now and did not when they were stored, one line for each cell.
+
+    The words of every text must be the same, and its numbers within 1 %; of pictures there must be as many. Cells tagged "machine" are
+    compared by the kinds of their outputs alone, and so are cells tagged "text" where the Python is another.
+    """
+    same_python = stored.metadata.refimpl.python == now.metadata.refimpl.python
+    for i, (old, new) in enumerate(zip(stored.cells, now.cells, strict=True)):
+        tags = set(new.metadata.get("tags", []))
+        loose = "machine" in tags or "text" in tags and not same_python
+        ours, theirs = ([text for text in _shown(cell) if not loose or text[0] not in "@#"] for cell in (old, new))
+        kinds = [[text[0] for text in _shown(cell)] for cell in (old, new)]
+        if kinds[0] != kinds[1] or not all(map(_alike, ours, theirs)):
+            yield f"cell {i} ({new.source.splitlines()[0] if new.source else 'empty'}) shows something else than what is stored"
+
+
+def _shown(cell: NotebookNode) -> list[str]:
+    """What a code cell shows, each with a mark in front: * a picture, # Markdown, @ plain text. Messages on stderr do not count."""
+    shown = []
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        if output.output_type == "stream":
+            if output.name == "stdout":
+                shown.append("@" + output.text)
+        elif "image/png" in data:
+            shown.append("*")
+        elif "text/markdown" in data:
+            shown.append("#" + data["text/markdown"])
+        else:
+            shown.append("@" + data.get("text/plain", output.output_type))
+    return shown
+
+
+def _alike(a: str, b: str) -> bool:
+    """The same words, and numbers that are nearly the same."""
+    ours, theirs = ([float(number.replace(",", "")) for number in NUMBER.findall(text)] for text in (a, b))
+    return NUMBER.sub("0", a) == NUMBER.sub("0", b) and all(abs(x - y) <= NEAR * max(abs(x), abs(y)) for x, y in zip(ours, theirs))
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python notebooks/build.py", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="how their file names begin: 03, or 03_attention_in_gemma4")
+    args = parser.parse_args()
+    chosen = [path for path in sources() if not args.names or any(path.stem.startswith(name) for name in args.names)]
+    if not chosen:
+        parser.error(f"there is no notebook {' or '.join(args.names)}; there are {', '.join(path.stem for path in sources())}")
+    for path in chosen:
+        write(execute(read(path)), path.with_suffix(".ipynb"))
+        sys.stdout.write(f"{path.with_suffix('.ipynb').name}: {path.with_suffix('.ipynb').stat().st_size / 1000:.0f} kB\n")
+
+
+if __name__ == "__main__":
+    main()

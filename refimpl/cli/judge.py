@@ -1,0 +1,168 @@
+"""trace and compare: for people who test engines."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refimpl.cli.app import (
+    Arithmetic,
+    BackendName,
+    DraftHead,
+    Failure,
+    Json,
+    ModelPath,
+    Threads,
+    app,
+    bar,
+    errors,
+    load,
+    number_or_word,
+    tell_of_compiling,
+    write,
+)
+from refimpl.cli.run import read_prompt
+
+
+@app.command()
+def trace(
+    model: ModelPath = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text to run; - reads standard input")] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="read the prompt from a file")] = None,
+    token_ids: Annotated[str | None, typer.Option("--ids", help="token ids instead of a text: 2,105,9731")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the .safetensors to write")] = None,
+    tensors: Annotated[str, typer.Option("--tensors", help="names to keep, with * and ?: l_out-*,ffn_moe_*-3")] = "*",
+    positions: Annotated[str | None, typer.Option("--positions", show_default=False, help="what to keep: 0:8,100 (default: all)")] = None,
+    logits: Annotated[str | None, typer.Option("--logits", show_default=False, help="all, or how many of the largest (default: all of a "
+                                               "vocabulary up to 65,536, else 256)")] = None,
+    draft: Annotated[str | None, typer.Option("--draft", show_default=False, help="a drafter, whose steps after the prompt are kept too; "
+                                              "built-in: the built-in model's")] = None,
+    draft_max: Annotated[int, typer.Option("--draft-max", min=1, max=8, help="with --draft: steps")] = 4,
+    rounds: Annotated[int, typer.Option("--rounds", min=0, help="with --draft: speculative rounds to keep")] = 0,
+    draft_head: DraftHead = None,
+    names: Annotated[bool, typer.Option("--names", help="print the names there are, and stop")] = False,
+    backend: BackendName = "kernels", arithmetic: Arithmetic = None, threads: Threads = None, as_json: Json = False,
+):
+    """Write every named value of a run to a file, for `compare` and for other engines' tests."""
+    import refimpl
+    from refimpl.lab.record import write_trace
+
+    if names:
+        write(names_table(as_json))
+        return
+    if output is None:
+        raise typer.BadParameter("-o FILE.safetensors says where to write the trace")
+    if sum(x is not None for x in (prompt, file, token_ids)) != 1:
+        raise typer.BadParameter("give the text with -p TEXT, -p - or -f FILE, or token ids with --ids")
+    if rounds and draft is None:
+        raise typer.BadParameter("--rounds needs --draft")
+    text = None if token_ids is not None else read_prompt(prompt, file)
+    m = load(model, backend, arithmetic, threads, 1 if text is None else len(text.encode()), False)
+    ids = ids_argument(token_ids) if text is None else m.tokenizer.encode(text)
+    drafting = {}
+    if draft is not None:
+        drafter = refimpl.load_drafter(None if draft == "built-in" else draft, m, head=number_or_word(draft_head))
+        drafting = {"drafter": drafter, "draft_max": draft_max, "rounds": rounds}
+    with contextlib.ExitStack() as stack:
+        step = stack.enter_context(bar("positions", len(ids)))
+        header = write_trace(output, m, ids, positions=positions_argument(positions), tensors=tensors.split(","),
+                                 logits=number_or_word(logits), prompt=text, progress=step,
+                                 begin=lambda total: stack.enter_context(bar("MB hashed", total, 10**6)), **drafting)
+    size = output.stat().st_size
+    if as_json:
+        write(json.dumps({key: value for key, value in header.items() if key != "crc32"}
+                         | {"file": str(output), "tensors": len(header["crc32"]), "bytes": size}) + "\n")
+    else:
+        write(f"{output}: {len(header['crc32'])} tensors of {len(header['positions'])} positions, {size / 1e6:.1f} MB; "
+              f"{header['engine']}, {header['arithmetic']}\n")
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="the trace to judge by (refimpl trace)")],
+    b: Annotated[str, typer.Argument(help="what to judge: a trace, .npz, what llama.cpp printed (.txt) or saved (.bin), or an engine to "
+                                     "run: transformers:DIRECTORY, llama.cpp:FILE.gguf")],
+    model: Annotated[Path | None, typer.Option("-m", "--model", show_default=False, help="the model, to measure how rounding grows in it "
+                                               "(default: the one the trace was made of)")] = None,
+    guess: Annotated[bool, typer.Option("--guess", help="guess how rounding grows, without running the model")] = False,
+    steps: Annotated[bool, typer.Option("--steps", help="judge every step from the engine's own values: all faults")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="in which transformers runs: float32, bfloat16 or float16")] = "float32",
+    everything: Annotated[bool, typer.Option("--all", help="list every tensor")] = False,
+    picture: Annotated[Path | None, typer.Option("--plot", show_default=False, help="write a heat map, layers by tensors (.png)")] = None,
+    threads: Threads = None, as_json: Json = False,
+):
+    """Name the first tensor in which an engine departs from a trace by more than rounding. Exit status 0: none does; 1: one does."""
+    from refimpl.lab import verdict
+    from refimpl.lab.compare import compare as judge
+    from refimpl.lab.compare import compare_steps, compare_with
+    from refimpl.lab.engines.sources import open_any
+    from refimpl.lab.rounding import model_of
+    from refimpl.lab.trace import open_trace
+
+    first = open_trace(a)
+    second = open_any(b, first.ids, dtype, threads or 1)
+    found = None
+    if not guess and first.ids == second.ids:
+        tell_of_compiling()
+        found, why = model_of(first, second, model)
+        if found is None and steps:
+            raise Failure(f"--steps runs the model: {why}; -m FILE names it")
+        if found is None:
+            errors.print(f"note: {why}; tolerances are guessed, -m FILE measures them")
+    if found is None:
+        result = judge(first, second)
+    else:
+        result = compare_steps(found, second) if steps else compare_with(found, first, second)
+    if picture is not None and result.judged:
+        verdict.plot(result, picture)
+    write((json.dumps(verdict.figures(result)) if as_json else verdict.as_text(result, everything)) + "\n")
+    if result.first is not None:
+        raise typer.Exit(1)
+
+
+# ---- helpers
+
+def ids_argument(text: str) -> list[int]:
+    """--ids as numbers."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--ids {text}: expected token ids with commas between them, 2,105,9731") from None
+
+
+def positions_argument(text: str | None) -> list[int] | None:
+    """--positions as numbers: single ones, and first:end without the end."""
+    found: list[int] = []
+    for word in text.split(",") if text is not None else ():
+        first, colon, end = word.partition(":")
+        try:
+            found += range(int(first or 0), int(end)) if colon else [int(first)]
+        except ValueError:
+            raise typer.BadParameter(f"--positions {text}: expected numbers and ranges, 0:8,100") from None
+    return found if text is not None else None
+
+
+def names_table(as_json: bool) -> str:
+    """The names of the forward pass, as a table or JSON."""
+    import dataclasses
+
+    from refimpl.lab.names import NAMES
+
+    if as_json:
+        return json.dumps([dataclasses.asdict(name) for name in NAMES]) + "\n"
+    only = {"": "", "dense": " (layers without experts)", "experts": " (layers with experts)"}
+    rows = [(name.name + "-N" * name.layered, name.shape, where_in_transformers(name), name.what + only[name.only]) for name in NAMES]
+    rows = [("name (as in llama.cpp's graph)", "shape", "transformers, below model.layers.N", "what it is"), *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) + "\n" for row in rows)
+
+
+def where_in_transformers(name) -> str:
+    """A module and which side of it."""
+    if not name.module:
+        return ""
+    side, _, item = name.side.partition(" ")
+    words = {"in": ", input", "out": "", "rotated": ", behind apply_rotary_pos_emb", "logits": ", behind the soft cap"}[side]
+    return ("the layer" if name.module == "." else name.module) + (f", item {item} of its {side}put" if item else words)

@@ -1,0 +1,1 @@
+"""Traces of other engines, live or from what they write."""

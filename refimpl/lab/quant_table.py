@@ -1,0 +1,97 @@
+"""Every block type in one table: what it takes, how far it moves weights, how fast it is multiplied."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize, quantize
+
+SEED, SHAPE = 0, (256, 1024)        # of the random weights
+
+# Of ggml (0.25.3, in llama-cpp-python 0.3.36): relative RMS error of its quantizers on `weights()`, normal and Laplace, every weight as
+# important as the others (files are made with importances: their errors are lower where it matters); and 10**9 weights a second that one
+# thread multiplies out of the cache, row by row (`ggml_dot_speed`, the best of 300), on an AMD EPYC with AVX-512 VNNI.
+# Measured by `measure_ggml` on 2026-11-21.
+GGML = {
+    "F16": (0.000207, 0.000207, 17.7), "BF16": (0.00166, 0.00165, 28.4), "Q8_0": (0.00536, 0.00675, 26.8),
+    "Q6_K": (0.0178, 0.0218, 37.5), "Q5_1": (0.0379, 0.0444, 15.6), "Q5_0": (0.0428, 0.0536, 20.9),
+    "Q5_K": (0.0362, 0.0429, 26.4), "Q4_1": (0.0783, 0.0917, 15.8), "Q4_0": (0.0861, 0.107, 25.6),
+    "Q4_K": (0.0715, 0.0847, 40.5), "IQ4_NL": (0.0762, 0.0879, 22.5), "IQ4_XS": (0.0768, 0.0887, 26.4),
+    "MXFP4": (0.115, 0.127, 20.2), "NVFP4": (0.0951, 0.0929, 18.3), "Q3_K": (0.151, 0.176, 30.0),
+    "IQ3_S": (0.166, 0.197, 9.71), "IQ3_XXS": (0.214, 0.248, 11.3), "Q2_K": (0.297, 0.343, 44.4),
+    "IQ2_S": (0.265, 0.325, 15.9), "IQ2_XS": (0.3, 0.329, 16.2), "IQ2_XXS": (0.344, 0.385, 15.1),
+    "IQ1_M": (0.583, 0.585, 16.4), "IQ1_S": (0.486, 0.545, 15.6), "TQ1_0": (0.808, 0.833, 31.2),
+    "TQ2_0": (0.808, 0.833, 58.7), "Q2_0": (0.719, 0.726, 1.97), "Q1_0": (0.6, 0.705, 33.6),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A type: bits a weight in the file, and as the kernels hold it; relative RMS error of this project's quantizer and ggml's; speeds.
+
+    A number that nobody measured is NaN. `speed` is what was handed to `rows`; `ggml_speed` in 10**9 weights a second.
+    """
+
+    type: str
+    bits: float
+    held_bits: float
+    normal: float
+    laplace: float
+    ggml_normal: float
+    ggml_laplace: float
+    ggml_speed: float
+    speed: float
+
+    @property
+    def best_normal(self) -> float:
+        """This project's error on normal weights, ggml's where this project has no quantizer."""
+        return self.ggml_normal if math.isnan(self.normal) else self.normal
+
+
+def weights() -> dict[str, np.ndarray]:
+    """Random weights to quantize, float32 SHAPE: normal, and Laplace (more of them large), as weights of trained models are in between."""
+    rng = np.random.default_rng(SEED)
+    return {"normal": rng.standard_normal(SHAPE).astype(np.float32), "laplace": rng.laplace(size=SHAPE).astype(np.float32)}
+
+
+def relative_error(x: np.ndarray, restored: np.ndarray) -> float:
+    """RMS of the difference over RMS of the weights."""
+    return float(np.sqrt(np.mean((restored - x).astype(np.float64) ** 2) / np.mean(x.astype(np.float64) ** 2)))
+
+
+def rows(speeds: Mapping[str, float] | None = None) -> list[Row]:
+    """A row for every type that can be decoded, from few bits to many. `speeds`: type -> speed of this project's kernels, in any unit."""
+    from refimpl.kernels.tiles import held_type
+
+    random, out = weights(), []
+    for name in DEQUANTIZABLE:
+        block, held = BLOCKS[name], BLOCKS[held_type(name)]
+        ours = [relative_error(x, dequantize(quantize(x, name), name)) if name in QUANTIZABLE else math.nan for x in random.values()]
+        out.append(Row(name, 8 * block.n_bytes / block.elements, 8 * held.n_bytes / held.elements, *ours,
+                       *GGML.get(name, (math.nan,) * 3), (speeds or {}).get(name, math.nan)))
+    return sorted(out, key=lambda row: (row.bits, row.type))
+
+
+def measure_ggml() -> dict[str, tuple[float, float, float]]:
+    """GGML anew (needs llama-cpp-python; a minute): type -> errors on normal and Laplace weights, 10**9 weights a second."""
+    from refimpl.lab.ggml import ggml_dequantize, ggml_dot_speed, ggml_quantize
+
+    measured = {}
+    for name in GGML:
+        errors = [relative_error(x, ggml_dequantize(ggml_quantize(x, name), name)) for x in weights().values()]
+        measured[name] = (*errors, max(ggml_dot_speed(name, passes=100) for _ in range(3)) / 1e9)
+    return measured
+
+
+HEAD = ("type", "bits a weight", "in the kernels' memory", "error, normal", "ggml's", "error, Laplace", "ggml's", "ggml, 10^9 weights/s")
+
+
+def cells(table: list[Row]) -> list[list[str]]:
+    """The table as text, under HEAD: errors in percent of the weights' RMS."""
+    def percent(value: float) -> str:
+        return "" if math.isnan(value) else f"{100 * value:.3g} %"
+    return [[row.type, f"{row.bits:.4g}", f"{row.held_bits:.4g}", percent(row.normal), percent(row.ggml_normal), percent(row.laplace),
+             percent(row.ggml_laplace), "" if math.isnan(row.ggml_speed) else f"{row.ggml_speed:.3g}"] for row in table]

@@ -1,0 +1,99 @@
+"""Notebooks: the executed file is the source with its outputs, nothing is defined in it, and it runs now and shows the same."""
+
+import ast
+import os
+import sys
+
+import nbformat
+import pytest
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notebooks"))
+import build  # noqa: E402  (a script, no package)
+
+SOURCES = build.sources()
+MOST_BYTES, MOST_SECONDS = 600_000, 120
+notebooks = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+
+def stored(source):
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def test_every_notebook_has_both_files():
+    executed = sorted(path.with_suffix(".py") for path in build.HERE.glob("*.ipynb"))
+    assert SOURCES and executed == SOURCES
+
+
+@notebooks
+def test_the_executed_file_has_the_cells_of_the_source(source):
+    ours, theirs = build.read(source), stored(source)
+    for i, (a, b) in enumerate(zip(ours.cells, theirs.cells)):
+        assert (a.cell_type, a.id, a.metadata, a.source) == (b.cell_type, b.id, b.metadata, b.source), f"cell {i} of {source.stem}.ipynb"
+    assert len(ours.cells) == len(theirs.cells)
+    assert theirs.metadata.refimpl.sources == build.digest(ours), "the outputs are those of other sources: python notebooks/build.py"
+
+
+@notebooks
+def test_it_was_executed_from_top_to_bottom_without_an_error(source):
+    cells = [cell for cell in stored(source).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3, "a notebook shows pictures"
+    for output in outputs:
+        assert output.output_type in ("display_data", "execute_result", "stream"), output
+        assert output.output_type != "stream" or output.name == "stdout", f"a message on stderr was stored: {output.text}"
+
+
+@notebooks
+def test_it_defines_nothing(source):
+    for cell in build.read(source).cells:
+        if cell.cell_type == "code":
+            for node in ast.walk(ast.parse(cell.source)):
+                assert not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)), cell.source
+
+
+@notebooks
+def test_its_file_is_small_and_the_same_whoever_writes_it(source):
+    path = source.with_suffix(".ipynb")
+    text = path.read_text(encoding="utf-8")
+    assert len(text.encode()) < MOST_BYTES
+    assert text == nbformat.writes(nbformat.from_dict(stored(source))) + "\n"
+    assert set(stored(source).metadata) == {"kernelspec", "language_info", "refimpl"}
+    assert str(build.HERE.parent) not in text, "a path of this machine"
+
+
+@notebooks
+def test_it_runs_now_and_shows_what_is_stored(source):
+    before = os.times()
+    now = build.execute(build.read(source))
+    after = os.times()                          # processor time of the kernel, so that a busy machine does not fail it
+    assert after.children_user + after.children_system - before.children_user - before.children_system < MOST_SECONDS
+    assert not list(build.differences(stored(source), now))
+
+
+def test_a_difference_is_seen():
+    def one(text, tags=(), python="3.11.1"):
+        cell = {"cell_type": "code", "id": "a", "source": "x", "execution_count": 1, "metadata": {"tags": list(tags)}, "outputs": [
+            {"output_type": "execute_result", "execution_count": 1, "metadata": {}, "data": {"text/markdown": text}}]}
+        return nbformat.from_dict({"nbformat": 4, "nbformat_minor": 5, "metadata": {"refimpl": {"python": python}}, "cells": [cell]})
+
+    def differ(a, b):
+        return len(list(build.differences(a, b)))
+    assert differ(one("8 of 128 experts"), one("8 of 128 experts")) == 0
+    assert differ(one("8 of 128 experts"), one("7 of 128 experts")) == 1
+    assert differ(one("8 of 128 experts"), one("8 of 128 specialists")) == 1
+    assert differ(one("1.000 bits"), one("1.001 bits")) == 0
+    assert differ(one("0.2 ms", ["machine"]), one("0.7 ms", ["machine"])) == 0
+    assert differ(one("4 tokens", ["text"]), one("5 tokens", ["text"])) == 1
+    assert differ(one("4 tokens", ["text"]), one("5 tokens", ["text"], "3.14.0")) == 0
+
+
+def test_the_kernel_is_this_python_whatever_is_installed(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text('{"argv": ["/no/such/python"], "display_name": "trap", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    cell = {"cell_type": "code", "id": "a", "source": "import sys; print(sys.executable)", "metadata": {}, "outputs": [],
+            "execution_count": None}
+    notebook = build.execute(nbformat.from_dict({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}))
+    assert notebook.cells[0].outputs[0].text.strip() == sys.executable

@@ -1,0 +1,60 @@
+"""What notebooks show: the very source, tables that hold, text in its place, pictures that are pictures; and nothing heavy at import."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from refimpl.lab.show import COLOURS, figure, lines_figure, picture, source, table, text_cells, text_figure, visible
+from refimpl.reference.ops import gelu, softmax
+
+
+def test_source_is_what_stands_in_the_file():
+    shown = source(softmax, gelu).data
+    assert shown.startswith("`refimpl/reference/ops.py`\n\n```python\ndef softmax(x: np.ndarray)")
+    assert shown.count("```python") == 2 and 'np.float32(0.044715) * x * x * x)' in shown and shown.endswith("```")
+
+
+def test_source_of_a_method_is_not_indented_and_of_a_kernel_is_python():
+    from refimpl.kernels.moe import choose
+    from refimpl.model.cache import LayerCache
+    assert "\n```python\ndef grow(self" in source(LayerCache.grow).data
+    assert "def choose(" in source(choose).data
+
+
+def test_a_table_keeps_its_columns():
+    assert table(["a", "b"], [["x|y", 1]]).data == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
+
+
+def test_text_breaks_at_newlines_and_at_the_edge():
+    runs, n_lines = text_cells(["ab", "c\n", "\n", "defgh"], 4)
+    assert runs == [(0, 0, 0, "ab"), (1, 0, 2, "c"), (1, 0, 3, "\u21b5"), (2, 1, 0, "\u21b5"), (3, 2, 0, "defg"), (3, 3, 0, "h")]
+    assert n_lines == 4
+
+
+def test_visible():
+    assert visible("a b\n\t") == "a\u00b7b\u21b5\u2192"
+
+
+@pytest.mark.parametrize("make", [
+    lambda: text_figure(["def ", "f$x_1$", "\n"], [COLOURS[0]] * 3, ["white"] * 3, key=(("red", "why"),)),
+    lambda: lines_figure([[("a", "red", "black")], [("bcd", "white", "black"), ("e", "blue", "white")]]),
+    lambda: figure(3, 2)[0]])
+def test_a_picture_is_a_small_png_of_its_size(make):
+    shown = picture(make(), "what it shows")
+    image = Image.open(io.BytesIO(shown.data))
+    assert image.format == "PNG" and image.mode == "P" and image.width >= 200 and len(shown.data) < 20_000
+
+
+def test_the_same_figure_gives_the_same_bytes():
+    first, second = (picture(text_figure(["a", "b\n"], ["red", "blue"], ["white"] * 2), "x").data for _ in range(2))
+    assert first == second
+
+
+def test_the_helpers_import_neither_matplotlib_nor_ipython():
+    names = "show attention_map attention_pictures kv reads routing routing_pictures rounds rounds_pictures".split()
+    code = "import sys\n" + "".join(f"import refimpl.lab.{name}\n" for name in names)
+    code += "print([m for m in ('matplotlib', 'IPython', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

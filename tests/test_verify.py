@@ -1,0 +1,201 @@
+"""Checking files and machines: each kind of damage is found and named; the bits of the built-in model are the known ones."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refimpl.decode.model import BUILT_IN
+from refimpl.formats.blocks import BLOCKS, bytes_of
+from refimpl.formats.container import open_gguf
+from refimpl.kernels.words import BEST, ISA, ORDER
+from refimpl.lab import selftest
+from refimpl.lab import verify as module
+from refimpl.lab.verify import as_text, check_numbers, check_structure, compare_runs, not_finite, verify
+
+ROOT = Path(__file__).parent.parent
+DIGEST = hashlib.sha256(BUILT_IN.read_bytes()).hexdigest()
+FLOATS = [(name, field) for name, block in BLOCKS.items() for field, kind, _ in block.fields
+          if np.dtype(kind).kind == "f" or name == "BF16"]
+
+
+def damaged(tmp_path, tensor: str, row: int, number: int, patch: bytes) -> Path:
+    """The built-in model with `patch` at the start of a block."""
+    path, file = tmp_path / "damaged.gguf", open_gguf(BUILT_IN)
+    info = file.tensors[tensor]
+    data = bytearray(BUILT_IN.read_bytes())
+    at = info.offset + row * info.row_bytes + number * BLOCKS[info.type].n_bytes
+    data[at:at + len(patch)] = patch
+    path.write_bytes(data)
+    return path
+
+
+def states(result) -> dict[str, str]:
+    return {check["name"]: check["state"] for check in result["checks"]}
+
+
+def findings(result) -> list[str]:
+    return [line for check in result["checks"] for line in check["findings"]]
+
+
+# ---- files
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name,field", FLOATS)
+def test_every_float_field_of_every_type_is_looked_at(name, field, value):
+    block = BLOCKS[name]
+    rng, n = np.random.default_rng(0), 6
+    fields = {f: (rng.integers(0, 100, (4, n, count) if count > 1 else (4, n))).astype(kind) for f, kind, count in block.fields}
+    assert list(not_finite(bytes_of(block, **fields), block)) == []
+    for row, at in ((2, 3), (3, 5)):
+        fields[field][row, at] = value if name != "BF16" else (np.array(value, np.float32).view(np.uint32) >> 16)
+    ((what, count, first),) = not_finite(bytes_of(block, **fields), block)
+    assert field in what or what == "a number"
+    assert (count, first) == (2, 2 * n + 3)
+
+
+def test_a_tensor_is_looked_at_in_pieces(monkeypatch):
+    block, values = BLOCKS["F32"], np.zeros((50, 8), np.float32)
+    values[[7, 33, 49], [1, 2, 7]] = np.nan
+    for step in (1, 32, 100, 1 << 20):
+        monkeypatch.setattr(module, "STEP_BYTES", step)
+        assert list(not_finite(values.view(np.uint8), block)) == [("a number", 3, 7 * 8 + 1)]
+
+
+@pytest.mark.parametrize("tensor,row,number,patch,says", [
+    ("blk.2.attn_q.weight", 5, 1, np.float16(np.nan).tobytes(), "a scale (d)"),
+    ("blk.0.ffn_norm.weight", 0, 9, np.float32(np.inf).tobytes(), "a number"),
+    ("blk.4.ffn_down_exps.weight", 300, 0, np.float16(-np.inf).tobytes(), "a scale (d)")])
+def test_damage_is_named_by_tensor_and_block(tmp_path, tensor, row, number, patch, says):
+    path = damaged(tmp_path, tensor, row, number, patch)
+    result = verify(path)
+    (line,) = findings(result)
+    info = open_gguf(path).tensors[tensor]
+    at = info.offset + row * info.row_bytes + number * BLOCKS[info.type].n_bytes
+    assert f"{path}: tensor {tensor} ({info.type}): 1 of " in line and says in line
+    assert line.endswith(f"the first at block {number} of row {row}, byte {at}"), line
+    assert not result["ok"] and states(result) == {"structure": "ok", "sha256": "ok", "numbers": "FAILED", "same bits": "left out",
+                                                   "known bits": "left out"}
+
+
+def test_truncated_missing_and_other_files_are_one_line_each(tmp_path):
+    whole = BUILT_IN.read_bytes()
+    for name, content, says in (("cut.gguf", whole[:-1000], "cut off"), ("head.gguf", whole[:3000], "it is cut off or damaged"),
+                                ("text.gguf", b"hello", "GGUF"), ("missing.gguf", None, "no such file")):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        result = verify(path)
+        assert [says in line and str(path) in line and "\n" not in line for line in findings(result)] == [True], findings(result)
+        assert not result["ok"] and states(result)["numbers"] == states(result)["same bits"] == "left out"
+
+
+def test_a_tensor_with_no_place_is_found(tmp_path):
+    path = tmp_path / "renamed.gguf"
+    path.write_bytes(BUILT_IN.read_bytes().replace(b"blk.3.ffn_up.weight", b"blk.3.ffn_xx.weight"))
+    check, file = check_structure(path)
+    assert check.state == "FAILED" and "blk.3.ffn_up.weight is missing" in check.findings[0] and file is not None
+
+
+def test_hash_is_held_against_a_given_one():
+    assert states(verify(None, sha256=[DIGEST.upper()], run=False))["sha256"] == "ok"
+    result = verify(None, sha256=["0" * 64], run=False)
+    assert not result["ok"] and DIGEST in findings(result)[0] and "expected " + "0" * 64 in findings(result)[0]
+    assert "2 given for a model of 1 files" in findings(verify(None, sha256=[DIGEST] * 2, run=False))[0]
+    assert DIGEST in as_text(verify(None, run=False))
+
+
+def test_a_drafter_is_looked_at_and_not_run():
+    result = verify(BUILT_IN.with_name("drafter.gguf"))
+    assert result["ok"] and states(result)["numbers"] == "ok" and states(result)["same bits"] == "left out"
+
+
+def test_types_that_cannot_be_read_are_not_called_finite():
+    class File:
+        path = Path("x")
+        tensors = {"a": type("Info", (), dict(type="TQ1_0", n_bytes=54, row_bytes=54, offset=0))}
+
+        def raw(self, name):
+            return np.full((1, 54), 255, np.uint8)
+
+        def release(self, name):
+            pass
+    assert check_numbers(File()).said == "0 blocks, all finite; not looked at: TQ1_0"
+
+
+# ---- machines
+
+def test_built_in_model_has_the_known_bits():
+    """What this machine computes is what every other one does. A change of the arithmetic changes the hashes: measure them anew then."""
+    found = list(selftest.runs(None, [("q8", 2, 16), ("exact", 2, 16), ("q8", 1, selftest.N_TOKENS)]))
+    assert {run["isa"] for run in found} == {ISA}
+    assert [run["sha256"] for run in found] == [selftest.KNOWN[arithmetic] for arithmetic in ("q8", "exact", "q8")]
+
+
+def test_a_process_of_its_own_runs_under_the_set_it_is_given():
+    said = []
+    selftest.elsewhere(None, BEST, [("q8", 1, 80)], said.append)
+    runs = [what["run"] for what in said if "run" in what]
+    assert said[-1] == {"end": True} and [(run["isa"], run["threads"], run["sha256"]) for run in runs] == [(BEST, 1, selftest.KNOWN["q8"])]
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    said = []
+    selftest.elsewhere(tmp_path / "nothing.gguf", BEST, [("q8", 1, 80)], said.append)
+    assert len(said) == 1 and "no such file" in said[0]["error"]
+    said.clear()
+    selftest.elsewhere(None, "nonsense", [("q8", 1, 80)], said.append)
+    assert len(said) == 1 and "REFIMPL_ISA=nonsense" in said[0]["error"]
+
+
+def played(change):
+    """check_runs with every process played: the known hashes, but for what `change` makes of a run."""
+    def elsewhere(path, isa, combinations, told):
+        for arithmetic, threads, rows in combinations:
+            told({"run": change({"isa": isa, "arithmetic": arithmetic, "threads": threads, "rows": rows,
+                                 "sha256": selftest.KNOWN[arithmetic]})})
+    return elsewhere
+
+
+def test_other_bits_are_named_by_where_they_came_from(monkeypatch):
+    monkeypatch.setattr(selftest, "elsewhere", played(lambda run: run | ({"sha256": "0"} if run["rows"] == 2 and run["arithmetic"] == "q8"
+                                                                         else {})))
+    same, known = module.check_runs(None, 3)
+    assert same.findings == [f"q8: other bits on {BEST}, threads 3, 2 rows a call than on {BEST}, threads 3, 1 rows a call"]
+    assert same.state == "FAILED" and known.state == "ok"
+    monkeypatch.setattr(selftest, "elsewhere", played(lambda run: run | {"sha256": "0"}))
+    same, known = module.check_runs(None, 3)
+    assert same.state == "ok" and known.state == "FAILED" and len(known.findings) == 2
+    assert module.check_runs(Path("other.gguf"), 3)[1].state == "left out"
+
+
+def test_the_plan_has_every_width_number_of_threads_and_set(monkeypatch):
+    monkeypatch.setattr(selftest, "elsewhere", played(lambda run: run))
+    same, known = module.check_runs(None, 5)
+    isas = ", ".join(reversed(ORDER[:ORDER.index(BEST) + 1]))
+    assert f"runs: {isas}; threads: 5, 1, 2; rows a call: 1, 2, 5, 16, 80" in same.said and known.state == "ok"
+    assert compare_runs([], False)[0].state == "ok"
+
+
+# ---- the command
+
+def test_command_line(tmp_path):
+    def run(*args):
+        done = subprocess.run([sys.executable, "-m", "refimpl", "verify", *map(str, args)], capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, "NO_COLOR": "1"}, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+    code, out, err = run("--no-run", "--json", "--sha256", DIGEST)
+    assert code == 0 and json.loads(out)["ok"] and err == ""
+    path = damaged(tmp_path, "blk.2.attn_q.weight", 5, 1, np.float16(np.nan).tobytes())
+    code, out, err = run("-m", path)
+    assert code == 1 and err == "" and out.count("FAILED") == 1 and "blk.2.attn_q.weight" in out and "Traceback" not in out
+    code, out, err = run("--sha256", "xyz")
+    assert code == 2 and out == "" and "64 hexadecimal digits" in err
+    shutil.rmtree(tmp_path)
+    assert run("-m", path)[0] == 1
