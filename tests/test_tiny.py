@@ -16,7 +16,7 @@ from refimpl.decode.model import BUILT_IN
 from refimpl.decode.sampling import Sampling
 from refimpl.formats.codecs import dequantize, quantize
 from refimpl.model.export import gguf_name
-from refimpl.tiny import corpus, export, network, optimiser, train, train_drafter
+from refimpl.tiny import corpus, export, grids, network, train, train_drafter
 from refimpl.tiny.ngram import NgramModel
 
 PROMPT = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        if not self.items:\n" * 4
@@ -113,7 +113,7 @@ def test_training_rounds_to_the_very_weights_of_the_file():
     w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 64)[:, None]
     w[3] = 0
     w[4, :32] = 0.5
-    assert np.array_equal(optimiser.q4_0_round(w).numpy(), dequantize(quantize(w.numpy(), "Q4_0"), "Q4_0"))
+    assert np.array_equal(grids.Q4_0.round(w).numpy(), dequantize(quantize(w.numpy(), "Q4_0"), "Q4_0"))
 
 
 def test_quick_training_run_exports_a_model_that_loads(tmp_path):
@@ -142,7 +142,7 @@ def test_quick_training_run_exports_a_model_that_loads(tmp_path):
     assert np.isfinite(model.logits(model.tokenizer.encode("def f():\n"))).all()
     state = torch.load(run / "model.pt", weights_only=True)
     held = model.weights.layers[0].attention.query_AD.float32()
-    assert np.array_equal(held, optimiser.q4_0_round(state["model.layers.0.self_attn.q_proj.weight"]).numpy())
+    assert np.array_equal(held, grids.Q4_0.round(state["model.layers.0.self_attn.q_proj.weight"]).numpy())
 
 
 def test_split_keeps_files_and_their_tests_apart():

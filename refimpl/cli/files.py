@@ -25,12 +25,22 @@ from refimpl.cli.app import (
 def inspect(
     model: ModelPath = None,
     ctx: Context = None,
+    grid: Annotated[bool, typer.Option("--grid", help="of float weights instead: do they lie on the Q4_0 grid, and what would the usual "
+                                       "conversion lose?")] = False,
     as_json: Json = False,
 ):
     """Show what is in a file: metadata, layers, tensor types and sizes, and the memory it will need."""
-    from refimpl.lab.inspect import as_text, describe
+    if grid:
+        from refimpl.lab.grid import as_text, describe_grid
 
-    described = describe(fetched(model), ctx)
+        if ctx is not None or model is None:
+            raise typer.BadParameter("--grid wants a file of float weights (-m), and no -c")
+        with contextlib.ExitStack() as stack:
+            described = describe_grid(fetched(model), lambda total: stack.enter_context(bar("tensors", total)))
+    else:
+        from refimpl.lab.inspect import as_text, describe
+
+        described = describe(fetched(model), ctx)
     write((json.dumps(described) if as_json else as_text(described)) + "\n")
 
 

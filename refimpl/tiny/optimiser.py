@@ -1,16 +1,6 @@
-"""What moves the weights: Muon for matrices, AdamW for the rest, and the Q4_0 grid that training ends on."""
+"""What moves the weights: Muon for matrices, AdamW for the rest."""
 
 import torch
-
-
-def q4_0_round(w: torch.Tensor) -> torch.Tensor:
-    """Nearest point of the grid that a Q4_0 file holds: blocks of 32 along the row, scale = signed largest / -8 in float16."""
-    blocks = w.reshape(-1, 32)
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    d = largest / -8
-    inverse = torch.where(d == 0, torch.zeros_like(d), 1 / d)
-    q = (blocks * inverse + 8.5).trunc_().clamp_(0, 15)
-    return ((q - 8) * d.half().float()).reshape(w.shape)
 
 
 def orthogonalised(g: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +27,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from refimpl.tiny import corpus, vocabulary
+from refimpl.tiny.grids import Q4_0, on_grid
 from refimpl.tiny.network import NO_MASKS, SHAPE, build_model, loss_of
-from refimpl.tiny.optimiser import Optimiser, is_quantized, q4_0_round
+from refimpl.tiny.optimiser import Optimiser, is_quantized
 
 WINDOW = 512                  # tokens in a training sequence
 BALANCE, Z = 0.01, 1e-4       # weights of the load-balancing and router-logit losses (Fedus et al. 2021; Zoph et al. 2022)
@@ -47,6 +49,12 @@ class Windows:
     def __init__(self, library: list[np.ndarray], tests: list[np.ndarray], newline_ids: np.ndarray):
         self.streams = [np.concatenate(library), np.concatenate(tests)]
         self.starts = [np.flatnonzero(np.isin(s[:-WINDOW - 1], newline_ids)) + 1 for s in self.streams]
+
+    @classmethod
+    def of(cls, tokenizer, text: corpus.Corpus) -> "Windows":
+        """The windows of a corpus."""
+        newline_ids = np.array([i for piece, i in tokenizer.get_vocab().items() if set(piece) == {"\n"}])
+        return cls(encode_parts(tokenizer, text.library), encode_parts(tokenizer, text.tests), newline_ids)
 
     def batch(self, rng: np.random.Generator, n: int, library_share: float):
         """(ids, next ids), int64 (n, WINDOW) each."""
@@ -90,6 +98,18 @@ def schedule(step: int, steps: int, decay: float) -> float:
     return min((step + 1) / 100, 1.0, (steps - step) / (steps * decay))
 
 
+def backward(model, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds the gradients of a batch to the parameters'. Returns (next-token loss in nats, router losses)."""
+    nats, balance = loss_of(model, ids_BT, target_BT, with_router=True)
+    (nats + BALANCE * balance).backward()
+    return nats, balance
+
+
+def clip(flat_grad: torch.Tensor):
+    """Scales all gradients to a norm of at most 1."""
+    flat_grad *= min(1.0, 1.0 / (flat_grad.norm().item() + 1e-6))
+
+
 def flatten(model, n_owners: int):
     """Lays all parameters (and gradients) out in one array each, owner by owner, so that workers exchange single arrays.
 
@@ -121,8 +141,7 @@ def worker(rank: int, args: argparse.Namespace, tokenizer_json: str):
         dist.init_process_group("gloo", init_method=f"file://{args.out}/rendezvous", rank=rank, world_size=args.workers)
     text = training_text(args.quick)
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    newline_ids = np.array([i for piece, i in tokenizer.get_vocab().items() if set(piece) == {"\n"}])
-    windows = Windows(encode_parts(tokenizer, text.library), encode_parts(tokenizer, text.tests), newline_ids)
+    windows = Windows.of(tokenizer, text)
     validation = encode_parts(tokenizer, text.validation)
 
     model = build_model(args.seed)
@@ -144,18 +163,12 @@ def worker(rank: int, args: argparse.Namespace, tokenizer_json: str):
         rng = np.random.default_rng([args.seed, step, rank])
         ids, target = windows.batch(rng, args.batch // args.workers, library_share)
         grid = step >= args.steps * (1 - args.qat)
-        if grid:
-            latent = flat.clone()
-            for p in quantized:
-                p.data.copy_(q4_0_round(p.data))
-        nats, balance = loss_of(model, ids, target, with_router=True)
-        (nats + BALANCE * balance).backward()
-        if grid:
-            flat.copy_(latent)
+        with on_grid(quantized, Q4_0) if grid else nullcontext():
+            nats, balance = backward(model, ids, target)
         if args.workers > 1:
             dist.all_reduce(flat_grad)
             flat_grad /= args.workers
-        flat_grad *= min(1.0, 1.0 / (flat_grad.norm().item() + 1e-6))
+        clip(flat_grad)
         optimiser.step(schedule(step, args.steps, args.decay))
         flat_grad.zero_()
         if args.workers > 1:

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ from refimpl.formats.matrix import Matrix
 from refimpl.model.export import gguf_name
 from refimpl.tiny import vocabulary
 from refimpl.tiny.corpus import read_corpus
+from refimpl.tiny.grids import Q4_0, on_grid
 from refimpl.tiny.network import NO_MASKS, SHAPE, build_model
-from refimpl.tiny.optimiser import Optimiser, q4_0_round
+from refimpl.tiny.optimiser import Optimiser
 from refimpl.tiny.train import schedule
 
 WIDTH, N_FF, STEPS = 96, 192, 4
@@ -211,16 +213,10 @@ def worker(rank: int, args: argparse.Namespace):
             rows, first = np.stack([np.concatenate([[vocabulary.BOS], library[s:s + WINDOW - 1]]) for s in starts]), 1
         else:
             rows, first = own[rng.integers(0, len(own), args.batch // 2)], PROMPT
-        on_grid = step >= args.steps * (1 - args.qat)
-        if on_grid:
-            latent = [p.detach().clone() for p in matrices]
-            for p in matrices:
-                p.data.copy_(q4_0_round(p.data))
-        losses, _ = run(target, drafter, torch.from_numpy(rows), first)
-        (sum(losses) / STEPS).backward()
-        if on_grid:
-            for p, before in zip(matrices, latent):
-                p.data.copy_(before)
+        grid = step >= args.steps * (1 - args.qat)
+        with on_grid(matrices, Q4_0) if grid else nullcontext():
+            losses, _ = run(target, drafter, torch.from_numpy(rows), first)
+            (sum(losses) / STEPS).backward()
         gradient = torch.cat([p.grad.reshape(-1) for _, p in named])
         dist.all_reduce(gradient)
         gradient *= min(1.0, 1.0 / (gradient.norm().item() / 2 + 1e-6)) / 2
@@ -234,7 +230,7 @@ def worker(rank: int, args: argparse.Namespace):
         if rank == 0 and (step % args.save_every == 0 or step == args.steps):
             torch.save({"drafter": drafter.state_dict(), "state": optimiser.state, "step": step}, f"{state_file}.tmp")
             os.replace(f"{state_file}.tmp", state_file)
-            record = {"step": step, "library_nats": [round(float(x), 3) for x in mean], "grid": on_grid,
+            record = {"step": step, "library_nats": [round(float(x), 3) for x in mean], "grid": grid,
                       "accepted": acceptance(target, drafter, watched), "seconds": round(time.time() - began)}
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
