@@ -97,7 +97,9 @@ def test_draft_steps_and_rounds(model, drafter, whole):
     emitted = [int(np.argmax(whole.arrays["result_output"][-1]))]
     for r in range(2):
         assert found.arrays[f"round{r}.verify.l_out-0"].shape == (4, 64) and found.arrays[f"round{r}.draft2.h_nextn"].shape == (1, 64)
-        emitted += found.arrays[f"round{r}.emitted"].tolist()
+        new = found.arrays[f"round{r}.emitted"].tolist()
+        assert found.arrays[f"round{r}.verify.result_output"].argmax(axis=1)[:len(new)].tolist() == new
+        emitted += new
     assert refimpl.generate(model, IDS, max_new_tokens=len(emitted)).ids == emitted
     assert all(np.array_equal(found.arrays[name], array) for name, array in whole.arrays.items()), "drafting changed the prompt's values"
     order = graph_order(found.names())
