@@ -156,8 +156,8 @@ def test_ctrl_c_keeps_what_was_said():
     command = [sys.executable, "-m", "refimpl", "generate", "-p", "def ", "-n", "100000", "--temp", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         said = b""
-        while len(said) < 40:
-            said += process.stdout.read1()
+        while len(said) < 40 and (more := process.stdout.read1()):
+            said += more
         process.send_signal(signal.SIGINT)
         rest, complaint = process.communicate(timeout=60)
     assert process.returncode == 130 and said.startswith(b"def ") and b"Traceback" not in complaint
