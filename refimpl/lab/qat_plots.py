@@ -54,7 +54,7 @@ def histogram_pictures(histories: Mapping[str, Sequence[Mapping[str, object]]], 
         for axes, histogram in zip(row, histograms):
             share = np.array(histogram[grid]) / sum(histogram[grid]) * BINS_PER_LEVEL
             axes.fill_between(centres, share, color=BLUE, lw=0, step="mid")
-            for border in range(-half, half):
+            for border in range(-half, half - 1):
                 axes.axvline(border + 0.5, color=RED, lw=0.5, ls=":")
             # the largest weight of every block is level -half by definition: it is cut off
             axes.set(title=f"step {histogram['step']}", yticks=[], xticks=range(-half, half + 1, max(1, half // 2)),
@@ -73,7 +73,7 @@ def density_picture(histories: Mapping[str, tuple[Sequence[Mapping[str, object]]
         inside = np.abs(centres) < half - 0.2
         ours, theirs = (np.array(histograms[-1][grid])[inside] for histograms in (trained, control))
         axes.plot(centres[inside], (ours / ours.sum()) / (theirs / theirs.sum()), color=BLUE, lw=1.2)
-        for border in range(-half, half):
+        for border in range(-half, half - 1):
             axes.axvline(border + 0.5, color=RED, lw=0.6, ls=":")
         axes.axhline(1, color="0.6", lw=0.8)
         axes.set(title=title, xlabel="weight / scale of its block", ylabel="density against the control's", xticks=range(-half, half + 1,

@@ -1,9 +1,9 @@
 """Quantization-aware training against rounding afterwards, on equal terms: `python -m refimpl.tiny.qat` (needs the `train` extra).
 
-Every branch starts from one float checkpoint (`python -m refimpl.tiny.train --qat 0 --workers 1 --out tiny-float` makes one), sees the
-batches of its seed and takes the same number of steps, the learning rate falling to 0: one in float, the control, and one on each grid of
-grids.py. The control is then rounded to every grid: post-training quantization, with the same training behind it. All are measured on
-held-out text.
+Every branch starts from one float checkpoint (`python -m refimpl.tiny.train --qat 0 --out tiny-float` makes one; with `--steps 1200
+--decay 0.01` it stops at full learning rate, as the one behind the results that ship), sees the batches of its seed and takes the same
+number of steps, the learning rate falling to 0: one in float, the control, and one on each grid of grids.py. The control is then rounded
+to every grid: post-training quantization, with the same training behind it. All are measured on held-out text.
 
 Results are appended to `rows.jsonl` run by run, and the unrounded weights kept; started again with the same options it goes on with the
 first run that is missing. The optimiser starts afresh at the base's learning rates, with a warm-up of `WARM_UP` steps.
