@@ -207,6 +207,7 @@ def change_key(stream, keys, metadata, header):
     elif isinstance(value, np.ndarray):
         changed = value.astype(np.int64)
         changed[stream.number(len(changed))] = stream.pick((0, 1, 2, 4, 7, -1, 2**31))
+        changed = changed[:stream.number(len(changed))] if stream.number(4) == 3 else changed
         keys[name] = array(name, 11, len(changed), changed.tobytes())
     elif isinstance(value, int):
         keys[name] = key(name, U32, stream.pick((value + 1, max(value - 1, 0), 2 * value, 0, 1, *LONGS[:18])) % 2**32)
@@ -237,7 +238,8 @@ def change_tensor(stream, entries, header):
     elif what == 2:
         entries.append(list(entry))
     elif what == 3:
-        entry[2] = stream.pick((*NUMBER_OF.values(), 4, 99, 2**32 - 1))
+        fits = [NUMBER_OF[name] for name, block in BLOCKS.items() if name in NUMBER_OF and D % block.elements == 0]
+        entry[2] = stream.pick((*NUMBER_OF.values(), 4, 99, 2**32 - 1) if stream.number(2) else fits)
     elif what == 4:
         entry[3] = stream.pick((entries[0][3], entry[3] + 32, entry[3] + 1, *LONGS))
     elif what == 5:

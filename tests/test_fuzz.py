@@ -200,7 +200,7 @@ def test_what_once_broke_the_promise(path, tmp_path):
 
 N = 65_536
 LARGE = {       # files of megabytes, made to take many times their size
-    "one emoji makes a text four times as wide": lambda: gguf([key("k", STRING, wide(15 << 20))]),
+    "one emoji makes a text four times as wide": lambda: gguf([key("k", STRING, wide(40 << 20))]),
     "many such texts": lambda: gguf([key(f"k{i}", STRING, wide(4 << 20)) for i in range(8)]),
     "such keys": lambda: gguf([key("k%03d" % i + "a" * 65000 + "\U0001f642", U8, 1) for i in range(400)]),
     "text that is not UTF-8": lambda: gguf([key("k", STRING, struct.pack("<Q", 15 << 20) + b"\xff" * (15 << 20))]),

@@ -10,8 +10,8 @@ not leave exactly one. Drafters and image parts (mmproj, mtp, assistant, imatrix
 or nothing else is there. A local file whose name starts with hf: is ./hf:name.
 
 Files lie in huggingface_hub's own cache, which other programs share; its environment variables hold (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE,
-HF_ENDPOINT). It resumes a download that breaks off while it runs, and compares sizes; that the bytes are those the repository lists is
-checked here, by SHA-256, once for each file.
+HF_ENDPOINT). It resumes a download that breaks off while it runs (one that was stopped begins anew), and compares sizes; that the bytes
+are those the repository lists is checked here, by SHA-256, once for each file.
 """
 
 import contextlib
