@@ -17,7 +17,7 @@ from refimpl.cli import app, complain
 from refimpl.formats.checkpoint import CheckpointError
 from refimpl.lab import verdict, zoo
 from refimpl.lab.compare import compare, compare_steps, compare_with
-from refimpl.lab.engines import foreign, llamacpp_dumps, transformers
+from refimpl.lab.engines import foreign, llamacpp, llamacpp_dumps, transformers
 from refimpl.lab.engines.sources import open_any
 from refimpl.lab.names import graph_order
 from refimpl.lab.record import trace, write_trace
@@ -274,6 +274,25 @@ def test_what_llama_debug_saves(tmp_path, right):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(TraceError, match="cut short"):
         open_any(str(path))
+
+
+def test_llama_cpp_in_our_terms(moe):
+    """Its own weights of experts, the renormalised ones times the experts' scales; tensors of sizes that are no positions are left out."""
+    ids = np.array([[3, 1, 0], [2, 5, 4]], np.int32)
+    raw = {"ffn_moe_weights-0": np.ones((2, 3, 1)), "ffn_moe_weights_norm-0": np.full((2, 3), 0.25, np.float32), "ffn_moe_topk-0": ids,
+           "h_nextn": np.ones((2, 4)), "norm-0": np.ones((2, 4)), "Qcur_pos-0": np.arange(16.0).reshape(2, 2, 4),
+           "l_out-0": np.ones((3, 5))}
+    found = llamacpp.in_our_terms(raw, 2, moe[0])
+    scale = moe[0].raw("blk.0.ffn_down_exps.scale").view("<f4").ravel()
+    assert set(found) == {"ffn_moe_weights-0", "ffn_moe_topk-0", "Qcur_pos-0"} and len(set(scale)) > 8
+    assert np.array_equal(found["ffn_moe_weights-0"], 0.25 * scale[ids]) and np.array_equal(found["Qcur_pos-0"][1], np.arange(8, 16))
+
+
+def test_a_tensor_of_llama_cpp_is_read_by_its_strides():
+    memory = np.arange(24, dtype=np.int32).reshape(4, 6)
+    tensor = llamacpp.Tensor(type=26, ne=(3, 4, 1, 1), nb=(4, 24, 96, 96), data=memory.ctypes.data, name=b"ffn_moe_topk-3")
+    assert np.array_equal(llamacpp.array_of(tensor), memory[:, :3]), "a view of the first three of six"
+    assert llamacpp.Tensor.data.offset == 248 and llamacpp.Tensor.name.offset == 256          # ggml.h, on 64 bits
 
 
 @pytest.mark.parametrize("arrays, words", [
