@@ -72,9 +72,10 @@ source(grids.on_grid, qat.train_branch)
 # ## The comparison
 #
 # From one float checkpoint (of the run that made the model that ships, a third of the way, at full learning rate), three times with three
-# seeds for the order of the text: a float control and one training on each grid. Same batches, same number of steps, and a learning rate that falls to 0 in each. The control is then rounded to every grid ("rounded"); the
-# others end on theirs ("trained"). Measured on modules of Python's library that no training has seen: bits per byte, and against the
-# control of the same seed the mean KL divergence and how often the likeliest token is the same.
+# seeds for the order of the text: a float control and one training on each grid. Same batches, same number of steps, and a learning rate
+# that falls to 0 in each. The control is then rounded to every grid ("rounded"); the others end on theirs ("trained"). Measured on modules
+# of Python's library that no training has seen: bits per byte, and against the control of the same seed the mean KL divergence and how
+# often the likeliest token is the same.
 
 # %%
 found = qat_results.results()
