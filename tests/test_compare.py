@@ -137,6 +137,23 @@ def test_the_tolerance_is_tight(made, right):
     assert found.first.name == "attn_out-4" and found.first.position == 7 and found.first.tolerance < 1e-4
 
 
+def test_the_largest_logits_are_compared_by_token(made, right):
+    """Of two traces that list other tokens, or of which one has all; a token that is not listed is below the listed ones."""
+    model, ours = right["E2B"]
+    some, fewer = trace(model, IDS, logits=40), trace(in_q8(model), IDS, logits=12)
+    for a, b in ((ours, some), (some, ours), (some, fewer), (fewer, some), (ours, fewer)):
+        found = compare_with(model, a, b)
+        assert found.first is None and found.judged[-1].name.startswith("result_output."), found.first
+    wrong = dict(fewer.arrays)
+    wrong["result_output.top"] = fewer.arrays["result_output.top"].copy()
+    wrong["result_output.top"][0] *= -1
+    found = compare_with(model, ours, dataclasses.replace(fewer, arrays=wrong))
+    assert found.first.name == "result_output.top" and found.first.position == 0
+    wrong = dict(some.arrays)
+    wrong["result_output.ids"] = np.roll(some.arrays["result_output.ids"], 40, axis=0)
+    assert compare_with(model, some, dataclasses.replace(some, arrays=wrong)).first.name == "result_output.top"
+
+
 # ---- kinds, on arrays made up
 
 RANDOM = np.random.default_rng(0)

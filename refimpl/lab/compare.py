@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refimpl.decode.model import Model
+from refimpl.lab import top_logits
 from refimpl.lab.names import graph_order, place_of
 from refimpl.lab.rounding import SAFETY, a_priori, carried, measured, replayed
 from refimpl.lab.scene import Scene, row_errors
@@ -80,9 +81,10 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps:
             raise TraceError(f"{a.where} and {b.where} are of different models: SHA-256 {a.facts[key][:12]}... and {b.facts[key][:12]}...")
     known = graph_order({*a.names(), *b.names()})
     of_a, of_b = set(a.names()), set(b.names())
-    both = [name for name in graph_order(of_a) if name in of_b]
+    both = graph_order(top_logits.comparable(a, b))
     unknown = sorted((of_a | of_b) - set(known))
-    missing = [name for name in known if (name in of_a) != (name in of_b)]
+    missing = [name for name in known if (name in of_a) != (name in of_b) and not (
+        name.startswith("result_output") and any(other.startswith("result_output") for other in both))]
     where = first_difference(a.ids, b.ids)
     if where is not None:
         first = Judgement("ids", "departs", 1.0, 0.0, where, (), *(float(t.ids[where]) if where < len(t.ids) else -1.0 for t in (a, b)))
@@ -111,7 +113,7 @@ def steps_apart(a: Trace, b: Trace) -> dict[str, float]:
 def deviations(a: Trace, b: Trace, steps: bool = False) -> dict[str, float]:
     """The largest deviation of a row in every tensor, whatever the choice of experts: `between` of rounding.measured."""
     judge = _Judge(a, b, {}, any_choice=True, steps=steps)
-    found = {name: judge.judge(name) for name in graph_order(a.names()) if name in b.names()}
+    found = {name: judge.judge(name) for name in graph_order(top_logits.comparable(a, b))}
     return {name: judgement.error for name, judgement in found.items() if judgement is not None and judgement.position >= 0}
 
 
@@ -146,6 +148,8 @@ class _Judge:
 
     def pair(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ours, theirs, positions) of a tensor where both have it, in one layout; of other shapes where they do not fit."""
+        if name not in self._pairs and name.endswith(f"{top_logits.FULL}.top"):
+            self._pairs = {name: top_logits.pair(self.a, self.b, name)}
         if name not in self._pairs:
             x, y = self.a.value(name), self.b.value(name)
             positions, rows_x, rows_y = np.intersect1d(x.positions, y.positions, return_indices=True)
