@@ -152,6 +152,9 @@ def test_the_largest_logits_are_compared_by_token(made, right):
     wrong = dict(some.arrays)
     wrong["result_output.ids"] = np.roll(some.arrays["result_output.ids"], 40, axis=0)
     assert compare_with(model, some, dataclasses.replace(some, arrays=wrong)).first.name == "result_output.top"
+    wrong["result_output.ids"] = some.arrays["result_output.ids"] + 400
+    with pytest.raises(TraceError, match="is outside of the vocabulary of this run, 300"):
+        compare(ours, dataclasses.replace(some, arrays=wrong))
 
 
 # ---- kinds, on arrays made up

@@ -4,7 +4,6 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, accept, speculative
 from refimpl.formats.container import GGUFFile
 from refimpl.formats.tensor_file import TensorWriter
+from refimpl.lab.sinks import Behind, Memory
 from refimpl.lab.trace import FORMAT, Trace, TraceError
 from refimpl.model.cache import Cache
 from refimpl.model.gemma4 import Tap, no_tap
@@ -26,47 +26,6 @@ ALL_LOGITS_BELOW = 65_536                 # size of a vocabulary of which all lo
 TOP = 256                                 # how many of a larger one
 LOGIT_BYTES = 32 << 20                    # of logits that are in memory at a time
 HASH_PIECE = 1 << 24
-PENDING = 64 << 20                        # bytes that may wait to be written
-
-
-class Memory(dict):
-    """Takes tensors as a TensorWriter does, and keeps them."""
-
-    def add(self, name: str, dtype: np.dtype, shape: tuple[int, ...]):
-        """Room for a tensor."""
-        self[name] = np.empty(shape, dtype)
-
-    def write(self, name: str, row: int, rows: np.ndarray):
-        """Rows row, row + 1, ... of a tensor."""
-        self[name][row:row + len(rows)] = rows
-
-
-class Behind:
-    """Hands tensors on to a TensorWriter in a thread of its own, while the model computes on; at most PENDING bytes wait."""
-
-    def __init__(self, out: TensorWriter):
-        self.out, self._thread, self._pending, self._bytes = out, ThreadPoolExecutor(1), deque(), 0
-
-    def add(self, name: str, dtype: np.dtype, shape: tuple[int, ...]):
-        """Room for a tensor."""
-        self._thread.submit(self.out.add, name, dtype, shape)
-
-    def write(self, name: str, row: int, rows: np.ndarray):
-        """Rows row, row + 1, ... of a tensor. Raises what writing earlier ones did."""
-        self._pending.append((self._thread.submit(self.out.write, name, row, rows), rows.nbytes))
-        self._bytes += rows.nbytes
-        self.wait(PENDING)
-
-    def wait(self, most: int = 0):
-        """Until no more than so many bytes wait. Raises what writing did."""
-        while self._pending and (self._bytes > most or not most):
-            written, n_bytes = self._pending.popleft()
-            self._bytes -= n_bytes
-            written.result()
-
-    def close(self):
-        """Drops what waits."""
-        self._thread.shutdown(cancel_futures=True)
 
 
 class Recorder:

@@ -25,6 +25,7 @@ value is moved once more after it was kept: a step has roundings inside that hav
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,9 +109,9 @@ def a_priori(order: Sequence[str], arithmetic: str) -> dict[str, float]:
 
 def in_q8(model: Model) -> Model:
     """The same weights in 8-bit arithmetic."""
-    backend = model.backend
-    other = (kernel_backend("q8", backend.threads) if backend.name == "kernels" else reference_backend("q8", backend.prepare))
-    return Model(model.file, model.config, model.weights, model.tokenizer, other)
+    other, backend = copy(model), model.backend
+    other.backend = kernel_backend("q8", backend.threads) if backend.name == "kernels" else reference_backend("q8", backend.prepare)
+    return other
 
 
 def judge(path: Path | str | None, **options) -> Model:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from refimpl.lab.trace import Trace
+from refimpl.lab.trace import Trace, TraceError
 
 FULL = "result_output"
 
@@ -17,7 +17,8 @@ def comparable(a: Trace, b: Trace) -> set[str]:
 
 
 def _has(names: Iterable[str], top: str) -> bool:
-    return top in names or top.removesuffix(".top") in names
+    full = top.removesuffix(".top")
+    return full in names or {top, f"{full}.ids"} <= set(names)
 
 
 def pair(a: Trace, b: Trace, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -49,7 +50,10 @@ def _logits_of(trace: Trace, name: str, positions: np.ndarray, id_TK: np.ndarray
     """The logits of these tokens, NaN for those that the trace does not list."""
     full = name.removesuffix(".top")
     if name not in trace.names():
-        return np.take_along_axis(_rows(trace, full, positions), id_TK, axis=1)
+        logit_TV = _rows(trace, full, positions)
+        if id_TK.size and not 0 <= id_TK.min() <= id_TK.max() < logit_TV.shape[1]:
+            raise TraceError(f"{name}: token {id_TK.max()} is outside of the vocabulary of {trace.where}, {logit_TV.shape[1]}")
+        return np.take_along_axis(logit_TV, id_TK, axis=1)
     found = np.full(id_TK.shape, np.nan, np.float32)
     for t, (ids, top) in enumerate(zip(_rows(trace, f"{full}.ids", positions), _rows(trace, name, positions))):
         listed = dict(zip(ids.tolist(), top.tolist()))
