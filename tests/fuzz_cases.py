@@ -287,7 +287,8 @@ DRAFTER_CONFIG = {
         "intermediate_size": FF, "layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 64,
         "num_attention_heads": 2, "num_experts": None, "num_hidden_layers": 2, "num_key_value_heads": 1, "num_kv_shared_layers": 2,
         "global_head_dim": H, "rms_norm_eps": 1e-6, "sliding_window": 8, "vocab_size": V, "rope_parameters": {
-            "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}}
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}}
 
 
 def drafter_tensors():

@@ -18,7 +18,7 @@ from refimpl.formats.checkpoint import CheckpointError
 from refimpl.formats.codecs import dequantize
 from refimpl.lab.inspect import as_text, describe
 from refimpl.model.checkpoint import open_directory
-from refimpl.model.memory import needed
+from refimpl.model.memory import needed, stored_bytes
 
 TOLERANCE = 1e-4
 
@@ -194,10 +194,10 @@ def test_asking_for_the_size_makes_no_weights(tmp_path, monkeypatch):
     """`inspect`, and the question whether it fits, must not unpack 10 GB."""
     folder = save_w4a16(tmp_path / "m", random_model("26B-A4B"))
     model = reference(folder, weights="quantized")
-    want = needed(model.file, model.config, 10, 4, np.dtype(np.float16))
+    want = needed(model.file, model.config, 10, 4, np.dtype(np.float16), stored_bytes)
     monkeypatch.setattr(w4a16, "to_q4_0", None)
     file = open_directory(folder)
-    assert needed(file, model.config, 10, 4, np.dtype(np.float16)) == want
+    assert needed(file, model.config, 10, 4, np.dtype(np.float16), stored_bytes) == want
     described = describe(folder)
     assert described["types"]["Q4_0"]["tensors"] > 40 and json.dumps(described)
     assert "Q4_0" in as_text(described)

@@ -15,10 +15,8 @@ def test_a_cache_of_the_true_shape_takes_what_is_said(name):
     cache = Cache(config, 4096, 5, HALF)
     cache.reserve(5)
     for layer in cache.layers.values():
-        if layer.window is None:
-            layer.grow(4096)
-        else:
-            assert layer.n_slots == layer.window + 5
+        assert layer.most == (4096 if layer.window is None else layer.window + 5)
+        layer.grow(layer.most)
     assert sum(by_kind(config, 4096, 5)) == cache.n_bytes == cache_bytes(config, 4096, 5, HALF)
 
 

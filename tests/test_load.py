@@ -80,7 +80,7 @@ TENSORS = {
     "no embedding": (edited("token_embd.weight", lambda t, d: []), "token_embd.weight is missing"),
     "one too many": (lambda tensors: [*tensors, ("blk.0.surprise.weight", "F32", np.ones(3, np.float32))], "first: blk.0.surprise.weight"),
     "wrong shape": (edited("blk.2.attn_norm.weight", lambda t, d: [(t, d[:-1])]), "blk.2.attn_norm.weight has shape (63,)"),
-    "unknown to us": (edited("blk.0.ffn_up.weight", lambda t, d: [("NVFP4", d)]), "is NVFP4, which this version"),
+    "unknown to us": (edited("blk.0.ffn_up.weight", lambda t, d: [("I8", d.view(np.int8))]), "blk.0.ffn_up.weight"),
 }
 
 

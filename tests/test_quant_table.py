@@ -38,11 +38,11 @@ def test_errors_are_those_of_the_types():
 
 @pytest.mark.parametrize("type_name", sorted(QUANTIZABLE & set(quant_table.GGML)))
 def test_what_was_recorded_of_ggml_fits_what_is_measured_here(type_name):
-    """The same errors where both quantizers give the same bytes; nearly the same where both search."""
+    """The same errors where both quantizers give the same bytes; nearly the same where both search, ours (Q2_K most) with smaller ones."""
     row = ROWS[type_name]
     searched = type_name.endswith("_K") or type_name.startswith(("IQ", "MXFP"))
     for ours, theirs in ((row.normal, row.ggml_normal), (row.laplace, row.ggml_laplace)):
-        assert ours == pytest.approx(theirs, rel=0.12 if searched else 4e-3)
+        assert 0.85 * theirs < ours < 1.03 * theirs if searched else ours == pytest.approx(theirs, rel=4e-3)
 
 
 def test_cells_say_what_the_rows_say():

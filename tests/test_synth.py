@@ -74,7 +74,8 @@ def test_recipes_of_one_type():
 
 def test_types_that_do_not_fit_are_replaced_as_llama_cpp_replaces_them():
     """tensor_type_fallback in llama-quant.cpp: rows of whole blocks of 32, and rows that are not even that."""
-    small = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+    small = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
+             "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q8_K": "Q8_0"}          # the last one is ours: ggml has no weights of it
     for block in sorted(QUANTIZABLE - {"F32", "F16", "BF16"}):
         assert fitting_type(block, 512) == block
         assert fitting_type(block, 96) == small.get(block, block)

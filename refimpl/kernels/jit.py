@@ -95,7 +95,7 @@ class _Listener(event.Listener):
     def on_start(self, what):
         self.depth += 1
         function = what.data["dispatcher"].py_func
-        if self.depth == 1 and function.__module__.startswith("refimpl."):
+        if self.depth == 1 and (function.__module__ or "").startswith("refimpl."):
             self.tell(function.__name__)
 
     def on_end(self, what):

@@ -157,7 +157,9 @@ def _each(plan: Plan, numbers: list[int], jobs: int, progress) -> Iterator[tuple
 def _check_memory(plan: Plan, file: GGUFFile, config: Config, jobs: int):
     """Every process has the models once."""
     if plan.side.engine == "kernels":
-        one = needed(file, config, plan.n_ctx, CHUNK, np.dtype(np.float16))
+        from refimpl.kernels.tiles import held_bytes
+
+        one = needed(file, config, plan.n_ctx, CHUNK, np.dtype(np.float16), held_bytes)
         refuse_unless_it_fits(one, available() // jobs, f"{file.path}, {jobs} times")
 
 

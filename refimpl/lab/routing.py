@@ -5,6 +5,7 @@ import keyword
 import tokenize
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -156,7 +157,9 @@ def with_used(model: Model, n_used: int) -> Model:
     specs = tuple(replace(layer, ffn=replace(layer.ffn, n_used=n_used)) if isinstance(layer.ffn, MoeFfn) else layer
                   for layer in model.config.layers)
     layers = tuple(replace(layer, spec=spec) for layer, spec in zip(model.weights.layers, specs))
-    return Model(model.file, replace(model.config, layers=specs), replace(model.weights, layers=layers), model.tokenizer, model.backend)
+    other = copy(model)
+    other.config, other.weights = replace(model.config, layers=specs), replace(model.weights, layers=layers)
+    return other
 
 
 def shortened_error(model: Model, texts: Sequence[Sequence[int]], counts: Sequence[int]) -> np.ndarray:

@@ -155,7 +155,8 @@ def gguf_tensors(config: Mapping[str, object], state: Mapping[str, np.ndarray],
 
 
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL", "IQ4_NL": "F16",
-             "MXFP4": "F16", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16", "Q8_0": "F16"}
+             "MXFP4": "F16", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q8_K": "Q8_0",
+             "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16", "Q8_0": "F16"}
 
 
 def fitting_type(block: str, n_cols: int) -> str:
