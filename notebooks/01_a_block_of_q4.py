@@ -16,7 +16,7 @@ from refimpl.formats.codecs import dequantize, quantize
 from refimpl.formats.container import open_gguf
 from refimpl.lab import quant_table
 from refimpl.lab.block_bits import number_of
-from refimpl.lab.block_pictures import bits_picture, error_picture, speed_picture, weights_picture
+from refimpl.lab.block_pictures import bits_picture, error_picture, kernels_picture, speed_picture, weights_picture
 from refimpl.lab.show import source, table
 
 # %% [markdown]
@@ -185,3 +185,10 @@ speed_picture(rows)
 #
 # The table's third column says what this package does. It has kernels for the types that it holds with the bits of the file. All others
 # it can read: it holds them as 32-bit floats, which is simple and right, and neither small nor fast.
+
+# %% [markdown]
+# And so fast are these kernels, decoding with two threads from the memory of the same machine, Q4_0 being 1. Up to Q3_K the order is that
+# of the bits: memory is what they wait for. Q3_K and Q2_K need more arithmetic for a weight, and win less than their bits promise.
+
+# %%
+kernels_picture(rows)

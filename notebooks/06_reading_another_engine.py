@@ -62,7 +62,7 @@ for kind, label in (("q8", "8-bit activations"), ("bfloat16", "bfloat16"), ("exa
     axes.semilogy([noise[kind][name] or np.nan for name in order], label=label, linewidth=1)
 axes.set_xticks([order.index(f"l_out-{i}") for i in range(6)], [f"l_out-{i}" for i in range(6)], fontsize=8)
 axes.set_ylabel("deviation of a correct engine")
-axes.legend(frameon=False, loc="center right", fontsize=8)
+_ = axes.legend(frameon=False, loc="center right", fontsize=8)
 
 # %% [markdown]
 # The tolerance of a tensor is this noise, of both engines together, times a safety factor (`rounding.SAFETY`). A tensor that is further

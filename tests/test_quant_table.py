@@ -13,7 +13,7 @@ from refimpl.lab import block_pictures, quant_table
 from refimpl.lab.block_bits import bit_owners, number_of
 from refimpl.lab.ggml import ggml_quantize
 
-ROWS = {row.type: row for row in quant_table.rows({"Q4_K": 12.5})}
+ROWS = {row.type: row for row in quant_table.rows()}
 NORMAL = np.random.default_rng(1).standard_normal(256).astype(np.float32)
 BLOCK = {name: quantize(NORMAL[:BLOCKS[name].elements], name) for name in ("Q4_0", "Q4_K")}
 
@@ -23,7 +23,7 @@ def test_every_type_is_a_row():
     assert [row.bits for row in ROWS.values()] == sorted(row.bits for row in ROWS.values())
     assert ROWS["Q4_0"].bits == ROWS["Q4_0"].held_bits == 4.5 and (ROWS["IQ2_XS"].bits, ROWS["IQ2_XS"].held_bits) == (2.3125, 32)
     assert all(row.held_bits == (row.bits if row.type in SHAPES else 32) for row in ROWS.values())
-    assert ROWS["Q4_K"].speed == 12.5 and math.isnan(ROWS["Q4_0"].speed)
+    assert all(math.isnan(row.decode) == math.isnan(row.prompt) == (row.type not in SHAPES) for row in ROWS.values())
     assert all(math.isnan(row.normal) == (row.type not in QUANTIZABLE) for row in ROWS.values())
 
 
@@ -49,8 +49,8 @@ def test_cells_say_what_the_rows_say():
     table = list(ROWS.values())
     cells = {line[0]: line for line in quant_table.cells(table)}
     assert all(len(line) == len(quant_table.HEAD) for line in cells.values())
-    assert cells["IQ3_S"] == ["IQ3_S", "3.438", "32", "", "16.6 %", "", "19.7 %", "9.71"]
-    assert cells["Q4_0"][3] == cells["Q4_0"][4] == "8.61 %" and cells["Q8_1"][3:] == ["", "", "", "", ""]
+    assert cells["IQ3_S"] == ["IQ3_S", "3.438", "32", "", "16.6 %", "", "19.7 %", "9.71", "", ""]
+    assert cells["Q4_0"][3] == cells["Q4_0"][4] == "8.61 %" and cells["Q8_1"][3:] == [""] * 7
 
 
 def test_without_ggml_there_is_one_line(monkeypatch):
@@ -100,7 +100,7 @@ def test_numbers_of_a_block():
 def test_pictures_are_pictures():
     table = list(ROWS.values())
     x = np.zeros(32, np.float32)
-    pictures = (block_pictures.error_picture(table), block_pictures.speed_picture(table),
+    pictures = (block_pictures.error_picture(table), block_pictures.speed_picture(table), block_pictures.kernels_picture(table),
                 block_pictures.bits_picture(BLOCK["Q4_0"], "Q4_0", range(18), 6, ("q3",)),
                 block_pictures.weights_picture(x, x, np.zeros((1, 16)), "A block"))
     assert all(shown.data.startswith(b"\x89PNG") and len(shown.data) > 3000 for shown in pictures)

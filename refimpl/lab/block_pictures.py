@@ -95,6 +95,17 @@ def speed_picture(table: Sequence[Row]):
     return picture(fig, "Error of every block type against the speed of its arithmetic in ggml.")
 
 
+def kernels_picture(table: Sequence[Row]):
+    """Error on normal weights against the speed of decoding with this package's kernels."""
+    shown = [row for row in table if row.decode > 0 and row.bits < 9]
+    fig, axes = figure(9, 4.5)
+    axes.set(yscale="log", xlabel="weights a second when decoding, Q4_0 = 1", ylabel="error, relative to the weights",
+             xlim=(0, 1.1 * max(row.decode for row in shown)), ylim=(4e-3, 1.1))
+    _points(axes, shown, [(row.decode, row.best_normal) for row in shown])
+    legend(axes, loc="upper left", ncols=2)
+    return picture(fig, "Error of the block types with kernels against the speed of decoding with them.")
+
+
 def _points(axes, table: Sequence[Row], places: Sequence[tuple[float, float]]):
     """A marker for every type, in its family's colour, and its name beside it where no other name is."""
     for name, (colour, marker, types) in FAMILIES.items():

@@ -1,7 +1,6 @@
 """Every block type in one table: what it takes, how far it moves weights, how fast it is multiplied."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +26,22 @@ GGML = {
     "TQ2_0": (0.808, 0.833, 58.7), "Q2_0": (0.719, 0.726, 1.97), "Q1_0": (0.6, 0.705, 33.6),
 }
 
+# Of this package's kernels in `q8`, both threads of the same machine: weights a second as a multiple of Q4_0's, measured in turn with it;
+# with one row of activations and weights from memory (Q4_0: 55 * 10**9 weights, 31 GB a second), and with 512 rows (Q4_0: 470 * 10**9
+# operations a second). Medians of 31 (types_bench.py: measure_types(repetitions=31), 2026-11-21).
+KERNELS = {
+    "Q4_0": (1.00, 1.01), "Q4_1": (0.88, 0.95), "Q5_0": (0.81, 0.84), "Q5_1": (0.74, 0.79), "Q8_0": (0.53, 0.59), "IQ4_NL": (0.99, 0.99),
+    "MXFP4": (1.06, 0.96), "Q2_K": (1.56, 0.68), "Q3_K": (1.24, 0.64), "Q4_K": (0.98, 0.79), "Q5_K": (0.80, 0.68), "Q6_K": (0.63, 0.69),
+    "IQ4_XS": (1.07, 0.95), "F32": (0.14, 0.34), "F16": (0.24, 0.31), "BF16": (0.28, 0.30),
+}
+
 
 @dataclass(frozen=True)
 class Row:
     """A type: bits a weight in the file, and as the kernels hold it; relative RMS error of this project's quantizer and ggml's; speeds.
 
-    A number that nobody measured is NaN. `speed` is what was handed to `rows`; `ggml_speed` in 10**9 weights a second.
+    `ggml_speed` is that of one thread out of the cache, in 10**9 weights a second; `decode` and `prompt` are those of this package's
+    kernels as multiples of Q4_0's. A number that nobody measured is NaN.
     """
 
     type: str
@@ -43,7 +52,8 @@ class Row:
     ggml_normal: float
     ggml_laplace: float
     ggml_speed: float
-    speed: float
+    decode: float
+    prompt: float
 
     @property
     def best_normal(self) -> float:
@@ -62,8 +72,8 @@ def relative_error(x: np.ndarray, restored: np.ndarray) -> float:
     return float(np.sqrt(np.mean((restored - x).astype(np.float64) ** 2) / np.mean(x.astype(np.float64) ** 2)))
 
 
-def rows(speeds: Mapping[str, float] | None = None) -> list[Row]:
-    """A row for every type that can be decoded, from few bits to many. `speeds`: type -> speed of this project's kernels, in any unit."""
+def rows() -> list[Row]:
+    """A row for every type that can be decoded, from few bits to many."""
     from refimpl.kernels.tiles import held_type
 
     random, out = weights(), []
@@ -71,7 +81,7 @@ def rows(speeds: Mapping[str, float] | None = None) -> list[Row]:
         block, held = BLOCKS[name], BLOCKS[held_type(name)]
         ours = [relative_error(x, dequantize(quantize(x, name), name)) if name in QUANTIZABLE else math.nan for x in random.values()]
         out.append(Row(name, 8 * block.n_bytes / block.elements, 8 * held.n_bytes / held.elements, *ours,
-                       *GGML.get(name, (math.nan,) * 3), (speeds or {}).get(name, math.nan)))
+                       *GGML.get(name, (math.nan,) * 3), *KERNELS.get(name, (math.nan,) * 2)))
     return sorted(out, key=lambda row: (row.bits, row.type))
 
 
@@ -86,7 +96,8 @@ def measure_ggml() -> dict[str, tuple[float, float, float]]:
     return measured
 
 
-HEAD = ("type", "bits a weight", "in the kernels' memory", "error, normal", "ggml's", "error, Laplace", "ggml's", "ggml, 10^9 weights/s")
+HEAD = ("type", "bits a weight", "in the kernels' memory", "error, normal", "ggml's", "error, Laplace", "ggml's", "ggml, 10^9 weights/s",
+        "here, decoding, Q4_0 = 1", "here, prompt, Q4_0 = 1")
 
 
 def cells(table: list[Row]) -> list[list[str]]:
@@ -94,4 +105,5 @@ def cells(table: list[Row]) -> list[list[str]]:
     def percent(value: float) -> str:
         return "" if math.isnan(value) else f"{100 * value:.3g} %"
     return [[row.type, f"{row.bits:.4g}", f"{row.held_bits:.4g}", percent(row.normal), percent(row.ggml_normal), percent(row.laplace),
-             percent(row.ggml_laplace), "" if math.isnan(row.ggml_speed) else f"{row.ggml_speed:.3g}"] for row in table]
+             percent(row.ggml_laplace),
+             *("" if math.isnan(speed) else f"{speed:.3g}" for speed in (row.ggml_speed, row.decode, row.prompt))] for row in table]
