@@ -167,12 +167,12 @@ def test_the_other_instruction_sets(isa):
 
 
 def rows16(tile, n_blocks, x, step, out):
-    """A small kernel: 16 rows of one-byte weights against int8 activations, both as compiled code and as plain Python."""
+    """A small kernel: 16 rows of unsigned bytes against int8 activations, both as compiled code and as plain Python."""
     total = simd.splat_f32(np.float32(0))
     for b in range(n_blocks):
         dots = simd.splat_i32(np.int32(0))
         for g in range(8):
-            dots = simd.dot4_signed(dots, simd.load_u8(at(tile, b * 544 + 32 + 64 * g)), at(x, b * 32 + 4 * g))
+            dots = simd.dot4_wide(dots, simd.load_u8(at(tile, b * 544 + 32 + 64 * g)), at(x, b * 32 + 4 * g))
         scale = simd.mul_f32(simd.load_f16(at(tile, b * 544)), simd.splat_f32(step[b]))
         total = simd.fma(scale, simd.to_f32(dots), total)
     simd.store_f32(out, total)
@@ -193,7 +193,7 @@ def test_kernel_runs_as_plain_python_and_compiled():
     run(tile, x, step, fast)
     rows16(address(tile), n_blocks, address(x), step, address(slow))
     assert np.array_equal(fast.view(np.uint32), slow.view(np.uint32))
-    weights = tile[:, 32:].view(np.int8).reshape(n_blocks, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, n_blocks, 32)
+    weights = tile[:, 32:].reshape(n_blocks, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, n_blocks, 32)
     scale = tile[:, :32].copy().view(np.float16).astype(np.float64)
     exact = np.einsum("rbj,bj,br,b->r", *(v.astype(np.float64) for v in (weights, x.reshape(n_blocks, 32), scale, step)))
     assert np.abs(fast - exact).max() < 1e-5 * np.abs(exact).max()

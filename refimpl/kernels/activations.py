@@ -35,7 +35,8 @@ ALONE = 8           # so many rows one thread has rounded before others have bee
 def space(kind, n_tok, width):
     """Room for `n_tok` rounded rows: q int8 (T, D), scales float32 (T, B), sums int32 (T, sub-blocks), Q8_1's products float32 (T, B).
 
-    A sum is that of a sub-block's integers, times -zero where the kind has a zero point: what is to be added to a dot product.
+    A sum is that of a sub-block's integers, times -zero where the kind has a zero point: what is to be added to a dot product. Where
+    sub-blocks have minimums, the sums of two neighbours lie in one int32, as int16: in the first half of a row.
     """
     width = width if kind.integer else 0
     n_blocks, n_sums = width // kind.elements, width // kind.per_sub
@@ -86,6 +87,9 @@ def _round_large(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
             s = kind.n_sub * b + 16 * j // kind.per_sub
             sum_TS[t, s] += np.int32(-kind.zero * sum_i32(q) if kind.zero else sum_i32(q))
         d_TB[t, b] = np.float32(1) / inverse if inverse != np.float32(0) else np.float32(0)
+        if kind.has_minimum:
+            for s in range(kind.n_sub * b, kind.n_sub * (b + 1), 2):
+                sum_TS[t, s // 2] = np.int32((sum_TS[t, s] & 0xFFFF) + (sum_TS[t, s + 1] << 16))
 
 
 def _round_nothing(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB):

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import llvmlite
 import numba
-from numba.core import event
+from numba.core import event, types
 from numba.core.caching import FunctionCache
-from numba.extending import register_jitable
+from numba.extending import overload, register_jitable
 from platformdirs import user_cache_path
 
 from refimpl.kernels.words import ISA
@@ -86,6 +86,26 @@ def inline(function) -> Callable:
     """Compiles a piece of a kernel into whoever uses it. Called from Python it stays plain Python."""
     PIECES.add(function)
     return register_jitable(error_model="numpy", forceinline=True)(function)
+
+
+def per_row(function) -> Callable:
+    """Makes a piece that is written for one row a piece for several: what is a tuple holds a value for each row, and so does the result."""
+    piece = inline(function)
+
+    def several(*args):
+        n = next(len(a) for a in args if type(a) is tuple)
+        return tuple(function(*(a[i] if type(a) is tuple else a for a in args)) for i in range(n))
+
+    @overload(several, jit_options={"forceinline": True, "error_model": "numpy"})
+    def _several(*args):
+        held = [isinstance(a, types.UniTuple) for a in args]
+        n = next(a.count for a in args if isinstance(a, types.UniTuple))
+        calls = ("piece(" + ", ".join(f"args[{k}][{i}]" if held[k] else f"args[{k}]" for k in range(len(args))) + ")," for i in range(n))
+        return eval(f"lambda *args: ({' '.join(calls)})", {"piece": piece})
+
+    several.__name__ = function.__name__
+    several.__doc__ = function.__doc__
+    return several
 
 
 class _Listener(event.Listener):

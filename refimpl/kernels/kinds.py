@@ -15,6 +15,7 @@ from numba.extending import NativeValue, overload, overload_attribute, register_
 
 from refimpl.formats import iq4, mxfp4
 from refimpl.formats.blocks import BLOCKS
+from refimpl.kernels.jit import inline
 from refimpl.kernels.simd import (
     add_i32,
     at,
@@ -30,6 +31,7 @@ from refimpl.kernels.simd import (
     load_u8_as_i32,
     look_up,
     or_shifted,
+    plus_128,
     shift_left,
     splat_i32,
 )
@@ -42,9 +44,9 @@ INLINE = {"forceinline": True, "error_model": "numpy"}
 class Kind:
     """A weight type in one arithmetic: `family` is "small" (blocks of 32), "large" (256, scales in sub-blocks) or "plain" (floats).
 
-    `n_sub` sub-blocks of `per_sub` weights; `zero` is what to take off the unpacked integers; `wide` says that these can be above 128,
-    `signed` that they are int8 instead; d, minimum: offsets of the scale and the minimum (where `has_minimum`); `scattered`: a block is not
-    read from front to back. `integer`: activations are rounded to 8 bits (q8), else float32.
+    `n_sub` sub-blocks of `per_sub` weights; `zero` is what to take off the unpacked integers; `wide` says that these can be above 128;
+    d, minimum: offsets of the scale and the minimum (where `has_minimum`); `scattered`: a block is not read from front to back. `integer`:
+    activations are rounded to 8 bits (q8), else float32.
     """
 
     type: str
@@ -53,7 +55,6 @@ class Kind:
     n_sub: int = 1
     zero: int = 0
     wide: bool = False
-    signed: bool = False
     d: int = 0
     has_minimum: bool = False
     minimum: int = 0
@@ -90,7 +91,7 @@ SHAPES = {
     "Q4_1": dict(family="small", has_minimum=True, minimum=32),
     "Q5_0": dict(family="small", zero=16),
     "Q5_1": dict(family="small", has_minimum=True, minimum=32),
-    "Q8_0": dict(family="small", signed=True),
+    "Q8_0": dict(family="small", zero=128, wide=True),
     "IQ4_NL": dict(family="small", zero=128, wide=True),
     "MXFP4": dict(family="small", zero=12),
     "Q2_K": dict(family="large", n_sub=16, d=1280, has_minimum=True, minimum=1312),
@@ -142,7 +143,7 @@ def _attribute(name: str):
         return lambda kind: value
 
 
-for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero", "wide", "signed", "d", "has_minimum", "minimum", "scattered", "widened",
+for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero", "wide", "d", "has_minimum", "minimum", "scattered", "widened",
               "integer"):
     _attribute(_name)
 
@@ -166,7 +167,7 @@ def _q5_1(kind, block, s, g):
 
 
 def _q8_0(kind, block, s, g):
-    return load_u8(at(block, 32 + 64 * g))
+    return plus_128(load_u8(at(block, 32 + 64 * g)))
 
 
 def _table(values: np.ndarray, zero: int) -> tuple[int, int]:
@@ -221,7 +222,7 @@ LEVELS = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q
 
 
 def levels(kind, block, s, g):
-    """The weights of group g in sub-block s as integers, U8x64: `kind.zero` too large, or int8 where `kind.signed`."""
+    """The weights of group g in sub-block s as integers, U8x64: `kind.zero` too large."""
     return LEVELS[kind.type](kind, block, s, g)
 
 
@@ -315,6 +316,12 @@ def low_of(kind, block, s):
 @overload(low_of, jit_options=INLINE)
 def _low_of(kind, block, s):
     return _low_2 if kind.type_name == "Q2_K" else _low_4
+
+
+@inline
+def lows_of(kind, block, s):
+    """The minimums of sub-blocks s and s + 1, two int16 in a lane."""
+    return add_i32(low_of(kind, block, s), shift_left(low_of(kind, block, s + 1), 16))
 
 
 # ---- plain floats

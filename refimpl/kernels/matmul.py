@@ -16,6 +16,8 @@ from refimpl.kernels.simd import address, at, load_f32, store_f32_part
 from refimpl.kernels.tiles import Tiles
 from refimpl.kernels.words import LANES
 
+BESIDE = 4          # tiles whose results are written together: a row of a large product lies far from the next, in another page of memory
+
 
 def matmul(x_TD: np.ndarray, w_OD: Tiles) -> np.ndarray:
     """y[t, o] = sum over d of x[t, d] * w[o, d], in float32. float32 (T, D) and Tiles of (O, D) -> float32 (T, O)."""
@@ -59,14 +61,19 @@ def multiply(kind, tiles, x_TD, y_TO, n):
     if n_tok > ALONE:
         for t in prange(ALONE, n_tok):
             round_row(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB)
-    row_P, result_NP = np.arange(n_tok), np.empty((n, LANES * n_tok), np.float32)
+    row_P, result_NR = np.arange(n_tok), np.empty((n, BESIDE * LANES * n_tok), np.float32)
     wide_NW = np.empty((n, LANES * width if kind.widened else 0), np.float32)
     for thread in prange(n):
         x = Rounded(x_TD, q_TD, d_TB, sum_TS, m_TB)
         weights, to = address(tiles), address(y_TO)
-        result, wide = at(address(result_NP), thread * 4 * LANES * n_tok), at(address(wide_NW), thread * 4 * wide_NW.shape[1])
-        for tile in range(thread * n_tiles // n, (thread + 1) * n_tiles // n):
-            rows(kind, at(weights, tile * tile_bytes), width // kind.elements, x, row_P, 0, n_tok, wide, result)
-            here = min(LANES, n_out - LANES * tile)
+        result, wide = at(address(result_NR), thread * 4 * result_NR.shape[1]), at(address(wide_NW), thread * 4 * wide_NW.shape[1])
+        end = (thread + 1) * n_tiles // n
+        for first in range(thread * n_tiles // n, end, BESIDE):
+            last = min(first + BESIDE, end)
+            for tile in range(first, last):
+                rows(kind, at(weights, tile * tile_bytes), width // kind.elements, x, row_P, 0, n_tok, wide,
+                     at(result, 4 * LANES * n_tok * (tile - first)))
             for t in range(n_tok):
-                store_f32_part(at(to, 4 * (t * n_out + LANES * tile)), load_f32(at(result, 4 * LANES * t)), here)
+                for tile in range(first, last):
+                    y = load_f32(at(result, 4 * LANES * (n_tok * (tile - first) + t)))
+                    store_f32_part(at(to, 4 * (t * n_out + LANES * tile)), y, min(LANES, n_out - LANES * tile))

@@ -1,7 +1,7 @@
-"""The innermost loops: one tile of 16 weight rows times one row of activations, or times four.
+"""The innermost loops: one tile of 16 weight rows times one row of activations, or times four or eight.
 
 A lane is a weight row throughout, so nothing is ever summed across lanes. A row's blocks are added in order, each with one fused
-multiply-add (two where the type has a minimum): the same bits for one row as for four. Four share every load and every unpacking.
+multiply-add (two where the type has a minimum): the same bits for one row as for several, which share every load and every unpacking.
 """
 
 from typing import NamedTuple
@@ -9,23 +9,22 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import overload
 
-from refimpl.kernels.jit import inline
-from refimpl.kernels.kinds import EXACT, INLINE, column_of, levels, low_of, scale_of, scale_of_block
+from refimpl.kernels.jit import inline, per_row
+from refimpl.kernels.kinds import EXACT, INLINE, column_of, levels, low_of, lows_of, scale_of, scale_of_block
 from refimpl.kernels.simd import (
     add_f32,
     add_i32,
     address,
     at,
     byte_of_lane,
+    dot2,
     dot4,
-    dot4_signed,
     dot4_wide,
     fma,
     load_f16,
     mul_f32,
     mul_i32,
     prefetch,
-    signed_byte,
     splat_f32,
     splat_i32,
     store_f32,
@@ -33,10 +32,11 @@ from refimpl.kernels.simd import (
     sub_i32,
     to_f32,
 )
-from refimpl.kernels.words import LANES
+from refimpl.kernels.words import ISA, LANES
 
 FLOATS = EXACT["F32"]
 ZERO_I, ZERO_F = np.int32(0), np.float32(0)
+EIGHT = ISA == "avx512"             # sums of eight rows stay in registers: others have half as many, of half the size
 
 
 class Rounded(NamedTuple):
@@ -52,9 +52,7 @@ class Rounded(NamedTuple):
 @inline
 def dot(kind, total, weights, activations):
     """The integer dot product that fits the kind's weights."""
-    if kind.wide:
-        return dot4_wide(total, weights, activations)
-    return dot4_signed(total, weights, activations) if kind.signed else dot4(total, weights, activations)
+    return dot4_wide(total, weights, activations) if kind.wide else dot4(total, weights, activations)
 
 
 @inline
@@ -65,141 +63,118 @@ def fetch(place, n_bytes, ahead):
             prefetch(at(place, ahead + line))
 
 
-@inline
+# ---- what a row needs of its own
+
+@per_row
+def row_of(q, width, r):
+    """Where row r begins."""
+    return at(q, width * r)
+
+
+@per_row
+def nothing(r, zero):
+    """Zero for every row."""
+    return zero
+
+
+@per_row
 def zero_of(kind, x, r, s):
     """What the dot product of row r over sub-block s (counted through the row) starts from, to take the zero point out."""
     return splat_i32(x.sum_TS[r, s]) if kind.zero else splat_i32(ZERO_I)
 
 
-@inline
+@per_row
+def dots(kind, n, weights, q, c):
+    """Adds the products of 4 weights with columns c.. of the row at q."""
+    return dot(kind, n, weights, at(q, c))
+
+
+@per_row
+def times(n, scale, dots):
+    """n + scale * dots."""
+    return add_i32(n, mul_i32(scale, dots))
+
+
+@per_row
+def times_sums(n, lows, x, r, pair):
+    """Adds the minimums of two sub-blocks, times the sums of row r's numbers there."""
+    return dot2(n, lows, splat_i32(x.sum_TS[r, pair]))
+
+
+@per_row
 def scaled(x, r, b, d, n, total):
     """Adds a block's integers, times its scale and that of row r's block b, to the row's sum."""
     return fma(mul_f32(d, splat_f32(x.d_TB[r, b])), to_f32(n), total)
 
 
-# ---- blocks of 32 under one scale
+@per_row
+def minimum_small(x, r, b, m, total):
+    """Adds the minimum of block b, times the sum of the row's numbers there."""
+    return fma(splat_f32(x.m_TB[r, b]), m, total)
 
-def _one_small(kind, tile, n_blocks, x, r, ahead, out):
-    q, total = at(address(x.q_TD), 32 * n_blocks * r), splat_f32(ZERO_F)
+
+@per_row
+def minimum_large(x, r, b, m, low, total):
+    """Takes off the minimums of block b's sub-blocks: `low` of them, in units of m."""
+    return fma(mul_f32(m, splat_f32(-x.d_TB[r, b])), to_f32(low), total)
+
+
+@per_row
+def column(x, r, c, weights, total):
+    """Adds column c."""
+    return fma(weights, splat_f32(x.x_TD[r, c]), total)
+
+
+# ---- a tile times the rows in the tuple r
+
+def _small(kind, tile, n_blocks, x, r, ahead, out):
+    """Blocks of 32 under one scale."""
+    q, total = row_of(address(x.q_TD), 32 * n_blocks, r), nothing(r, splat_f32(ZERO_F))
     for b in range(n_blocks):
-        block, qb = at(tile, b * kind.n_bytes), at(q, 32 * b)
+        block = at(tile, b * kind.n_bytes)
         fetch(block, kind.n_bytes, ahead)
         n = zero_of(kind, x, r, b)
         for g in range(8):
-            n = dot(kind, n, levels(kind, block, 0, g), at(qb, 4 * g))
+            n = dots(kind, n, levels(kind, block, 0, g), q, 32 * b + 4 * g)
         total = scaled(x, r, b, scale_of_block(kind, block), n, total)
         if kind.has_minimum:
-            total = fma(splat_f32(x.m_TB[r, b]), load_f16(at(block, kind.minimum)), total)
-    store_f32(out, total)
+            total = minimum_small(x, r, b, load_f16(at(block, kind.minimum)), total)
+    _store(out, total)
 
 
-def _four_small(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
-    q, width = address(x.q_TD), 32 * n_blocks
-    q0, q1, q2, q3 = at(q, width * r0), at(q, width * r1), at(q, width * r2), at(q, width * r3)
-    t0, t1, t2, t3 = splat_f32(ZERO_F), splat_f32(ZERO_F), splat_f32(ZERO_F), splat_f32(ZERO_F)
+def _large(kind, tile, n_blocks, x, r, ahead, out):
+    """Blocks of 256 with integer scales in their sub-blocks."""
+    q, total = row_of(address(x.q_TD), 256 * n_blocks, r), nothing(r, splat_f32(ZERO_F))
     for b in range(n_blocks):
-        block = at(tile, b * kind.n_bytes)
-        fetch(block, kind.n_bytes, ahead)
-        n0, n1 = zero_of(kind, x, r0, b), zero_of(kind, x, r1, b)
-        n2, n3 = zero_of(kind, x, r2, b), zero_of(kind, x, r3, b)
-        for g in range(8):
-            w, c = levels(kind, block, 0, g), 32 * b + 4 * g
-            n0, n1 = dot(kind, n0, w, at(q0, c)), dot(kind, n1, w, at(q1, c))
-            n2, n3 = dot(kind, n2, w, at(q2, c)), dot(kind, n3, w, at(q3, c))
-        d = scale_of_block(kind, block)
-        t0, t1 = scaled(x, r0, b, d, n0, t0), scaled(x, r1, b, d, n1, t1)
-        t2, t3 = scaled(x, r2, b, d, n2, t2), scaled(x, r3, b, d, n3, t3)
+        block, n = at(tile, b * kind.n_bytes), nothing(r, splat_i32(ZERO_I))
+        for s in range(kind.n_sub):
+            fetch(at(block, s * (kind.n_bytes // kind.n_sub)), kind.n_bytes // kind.n_sub, ahead)
+            found = zero_of(kind, x, r, kind.n_sub * b + s)
+            for g in range(kind.per_sub // 4):
+                found = dots(kind, found, levels(kind, block, s, g), q, 256 * b + kind.per_sub * s + 4 * g)
+            n = times(n, scale_of(kind, block, s), found)
+        total = scaled(x, r, b, scale_of_block(kind, block), n, total)
         if kind.has_minimum:
-            m = load_f16(at(block, kind.minimum))
-            t0, t1 = fma(splat_f32(x.m_TB[r0, b]), m, t0), fma(splat_f32(x.m_TB[r1, b]), m, t1)
-            t2, t3 = fma(splat_f32(x.m_TB[r2, b]), m, t2), fma(splat_f32(x.m_TB[r3, b]), m, t3)
-    _store_four(out, t0, t1, t2, t3)
+            low = nothing(r, splat_i32(ZERO_I))
+            for pair in range(kind.n_sub // 2):
+                low = times_sums(low, lows_of(kind, block, 2 * pair), x, r, kind.n_sub // 2 * b + pair)
+            total = minimum_large(x, r, b, load_f16(at(block, kind.minimum)), low, total)
+    _store(out, total)
+
+
+def _plain(kind, tile, n_blocks, x, r, ahead, out):
+    """Floats: a block is one column."""
+    total = nothing(r, splat_f32(ZERO_F))
+    for c in range(n_blocks):
+        fetch(at(tile, c * kind.n_bytes), kind.n_bytes, ahead)
+        total = column(x, r, c, column_of(kind, at(tile, c * kind.n_bytes)), total)
+    _store(out, total)
 
 
 @inline
-def _store_four(out, t0, t1, t2, t3):
-    store_f32(out, t0)
-    store_f32(at(out, 64), t1)
-    store_f32(at(out, 128), t2)
-    store_f32(at(out, 192), t3)
-
-
-# ---- blocks of 256 with integer scales in their sub-blocks
-
-def _one_large(kind, tile, n_blocks, x, r, ahead, out):
-    q, total = at(address(x.q_TD), 256 * n_blocks * r), splat_f32(ZERO_F)
-    for b in range(n_blocks):
-        block, n, low = at(tile, b * kind.n_bytes), splat_i32(ZERO_I), splat_i32(ZERO_I)
-        for s in range(kind.n_sub):
-            fetch(at(block, s * (kind.n_bytes // kind.n_sub)), kind.n_bytes // kind.n_sub, ahead)
-            qs, dots = at(q, 256 * b + kind.per_sub * s), zero_of(kind, x, r, kind.n_sub * b + s)
-            for g in range(kind.per_sub // 4):
-                dots = dot(kind, dots, levels(kind, block, s, g), at(qs, 4 * g))
-            n = add_i32(n, mul_i32(scale_of(kind, block, s), dots))
-            if kind.has_minimum:
-                low = add_i32(low, mul_i32(low_of(kind, block, s), splat_i32(x.sum_TS[r, kind.n_sub * b + s])))
-        total = scaled(x, r, b, scale_of_block(kind, block), n, total)
-        if kind.has_minimum:
-            total = fma(mul_f32(load_f16(at(block, kind.minimum)), splat_f32(-x.d_TB[r, b])), to_f32(low), total)
-    store_f32(out, total)
-
-
-def _four_large(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
-    q, width = address(x.q_TD), 256 * n_blocks
-    q0, q1, q2, q3 = at(q, width * r0), at(q, width * r1), at(q, width * r2), at(q, width * r3)
-    t0, t1, t2, t3 = splat_f32(ZERO_F), splat_f32(ZERO_F), splat_f32(ZERO_F), splat_f32(ZERO_F)
-    for b in range(n_blocks):
-        block = at(tile, b * kind.n_bytes)
-        n0, n1, n2, n3 = splat_i32(ZERO_I), splat_i32(ZERO_I), splat_i32(ZERO_I), splat_i32(ZERO_I)
-        low0, low1, low2, low3 = splat_i32(ZERO_I), splat_i32(ZERO_I), splat_i32(ZERO_I), splat_i32(ZERO_I)
-        for s in range(kind.n_sub):
-            first = 256 * b + kind.per_sub * s
-            fetch(at(block, s * (kind.n_bytes // kind.n_sub)), kind.n_bytes // kind.n_sub, ahead)
-            dots0, dots1 = zero_of(kind, x, r0, kind.n_sub * b + s), zero_of(kind, x, r1, kind.n_sub * b + s)
-            dots2, dots3 = zero_of(kind, x, r2, kind.n_sub * b + s), zero_of(kind, x, r3, kind.n_sub * b + s)
-            for g in range(kind.per_sub // 4):
-                w, c = levels(kind, block, s, g), first + 4 * g
-                dots0, dots1 = dot(kind, dots0, w, at(q0, c)), dot(kind, dots1, w, at(q1, c))
-                dots2, dots3 = dot(kind, dots2, w, at(q2, c)), dot(kind, dots3, w, at(q3, c))
-            scale = scale_of(kind, block, s)
-            n0, n1 = add_i32(n0, mul_i32(scale, dots0)), add_i32(n1, mul_i32(scale, dots1))
-            n2, n3 = add_i32(n2, mul_i32(scale, dots2)), add_i32(n3, mul_i32(scale, dots3))
-            if kind.has_minimum:
-                m = low_of(kind, block, s)
-                low0 = add_i32(low0, mul_i32(m, splat_i32(x.sum_TS[r0, kind.n_sub * b + s])))
-                low1 = add_i32(low1, mul_i32(m, splat_i32(x.sum_TS[r1, kind.n_sub * b + s])))
-                low2 = add_i32(low2, mul_i32(m, splat_i32(x.sum_TS[r2, kind.n_sub * b + s])))
-                low3 = add_i32(low3, mul_i32(m, splat_i32(x.sum_TS[r3, kind.n_sub * b + s])))
-        d = scale_of_block(kind, block)
-        t0, t1 = scaled(x, r0, b, d, n0, t0), scaled(x, r1, b, d, n1, t1)
-        t2, t3 = scaled(x, r2, b, d, n2, t2), scaled(x, r3, b, d, n3, t3)
-        if kind.has_minimum:
-            m = load_f16(at(block, kind.minimum))
-            t0 = fma(mul_f32(m, splat_f32(-x.d_TB[r0, b])), to_f32(low0), t0)
-            t1 = fma(mul_f32(m, splat_f32(-x.d_TB[r1, b])), to_f32(low1), t1)
-            t2 = fma(mul_f32(m, splat_f32(-x.d_TB[r2, b])), to_f32(low2), t2)
-            t3 = fma(mul_f32(m, splat_f32(-x.d_TB[r3, b])), to_f32(low3), t3)
-    _store_four(out, t0, t1, t2, t3)
-
-
-# ---- floats: a block is one column
-
-def _one_plain(kind, tile, n_blocks, x, r, ahead, out):
-    total = splat_f32(ZERO_F)
-    for c in range(n_blocks):
-        fetch(at(tile, c * kind.n_bytes), kind.n_bytes, ahead)
-        total = fma(column_of(kind, at(tile, c * kind.n_bytes)), splat_f32(x.x_TD[r, c]), total)
-    store_f32(out, total)
-
-
-def _four_plain(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
-    t0, t1, t2, t3 = splat_f32(ZERO_F), splat_f32(ZERO_F), splat_f32(ZERO_F), splat_f32(ZERO_F)
-    for c in range(n_blocks):
-        fetch(at(tile, c * kind.n_bytes), kind.n_bytes, ahead)
-        w = column_of(kind, at(tile, c * kind.n_bytes))
-        t0, t1 = fma(w, splat_f32(x.x_TD[r0, c]), t0), fma(w, splat_f32(x.x_TD[r1, c]), t1)
-        t2, t3 = fma(w, splat_f32(x.x_TD[r2, c]), t2), fma(w, splat_f32(x.x_TD[r3, c]), t3)
-    _store_four(out, t0, t1, t2, t3)
+def _store(out, total):
+    for i in range(len(total)):
+        store_f32(at(out, 4 * LANES * i), total[i])
 
 
 # ---- quantized weights in exact arithmetic: made float32 first, a tile at a time
@@ -209,9 +184,7 @@ def _widen_small(kind, block, out):
     for g in range(8):
         w = levels(kind, block, 0, g)
         for j in range(4):
-            q = byte_of_lane(w, j)
-            q = signed_byte(q) if kind.signed else sub_i32(q, splat_i32(np.int32(kind.zero)))
-            value = mul_f32(d, to_f32(q))
+            value = mul_f32(d, to_f32(sub_i32(byte_of_lane(w, j), splat_i32(np.int32(kind.zero)))))
             if kind.has_minimum:
                 value = add_f32(value, load_f16(at(block, kind.minimum)))
             store_f32(at(out, 64 * (4 * g + j)), value)
@@ -244,28 +217,17 @@ def _widen(kind, block, out):
 
 # ---- a tile times any rows
 
-ONE = {"small": _one_small, "large": _one_large, "plain": _one_plain}
-FOUR = {"small": _four_small, "large": _four_large, "plain": _four_plain}
+SOME = {"small": _small, "large": _large, "plain": _plain}
 
 
-def one(kind, tile, n_blocks, x, r, ahead, out):
-    """Row r of the activations `x` (a Rounded) times a tile: 16 float32 to `out`."""
-    ONE[kind.family](kind, tile, n_blocks, x, r, ahead, out)
+def some(kind, tile, n_blocks, x, r, ahead, out):
+    """The rows of the activations `x` (a Rounded) that the tuple r names, times a tile: 16 float32 for each to `out`."""
+    SOME[kind.family](kind, tile, n_blocks, x, r, ahead, out)
 
 
-@overload(one, jit_options=INLINE)
-def _one(kind, tile, n_blocks, x, r, ahead, out):
-    return ONE[kind.kind.family]
-
-
-def four(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
-    """Four rows of the activations times a tile: 4 times 16 float32 to `out`."""
-    FOUR[kind.family](kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out)
-
-
-@overload(four, jit_options=INLINE)
-def _four(kind, tile, n_blocks, x, r0, r1, r2, r3, ahead, out):
-    return FOUR[kind.kind.family]
+@overload(some, jit_options=INLINE)
+def _some(kind, tile, n_blocks, x, r, ahead, out):
+    return SOME[kind.kind.family]
 
 
 @inline
@@ -274,11 +236,17 @@ def _rows_as_stored(kind, tile, n_blocks, x, row_P, first, end, wide, out):
     but where the fields of a block are read here and there it does not see the pattern.
     """
     p, ahead = first, n_blocks * kind.n_bytes if end - first > 1 or kind.scattered else 0
+    if EIGHT:
+        while p + 8 <= end:
+            r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3], row_P[p + 4], row_P[p + 5], row_P[p + 6], row_P[p + 7])
+            some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
+            p, ahead = p + 8, 0
     while p + 4 <= end:
-        four(kind, tile, n_blocks, x, row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3], ahead, at(out, 4 * LANES * (p - first)))
+        r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3])
+        some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
         p, ahead = p + 4, 0
     while p < end:
-        one(kind, tile, n_blocks, x, row_P[p], ahead, at(out, 4 * LANES * (p - first)))
+        some(kind, tile, n_blocks, x, (row_P[p],), ahead, at(out, 4 * LANES * (p - first)))
         p, ahead = p + 1, 0
 
 

@@ -8,6 +8,8 @@ arithmetic lane by lane, and a multiply-add is fused only where `fma` is written
 A vector is one of three types. `U8x64` holds 64 bytes: 16 lanes of 4. `I32x16` and `F32x16` hold 16 lanes.
 """
 
+from functools import partial
+
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -324,6 +326,12 @@ def byte_of_lane(v, j):
     return v.reshape(LANES, 4)[:, j].astype(np.int32)
 
 
+@word(U8x64, U8x64, every=lambda builder, v: builder.xor(v, ir.Constant(U8x64.llvm, [128] * 64)))
+def plus_128(v):
+    """Signed bytes, 128 higher: unsigned ones."""
+    return v ^ np.uint8(128)
+
+
 # ---- integer products: 4 weights of each row with the same 4 activations
 
 def _four(builder, activations, lanes: int = LANES):
@@ -353,84 +361,80 @@ def _dot4_avx2(builder, total, weights, activations):
     return builder.add(total, by_halves(builder, half, weights))
 
 
-def _dot4_portable(signed: bool):
-    """Emits the sum of 4 products a lane from 16-bit halves, in the form that LLVM knows as multiply-and-add-pairs on SSE2 and Arm."""
-    words, eight = ir.VectorType(SHORT, 32), ir.Constant(ir.VectorType(SHORT, 32), [8] * 32)
+def _pairs_portable(builder, total, a, b):
+    """Adds the products of 16-bit neighbours, in the form that LLVM knows as multiply-and-add-pairs on SSE2 and Arm."""
+    words = ir.VectorType(SHORT, 2 * LANES)
+    nothing = ir.Constant(words, ir.Undefined)
+    for k in (0, 1):
+        index = ir.Constant(I32x16.llvm, list(range(k, 2 * LANES, 2)))
+        low_or_high = (builder.shuffle_vector(builder.bitcast(v, words), nothing, index) for v in (a, b))
+        total = builder.add(total, builder.mul(*(builder.sext(v, I32x16.llvm) for v in low_or_high)))
+    return total
 
-    def signed_bytes(builder, v):
-        return builder.ashr(builder.shl(v, eight), eight), builder.ashr(v, eight)
 
-    def unsigned_bytes(builder, v):
-        return builder.and_(v, ir.Constant(words, [255] * 32)), builder.lshr(v, eight)
-
-    def emit(builder, total, weights, activations):
-        w = (signed_bytes if signed else unsigned_bytes)(builder, builder.bitcast(weights, words))
-        x = signed_bytes(builder, builder.bitcast(_four(builder, activations), words))
-        nothing = ir.Constant(words, ir.Undefined)
-        for a, b in zip(w, x):                                   # bytes 0 and 2 of each lane, then 1 and 3
-            for k in (0, 1):
-                index = ir.Constant(I32x16.llvm, list(range(k, 32, 2)))
-                factors = (builder.sext(builder.shuffle_vector(v, nothing, index), I32x16.llvm) for v in (a, b))
-                total = builder.add(total, builder.mul(*factors))
-        return total
-    return emit
+def _dot4_portable(builder, total, weights, activations):
+    words, eight = ir.VectorType(SHORT, 2 * LANES), ir.Constant(ir.VectorType(SHORT, 2 * LANES), [8] * 32)
+    w, x = builder.bitcast(weights, words), builder.bitcast(_four(builder, activations), words)
+    low, low_x = builder.and_(w, ir.Constant(words, [255] * 32)), builder.ashr(builder.shl(x, eight), eight)      # bytes 0 and 2
+    total = _pairs_portable(builder, total, low, low_x)
+    return _pairs_portable(builder, total, builder.lshr(w, eight), builder.ashr(x, eight))                         # 1 and 3
 
 
 @word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2,
-      portable=_dot4_portable(signed=False))
+      portable=_dot4_portable)
 def dot4(total, weights, activations):
     """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights of at most 128, int8 activations.
 
-    (Above 128 the 16-bit sums of AVX2 could overflow; `dot4_wide` and `dot4_signed` take the full range of a byte.)
+    (Above 128 the 16-bit sums of AVX2 could overflow; `dot4_wide` takes the full range of a byte.)
     """
     x = activations.span(4).view(np.int8).astype(np.int32)
     return total + (weights.reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
 
 
-def _dot4_signed_by(dot4):
-    """`vpdpbusd` wants one side unsigned: weights + 128, and 128 times the activations' sum is taken off again."""
-    def emit(builder, total, weights, activations):
-        shifted, bytes_of_128 = builder.xor(weights, ir.Constant(U8x64.llvm, [128] * 64)), ir.Constant(U8x64.llvm, [128] * 64)
-        excess = dot4(builder, ir.Constant(I32x16.llvm, [0] * LANES), bytes_of_128, activations)
-        return builder.sub(dot4(builder, total, shifted, activations), excess)
-    return emit
-
-
-def _dot4_of_words(builder, total, weights, activations, extend):
-    """For AVX2, with both sides as 16-bit words; `extend` makes them of the weights' bytes."""
+def _dot4_wide_avx2(builder, total, weights, activations):
+    """With both sides as 16-bit words."""
     words, ints = ir.VectorType(SHORT, 16), ir.VectorType(INT, 8)
     four = builder.sext(builder.bitcast(_four(builder, activations, 4), ir.VectorType(BYTE, 16)), words)
 
     def quarter(w):         # 16 weights: 4 lanes, as 8 sums of pairs
-        return call(builder, "llvm.x86.avx2.pmadd.wd", ints, extend(w, words), four)
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ints, builder.zext(w, words), four)
     pairs = by_halves(builder, lambda half: by_halves(builder, quarter, half), weights)
     even, odd = (ir.Constant(I32x16.llvm, list(range(k, 32, 2))) for k in (0, 1))
     nothing = ir.Constant(pairs.type, ir.Undefined)
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
 
 
-def _dot4_signed_avx2(builder, total, weights, activations):
-    return _dot4_of_words(builder, total, weights, activations, builder.sext)
-
-
-@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_signed_by(_dot4_avx512), avxvnni=_dot4_signed_by(_dot4_avxvnni),
-      avx2=_dot4_signed_avx2, portable=_dot4_portable(signed=True))
-def dot4_signed(total, weights, activations):
-    """As `dot4`, with the bytes of `weights` read as int8."""
-    x = activations.span(4).view(np.int8).astype(np.int32)
-    return total + (weights.view(np.int8).reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
-
-
-def _dot4_wide_avx2(builder, total, weights, activations):
-    return _dot4_of_words(builder, total, weights, activations, builder.zext)
-
-
 @word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_wide_avx2,
-      portable=_dot4_portable(signed=False))
+      portable=_dot4_portable)
 def dot4_wide(total, weights, activations):
     """As `dot4`, with weights of the full range of a byte, 0 to 255."""
     x = activations.span(4).view(np.int8).astype(np.int32)
     return total + (weights.reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
+
+
+def _dot2_of(name: str, lanes: int):
+    def emit(builder, total, a, b):
+        return call(builder, name, ir.VectorType(INT, lanes), total, a, b)
+    return emit
+
+
+def _dot2_avx2(builder, total, a, b):
+    def half(a, b):
+        words = ir.VectorType(SHORT, 16)
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), builder.bitcast(a, words), builder.bitcast(b, words))
+    return builder.add(total, by_halves(builder, half, a, b))
+
+
+def _dot2_avxvnni(builder, total, a, b):
+    return by_halves(builder, partial(_dot2_of("llvm.x86.avx512.vpdpwssd.256", 8), builder), total, a, b)
+
+
+@word(I32x16, I32x16, I32x16, I32x16, avx512=_dot2_of("llvm.x86.avx512.vpdpwssd.512", LANES), avxvnni=_dot2_avxvnni, avx2=_dot2_avx2,
+      portable=_pairs_portable)
+def dot2(total, a, b):
+    """total + a_low * b_low + a_high * b_high for every lane, modulo 2^32: a lane of a and of b is two int16, the low one first."""
+    products = a.view(np.int16).astype(np.int32) * b.view(np.int16).astype(np.int32)
+    return total + products[0::2] + products[1::2]
 
 
 # ---- lanes
@@ -479,16 +483,6 @@ def _field(builder, v, shift, mask):
 def field_i32(v, shift, mask):
     """(v >> shift) & mask for every lane, read as unsigned; shift 0 to 31."""
     return ((v.view(np.uint32) >> np.uint32(shift)) & np.uint32(mask)).view(np.int32)
-
-
-def _signed_byte(builder, v):
-    return builder.ashr(builder.shl(v, lanes(24)), lanes(24))
-
-
-@word(I32x16, I32x16, every=_signed_byte)
-def signed_byte(v):
-    """The low byte of every lane, read as int8."""
-    return v.astype(np.uint32).astype(np.uint8).view(np.int8).astype(np.int32)
 
 
 def _folded(emit):
