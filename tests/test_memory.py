@@ -1,5 +1,9 @@
 """What a model will take, counted by hand on small files, and what made-up machines have to give."""
 
+import os
+import platform
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -125,3 +129,23 @@ def test_one_line_says_what_is_needed_and_what_helps():
     with pytest.raises(MemoryRefusal, match="2.00 GB free; the weights alone are too much") as refusal:
         refuse_unless_it_fits(need, 2 * GB, "x.gguf")
     assert "-c" not in str(refusal.value) and isinstance(refusal.value, ValueError) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of GNU's C library")
+def test_freed_memory_comes_back_without_page_faults():
+    """A layer's arrays, twenty times: in a process of its own, as the setting is for good."""
+    code = """if True:
+        import numpy as np, resource, sys
+        from refimpl.model.memory import keep_freed_memory
+        if sys.argv[1] == "kept":
+            keep_freed_memory()
+        faults = []
+        for _ in range(20):
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+            arrays = [np.ones(12 << 20, np.uint8) for _ in range(4)]        # more than GNU's own limit of what stays
+            del arrays
+        print(faults[-1] - faults[2])"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+    kept, without = (int(subprocess.run([sys.executable, "-c", code, how], env=environment, capture_output=True, text=True, check=True).stdout)
+                     for how in ("kept", "without"))
+    assert kept < 20 < without, (kept, without)

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from refimpl.formats.matrix import Matrix
-from refimpl.model.memory import stored_bytes
+from refimpl.model.memory import keep_freed_memory, stored_bytes
 
 ARITHMETIC = ("q8", "exact")
 
@@ -55,6 +55,7 @@ def kernel_backend(arithmetic: str, threads: int) -> Backend:
     from refimpl.kernels import attention, matmul, moe, ops, tiles
     from refimpl.kernels.threads import running
 
+    keep_freed_memory()
     product, kv_type = {"exact": (matmul.matmul, np.float32), "q8": (matmul.matmul_q8, np.float16)}[arithmetic]
     return Backend("kernels", arithmetic, threads, product, attention.attend, moe.choose, partial(moe.run_experts, product),
                    partial(moe.matmul_chosen, product), ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap,

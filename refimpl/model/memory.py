@@ -5,6 +5,9 @@ the pages of the mapped file, which the system takes back when it needs them: of
 untied model, the per-layer inputs), and of matrices that are being rearranged.
 """
 
+import ctypes
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -21,6 +24,8 @@ from refimpl.model.config import Config, MoeFfn
 from refimpl.model.weights import PerLayerEmbedding, Weights, weights_from_gguf
 
 COMPILER_BYTES = 200 << 20          # what Numba and LLVM take when they compile the kernels
+OWN_MAPPING, KEPT = 128 << 20, 256 << 20        # bytes from which on an array is mapped by itself; freed bytes at the heap's end that stay
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # malloc.h
 
 
 class MemoryRefusal(ValueError):
@@ -144,6 +149,19 @@ def available(root: Path = ROOT) -> int:
                 files = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
                 left = min(left, int(allowed) - int(used) + files)
     return max(left, 0)
+
+
+def keep_freed_memory():
+    """Has the C library keep what was freed, up to KEPT bytes, so that a layer's arrays come to lie where those of the layer before lay.
+
+    By default (GNU's) they go back to the system and come back page by page, filled with zeros: 3 to 5 % of the time of a prompt. Other
+    systems are left alone, and so is a process that was told otherwise (MALLOC_..., GLIBC_TUNABLES in its environment).
+    """
+    told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not told else None
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def _numbers(path: Path) -> dict[str, int]:
