@@ -12,7 +12,6 @@ position modulo 16. Values are added in the order of positions.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numba import prange, types
 from numba.extending import overload, register_jitable
@@ -39,6 +38,7 @@ from refimpl.kernels.simd import (
     sub_f32,
     sum_f32,
 )
+from refimpl.kernels.threads import current
 from refimpl.kernels.words import ISA, LANES, Pointer
 
 CHUNK, SPAN = 64, 512
@@ -94,7 +94,7 @@ def attend(q_TNH: np.ndarray, k_SKH: np.ndarray, v_SKH: np.ndarray, first_T: np.
         raise ValueError(f"{n_head} query heads of {head_dim} do not fit {n_kv} key heads of {width}, or {width} is no multiple of {LANES}")
     if first_T.dtype != INT64 or end_T.dtype != INT64 or first_T.shape != (n_tok,) or end_T.shape != (n_tok,):
         raise ValueError(f"expected {n_tok} positions in int64 twice, got {first_T.dtype} {first_T.shape}, {end_T.dtype} {end_T.shape}")
-    first_T, end_T, n = np.ascontiguousarray(first_T), np.ascontiguousarray(end_T), numba.get_num_threads()
+    first_T, end_T, n = np.ascontiguousarray(first_T), np.ascontiguousarray(end_T), current()
     bad, rows, wave, heads, n_spans = plan(first_T, end_T, n_slots, n_head, n_kv, head_dim, n)
     if bad < n_tok:
         raise ValueError(f"row {bad} is to see positions {first_T[bad]} to {end_T[bad]}: expected 1 to {n_slots} of them, from 0 on")

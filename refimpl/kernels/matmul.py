@@ -4,7 +4,6 @@ A thread owns tiles, that is output rows, and never part of a sum; so the result
 each row of activations goes its own way through rows.py, for any number of rows.
 """
 
-import numba
 import numpy as np
 from numba import prange
 
@@ -13,6 +12,7 @@ from refimpl.kernels.jit import kernel
 from refimpl.kernels.kinds import EXACT, Q8, Kind
 from refimpl.kernels.rows import Rounded, rows
 from refimpl.kernels.simd import address, at, load_f32, store_f32_part
+from refimpl.kernels.threads import current
 from refimpl.kernels.tiles import Tiles
 from refimpl.kernels.words import LANES
 
@@ -39,7 +39,7 @@ def product(x_TD: np.ndarray, w_OD: Tiles, kinds: dict[str, Kind]) -> np.ndarray
     x_TD = checked(x_TD, w_OD.shape[1])
     y_TO = np.empty((len(x_TD), w_OD.shape[0]), np.float32)
     if len(x_TD):
-        multiply(kind, w_OD.raw[0], x_TD, y_TO, numba.get_num_threads())
+        multiply(kind, w_OD.raw[0], x_TD, y_TO, current())
     return y_TO
 
 

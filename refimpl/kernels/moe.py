@@ -4,7 +4,6 @@ Every thread works on every expert, on its own share of the expert's rows. So th
 token's 8 experts keep all threads busy, and a thread never adds to what another one writes.
 """
 
-import numba
 import numpy as np
 from numba import prange
 
@@ -15,6 +14,7 @@ from refimpl.kernels.kinds import EXACT, Q8
 from refimpl.kernels.matmul import checked, matmul, matmul_q8
 from refimpl.kernels.rows import Rounded, rows
 from refimpl.kernels.simd import address, at, fma, load_f32, load_f32_part, mul_f32, splat_f32, store_f32_part, sub_f32
+from refimpl.kernels.threads import current
 from refimpl.kernels.tiles import Tiles
 from refimpl.kernels.words import LANES
 
@@ -77,7 +77,7 @@ def run_experts(matmul, x_TD: np.ndarray, id_TX: np.ndarray, weight_TX: np.ndarr
     if len(x_TD):
         used = kinds[gate_EMD.type], kinds[up_EMD.type], kinds[down_EDM.type]
         mix(*used, gate_EMD.raw, up_EMD.raw, down_EDM.raw, n_hidden, x_TD, np.ascontiguousarray(id_TX), np.ascontiguousarray(weight_TX),
-            y_TD, numba.get_num_threads())
+            y_TD, current())
     return y_TD
 
 
@@ -175,7 +175,7 @@ def matmul_chosen(matmul, x_TD: np.ndarray, id_TX: np.ndarray, w_EOD: Tiles) -> 
         raise ValueError(f"ids must be 0 to {n_expert - 1}, got {id_TX.min()} to {id_TX.max()}")
     y_TXO = np.empty((*id_TX.shape, n_out), np.float32)
     if id_TX.size:
-        multiply_chosen(KINDS[matmul][w_EOD.type], w_EOD.raw, x_TD, np.ascontiguousarray(id_TX), y_TXO, numba.get_num_threads())
+        multiply_chosen(KINDS[matmul][w_EOD.type], w_EOD.raw, x_TD, np.ascontiguousarray(id_TX), y_TXO, current())
     return y_TXO
 
 

@@ -5,7 +5,6 @@ these and at last across lanes. Decoding calls these functions hundreds of times
 much to do.
 """
 
-import numba
 import numpy as np
 from numba import prange
 
@@ -27,6 +26,7 @@ from refimpl.kernels.simd import (
     sub_f32,
     sum_f32,
 )
+from refimpl.kernels.threads import current
 from refimpl.kernels.words import LANES
 
 MANY = 1 << 15              # numbers from which on threads share the work; one thread does as many in 5 to 20 us
@@ -35,7 +35,7 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 def threads_for(size: int) -> int:
     """How many threads to use for this many numbers."""
-    return 1 if size < MANY else numba.get_num_threads()
+    return 1 if size < MANY else current()
 
 
 def refuse(*arrays: np.ndarray):

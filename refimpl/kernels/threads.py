@@ -140,13 +140,25 @@ def running(n: int):
     """
     import numba
 
-    before = numba.get_num_threads()
+    before, told = numba.get_num_threads(), getattr(_here, "n", None)
     numba.set_num_threads(n)
+    _here.n = n
     try:
         with _alone if numba.threading_layer() == "workqueue" else contextlib.nullcontext(), _one_blas_thread:
             yield
     finally:
+        _here.n = told
         numba.set_num_threads(before)
+
+
+def current() -> int:
+    """How many threads a parallel kernel gets now: as `running` says, else as Numba says (who takes 0.7 us to say it, 60 times a token)."""
+    n = getattr(_here, "n", None)
+    if n is None:
+        import numba
+
+        n = numba.get_num_threads()
+    return n
 
 
 def layer() -> str:
@@ -197,4 +209,4 @@ def _libraries() -> list[LibController]:
     return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
-_alone, _one_blas_thread = threading.RLock(), _OneBlasThread()
+_alone, _one_blas_thread, _here = threading.RLock(), _OneBlasThread(), threading.local()

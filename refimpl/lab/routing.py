@@ -180,7 +180,7 @@ def _relative_error(model: Model, layer: LayerWeights, x_TD: np.ndarray, y_TD: n
     backend, eps, seen = model.backend, model.config.norm_eps, {}
     with backend.running():
         moe_ffn(layer, layer.ffn, backend, x_TD, backend.rms_norm(x_TD, layer.norm_before_ffn_D, eps), eps, seen.__setitem__)
-    off_T = np.linalg.norm(seen[f"ffn_moe-{layer.spec.index}"] - y_TD, axis=1)
+    off_T = np.linalg.norm(seen["ffn_moe"] - y_TD, axis=1)
     return float((off_T / np.linalg.norm(y_TD, axis=1)).mean())
 
 

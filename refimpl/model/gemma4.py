@@ -51,6 +51,13 @@ def both(first: Tap, then: Tap) -> Tap:
     return first if then is no_tap else tap
 
 
+def of_layer(tap: Tap, i: int) -> Tap:
+    """A tap for what happens inside of layer i: it adds "-i" to the names."""
+    if tap is no_tap:
+        return no_tap
+    return lambda name, value: tap(f"{name}-{i}", value)
+
+
 def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarray, cache: Cache, tap: Tap = no_tap) -> np.ndarray:
     """Runs tokens at positions cache.length, cache.length + 1, ... Returns the final normed state, float32 (T, D).
 
@@ -105,31 +112,32 @@ def run_layer(config, layer: LayerWeights, backend: Backend, x_TD, per_layer_TLP
     The query at position pos_T[t] sees keys up to end_T[t] - 1: its own is the last here, the one before it in a drafter.
     """
     i, eps = layer.spec.index, config.norm_eps
+    tap = of_layer(tap, i)
     normed_TD = backend.rms_norm(x_TD, layer.attention.norm_before_D, eps)
-    tap(f"attn_norm-{i}", normed_TD)
+    tap("attn_norm", normed_TD)
     attended_TD = attention(layer.spec, layer.attention, backend, normed_TD, angles, pos_T, end_T, cache, eps, tap)
     attended_TD = backend.rms_norm(attended_TD, layer.attention.norm_after_D, eps)
-    tap(f"attn_post_norm-{i}", attended_TD)
+    tap("attn_post_norm", attended_TD)
     x_TD = x_TD + attended_TD
-    tap(f"attn_out-{i}", x_TD)
+    tap("attn_out", x_TD)
 
     normed_TD = backend.rms_norm(x_TD, layer.norm_before_ffn_D, eps)
     if isinstance(layer.ffn, MoeWeights):
-        tap(f"ffn_norm_1-{i}", normed_TD)
+        tap("ffn_norm_1", normed_TD)
         y_TD = moe_ffn(layer, layer.ffn, backend, x_TD, normed_TD, eps, tap)
-        tap(f"ffn_moe_combined-{i}", y_TD)
+        tap("ffn_moe_combined", y_TD)
     else:
-        tap(f"ffn_norm-{i}", normed_TD)
-        y_TD = dense_ffn(i, layer.ffn, backend, normed_TD, tap)
-        tap(f"ffn_out-{i}", y_TD)
+        tap("ffn_norm", normed_TD)
+        y_TD = dense_ffn(layer.ffn, backend, normed_TD, tap)
+        tap("ffn_out", y_TD)
     y_TD = backend.rms_norm(y_TD, layer.norm_after_ffn_D, eps)
-    tap(f"ffn_post_norm-{i}", y_TD)
+    tap("ffn_post_norm", y_TD)
     x_TD = x_TD + y_TD
 
     if isinstance(layer.per_layer, PerLayerWeights):
-        tap(f"pe_in-{i}", x_TD)
+        tap("pe_in", x_TD)
         branch_TD = per_layer_branch(layer.per_layer, backend, x_TD, per_layer_TLP[:, i], eps)
-        tap(f"per_layer_embd_out-{i}", branch_TD)
+        tap("per_layer_embd_out", branch_TD)
         x_TD = x_TD + branch_TD
     return x_TD * layer.output_scale
 
@@ -137,38 +145,38 @@ def run_layer(config, layer: LayerWeights, backend: Backend, x_TD, per_layer_TLP
 def attention(spec, w: AttentionWeights, backend: Backend, x_TD, angles, pos_T, end_T, cache: Cache, eps: float,
               tap: Tap) -> np.ndarray:
     """Projects, normalises, rotates, remembers, attends. transformers: Gemma4TextAttention."""
-    i, n_tok = spec.index, len(x_TD)
+    n_tok = len(x_TD)
     q_TNH = backend.matmul(x_TD, w.query_AD).reshape(n_tok, spec.n_head, spec.head_dim)
-    tap(f"Qcur-{i}", q_TNH)
+    tap("Qcur", q_TNH)
     q_TNH = backend.rms_norm(q_TNH, w.query_norm_H, eps)
-    tap(f"Qcur_normed-{i}", q_TNH)
+    tap("Qcur_normed", q_TNH)
     q_TNH = backend.rotate(q_TNH, *angles)
-    tap(f"Qcur_pos-{i}", q_TNH)
+    tap("Qcur_pos", q_TNH)
     if not isinstance(w.kv, SharedKv):
         k_TKH = backend.matmul(x_TD, w.kv.key_OD).reshape(n_tok, spec.n_kv, spec.head_dim)
         v_TKH = k_TKH if spec.values_are_keys else backend.matmul(x_TD, w.kv.value_OD).reshape(k_TKH.shape)
-        tap(f"Kcur-{i}", k_TKH)
-        tap(f"Vcur-{i}", v_TKH)
+        tap("Kcur", k_TKH)
+        tap("Vcur", v_TKH)
         k_TKH = backend.rms_norm(k_TKH, w.kv.key_norm_H, eps)
-        tap(f"Kcur_normed-{i}", k_TKH)
+        tap("Kcur_normed", k_TKH)
         v_TKH = backend.rms_normalise(v_TKH, eps)
-        tap(f"Vcur_normed-{i}", v_TKH)
+        tap("Vcur_normed", v_TKH)
         k_TKH = backend.rotate(k_TKH, *angles)
-        tap(f"Kcur_pos-{i}", k_TKH)
-        cache.layers[i].write(pos_T[0], k_TKH, v_TKH)
+        tap("Kcur_pos", k_TKH)
+        cache.layers[spec.index].write(pos_T[0], k_TKH, v_TKH)
     kept = cache.layers[spec.kv_from]
     out_TNH = backend.attend(q_TNH, kept.k_SKH, kept.v_SKH, kept.first_in_sight(pos_T), end_T)
-    tap(f"kqv_out-{i}", out_TNH)
+    tap("kqv_out", out_TNH)
     return backend.matmul(out_TNH.reshape(n_tok, -1), w.output_DA)
 
 
-def dense_ffn(i: int, w: DenseWeights, backend: Backend, x_TD: np.ndarray, tap: Tap) -> np.ndarray:
-    """down(gelu(gate(x)) * up(x)) of layer i. transformers: Gemma4TextMLP."""
+def dense_ffn(w: DenseWeights, backend: Backend, x_TD: np.ndarray, tap: Tap) -> np.ndarray:
+    """down(gelu(gate(x)) * up(x)). transformers: Gemma4TextMLP."""
     gate_TF, up_TF = backend.matmul(x_TD, w.gate_FD), backend.matmul(x_TD, w.up_FD)
-    tap(f"ffn_gate-{i}", gate_TF)
-    tap(f"ffn_up-{i}", up_TF)
+    tap("ffn_gate", gate_TF)
+    tap("ffn_up", up_TF)
     gated_TF = backend.gated(gate_TF, up_TF)
-    tap(f"ffn_geglu-{i}", gated_TF)
+    tap("ffn_geglu", gated_TF)
     return backend.matmul(gated_TF, w.down_DF)
 
 
@@ -178,21 +186,20 @@ def moe_ffn(layer: LayerWeights, w: MoeWeights, backend: Backend, x_TD, normed_T
     The router and the experts start from the residual stream `x_TD`: the router behind a norm without weight, the experts behind
     a norm of their own. transformers: Gemma4TextDecoderLayer.forward, Gemma4TextRouter, Gemma4TextExperts.
     """
-    i = layer.spec.index
-    dense_TD = backend.rms_norm(dense_ffn(i, w.dense, backend, normed_TD, tap), w.norm_after_dense_D, eps)
-    tap(f"ffn_mlp-{i}", dense_TD)
+    dense_TD = backend.rms_norm(dense_ffn(w.dense, backend, normed_TD, tap), w.norm_after_dense_D, eps)
+    tap("ffn_mlp", dense_TD)
     routed_TD = backend.rms_normalise(x_TD, eps) * w.router_scale_D * np.float32(x_TD.shape[1] ** -0.5)
     logit_TE = backend.matmul(routed_TD, w.router_ED)
-    tap(f"ffn_moe_logits-{i}", logit_TE)
+    tap("ffn_moe_logits", logit_TE)
     id_TX, weight_TX = backend.choose(logit_TE, layer.spec.ffn.n_used, w.expert_scale_E)
-    tap(f"ffn_moe_topk-{i}", id_TX)
-    tap(f"ffn_moe_weights-{i}", weight_TX)
+    tap("ffn_moe_topk", id_TX)
+    tap("ffn_moe_weights", weight_TX)
     expert_in_TD = backend.rms_norm(x_TD, w.norm_before_experts_D, eps)
-    tap(f"ffn_norm_2-{i}", expert_in_TD)
+    tap("ffn_norm_2", expert_in_TD)
     expert_TD = backend.run_experts(expert_in_TD, id_TX, weight_TX, w.gate_EMD, w.up_EMD, w.down_EDM)
-    tap(f"ffn_moe_out-{i}", expert_TD)
+    tap("ffn_moe_out", expert_TD)
     expert_TD = backend.rms_norm(expert_TD, w.norm_after_experts_D, eps)
-    tap(f"ffn_moe-{i}", expert_TD)
+    tap("ffn_moe", expert_TD)
     return dense_TD + expert_TD
 
 
