@@ -120,11 +120,11 @@ def mix(gate_kind, up_kind, down_kind, gate, up, down, n_hidden, x_TD, id_TX, we
             round_row(up_kind, x_TD, t, up_q, up_d, up_sum, up_m)
 
     wide_NW = np.empty((n, LANES * max(width, n_hidden) if gate_kind.widened or up_kind.widened or down_kind.widened else 0), np.float32)
-    hidden_PM, result_NR = np.empty((n_pick, n_hidden), np.float32), np.empty((n, 2 * LANES * most), np.float32)
+    hidden_PM, result_NR = np.empty((n_pick, n_hidden), np.float32), np.empty((n, LANES * (2 * most + 1)), np.float32)
     for thread in prange(n):
         x_gate, x_up = Rounded(x_TD, gate_q, gate_d, gate_sum, gate_m), Rounded(x_TD, up_q, up_d, up_sum, up_m)
         gates, ups, hiddens = address(gate), address(up), address(hidden_PM)
-        g, wide = at(address(result_NR), thread * 8 * LANES * most), at(address(wide_NW), thread * 4 * wide_NW.shape[1])
+        g, wide = at(address(result_NR), thread * 4 * result_NR.shape[1]), at(address(wide_NW), thread * 4 * wide_NW.shape[1])
         u = at(g, 4 * LANES * most)
         for e in range(n_expert):
             first, end = first_E[e], first_E[e + 1]
@@ -149,7 +149,7 @@ def mix(gate_kind, up_kind, down_kind, gate, up, down, n_hidden, x_TD, id_TX, we
     for thread in prange(n):
         x_down = Rounded(hidden_PM, down_q, down_d, down_sum, down_m)
         downs, to = address(down), address(y_TD)
-        result, wide = at(address(result_NR), thread * 8 * LANES * most), at(address(wide_NW), thread * 4 * wide_NW.shape[1])
+        result, wide = at(address(result_NR), thread * 4 * result_NR.shape[1]), at(address(wide_NW), thread * 4 * wide_NW.shape[1])
         for e in range(n_expert):
             first, end = first_E[e], first_E[e + 1]
             if first == end:

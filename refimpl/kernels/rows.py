@@ -1,4 +1,4 @@
-"""The innermost loops: one tile of 16 weight rows times one row of activations, or times four or eight.
+"""The innermost loops: one tile of 16 weight rows times 1, 2, 4 or 8 rows of activations.
 
 A lane is a weight row throughout, so nothing is ever summed across lanes. A row's blocks are added in order, each with one fused
 multiply-add (two where the type has a minimum): the same bits for one row as for several, which share every load and every unpacking.
@@ -237,17 +237,18 @@ def _rows_as_stored(kind, tile, n_blocks, x, row_P, first, end, wide, out):
     """
     p, ahead = first, n_blocks * kind.n_bytes if end - first > 1 or kind.scattered else 0
     if EIGHT:
-        while p + 8 <= end:
-            r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3], row_P[p + 4], row_P[p + 5], row_P[p + 6], row_P[p + 7])
+        while p + 7 <= end:
+            r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3], row_P[p + 4], row_P[p + 5], row_P[p + 6], row_P[min(p + 7, end - 1)])
             some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
             p, ahead = p + 8, 0
-    while p + 4 <= end:
-        r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3])
+    while p + 3 <= end:
+        r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[min(p + 3, end - 1)])
         some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
         p, ahead = p + 4, 0
-    while p < end:
+    if p + 2 == end:
+        some(kind, tile, n_blocks, x, (row_P[p], row_P[p + 1]), ahead, at(out, 4 * LANES * (p - first)))
+    elif p < end:
         some(kind, tile, n_blocks, x, (row_P[p],), ahead, at(out, 4 * LANES * (p - first)))
-        p, ahead = p + 1, 0
 
 
 def _rows_widened(kind, tile, n_blocks, x, row_P, first, end, wide, out):
@@ -257,7 +258,8 @@ def _rows_widened(kind, tile, n_blocks, x, row_P, first, end, wide, out):
 
 
 def rows(kind, tile, n_blocks, x, row_P, first, end, wide, out):
-    """Rows row_P[first..end-1] of the activations times a tile: 16 float32 for each to `out`, one after the other.
+    """Rows row_P[first..end-1] of the activations times a tile: 16 float32 for each to `out`, one after the other. There must be room for
+    one more: where three or seven are left, the last is computed twice, which costs less than another pass over the tile.
 
     `wide` is room for the tile as float32 (where arithmetic is exact and the weights are quantized).
     """
