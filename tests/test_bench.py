@@ -15,7 +15,7 @@ from refimpl.lab import bandwidth, llamacpp
 from refimpl.lab import bench as module
 from refimpl.lab.bandwidth import bytes_per_token, kv_read, number_bytes, read_bandwidth, sum_parts, weight_bytes
 from refimpl.lab.bench import Ours, Plan, as_text, bench, compare, random_ids
-from refimpl.lab.llamacpp import LlamaCpp, LlamaCppError, serve
+from refimpl.lab.llamacpp import LlamaCpp, LlamaCppError, serve, timed
 from refimpl.model.cache import Cache
 
 # Q4_0: 18 bytes for 32 weights. Matrices of the test models (width 64, 4 heads of 16 or 32), rows times bytes of a row:
@@ -242,7 +242,7 @@ def test_the_process_answers_line_by_line_and_survives_errors():
 
     replies = []
     serve(Engine(), io.StringIO('{"context": [1], "ids": [5, 6], "together": true}\n{"context": [], "ids": [], "together": false}\n'
-                                'nonsense\n{"context": [], "ids": [2], "together": false}\n'), replies.append)
+                                'nonsense\n{"context": [], "ids": [2], "together": false}\n'), replies.append, timed)
     assert replies[:3] == [{"version": "0"}, {"seconds": 13}, {"error": "two lines"}] and "error" in replies[3]
     assert replies[4] == {"seconds": 2}
 

@@ -18,7 +18,8 @@ from refimpl.lab import evaluate as module
 from refimpl.lab import sources
 from refimpl.lab.divergence import Kept, divergence, divergence_bounds, keep, likeliest, log_sum_exp
 from refimpl.lab.evaluate import evaluate
-from refimpl.lab.llamacpp_rows import LlamaCppRows, serve_rows
+from refimpl.lab.llamacpp import serve
+from refimpl.lab.llamacpp_rows import LlamaCppRows, counted
 from refimpl.lab.runs import read_npz, read_run
 from refimpl.lab.sources import other_side, rows_at_once, side_of
 from refimpl.lab.summary import as_text, mean_and_error
@@ -322,7 +323,7 @@ def test_an_error_of_the_engine_is_an_answer():
         def run_rows(self, ids, start, file):
             raise RuntimeError("llama_decode gave\n1")
     said = []
-    serve_rows(Engine(), ['{"ids": [1], "start": 0, "file": ""}\n'], said.append)
+    serve(Engine(), ['{"ids": [1], "start": 0, "file": ""}\n'], said.append, counted)
     assert said == [{}, {"error": "llama_decode gave 1"}]
 
 

@@ -27,6 +27,7 @@ INTEGERS = {"shift": range(8), "mask": (1, 3, 15, 255), "j": range(4), "group": 
             "last": np.array([0x0F0E0D0C0B0A0908, -2**63, 2**63 - 1, 0x1122334455667788])}
 DOMAIN = {      # what a word does not promise to take is left out
     "dot4": lambda total, weights, activations: (total, np.minimum(weights, 128), activations),
+    "dot16": lambda total, w0, w1, w2, w3, activations: (total, *(np.minimum(w, 31) for w in (w0, w1, w2, w3)), activations),
     "round_to_i32": lambda v: (np.clip(np.nan_to_num(v), -2.0**22, 2.0**22),),
     "power_of_two": lambda n: (n % 256 - 127,),
     "look_up": lambda v, first, last: (v % 16, first, last),

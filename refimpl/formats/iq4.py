@@ -20,9 +20,8 @@ Source: block_iq4_nl, block_iq4_xs, kvalues_iq4nl (ggml-common.h).
 import numpy as np
 
 from refimpl.formats.blocks import BLOCKS, blocks_of, bytes_of, fields_of, pack, rows_of, unpack
-from refimpl.formats.floats import reciprocal
 from refimpl.formats.q4_k import half_scale
-from refimpl.formats.q6_k import nearest_scales, restore_signed
+from refimpl.formats.q6_k import fit, nearest_scales, restore_signed
 
 _F32 = np.float32
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
@@ -85,19 +84,8 @@ def _nearest(x: np.ndarray) -> np.ndarray:
 
 
 def _fit(x: np.ndarray) -> np.ndarray:
-    """Real scale (...) of sub-blocks (..., 32), of either sign, for x ~ scale * VALUES[q].
+    """Real scale (...) of sub-blocks (..., 32), for x ~ scale * VALUES[q].
 
-    As in Q6_K, for levels that send the weight of largest magnitude near -127 or near 113, which are not the same: the values are lopsided.
+    The weight of largest magnitude goes near -127 or near 113, which are not the same: the values are lopsided.
     """
-    furthest = np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)
-    inverse = reciprocal(furthest)
-    best_scale = best_gain = np.zeros(x.shape[:-1], _F32)
-    for target in _TARGETS:
-        q = _TABLE[_nearest(x * (target * inverse))]
-        sum_xq, sum_qq = np.einsum("...j,...j->...", x, q), np.einsum("...j,...j->...", q, q)
-        scale = sum_xq * reciprocal(sum_qq)
-        gain = scale * sum_xq
-        better = gain > best_gain
-        best_gain, best_scale = np.where(better, gain, best_gain), np.where(better, scale, best_scale)
-    return best_scale
-
+    return fit(x, _TARGETS, lambda ratio: _TABLE[_nearest(ratio)])

@@ -90,16 +90,21 @@ def nearest_scales(parts: np.ndarray, scale: np.ndarray, lowest: int, level) -> 
 
 
 def _fit(x: np.ndarray, half: int) -> np.ndarray:
-    """Real scale (...) of sub-blocks (..., 16), of either sign, for x ~ scale * q with q in -half .. half - 1.
+    """Real scale (...) of sub-blocks (..., 16), for x ~ scale * q with q in -half .. half - 1, the largest weight near -half."""
+    return fit(x, -np.linspace(half - 1, half + 1, 21, dtype=_F32), lambda ratio: np.rint(ratio).clip(-half, half - 1))
 
-    For levels that send the weight of largest magnitude near -half, the scale that fits them best is sum(xq) / sum(qq),
-    and it takes sum(xq)**2 / sum(qq) off the squared error.
+
+def fit(x: np.ndarray, targets: np.ndarray, level) -> np.ndarray:
+    """Real scale (...) of sub-blocks (..., n), of either sign, for x ~ scale * level.
+
+    `level` gives the level nearest to a number; the weight of largest magnitude is sent to each of `targets` in turn. The scale that fits
+    the levels q best is sum(xq) / sum(qq), and it takes sum(xq)**2 / sum(qq) off the squared error.
     """
     furthest = np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)
     inverse = reciprocal(furthest)
     best_scale = best_gain = np.zeros(x.shape[:-1], _F32)
-    for steps in np.linspace(half - 1, half + 1, 21, dtype=_F32):
-        q = np.rint(x * (-steps * inverse)).clip(-half, half - 1)
+    for target in targets:
+        q = level(x * (target * inverse))
         sum_xq, sum_qq = np.einsum("...j,...j->...", x, q), np.einsum("...j,...j->...", q, q)
         scale = sum_xq * reciprocal(sum_qq)
         gain = scale * sum_xq

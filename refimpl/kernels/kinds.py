@@ -44,7 +44,7 @@ INLINE = {"forceinline": True, "error_model": "numpy"}
 class Kind:
     """A weight type in one arithmetic: `family` is "small" (blocks of 32), "large" (256, scales in sub-blocks) or "plain" (floats).
 
-    `n_sub` sub-blocks of `per_sub` weights; `zero` is what to take off the unpacked integers; `wide` says that these can be above 128;
+    `n_sub` sub-blocks of `per_sub` weights; `zero` is what to take off the unpacked integers; `top` is the largest of these;
     d, minimum: offsets of the scale and the minimum (where `has_minimum`); `scattered`: a block is not read from front to back. `integer`:
     activations are rounded to 8 bits (q8), else float32.
     """
@@ -54,7 +54,7 @@ class Kind:
     integer: bool
     n_sub: int = 1
     zero: int = 0
-    wide: bool = False
+    top: int = 0
     d: int = 0
     has_minimum: bool = False
     minimum: int = 0
@@ -87,19 +87,19 @@ class Kind:
 
 
 SHAPES = {
-    "Q4_0": dict(family="small", zero=8),
-    "Q4_1": dict(family="small", has_minimum=True, minimum=32),
-    "Q5_0": dict(family="small", zero=16),
-    "Q5_1": dict(family="small", has_minimum=True, minimum=32),
-    "Q8_0": dict(family="small", zero=128, wide=True),
-    "IQ4_NL": dict(family="small", zero=128, wide=True),
-    "MXFP4": dict(family="small", zero=12),
-    "Q2_K": dict(family="large", n_sub=16, d=1280, has_minimum=True, minimum=1312),
-    "Q3_K": dict(family="large", n_sub=16, zero=4, d=1728, scattered=True),
-    "Q4_K": dict(family="large", n_sub=8, has_minimum=True, minimum=32),
-    "Q5_K": dict(family="large", n_sub=8, has_minimum=True, minimum=32),
-    "Q6_K": dict(family="large", n_sub=16, zero=32, d=3328, scattered=True),
-    "IQ4_XS": dict(family="large", n_sub=8, zero=128, wide=True),
+    "Q4_0": dict(family="small", top=15, zero=8),
+    "Q4_1": dict(family="small", top=15, has_minimum=True, minimum=32),
+    "Q5_0": dict(family="small", top=31, zero=16),
+    "Q5_1": dict(family="small", top=31, has_minimum=True, minimum=32),
+    "Q8_0": dict(family="small", top=255, zero=128),
+    "IQ4_NL": dict(family="small", top=241, zero=128),
+    "MXFP4": dict(family="small", top=24, zero=12),
+    "Q2_K": dict(family="large", top=3, n_sub=16, d=1280, has_minimum=True, minimum=1312),
+    "Q3_K": dict(family="large", top=7, n_sub=16, zero=4, d=1728, scattered=True),
+    "Q4_K": dict(family="large", top=15, n_sub=8, has_minimum=True, minimum=32),
+    "Q5_K": dict(family="large", top=31, n_sub=8, has_minimum=True, minimum=32),
+    "Q6_K": dict(family="large", top=63, n_sub=16, zero=32, d=3328, scattered=True),
+    "IQ4_XS": dict(family="large", top=241, n_sub=8, zero=128),
     "F32": dict(family="plain"),
     "F16": dict(family="plain"),
     "BF16": dict(family="plain"),
@@ -143,7 +143,7 @@ def _attribute(name: str):
         return lambda kind: value
 
 
-for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero", "wide", "d", "has_minimum", "minimum", "scattered", "widened",
+for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero", "top", "d", "has_minimum", "minimum", "scattered", "widened",
               "integer"):
     _attribute(_name)
 

@@ -20,6 +20,7 @@ from refimpl.kernels.simd import (
     dot2,
     dot4,
     dot4_wide,
+    dot16,
     fma,
     load_f16,
     mul_f32,
@@ -49,10 +50,32 @@ class Rounded(NamedTuple):
     m_TB: np.ndarray
 
 
-@inline
-def dot(kind, total, weights, activations):
-    """The integer dot product that fits the kind's weights."""
-    return dot4_wide(total, weights, activations) if kind.wide else dot4(total, weights, activations)
+def _dot_small(kind, total, w0, w1, w2, w3, activations):
+    return dot16(total, w0, w1, w2, w3, activations)
+
+
+def _dot_middle(kind, total, w0, w1, w2, w3, activations):
+    total = dot4(dot4(total, w0, activations), w1, at(activations, 4))
+    return dot4(dot4(total, w2, at(activations, 8)), w3, at(activations, 12))
+
+
+def _dot_large(kind, total, w0, w1, w2, w3, activations):
+    total = dot4_wide(dot4_wide(total, w0, activations), w1, at(activations, 4))
+    return dot4_wide(dot4_wide(total, w2, at(activations, 8)), w3, at(activations, 12))
+
+
+def _dot_for(kind):
+    return _dot_small if kind.top <= 31 else _dot_middle if kind.top <= 128 else _dot_large
+
+
+def dot(kind, total, w0, w1, w2, w3, activations):
+    """Adds the products of 16 weights with 16 activations; how, depends on how large the kind's integers are."""
+    return _dot_for(kind)(kind, total, w0, w1, w2, w3, activations)
+
+
+@overload(dot, jit_options=INLINE)
+def _dot(kind, total, w0, w1, w2, w3, activations):
+    return _dot_for(kind.kind)
 
 
 @inline
@@ -84,9 +107,9 @@ def zero_of(kind, x, r, s):
 
 
 @per_row
-def dots(kind, n, weights, q, c):
-    """Adds the products of 4 weights with columns c.. of the row at q."""
-    return dot(kind, n, weights, at(q, c))
+def dots(kind, n, w0, w1, w2, w3, q, c):
+    """Adds the products of 16 weights with columns c.. of the row at q."""
+    return dot(kind, n, w0, w1, w2, w3, at(q, c))
 
 
 @per_row
@@ -134,8 +157,9 @@ def _small(kind, tile, n_blocks, x, r, ahead, out):
         block = at(tile, b * kind.n_bytes)
         fetch(block, kind.n_bytes, ahead)
         n = zero_of(kind, x, r, b)
-        for g in range(8):
-            n = dots(kind, n, levels(kind, block, 0, g), q, 32 * b + 4 * g)
+        for g in range(0, 8, 4):
+            n = dots(kind, n, levels(kind, block, 0, g), levels(kind, block, 0, g + 1), levels(kind, block, 0, g + 2),
+                     levels(kind, block, 0, g + 3), q, 32 * b + 4 * g)
         total = scaled(x, r, b, scale_of_block(kind, block), n, total)
         if kind.has_minimum:
             total = minimum_small(x, r, b, load_f16(at(block, kind.minimum)), total)
@@ -150,8 +174,9 @@ def _large(kind, tile, n_blocks, x, r, ahead, out):
         for s in range(kind.n_sub):
             fetch(at(block, s * (kind.n_bytes // kind.n_sub)), kind.n_bytes // kind.n_sub, ahead)
             found = zero_of(kind, x, r, kind.n_sub * b + s)
-            for g in range(kind.per_sub // 4):
-                found = dots(kind, found, levels(kind, block, s, g), q, 256 * b + kind.per_sub * s + 4 * g)
+            for g in range(0, kind.per_sub // 4, 4):
+                found = dots(kind, found, levels(kind, block, s, g), levels(kind, block, s, g + 1), levels(kind, block, s, g + 2),
+                             levels(kind, block, s, g + 3), q, 256 * b + kind.per_sub * s + 4 * g)
             n = times(n, scale_of(kind, block, s), found)
         total = scaled(x, r, b, scale_of_block(kind, block), n, total)
         if kind.has_minimum:

@@ -412,6 +412,41 @@ def dot4_wide(total, weights, activations):
     return total + (weights.reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
 
 
+def _by_dot4(dot4):
+    def emit(builder, total, *weights_and_activations):
+        *weights, activations = weights_and_activations
+        for k, w in enumerate(weights):
+            total = dot4(builder, total, w, builder.gep(activations, [ir.IntType(64)(4 * k)]))
+        return total
+    return emit
+
+
+def _dot16_avx2(builder, total, *weights_and_activations):
+    """Sums of pairs are added up in 16 bits: one widening for four products."""
+    *weights, activations = weights_and_activations
+    words, ones = ir.VectorType(SHORT, 16), ir.Constant(ir.VectorType(SHORT, 16), [1] * 16)
+    places = [builder.gep(activations, [ir.IntType(64)(4 * k)]) for k in range(4)]
+    fours = [builder.bitcast(_four(builder, place, 8), ir.VectorType(BYTE, 32)) for place in places]
+
+    def half(*weights):
+        pairs = [call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, w, four) for w, four in zip(weights, fours)]
+        sums = builder.add(builder.add(pairs[0], pairs[1]), builder.add(pairs[2], pairs[3]))
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), sums, ones)
+    return builder.add(total, by_halves(builder, half, *weights))
+
+
+@word(I32x16, I32x16, U8x64, U8x64, U8x64, U8x64, Address, avx512=_by_dot4(_dot4_avx512), avxvnni=_by_dot4(_dot4_avxvnni),
+      avx2=_dot16_avx2, portable=_by_dot4(_dot4_portable))
+def dot16(total, w0, w1, w2, w3, activations):
+    """Four `dot4` in a row, w0 with activations 0 to 3, w1 with 4 to 7, ...: unsigned weights of at most 31.
+
+    (With more, the 16-bit sums of AVX2 could overflow.)
+    """
+    for k, w in enumerate((w0, w1, w2, w3)):
+        total = dot4(total, w, at(activations, 4 * k))
+    return total
+
+
 def _dot2_of(name: str, lanes: int):
     def emit(builder, total, a, b):
         return call(builder, name, ir.VectorType(INT, lanes), total, a, b)

@@ -117,7 +117,8 @@ def word(result: types.Type, *parameters: types.Type, **bodies: Callable):
 
         @type_callable(meaning)
         def typing(context):        # Numba reads the number of parameters off the function
-            return (lambda: takes, lambda a: takes, lambda a, b: takes, lambda a, b, c: takes, lambda a, b, c, d: takes)[len(parameters)]
+            return (lambda: takes, lambda a: takes, lambda a, b: takes, lambda a, b, c: takes, lambda a, b, c, d: takes,
+                    lambda a, b, c, d, e: takes, lambda a, b, c, d, e, f: takes)[len(parameters)]
 
         @lower_builtin(meaning, *parameters)
         def lowering(context, builder, sig, args):

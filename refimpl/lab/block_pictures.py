@@ -1,7 +1,7 @@
 """Pictures of blocks: their bits, their weights before and after, and all types side by side."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -86,24 +86,24 @@ def error_picture(table: Sequence[Row]):
 
 def speed_picture(table: Sequence[Row]):
     """Error on normal weights against 10**9 weights that one thread of ggml multiplies in a second."""
-    shown = [row for row in table if row.ggml_speed > 0 and row.bits < 9]
-    fig, axes = figure(9, 4.5)
-    axes.set(yscale="log", xlabel="$10^9$ weights a second, one thread, out of the cache", ylabel="error, relative to the weights",
-             xlim=(0, 1.1 * max(row.ggml_speed for row in shown)), ylim=(4e-3, 1.1))
-    _points(axes, shown, [(row.ggml_speed, row.best_normal) for row in shown])
-    legend(axes, loc="lower left", ncols=2)
-    return picture(fig, "Error of every block type against the speed of its arithmetic in ggml.")
+    return _error_against({row: row.ggml_speed for row in table}, "$10^9$ weights a second, one thread, out of the cache", "lower left",
+                          "Error of every block type against the speed of its arithmetic in ggml.")
 
 
 def kernels_picture(table: Sequence[Row]):
     """Error on normal weights against the speed of decoding with this package's kernels."""
-    shown = [row for row in table if row.decode > 0 and row.bits < 9]
+    return _error_against({row: row.decode for row in table}, "weights a second when decoding, Q4_0 = 1", "upper left",
+                          "Error of the block types with kernels against the speed of decoding with them.")
+
+
+def _error_against(speeds: Mapping[Row, float], label: str, corner: str, description: str):
+    """Error on normal weights against a speed: types of less than 9 bits for which there is one."""
+    shown = {row: speed for row, speed in speeds.items() if speed > 0 and row.bits < 9}
     fig, axes = figure(9, 4.5)
-    axes.set(yscale="log", xlabel="weights a second when decoding, Q4_0 = 1", ylabel="error, relative to the weights",
-             xlim=(0, 1.1 * max(row.decode for row in shown)), ylim=(4e-3, 1.1))
-    _points(axes, shown, [(row.decode, row.best_normal) for row in shown])
-    legend(axes, loc="upper left", ncols=2)
-    return picture(fig, "Error of the block types with kernels against the speed of decoding with them.")
+    axes.set(yscale="log", xlabel=label, ylabel="error, relative to the weights", xlim=(0, 1.1 * max(shown.values())), ylim=(4e-3, 1.1))
+    _points(axes, list(shown), [(speed, row.best_normal) for row, speed in shown.items()])
+    legend(axes, loc=corner, ncols=2)
+    return picture(fig, description)
 
 
 def _points(axes, table: Sequence[Row], places: Sequence[tuple[float, float]]):

@@ -76,9 +76,9 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps:
 
     Raises TraceError where the two cannot be compared: of different models, or without a common tensor or position.
     """
-    for key in ("model_sha256",):
-        if a.facts.get(key) and b.facts.get(key) and a.facts[key] != b.facts[key]:
-            raise TraceError(f"{a.where} and {b.where} are of different models: SHA-256 {a.facts[key][:12]}... and {b.facts[key][:12]}...")
+    ours, theirs = (trace.facts.get("model_sha256") for trace in (a, b))
+    if ours and theirs and ours != theirs:
+        raise TraceError(f"{a.where} and {b.where} are of different models: SHA-256 {ours[:12]}... and {theirs[:12]}...")
     known = graph_order({*a.names(), *b.names()})
     of_a, of_b = set(a.names()), set(b.names())
     both = graph_order(top_logits.comparable(a, b))

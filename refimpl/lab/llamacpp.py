@@ -161,18 +161,23 @@ def _tell_errors(level: int, text: bytes, data: object):
 _tell_errors.on = False
 
 
-def serve(engine, requests: Iterable[str], reply):
-    """Answers one line after the other. An error is an answer too."""
+def timed(engine, **request) -> dict:
+    """The answer to a request to measure."""
+    return {"seconds": engine.measure(**request)}
+
+
+def serve(engine, requests: Iterable[str], reply, answer: Callable[..., dict]):
+    """Answers one line after the other by `answer(engine, **request)`. An error is an answer too."""
     reply(engine.facts)
     for line in requests:
         try:
-            reply({"seconds": engine.measure(**json.loads(line))})
+            reply(answer(engine, **json.loads(line)))
         except Exception as e:
             reply({"error": " ".join(f"{e}".split())})
 
 
 def talk(make: Callable[[], object], answer: Callable):
-    """The process: what `make` gives answers, by `answer(engine, lines, reply)`, or why there is none is the only answer.
+    """The process: what `make` gives answers, by `answer(engine, **request)`, or why there is none is the only answer.
 
     Standard output is for answers alone, whatever a library writes goes to standard error.
     """
@@ -189,8 +194,8 @@ def talk(make: Callable[[], object], answer: Callable):
     except Exception as e:
         reply({"error": " ".join(f"{e}".split())})
     else:
-        answer(engine, sys.stdin, reply)
+        serve(engine, sys.stdin, reply, answer)
 
 
 if __name__ == "__main__":
-    talk(lambda: _Engine(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), serve)
+    talk(lambda: _Engine(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), timed)

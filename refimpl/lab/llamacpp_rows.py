@@ -6,9 +6,8 @@ forgetting all that was before); with a name, it writes their logits into that f
 """
 
 import ctypes
-import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,16 +58,11 @@ class _Rows(_Engine):
         return n
 
 
-def serve_rows(engine: _Rows, requests: Iterable[str], reply):
-    """Answers one line after the other. An error is an answer too."""
-    reply(engine.facts)
-    for line in requests:
-        try:
-            reply({"rows": engine.run_rows(**json.loads(line))})
-        except Exception as e:
-            reply({"error": " ".join(f"{e}".split())})
+def counted(engine: _Rows, **request) -> dict:
+    """The answer to a request for rows."""
+    return {"rows": engine.run_rows(**request)}
 
 
 if __name__ == "__main__":
     size, path, n_ctx, n_threads = sys.argv[1:]
-    talk(lambda: _Rows(path, int(n_ctx), int(n_threads), int(size), int(size)), serve_rows)
+    talk(lambda: _Rows(path, int(n_ctx), int(n_threads), int(size), int(size)), counted)
