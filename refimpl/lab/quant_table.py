@@ -27,12 +27,12 @@ GGML = {
 }
 
 # Of this package's kernels in `q8`, both threads of the same machine: weights a second as a multiple of Q4_0's, measured in turn with it;
-# with one row of activations and weights from memory (Q4_0: 55 * 10**9 weights, 31 GB a second), and with 512 rows (Q4_0: 470 * 10**9
-# operations a second). Medians of 31 (types_bench.py: measure_types(repetitions=31), 2026-11-21).
+# with one row of activations and weights from memory (Q4_0: 55 * 10**9 weights, 31 GB a second), and with 512 rows (Q4_0: 640 * 10**9
+# operations a second). Medians of three times 31 (types_bench.py: measure_types(repetitions=31), 2026-11-21).
 KERNELS = {
-    "Q4_0": (1.00, 1.01), "Q4_1": (0.88, 0.95), "Q5_0": (0.81, 0.84), "Q5_1": (0.74, 0.79), "Q8_0": (0.53, 0.59), "IQ4_NL": (0.99, 0.99),
-    "MXFP4": (1.06, 0.96), "Q2_K": (1.56, 0.68), "Q3_K": (1.24, 0.64), "Q4_K": (0.98, 0.79), "Q5_K": (0.80, 0.68), "Q6_K": (0.63, 0.69),
-    "IQ4_XS": (1.07, 0.95), "F32": (0.14, 0.34), "F16": (0.24, 0.31), "BF16": (0.28, 0.30),
+    "Q4_0": (1.00, 1.00), "Q4_1": (0.90, 0.93), "Q5_0": (0.81, 0.90), "Q5_1": (0.75, 0.83), "Q8_0": (0.55, 1.00), "IQ4_NL": (0.98, 1.00),
+    "MXFP4": (1.00, 0.98), "Q2_K": (1.67, 0.76), "Q3_K": (1.24, 0.73), "Q4_K": (0.96, 0.88), "Q5_K": (0.80, 0.77), "Q6_K": (0.62, 0.78),
+    "IQ4_XS": (1.01, 0.94), "F32": (0.14, 0.34), "F16": (0.28, 0.35), "BF16": (0.28, 0.34),
 }
 
 
