@@ -15,7 +15,8 @@ import pytest
 from refimpl.formats.blocks import BLOCKS
 from refimpl.formats.codecs import quantize
 from refimpl.formats.matrix import Matrix
-from refimpl.kernels import jit
+from refimpl.kernels import jit, kinds, simd
+from refimpl.kernels.simd import address
 from refimpl.kernels.tiles import tiled, units
 
 INTEGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
@@ -194,6 +195,18 @@ def test_random_bytes_are_the_weights_that_the_reference_sees(block):
         assert same(kernels.matmul_q8(x, tiled(w, 1)), next(t for t in twins("matmul") if t is not kernels).matmul_q8(x, w))
 
 
+@pytest.mark.parametrize("block", INTEGER)
+def test_no_integer_is_larger_than_the_kind_says(block):
+    """On AVX2 they are added up in 16 bits where that is small enough for all of them."""
+    kind = kinds.Q8[block]
+    tile = np.random.default_rng(0).integers(0, 256, kind.n_bytes, dtype=np.uint8)
+    found = [kinds.levels(kind, address(tile), s, g) for s in range(kind.n_sub) for g in range(kind.per_sub // 4)]
+    assert max(q.max() for q in found) == kind.top
+    largest = np.full(64, min(kind.top, 31), np.uint8)
+    x = np.full(16, -127, np.int8)
+    assert (simd.dot16(np.zeros(16, np.int32), *[largest] * 4, address(x)) == 16 * -127 * int(largest[0])).all()
+
+
 def test_every_exponent_in_8_bits():
     """MXFP4, all 256 exponents, with activations that neither vanish nor overflow."""
     records = np.random.default_rng(0).integers(0, 256, (256, 17), dtype=np.uint8)
@@ -254,7 +267,7 @@ def test_any_rows_and_threads_give_the_same_bits(name, block):
     function = getattr(next(twins("matmul")), name)
     w, x = tiled(matrix(block, 75, 512), 2), rows(70, 512)
     whole = function(x, w)
-    for step in (1, 2, 3, 5, 64):
+    for step in (1, 2, 3, 5, 7, 64):
         assert same(np.concatenate([function(x[i:i + step], w) for i in range(0, 70, step)]), whole)
     before = numba.get_num_threads()
     try:
