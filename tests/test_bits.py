@@ -31,7 +31,7 @@ numba.set_num_threads(threads)
 for block in TYPES:
     w = tiled(matrix(block, 75, 512), threads)
     for name in ("matmul", "matmul_q8"):
-        out[f"{name} {block}"] = digest(getattr(matmul, name)(rows(6, 512), w))
+        out[f"{name} {block}"] = digest(getattr(matmul, name)(rows(11, 512), w))
 for path in sys.argv[3:]:
     for arithmetic in ("q8", "exact") if path == "built-in" else ("q8",):
         model = refimpl.load(None if path == "built-in" else path, arithmetic=arithmetic, threads=threads)

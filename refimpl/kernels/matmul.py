@@ -10,7 +10,7 @@ from numba import prange
 from refimpl.kernels.activations import ALONE, round_row, round_rows, space
 from refimpl.kernels.jit import kernel
 from refimpl.kernels.kinds import EXACT, Q8, Kind
-from refimpl.kernels.rows import Rounded, rows
+from refimpl.kernels.rows import SPARE, Rounded, rows
 from refimpl.kernels.simd import address, at, load_f32, store_f32_part
 from refimpl.kernels.threads import current
 from refimpl.kernels.tiles import Tiles
@@ -61,7 +61,7 @@ def multiply(kind, tiles, x_TD, y_TO, n):
     if n_tok > ALONE:
         for t in prange(ALONE, n_tok):
             round_row(kind, x_TD, t, q_TD, d_TB, sum_TS, m_TB)
-    row_P, result_NR = np.arange(n_tok), np.empty((n, LANES * (BESIDE * n_tok + 1)), np.float32)
+    row_P, result_NR = np.arange(n_tok), np.empty((n, LANES * (BESIDE * n_tok + SPARE)), np.float32)
     wide_NW = np.empty((n, LANES * width if kind.widened else 0), np.float32)
     for thread in prange(n):
         x = Rounded(x_TD, q_TD, d_TB, sum_TS, m_TB)

@@ -12,7 +12,7 @@ from refimpl.kernels.elementary import exp16, gelu16
 from refimpl.kernels.jit import inline, kernel
 from refimpl.kernels.kinds import EXACT, Q8
 from refimpl.kernels.matmul import checked, matmul, matmul_q8
-from refimpl.kernels.rows import Rounded, rows
+from refimpl.kernels.rows import SPARE, Rounded, rows
 from refimpl.kernels.simd import address, at, fma, load_f32, load_f32_part, mul_f32, splat_f32, store_f32_part, sub_f32
 from refimpl.kernels.threads import current
 from refimpl.kernels.tiles import Tiles
@@ -120,7 +120,7 @@ def mix(gate_kind, up_kind, down_kind, gate, up, down, n_hidden, x_TD, id_TX, we
             round_row(up_kind, x_TD, t, up_q, up_d, up_sum, up_m)
 
     wide_NW = np.empty((n, LANES * max(width, n_hidden) if gate_kind.widened or up_kind.widened or down_kind.widened else 0), np.float32)
-    hidden_PM, result_NR = np.empty((n_pick, n_hidden), np.float32), np.empty((n, LANES * (2 * most + 1)), np.float32)
+    hidden_PM, result_NR = np.empty((n_pick, n_hidden), np.float32), np.empty((n, LANES * (2 * most + SPARE)), np.float32)
     for thread in prange(n):
         x_gate, x_up = Rounded(x_TD, gate_q, gate_d, gate_sum, gate_m), Rounded(x_TD, up_q, up_d, up_sum, up_m)
         gates, ups, hiddens = address(gate), address(up), address(hidden_PM)

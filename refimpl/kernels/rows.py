@@ -1,4 +1,4 @@
-"""The innermost loops: one tile of 16 weight rows times 1, 2, 4 or 8 rows of activations.
+"""The innermost loops: one tile of 16 weight rows times 1, 4 or 8 rows of activations.
 
 A lane is a weight row throughout, so nothing is ever summed across lanes. A row's blocks are added in order, each with one fused
 multiply-add (two where the type has a minimum): the same bits for one row as for several, which share every load and every unpacking.
@@ -37,6 +37,7 @@ from refimpl.kernels.words import ISA, LANES
 
 FLOATS = EXACT["F32"]
 ZERO_I, ZERO_F = np.int32(0), np.float32(0)
+SPARE = 2
 EIGHT = ISA == "avx512"             # sums of eight rows stay in registers: others have half as many, of half the size
 
 
@@ -255,24 +256,43 @@ def _some(kind, tile, n_blocks, x, r, ahead, out):
     return SOME[kind.kind.family]
 
 
+def _eights(kind, tile, n_blocks, x, row_P, first, end, ahead, out):
+    p = first
+    while p + 7 <= end:
+        r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3], row_P[p + 4], row_P[p + 5], row_P[p + 6], row_P[min(p + 7, end - 1)])
+        some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
+        p, ahead = p + 8, 0
+    return p
+
+
+def _no_eights(kind, tile, n_blocks, x, row_P, first, end, ahead, out):
+    return first
+
+
+def eights(kind, tile, n_blocks, x, row_P, first, end, ahead, out):
+    """As many rows as can be taken in eights; returns the first of the others. None where registers are few, or eight win nothing."""
+    return (_eights if EIGHT and kind.integer else _no_eights)(kind, tile, n_blocks, x, row_P, first, end, ahead, out)
+
+
+@overload(eights, jit_options=INLINE)
+def _eights_of(kind, tile, n_blocks, x, row_P, first, end, ahead, out):
+    return _eights if EIGHT and kind.kind.integer else _no_eights
+
+
 @inline
 def _rows_as_stored(kind, tile, n_blocks, x, row_P, first, end, wide, out):
     """The first pass over the tile asks for the next one, which has come when the last is done. A single pass leaves that to the processor,
     but where the fields of a block are read here and there it does not see the pattern.
     """
-    p, ahead = first, n_blocks * kind.n_bytes if end - first > 1 or kind.scattered else 0
-    if EIGHT:
-        while p + 7 <= end:
-            r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3], row_P[p + 4], row_P[p + 5], row_P[p + 6], row_P[min(p + 7, end - 1)])
-            some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
-            p, ahead = p + 8, 0
-    while p + 3 <= end:
-        r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[min(p + 3, end - 1)])
+    ahead = n_blocks * kind.n_bytes if end - first > 1 or kind.scattered else 0
+    p = eights(kind, tile, n_blocks, x, row_P, first, end, ahead, out)
+    if p > first:
+        ahead = 0
+    while p + 2 <= end:
+        r = (row_P[p], row_P[p + 1], row_P[min(p + 2, end - 1)], row_P[min(p + 3, end - 1)])
         some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
         p, ahead = p + 4, 0
-    if p + 2 == end:
-        some(kind, tile, n_blocks, x, (row_P[p], row_P[p + 1]), ahead, at(out, 4 * LANES * (p - first)))
-    elif p < end:
+    if p < end:
         some(kind, tile, n_blocks, x, (row_P[p],), ahead, at(out, 4 * LANES * (p - first)))
 
 
@@ -284,7 +304,7 @@ def _rows_widened(kind, tile, n_blocks, x, row_P, first, end, wide, out):
 
 def rows(kind, tile, n_blocks, x, row_P, first, end, wide, out):
     """Rows row_P[first..end-1] of the activations times a tile: 16 float32 for each to `out`, one after the other. There must be room for
-    one more: where three or seven are left, the last is computed twice, which costs less than another pass over the tile.
+    SPARE more: where two, three or seven are left, the last is computed again, which costs less than another pass over the tile.
 
     `wide` is room for the tile as float32 (where arithmetic is exact and the weights are quantized).
     """
