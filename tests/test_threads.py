@@ -230,3 +230,25 @@ def test_the_threading_layer_is_known_in_a_process_that_has_computed_nothing():
 def test_a_good_threading_layer_gets_no_warning(monkeypatch):
     monkeypatch.setattr(threads, "layer", lambda: "omp")
     assert threads.slow_layer_warning() is None
+
+
+def test_kernels_get_as_many_threads_as_running_says():
+    most, before = numba.config.NUMBA_NUM_THREADS, numba.get_num_threads()
+    found = []
+
+    def elsewhere():
+        found.append((threads.current(), numba.get_num_threads()))
+    with running(most):
+        assert threads.current() == numba.get_num_threads() == most
+        with running(1):
+            assert threads.current() == numba.get_num_threads() == 1
+        assert threads.current() == most
+        with running(1):
+            thread = threading.Thread(target=elsewhere)         # which nobody has told anything
+            thread.start()
+            thread.join()
+    assert found[0][0] == found[0][1]
+    for n in (1, most):
+        numba.set_num_threads(n)
+        assert threads.current() == n
+    numba.set_num_threads(before)
