@@ -65,7 +65,7 @@ def quantize_iq4_xs(x: np.ndarray) -> np.ndarray:
     """float32 (*lead, D) -> uint8 (*lead, D // 256 * 136). The scales of IQ4_NL, then as in Q6_K; raises where float16 cannot hold d."""
     x = blocks_of(x, BLOCKS["IQ4_XS"])
     parts = x.reshape(*x.shape[:-1], 8, 32)
-    d, s, values = nearest_scales(parts, _fit(parts), -32, lambda ratio: _TABLE[_nearest(ratio)])
+    d, s, values = nearest_scales(parts, _fit(parts), -32, _level)
     s = (s + np.int8(32)).view(np.uint8)
     upper = np.bitwise_or.reduce((s >> np.uint8(4)).astype(np.uint16) << _SHIFTS, axis=-1)
     q = _nearest(values).reshape(x.shape)
@@ -83,9 +83,14 @@ def _nearest(x: np.ndarray) -> np.ndarray:
     return np.searchsorted(_BETWEEN, x, side="right").astype(np.uint8)
 
 
+def _level(x: np.ndarray) -> np.ndarray:
+    """The value nearest to x."""
+    return _TABLE[_nearest(x)]
+
+
 def _fit(x: np.ndarray) -> np.ndarray:
     """Real scale (...) of sub-blocks (..., 32), for x ~ scale * VALUES[q].
 
     The weight of largest magnitude goes near -127 or near 113, which are not the same: the values are lopsided.
     """
-    return fit(x, _TARGETS, lambda ratio: _TABLE[_nearest(ratio)])
+    return fit(x, _TARGETS, _level)

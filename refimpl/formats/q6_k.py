@@ -61,8 +61,11 @@ def symmetric_search(x: np.ndarray, half: int, lowest: int) -> tuple[np.ndarray,
     x (..., 256) -> d float16 (...), s int8 (..., 16), q + half uint8 (..., 256). As in Q4_K: the best real scale of each sub-block, then
     integers.
     """
+    def level(ratio: np.ndarray) -> np.ndarray:
+        return np.rint(ratio).clip(-half, half - 1)
     parts = x.reshape(*x.shape[:-1], 16, 16)
-    d, s, q = nearest_scales(parts, _fit(parts, half), lowest, lambda ratio: np.rint(ratio).clip(-half, half - 1))
+    scale = fit(parts, -np.linspace(half - 1, half + 1, 21, dtype=_F32), level)             # the largest weight near -half
+    d, s, q = nearest_scales(parts, scale, lowest, level)
     return d, s, (q + _F32(half)).astype(np.uint8).reshape(x.shape)
 
 
@@ -87,11 +90,6 @@ def nearest_scales(parts: np.ndarray, scale: np.ndarray, lowest: int, level) -> 
         better = error < best
         best, best_s, best_q = np.where(better, error, best), np.where(better, s, best_s), np.where(better[..., None], q, best_q)
     return d[..., 0], best_s.astype(np.int8), best_q
-
-
-def _fit(x: np.ndarray, half: int) -> np.ndarray:
-    """Real scale (...) of sub-blocks (..., 16), for x ~ scale * q with q in -half .. half - 1, the largest weight near -half."""
-    return fit(x, -np.linspace(half - 1, half + 1, 21, dtype=_F32), lambda ratio: np.rint(ratio).clip(-half, half - 1))
 
 
 def fit(x: np.ndarray, targets: np.ndarray, level) -> np.ndarray:
