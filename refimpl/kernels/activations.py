@@ -7,8 +7,7 @@ Beside the integers go the sums that zero points and minimums are multiplied wit
 import numpy as np
 from numba.extending import overload
 
-from refimpl.kernels.jit import inline
-from refimpl.kernels.kinds import INLINE
+from refimpl.kernels.jit import INLINE, inline
 from refimpl.kernels.simd import (
     abs_f32,
     add_i32,

@@ -17,8 +17,7 @@ from numba import prange, types
 from numba.extending import overload, register_jitable
 
 from refimpl.kernels.elementary import exp16
-from refimpl.kernels.jit import inline, kernel
-from refimpl.kernels.kinds import INLINE
+from refimpl.kernels.jit import INLINE, inline, kernel
 from refimpl.kernels.simd import (
     add_f32,
     add_pairs,

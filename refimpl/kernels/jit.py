@@ -42,7 +42,7 @@ def cache_folder() -> Path | None:
 
 FOLDER = cache_folder()
 KERNELS: dict[str, object] = {}         # everything that `kernel` made, by module and name
-PIECES: set[Callable] = set()           # everything that `inline` was given
+INLINE = {"forceinline": True, "error_model": "numpy"}          # how a piece is compiled
 
 
 def kernel(**options) -> Callable:
@@ -84,8 +84,7 @@ class _Cache(FunctionCache):
 
 def inline(function) -> Callable:
     """Compiles a piece of a kernel into whoever uses it. Called from Python it stays plain Python."""
-    PIECES.add(function)
-    return register_jitable(error_model="numpy", forceinline=True)(function)
+    return register_jitable(**INLINE)(function)
 
 
 def per_row(function) -> Callable:
@@ -96,7 +95,7 @@ def per_row(function) -> Callable:
         n = next(len(a) for a in args if type(a) is tuple)
         return tuple(function(*(a[i] if type(a) is tuple else a for a in args)) for i in range(n))
 
-    @overload(several, jit_options={"forceinline": True, "error_model": "numpy"})
+    @overload(several, jit_options=INLINE)
     def _several(*args):
         held = [isinstance(a, types.UniTuple) for a in args]
         n = next(a.count for a in args if isinstance(a, types.UniTuple))

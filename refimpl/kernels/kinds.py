@@ -15,7 +15,7 @@ from numba.extending import NativeValue, overload, overload_attribute, register_
 
 from refimpl.formats import iq4, mxfp4
 from refimpl.formats.blocks import BLOCKS
-from refimpl.kernels.jit import inline
+from refimpl.kernels.jit import INLINE, inline
 from refimpl.kernels.simd import (
     add_i32,
     at,
@@ -36,8 +36,6 @@ from refimpl.kernels.simd import (
     splat_i32,
 )
 from refimpl.kernels.words import LANES
-
-INLINE = {"forceinline": True, "error_model": "numpy"}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import overload
 
-from refimpl.kernels.jit import inline, per_row
-from refimpl.kernels.kinds import EXACT, INLINE, column_of, levels, low_of, lows_of, scale_of, scale_of_block
+from refimpl.kernels.jit import INLINE, inline, per_row
+from refimpl.kernels.kinds import EXACT, column_of, levels, low_of, lows_of, scale_of, scale_of_block
 from refimpl.kernels.simd import (
     add_f32,
     add_i32,
@@ -37,7 +37,7 @@ from refimpl.kernels.words import ISA, LANES
 
 FLOATS = EXACT["F32"]
 ZERO_I, ZERO_F = np.int32(0), np.float32(0)
-SPARE = 2
+SPARE = 2                           # rows of results that `rows` may write beyond the last
 EIGHT = ISA == "avx512"             # sums of eight rows stay in registers: others have half as many, of half the size
 
 
