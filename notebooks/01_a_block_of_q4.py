@@ -10,14 +10,18 @@
 # %%
 import numpy as np
 
-from refimpl.decode.model import BUILT_IN
-from refimpl.formats import blocks, grids, iq2, q4_0, q4_k
-from refimpl.formats.codecs import dequantize, quantize
-from refimpl.formats.container import open_gguf
-from refimpl.lab import quant_table
-from refimpl.lab.block_bits import number_of
-from refimpl.lab.block_pictures import bits_picture, error_picture, kernels_picture, speed_picture, weights_picture
-from refimpl.lab.show import source, table
+from refimpl.formats.gguf import open_gguf
+from refimpl.formats.quants import blocks
+from refimpl.formats.quants.basic import q4_0
+from refimpl.formats.quants.codecs import dequantize, quantize
+from refimpl.formats.quants.iq import codebooks as grids
+from refimpl.formats.quants.iq import iq2
+from refimpl.formats.quants.k import q4_k
+from refimpl.lab.explain import quant_table
+from refimpl.lab.explain.block_bits import number_of
+from refimpl.lab.explain.block_pictures import bits_picture, error_picture, kernels_picture, speed_picture, weights_picture
+from refimpl.lab.explain.show import source, table
+from refimpl.loading.model import BUILT_IN
 
 # %% [markdown]
 # ## Eighteen bytes
@@ -137,7 +141,7 @@ weights_picture(x[:64], dequantize(large, "Q4_K")[:64], levels, "Two sub-blocks 
 #
 # Every type that a GGUF file may hold, on normal weights and on Laplace weights (of which more are large). Errors are relative: the root
 # of the mean square of the difference over that of the weights. Where the package has no quantizer of its own, ggml's was asked, once;
-# `refimpl/lab/quant_table.py` says how.
+# `refimpl/lab/explain/quant_table.py` says how.
 
 # %%
 rows = quant_table.rows()

@@ -7,7 +7,7 @@
 # The models that this package reads in Q4_0 come from Google as "QAT" releases: the rounding took part in the last stretch of their
 # training. This notebook repeats that on a small scale, with the model family that ships with the package, against a fair opponent: the
 # same network, trained for just as long on the same text without rounding, and rounded afterwards. All trainings were done before, by
-# `python -m refimpl.tiny.qat`; what they found ships with the package. Reading the code needs the `train` extra (torch).
+# `python -m refimpl.tiny.training.qat`; what they found ships with the package. Reading the code needs the `train` extra (torch).
 
 # %%
 import warnings
@@ -16,13 +16,15 @@ import numpy as np
 import torch
 
 import refimpl
-from refimpl.formats import lattice, q4_0
-from refimpl.lab import grid, qat_plots
-from refimpl.lab.show import source, table
-from refimpl.tiny import grids, qat_results
+from refimpl.files import qat_grid as grid
+from refimpl.files import recover_scales as lattice
+from refimpl.formats.quants.basic import q4_0
+from refimpl.lab.explain import qat_plots
+from refimpl.lab.explain.show import source, table
+from refimpl.tiny.training import grids, qat_results
 
 warnings.filterwarnings("ignore", message="IProgress not found")     # of tqdm, which transformers imports
-from refimpl.tiny import qat  # noqa: E402
+from refimpl.tiny.training import qat  # noqa: E402
 
 # %% [markdown]
 # ## The grid

@@ -12,10 +12,11 @@
 import numpy as np
 
 import refimpl
-from refimpl.lab import attention_map, attention_pictures, kv
-from refimpl.lab.show import source, table
-from refimpl.lab.synth import SHAPES
-from refimpl.model import cache, export, gemma4
+from refimpl.files.synth import SHAPES
+from refimpl.lab.explain import attention_map, attention_pictures, kv
+from refimpl.lab.explain.show import source, table
+from refimpl.loading import hf_names as export
+from refimpl.model import cache, gemma4
 from refimpl.reference import attention, ops
 
 # %% [markdown]

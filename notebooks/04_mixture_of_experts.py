@@ -13,8 +13,8 @@
 import numpy as np
 
 import refimpl
-from refimpl.lab import reads, routing, routing_pictures
-from refimpl.lab.show import source, table
+from refimpl.lab.explain import reads, routing, routing_pictures
+from refimpl.lab.explain.show import source, table
 from refimpl.model import gemma4
 from refimpl.reference import moe
 from refimpl.tiny.corpus import read_corpus

@@ -12,9 +12,10 @@
 import numpy as np
 
 import refimpl
-from refimpl.decode import depth, drafter, speculative
-from refimpl.lab import reads, rounds, rounds_pictures
-from refimpl.lab.show import source, table
+from refimpl.decode import draft_length as depth
+from refimpl.decode import drafter, speculative
+from refimpl.lab.explain import reads, rounds, rounds_pictures
+from refimpl.lab.explain.show import source, table
 
 # %% [markdown]
 # ## The loop

@@ -17,7 +17,11 @@ import numpy as np
 from IPython.display import Image, Markdown
 
 import refimpl
-from refimpl.lab import compare, names, record, rounding, scene, symptoms, verdict, zoo
+from refimpl.lab.compare import compare, names, record, verdict
+from refimpl.lab.compare import diagnoses as symptoms
+from refimpl.lab.compare import known_bugs as zoo
+from refimpl.lab.compare import mismatch as scene
+from refimpl.lab.compare import tolerance as rounding
 
 folder = Path(mkdtemp())
 model = refimpl.load(backend="reference", weights="quantized")

@@ -7,11 +7,11 @@
 
 from refimpl.decode.drafter import Drafter, load_drafter, propose
 from refimpl.decode.generate import Output, Stats, generate, stream
-from refimpl.decode.hub_files import HubError
-from refimpl.decode.model import Model, load
-from refimpl.decode.tokenizer import TokenizerError
-from refimpl.formats.container import GGUFError
+from refimpl.formats.gguf import GGUFError
+from refimpl.loading.hub_files import HubError
+from refimpl.loading.model import Model, load
 from refimpl.model.cache import ContextFull
+from refimpl.text.tokenizer import TokenizerError
 
 __version__ = "0.1.0"
 __all__ = ["ContextFull", "Drafter", "GGUFError", "HubError", "Model", "Output", "Stats", "TokenizerError", "generate", "load",

@@ -15,9 +15,9 @@ from gguf_bytes import ARRAY, BOOL, F32, FORMATS, I32, STRING, U8, U32, U64, ggu
 
 import refimpl
 from refimpl import GGUFError, TokenizerError
-from refimpl.formats.blocks import BLOCKS, TYPE_IDS
 from refimpl.formats.checkpoint import open_checkpoint
-from refimpl.formats.container import open_gguf
+from refimpl.formats.gguf import open_gguf
+from refimpl.formats.quants.blocks import BLOCKS, TYPE_IDS
 
 MAX_MESSAGE = 1000
 LONGS = (0, 1, 2, 3, 7, 31, 32, 33, 255, 256, 2**15, 2**16, 2**20, 2**24, 2**30, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**61 + 1, 2**62,
@@ -101,7 +101,7 @@ def model(kinds, block, n_shared=0, n_ple=0, n_expert=0, keys_are_values=False):
 
 def values(random, shape, block):
     """(type, bytes) of random weights."""
-    from refimpl.formats.codecs import quantize
+    from refimpl.formats.quants.codecs import quantize
 
     x = random.uniform(0.5, 1, shape) if len(shape) == 1 else random.normal(0, shape[-1] ** -0.5, shape)
     block = block if len(shape) > 1 else "F32"
@@ -500,7 +500,7 @@ def expression(stream, depth: int) -> str:
 
 def run_template(template: str) -> str:
     """Renders in this process; whatever the template does, it is text or an error of one line."""
-    from refimpl.decode import chat
+    from refimpl.text import chat
 
     request = {"template": template, "variables": {
         "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}], "tools": None, "documents": None,

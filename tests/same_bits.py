@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numba
 
-from refimpl.kernels.words import BEST, ISA, ORDER
+from refimpl.kernels.machine.isa import BEST, ISA, ORDER
 
 HERE = Path(__file__).parent
 OTHERS = [isa for isa in ORDER if isa != ISA and ORDER.index(isa) <= ORDER.index(BEST)]

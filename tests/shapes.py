@@ -5,11 +5,11 @@ import torch
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 import refimpl
-from refimpl.formats.codecs import dequantize, quantize
-from refimpl.formats.container import open_gguf
-from refimpl.formats.writer import write_gguf
+from refimpl.formats.gguf import open_gguf
+from refimpl.formats.gguf_writer import write_gguf
+from refimpl.formats.quants.codecs import dequantize, quantize
+from refimpl.loading.hf_names import drafter_metadata, fitting_type, gguf_metadata, gguf_name, gguf_tensors, stays_float32
 from refimpl.model.config import config_from_gguf
-from refimpl.model.export import drafter_metadata, fitting_type, gguf_metadata, gguf_name, gguf_tensors, stays_float32
 from refimpl.model.weights import vocabulary_size
 
 V = 300

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.decode.model import load
-from refimpl.lab.attention_map import HABITS, attention_maps, habits, weights_of
+from refimpl.lab.explain.attention_map import HABITS, attention_maps, habits, weights_of
+from refimpl.loading.model import load
 from refimpl.reference.attention import attend
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "03_attention_in_gemma4.py"

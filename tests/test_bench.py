@@ -10,12 +10,13 @@ import pytest
 from shapes import opened, random_model, write_model
 from test_cli import assert_one_line, run
 
-from refimpl.kernels.words import ORDER
-from refimpl.lab import bandwidth, llamacpp
-from refimpl.lab import bench as module
-from refimpl.lab.bandwidth import bytes_per_token, kv_read, number_bytes, read_bandwidth, sum_parts, weight_bytes
-from refimpl.lab.bench import Ours, Plan, as_text, bench, compare, random_ids
-from refimpl.lab.llamacpp import LlamaCpp, LlamaCppError, serve, timed
+from refimpl.kernels.machine.isa import ORDER
+from refimpl.lab.bench import bandwidth
+from refimpl.lab.bench import bench as module
+from refimpl.lab.bench.bandwidth import bytes_per_token, kv_read, number_bytes, read_bandwidth, sum_parts, weight_bytes
+from refimpl.lab.bench.bench import Ours, Plan, as_text, bench, compare, random_ids
+from refimpl.lab.llamacpp import process as llamacpp
+from refimpl.lab.llamacpp.process import LlamaCpp, LlamaCppError, serve, timed
 from refimpl.model.cache import Cache
 
 # Q4_0: 18 bytes for 32 weights. Matrices of the test models (width 64, 4 heads of 16 or 32), rows times bytes of a row:

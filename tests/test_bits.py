@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from shapes import SHAPES, random_model, write_model
 
-from refimpl.kernels.words import BEST, ORDER
+from refimpl.kernels.machine.isa import BEST, ORDER
 
 SCRIPT = '''
 import hashlib, json, sys
@@ -19,8 +19,8 @@ sys.path.insert(0, "tests")
 import numba, numpy as np
 import refimpl
 from refimpl.kernels import matmul
-from refimpl.kernels.tiles import tiled
-from refimpl.kernels.words import ISA
+from refimpl.kernels.machine.tiles import tiled
+from refimpl.kernels.machine.isa import ISA
 from test_kernels import TYPES, matrix, rows
 
 def digest(array):

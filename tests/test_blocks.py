@@ -13,11 +13,11 @@ from gguf import quants as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refimpl.formats.blocks import BLOCKS, TYPE_IDS, blocks_of, bytes_of, fields_of, pack, rows_of, unpack
-from refimpl.formats.codecs import DEQUANTIZABLE, QUANTIZABLE, UnsupportedType, dequantize, quantize
-from refimpl.formats.floats import dequantize_bf16, reciprocal
-from refimpl.formats.q4_k import pack_scales, unpack_scales
-from refimpl.formats.q8_0 import round_half_away
+from refimpl.formats.quants.basic.q8_0 import round_half_away
+from refimpl.formats.quants.blocks import BLOCKS, TYPE_IDS, blocks_of, bytes_of, fields_of, pack, rows_of, unpack
+from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, UnsupportedType, dequantize, quantize
+from refimpl.formats.quants.floats import dequantize_bf16, reciprocal
+from refimpl.formats.quants.k.q4_k import pack_scales, unpack_scales
 
 SEED = 20240229
 N_BLOCKS = 20_480

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from refimpl.decode import chat
-from refimpl.decode.chat import GEMMA4_TEMPLATE, ChatError, encode_chat, render_chat, split_thought
-from refimpl.decode.tokenizer import Tokenizer
-from refimpl.tiny.export import tokenizer_metadata
-from refimpl.tiny.vocabulary import train_vocabulary
+from refimpl.text import chat
+from refimpl.text.chat import GEMMA4_TEMPLATE, ChatError, encode_chat, render_chat, split_thought
+from refimpl.text.tokenizer import Tokenizer
+from refimpl.tiny.training.export import tokenizer_metadata
+from refimpl.tiny.training.vocabulary import train_vocabulary
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
 HI = [{"role": "user", "content": "hi"}]

@@ -12,7 +12,7 @@ from shapes import SHAPES, prompt, random_drafter, random_model, reference, writ
 
 import refimpl
 from refimpl.formats.checkpoint import CheckpointError, open_checkpoint
-from refimpl.model.checkpoint import open_drafter
+from refimpl.loading.open import open_drafter
 
 
 @pytest.fixture(scope="module")

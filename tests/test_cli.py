@@ -12,7 +12,7 @@ import pytest
 from shapes import random_model, tokenizer_metadata, write_model
 
 import refimpl
-from refimpl.formats.writer import write_gguf
+from refimpl.formats.gguf_writer import write_gguf
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +69,7 @@ def test_inspect_for_people_and_programs(small):
 
 
 def test_chat_keeps_the_history(tmp_path):
-    from refimpl.decode.chat import GEMMA4_TEMPLATE
+    from refimpl.text.chat import GEMMA4_TEMPLATE
 
     pieces = tokenizer_metadata()["tokenizer.ggml.tokens"]
     types = tokenizer_metadata()["tokenizer.ggml.token_type"].copy()

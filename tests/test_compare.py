@@ -15,16 +15,17 @@ from typer.testing import CliRunner
 import refimpl
 from refimpl.cli import app, complain
 from refimpl.formats.checkpoint import CheckpointError
-from refimpl.lab import verdict, zoo
-from refimpl.lab.compare import compare, compare_steps, compare_with
-from refimpl.lab.engines import foreign, llamacpp, llamacpp_dumps, transformers
-from refimpl.lab.engines.sources import open_any
-from refimpl.lab.names import graph_order
-from refimpl.lab.record import trace, write_trace
-from refimpl.lab.rounding import SAFETY, a_priori, carried, in_q8, judge, measured
-from refimpl.lab.scene import Scene
-from refimpl.lab.symptoms import symptom_of
-from refimpl.lab.trace import Trace, TraceError
+from refimpl.lab.compare import known_bugs as zoo
+from refimpl.lab.compare import verdict
+from refimpl.lab.compare.compare import compare, compare_steps, compare_with
+from refimpl.lab.compare.diagnoses import symptom_of
+from refimpl.lab.compare.engines import foreign, llamacpp, llamacpp_dumps, transformers
+from refimpl.lab.compare.engines.sources import open_any
+from refimpl.lab.compare.mismatch import Scene
+from refimpl.lab.compare.names import graph_order
+from refimpl.lab.compare.record import trace, write_trace
+from refimpl.lab.compare.tolerance import SAFETY, a_priori, carried, in_q8, judge, measured
+from refimpl.lab.compare.trace import Trace, TraceError
 
 IDS = prompt(24)
 

@@ -57,10 +57,10 @@ from gguf_bytes import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refimpl.formats.blocks import BLOCKS, TYPE_IDS
-from refimpl.formats.container import GGUFError, StringArray, open_gguf
+from refimpl.formats.gguf import GGUFError, StringArray, open_gguf
+from refimpl.formats.gguf_writer import Deferred, write_gguf
 from refimpl.formats.matrix import Matrix
-from refimpl.formats.writer import Deferred, write_gguf
+from refimpl.formats.quants.blocks import BLOCKS, TYPE_IDS
 
 ARCH = key("general.architecture", STRING, "gemma4")
 FLOATS = np.arange(8, dtype=np.float32).tobytes()
@@ -565,7 +565,7 @@ def test_one_of_one_is_not_a_split_model(tmp_path):
 
 MEASURE = """
 import re, sys, time
-from refimpl.formats.container import open_gguf
+from refimpl.formats.gguf import open_gguf
 
 def kb(name):       # not getrusage: its peak is inherited from the process that started this one
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -17,18 +17,18 @@ from directories import save, save_w4a16, write_vocabulary
 from shapes import COMMON, SHAPES, V, prompt, random_drafter, random_model, reference, write_model
 
 import refimpl
+from refimpl.files.convert import convert
 from refimpl.formats.checkpoint import CheckpointError
-from refimpl.formats.codecs import dequantize, quantize
-from refimpl.formats.container import open_gguf
-from refimpl.formats.writer import write_gguf
-from refimpl.lab.convert import convert
-from refimpl.model.checkpoint import RenamedCheckpoint
+from refimpl.formats.gguf import open_gguf
+from refimpl.formats.gguf_writer import write_gguf
+from refimpl.formats.quants.codecs import dequantize, quantize
+from refimpl.loading.open import RenamedCheckpoint
 
 FILES = Path(__file__).parent / "files"
 sys.path.insert(0, str(FILES))
 from make_converted import CASES, LISTING, listing, make_directory  # noqa: E402
 
-# see the docstring of lab/convert.py
+# see the docstring of files/convert.py
 GUESSED = {"general.name", "general.size_label"}
 KEPT = {"masked_embd_centroids.weight", "masked_embd_ordering", "gemma4-assistant.masked_embd_top_k"}
 
@@ -185,7 +185,7 @@ def write_large(folder, n_layer: int = 8, d: int = 1024, n_ff: int = 8192, n_voc
 
 PEAK = """
 import sys, threading
-from refimpl.lab.convert import convert
+from refimpl.files.convert import convert
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 start, peak, done = anonymous(), 0, False

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from refimpl.decode.depth import MOST, AutoDepth, FixedDepth, best_depth, depth_of
+from refimpl.decode.draft_length import MOST, AutoDepth, FixedDepth, best_depth, depth_of
 
 
 def rate(verify, draft, accepted, k):

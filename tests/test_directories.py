@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from shapes import SHAPES, oracle, prompt, random_drafter, random_model, reference, worst
 
 import refimpl
-from refimpl.formats import w4a16
+from refimpl.files.inspect import as_text, describe
 from refimpl.formats.checkpoint import CheckpointError
-from refimpl.formats.codecs import dequantize
-from refimpl.lab.inspect import as_text, describe
-from refimpl.model.checkpoint import open_directory
-from refimpl.model.memory import needed, stored_bytes
+from refimpl.formats.matrix import stored_bytes
+from refimpl.formats.quants import w4a16
+from refimpl.formats.quants.codecs import dequantize
+from refimpl.loading.memory import needed
+from refimpl.loading.open import open_directory
 
 TOLERANCE = 1e-4
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 import refimpl
-from refimpl.decode.chat import GEMMA4_TEMPLATE
-from refimpl.lab import evaluate as module
-from refimpl.lab import sources
-from refimpl.lab.divergence import Kept, divergence, divergence_bounds, keep, likeliest, log_sum_exp
-from refimpl.lab.evaluate import evaluate
-from refimpl.lab.llamacpp import serve
-from refimpl.lab.llamacpp_rows import LlamaCppRows, counted
-from refimpl.lab.runs import read_npz, read_run
-from refimpl.lab.sources import other_side, rows_at_once, side_of
-from refimpl.lab.summary import as_text, mean_and_error
-from refimpl.lab.windows import Document, Window, bytes_of, cut, read_documents
+from refimpl.lab.evaluate import evaluate as module
+from refimpl.lab.evaluate import logit_sources as sources
+from refimpl.lab.evaluate.divergence import Kept, divergence, divergence_bounds, keep, likeliest, log_sum_exp
+from refimpl.lab.evaluate.evaluate import evaluate
+from refimpl.lab.evaluate.logit_sources import other_side, rows_at_once, side_of
+from refimpl.lab.evaluate.saved_runs import read_npz, read_run
+from refimpl.lab.evaluate.summary import as_text, mean_and_error
+from refimpl.lab.evaluate.windows import Document, Window, bytes_of, cut, read_documents
+from refimpl.lab.llamacpp.process import serve
+from refimpl.lab.llamacpp.rows import LlamaCppRows, counted
+from refimpl.text.chat import GEMMA4_TEMPLATE
 
 ROOT = Path(__file__).parent.parent
 TEXT = "import os\n\n\ndef walk(top, names):\n    for name in sorted(names):\n        yield os.path.join(top, name)  # \u00e9\u2203\n" * 4

@@ -35,9 +35,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import refimpl
-from refimpl.decode.chat import GEMMA4_TEMPLATE, encode_chat
-from refimpl.decode.tokenizer import Tokenizer
-from refimpl.formats.container import open_gguf
+from refimpl.formats.gguf import open_gguf
+from refimpl.text.chat import GEMMA4_TEMPLATE, encode_chat
+from refimpl.text.tokenizer import Tokenizer
 
 FOUND = Path(__file__).parent / "files" / "fuzz"
 SECONDS = 2.0                   # of processor time that a case of less than 100 kB may take; a valid one takes 0.005

@@ -10,14 +10,14 @@ import pytest
 from hub_server import COMMIT, Hub
 from shapes import random_model, write_model
 
-from refimpl.decode.hub import SPEC, is_remote, local
-from refimpl.decode.hub_files import HubError, chosen
+from refimpl.loading.hub import SPEC, is_remote, local
+from refimpl.loading.hub_files import HubError, chosen
 
 ROOT = Path(__file__).parent.parent
 ASK = """
 import json, sys, warnings
 from refimpl import HubError
-from refimpl.decode.hub import local
+from refimpl.loading.hub import local
 answers = []
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from numba import njit
 
-from refimpl.kernels.jit import per_row
+from refimpl.kernels.machine.jit import per_row
 
 SCRIPT = '''
 import numpy as np
-from refimpl.kernels.jit import announce
+from refimpl.kernels.machine.jit import announce
 from refimpl.kernels import ops
 compiled = []
 announce(compiled.append)

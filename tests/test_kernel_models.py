@@ -60,7 +60,7 @@ def test_odd_heads_are_refused_before_anything_is_computed(tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    from refimpl.decode import model
+    from refimpl.loading import model
 
     monkeypatch.setattr(model, "available", lambda: 1 << 20)
     with pytest.raises(ValueError, match="needs .* GB .*this machine has 0.00 GB free"):

@@ -8,8 +8,8 @@ import pytest
 from same_bits import OTHERS, assert_any_number_of_threads, elsewhere
 
 from refimpl.kernels import ops
-from refimpl.kernels.elementary import exp16, gelu16, tanh16
-from refimpl.kernels.simd import address, at, load_f32, store_f32
+from refimpl.kernels.machine.intrinsics import address, at, load_f32, store_f32
+from refimpl.kernels.machine.vecmath import exp16, gelu16, tanh16
 from refimpl.reference import ops as reference
 
 HALF_STEP = 2.0**-24            # relative rounding error of one float32 operation

@@ -12,12 +12,14 @@ import numba
 import numpy as np
 import pytest
 
-from refimpl.formats.blocks import BLOCKS
-from refimpl.formats.codecs import quantize
 from refimpl.formats.matrix import Matrix
-from refimpl.kernels import jit, kinds, simd
-from refimpl.kernels.simd import address
-from refimpl.kernels.tiles import tiled, units
+from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.formats.quants.codecs import quantize
+from refimpl.kernels.machine import intrinsics as simd
+from refimpl.kernels.machine import jit
+from refimpl.kernels.machine import unpack as kinds
+from refimpl.kernels.machine.intrinsics import address
+from refimpl.kernels.machine.tiles import tiled, units
 
 INTEGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 TYPES = (*INTEGER, "F16", "BF16", "F32")

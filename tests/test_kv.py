@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from refimpl.lab.kv import HALF, by_kind, savings, true_config, value_projections
-from refimpl.lab.synth import SHAPES
+from refimpl.files.synth import SHAPES
+from refimpl.lab.explain.kv import HALF, by_kind, savings, true_config, value_projections
 from refimpl.model.cache import Cache, cache_bytes
 from refimpl.reference.ops import rope_frequencies
 
@@ -51,6 +51,6 @@ def test_an_unknown_name_is_refused():
 
 
 def test_a_quarter_of_the_pairs_turns():
-    from refimpl.model.export import rope_divisors
+    from refimpl.loading.hf_names import rope_divisors
     frequency_R = rope_frequencies(512, 1e6, rope_divisors(512, 0.25))
     assert np.count_nonzero(frequency_R > 1e-20) == 64 and (frequency_R[:64] > 1e-20).all()

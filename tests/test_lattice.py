@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from refimpl.formats.blocks import BLOCKS, fields_of
-from refimpl.formats.codecs import dequantize, quantize
-from refimpl.formats.floats import dequantize_bf16, quantize_bf16
-from refimpl.formats.lattice import find_lattice, quantize_q4_0_on_lattice
+from refimpl.files.recover_scales import find_lattice, quantize_q4_0_on_lattice
+from refimpl.formats.quants.blocks import BLOCKS, fields_of
+from refimpl.formats.quants.codecs import dequantize, quantize
+from refimpl.formats.quants.floats import dequantize_bf16, quantize_bf16
 
 F32 = np.float32
 N = 3000
@@ -140,7 +140,7 @@ def test_numbers_at_the_edges():
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     """A file with a matrix on a lattice without level -8 (bfloat16), an ordinary one (float16), a big one on Q4_0's own grid (float32)."""
-    from refimpl.formats.writer import write_gguf
+    from refimpl.formats.gguf_writer import write_gguf
 
     rng = np.random.default_rng(6)
     d, q = lattices(rng, -7, 7, as_bf16)
@@ -155,7 +155,7 @@ def released(tmp_path_factory):
 
 
 def test_grid_of_a_file(released):
-    from refimpl.lab.grid import LOOKED_AT, as_text, describe_grid
+    from refimpl.files.qat_grid import LOOKED_AT, as_text, describe_grid
 
     found = describe_grid(released)
     on, off, own = found["tensors"]
@@ -174,7 +174,7 @@ def test_grid_on_the_command_line(released, tmp_path, capsys):
     import json
 
     from refimpl.cli import app
-    from refimpl.formats.writer import write_gguf
+    from refimpl.formats.gguf_writer import write_gguf
 
     app(["inspect", "--grid", "-m", str(released)], standalone_mode=False)
     assert "all together" in capsys.readouterr().out
@@ -188,8 +188,8 @@ def test_grid_on_the_command_line(released, tmp_path, capsys):
 
 
 def test_grid_names_the_tensor_that_holds_nan(tmp_path):
-    from refimpl.formats.writer import write_gguf
-    from refimpl.lab.grid import describe_grid
+    from refimpl.files.qat_grid import describe_grid
+    from refimpl.formats.gguf_writer import write_gguf
 
     x = np.ones((2, 32), F32)
     x[1, 4] = np.nan

@@ -1,6 +1,7 @@
 """House rules: imports run downwards, import is quick and light, printing is the command line's."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "refimpl"
-ORDER = ["formats", "reference", "kernels", "model", "decode", "lab", "cli"]
+# from the ground up; a room may import those before it and itself. The longest name that fits is a module's room
+ROOMS = ["host", "progress", "formats.quants", "formats", "reference", "kernels.machine", "kernels", "model", "text", "loading", "decode",
+         "files", "lab.llamacpp", "lab.bench", "lab.evaluate", "lab.compare",
+         "lab.explain", "cli", "tiny", "tiny.training"]
 FILES = sorted(PACKAGE.rglob("*.py"))
-ADAPTER = "refimpl.lab.engines.transformers"       # looks into transformers where it is installed: imported inside of functions only
+FOLDERS = sorted({path.parent for path in FILES})
+TORCH = ("tiny.training", "lab.compare.engines.transformers")       # the second imports it inside of functions only
 
 
-def level(module: str) -> int | None:
-    """Where `refimpl.<part>...` stands in the order; None for what stands outside of it (tiny, the face)."""
-    parts = module.split(".")
-    return ORDER.index(parts[1]) if len(parts) > 1 and parts[1] in ORDER else None
+def room(module: str) -> str | None:
+    """The room of `refimpl.<room>...`; None for the package's own face, and for what is not ours."""
+    own = module.removeprefix("refimpl.")
+    fits = [name for name in ROOMS if own == name or own.startswith(name + ".")]
+    return max(fits, key=len) if module.startswith("refimpl.") and fits else None
 
 
 def imports_of(path: Path, nested: bool = True) -> list[str]:
@@ -35,17 +41,23 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_run_downwards(path):
-    own = level(name_of(path))
+    name = name_of(path)
+    own = room(name)
+    assert own or name in ("refimpl", "refimpl.__main__", "refimpl.lab"), f"{name} is in no room"
     for module in imports_of(path):
-        theirs = level(module)
-        if own is not None and theirs is not None:
-            assert theirs <= own, f"{name_of(path)} imports {module}, which is above it"
-        if own == ORDER.index("kernels"):
-            assert not module.startswith("refimpl.reference"), f"{name_of(path)} imports {module}: twins share the block table only"
-        if own is not None:
-            assert not module.startswith("refimpl.tiny"), f"{name_of(path)} imports {module}: the package does not need its training"
-        if "tiny" not in path.parts and not (name_of(path) == ADAPTER and module not in imports_of(path, nested=False)):
-            assert module.split(".")[0] not in ("torch", "transformers"), f"{name_of(path)} imports {module}"
+        theirs = room(module)
+        if own and theirs:
+            assert ROOMS.index(theirs) <= ROOMS.index(own), f"{name} imports {module}, which is above it"
+            assert not (own.startswith("kernels") and theirs == "reference"), f"{name} imports {module}: twins share the block table only"
+        if module.split(".")[0] in ("torch", "transformers"):
+            assert own == TORCH[0] or name.endswith(TORCH[1]) and module not in imports_of(path, nested=False), f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(PACKAGE.parent).as_posix())
+def test_a_folder_says_what_it_is_for_and_fits_on_a_screen(folder):
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert docstring and (folder == PACKAGE or re.search("[Ii]mport|room", docstring)), f"{folder}: what it is for, what it may import"
+    assert len(list(folder.glob("*.py"))) - 1 <= 15, f"{folder} has more than 15 files"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

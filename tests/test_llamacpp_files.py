@@ -14,7 +14,7 @@ from shapes import oracle, prompt, reference, worst
 from tokenizers import Tokenizer
 from transformers import Gemma4ForCausalLM
 
-from refimpl.model.export import gguf_name
+from refimpl.loading.hf_names import gguf_name
 
 FILES = Path(__file__).parent / "files"
 sys.path.insert(0, str(FILES))

@@ -13,7 +13,9 @@ from shapes import opened, random_model, write_model
 from test_threads import V1, V2, put
 
 import refimpl
-from refimpl.model.memory import COMPILER_BYTES, MemoryRefusal, Need, available, buffer_bytes, needed, refuse_unless_it_fits, stored_bytes
+from refimpl.formats.matrix import stored_bytes
+from refimpl.host import available
+from refimpl.loading.memory import COMPILER_BYTES, MemoryRefusal, Need, buffer_bytes, needed, refuse_unless_it_fits
 
 GB = 10**9
 
@@ -136,7 +138,7 @@ def test_freed_memory_comes_back_without_page_faults():
     """A layer's arrays, twenty times: in a process of its own, as the setting is for good."""
     code = """if True:
         import numpy as np, resource, sys
-        from refimpl.model.memory import keep_freed_memory
+        from refimpl.host import keep_freed_memory
         if sys.argv[1] == "kept":
             keep_freed_memory()
         faults = []

@@ -6,7 +6,7 @@ import torch
 from shapes import SHAPES, oracle, prompt, random_model, reference, round_to, worst, write_model
 
 import refimpl
-from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.quants.blocks import BLOCKS
 
 TOLERANCE = 1e-4          # of the largest logit
 Q4_K_FITS = dict(hidden_size=256, intermediate_size=256)       # rows of 256, so that Q4_K is really used

@@ -7,9 +7,9 @@ import pytest
 from exact import rounded_once
 from shapes import prompt, random_model, reference, worst, write_model
 
-from refimpl.formats.blocks import BLOCKS
-from refimpl.formats.codecs import dequantize, quantize
 from refimpl.formats.matrix import Matrix
+from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.formats.quants.codecs import dequantize, quantize
 from refimpl.reference.activations import round_activations
 from refimpl.reference.matmul import FloatMinimum, IntegerMinimum, integer_parts, matmul, matmul_q8
 from refimpl.reference.ops import fma

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from refimpl.decode.model import BUILT_IN
-from refimpl.formats.blocks import BLOCKS, bytes_of, fields_of, pack
-from refimpl.formats.codecs import dequantize
-from refimpl.formats.container import open_gguf
-from refimpl.formats.q4_k import pack_scales
-from refimpl.formats.writer import write_gguf
-from refimpl.model.export import gguf_metadata, gguf_name
-from refimpl.tiny import corpus, grids, held_out, network, qat, qat_export, qat_release, qat_results, train, vocabulary
-from refimpl.tiny.optimiser import is_quantized
+from refimpl.formats.gguf import open_gguf
+from refimpl.formats.gguf_writer import write_gguf
+from refimpl.formats.quants.blocks import BLOCKS, bytes_of, fields_of, pack
+from refimpl.formats.quants.codecs import dequantize
+from refimpl.formats.quants.k.q4_k import pack_scales
+from refimpl.loading.hf_names import gguf_metadata, gguf_name
+from refimpl.loading.model import BUILT_IN
+from refimpl.tiny import corpus
+from refimpl.tiny.training import grids, held_out, network, qat, qat_export, qat_release, qat_results, train, vocabulary
+from refimpl.tiny.training.optimiser import is_quantized
 
 
 def weights(*shape, seed=0):

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from refimpl.formats.blocks import BLOCKS, fields_of
-from refimpl.formats.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize, quantize
-from refimpl.formats.q4_k import unpack_scales
-from refimpl.kernels.kinds import SHAPES
-from refimpl.lab import block_pictures, quant_table
-from refimpl.lab.block_bits import bit_owners, number_of
-from refimpl.lab.ggml import ggml_quantize
+from refimpl.formats.quants.blocks import BLOCKS, fields_of
+from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize, quantize
+from refimpl.formats.quants.k.q4_k import unpack_scales
+from refimpl.kernels.machine.unpack import SHAPES
+from refimpl.lab.explain import block_pictures, quant_table
+from refimpl.lab.explain.block_bits import bit_owners, number_of
+from refimpl.lab.explain.ggml import ggml_quantize
 
 ROWS = {row.type: row for row in quant_table.rows()}
 NORMAL = np.random.default_rng(1).standard_normal(256).astype(np.float32)
@@ -55,7 +55,7 @@ def test_cells_say_what_the_rows_say():
 
 def test_without_ggml_there_is_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from refimpl.lab import ggml
+    from refimpl.lab.explain import ggml
 
     ggml.library.cache_clear()
     with pytest.raises(ValueError, match="llama-cpp-python is not installed: pip install"):

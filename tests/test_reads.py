@@ -2,10 +2,10 @@
 
 import pytest
 
-from refimpl.formats.container import open_gguf
-from refimpl.lab import synth
-from refimpl.lab.bandwidth import weight_bytes
-from refimpl.lab.reads import PARTS, drafter_bytes, part_of, read_bytes
+from refimpl.files import synth
+from refimpl.formats.gguf import open_gguf
+from refimpl.lab.bench.bandwidth import weight_bytes
+from refimpl.lab.explain.reads import PARTS, drafter_bytes, part_of, read_bytes
 from refimpl.model.config import config_from_gguf
 
 SMALL = dict(vocab_size=1024, hidden_size=256, intermediate_size=256)

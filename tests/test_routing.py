@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 
-from refimpl.decode.model import load as load_model
-from refimpl.lab import routing
-from refimpl.lab.routing import KINDS, balance_loss, distinct, distinct_if_independent, kinds_of, passage, picks, route, share_by_kind
+from refimpl.lab.explain import routing
+from refimpl.lab.explain.routing import (
+    KINDS,
+    balance_loss,
+    distinct,
+    distinct_if_independent,
+    kinds_of,
+    passage,
+    picks,
+    route,
+    share_by_kind,
+)
+from refimpl.loading.model import load as load_model
 from refimpl.model.gemma4 import no_tap
 from refimpl.tiny.corpus import read_corpus
 from refimpl.tiny.evaluate import model_bits

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from refimpl.lab.show import COLOURS, figure, lines_figure, picture, source, table, text_cells, text_figure, visible
+from refimpl.lab.explain.show import COLOURS, figure, lines_figure, picture, source, table, text_cells, text_figure, visible
 from refimpl.reference.ops import gelu, softmax
 
 

@@ -11,9 +11,10 @@ import pytest
 from exact import rounded_once
 from numba import njit, types
 
-from refimpl.kernels import simd, words
-from refimpl.kernels.simd import address, at
-from refimpl.kernels.words import ISA, ORDER, WORDS, F32x16, I32x16, Pointer, U8x64
+from refimpl.kernels.machine import intrinsics as simd
+from refimpl.kernels.machine import isa as words
+from refimpl.kernels.machine.intrinsics import address, at
+from refimpl.kernels.machine.isa import ISA, ORDER, WORDS, F32x16, I32x16, Pointer, U8x64
 
 EDGES = {
     U8x64: [np.full(64, b, np.uint8) for b in (0, 1, 15, 16, 127, 128, 129, 240, 255)],

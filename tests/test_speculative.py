@@ -13,11 +13,11 @@ from test_breakage import planted
 
 import refimpl
 from refimpl.decode import drafter as drafter_module
-from refimpl.decode import model as model_module
 from refimpl.decode import speculative as speculative_module
-from refimpl.decode.depth import MOST, AutoDepth, FixedDepth
+from refimpl.decode.draft_length import MOST, AutoDepth, FixedDepth
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, accept, speculative
+from refimpl.loading import model as model_module
 from refimpl.model import drafter as network
 from refimpl.model import drafter_config, gemma4
 

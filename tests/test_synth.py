@@ -7,10 +7,7 @@ import sys
 
 import pytest
 
-from refimpl.formats.blocks import BLOCKS
-from refimpl.formats.codecs import QUANTIZABLE
-from refimpl.formats.container import open_gguf
-from refimpl.lab.synth import (
+from refimpl.files.synth import (
     RECIPES,
     SHAPES,
     config_of,
@@ -22,8 +19,11 @@ from refimpl.lab.synth import (
     synthesise,
     vocabulary_metadata,
 )
+from refimpl.formats.gguf import open_gguf
+from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.formats.quants.codecs import QUANTIZABLE
+from refimpl.loading.hf_names import fitting_type, gguf_metadata
 from refimpl.model.config import config_from_gguf
-from refimpl.model.export import fitting_type, gguf_metadata
 
 PARAMETERS = {"12B": 11.907e9, "26B-A4B": 25.233e9, "31B": 30.697e9}        # published: 11.91, 25.23 and 30.70 billion
 DRAFTER_PARAMETERS = {"E2B": 77.7e6, "E4B": 78.518e6, "12B": 422.86e6, "26B-A4B": 419.7e6, "31B": 469.5e6}

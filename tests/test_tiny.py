@@ -12,12 +12,13 @@ from shapes import oracle, reference, worst, write_drafter
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import refimpl
-from refimpl.decode.model import BUILT_IN
 from refimpl.decode.sampling import Sampling
-from refimpl.formats.codecs import dequantize, quantize
-from refimpl.model.export import gguf_name
-from refimpl.tiny import corpus, export, grids, network, train, train_drafter
+from refimpl.formats.quants.codecs import dequantize, quantize
+from refimpl.loading.hf_names import gguf_name
+from refimpl.loading.model import BUILT_IN
+from refimpl.tiny import corpus
 from refimpl.tiny.ngram import NgramModel
+from refimpl.tiny.training import export, grids, network, train, train_drafter
 
 PROMPT = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        if not self.items:\n" * 4
 
@@ -117,7 +118,7 @@ def test_training_rounds_to_the_very_weights_of_the_file():
 
 
 def test_quick_training_run_exports_a_model_that_loads(tmp_path):
-    """`python -m refimpl.tiny.train --quick`, interrupted in the middle and resumed, then exported."""
+    """`python -m refimpl.tiny.training.train --quick`, interrupted in the middle and resumed, then exported."""
     run = tmp_path / "run"
     stopped = train.parse_arguments(["--quick", "--out", str(run)])
     assert stopped.steps == 12

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HuggingFace
 
-from refimpl.decode import tokenizer as ours
-from refimpl.decode.tokenizer import Tokenizer, TokenizerError
-from refimpl.tiny.vocabulary import CONTROL, MARKERS, tokenizer_from_parts, train_vocabulary
+from refimpl.text import tokenizer as ours
+from refimpl.text.tokenizer import Tokenizer, TokenizerError
+from refimpl.tiny.training.vocabulary import CONTROL, MARKERS, tokenizer_from_parts, train_vocabulary
 
 SPACE, BOM, MARK = "\u2581", "\ufeff", "\ufffd"
 # what is user-defined in the second vocabulary
@@ -343,7 +343,7 @@ def test_refuses_a_bad_file_in_one_line_that_names_it(case):
 @pytest.mark.skipif("REFIMPL_GEMMA4_VOCAB" not in os.environ, reason="set it to the path of llama.cpp's ggml-vocab-gemma-4.gguf")
 def test_gives_llama_cpps_ids_with_the_real_vocabulary():
     """The strings and ids that llama.cpp itself is tested with lie beside the file."""
-    from refimpl.formats.container import open_gguf
+    from refimpl.formats.gguf import open_gguf
 
     path = os.environ["REFIMPL_GEMMA4_VOCAB"]
     tokenizer = Tokenizer.from_metadata(open_gguf(path).metadata, path)

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 import refimpl
 from refimpl.cli import app, complain
 from refimpl.formats.checkpoint import CheckpointError
-from refimpl.lab import record
-from refimpl.lab.names import NAMES, graph_order, place_of
-from refimpl.lab.record import trace, write_trace
-from refimpl.lab.trace import TraceError, open_trace
+from refimpl.lab.compare import record
+from refimpl.lab.compare.names import NAMES, graph_order, place_of
+from refimpl.lab.compare.record import trace, write_trace
+from refimpl.lab.compare.trace import TraceError, open_trace
 
 IDS = prompt(20)
 

@@ -4,10 +4,10 @@ import numba
 import numpy as np
 import pytest
 
-from refimpl.formats.codecs import QUANTIZABLE
-from refimpl.kernels.kinds import SHAPES
-from refimpl.lab import types_bench as module
-from refimpl.lab.types_bench import errors, in_turn, measure_types
+from refimpl.formats.quants.codecs import QUANTIZABLE
+from refimpl.kernels.machine.unpack import SHAPES
+from refimpl.lab.bench import types_bench as module
+from refimpl.lab.bench.types_bench import errors, in_turn, measure_types
 
 
 def test_rows_hold_size_speed_and_error(monkeypatch):

@@ -13,13 +13,13 @@ import pytest
 from directories import save
 from shapes import random_model
 
-from refimpl.decode.model import BUILT_IN
-from refimpl.formats.blocks import BLOCKS, bytes_of
-from refimpl.formats.container import open_gguf
-from refimpl.kernels.words import BEST, ISA, ORDER
-from refimpl.lab import selftest
-from refimpl.lab import verify as module
-from refimpl.lab.verify import as_text, check_structure, compare_runs, not_finite, verify
+from refimpl.files import reproducibility as selftest
+from refimpl.files import verify as module
+from refimpl.files.verify import as_text, check_structure, compare_runs, not_finite, verify
+from refimpl.formats.gguf import open_gguf
+from refimpl.formats.quants.blocks import BLOCKS, bytes_of
+from refimpl.kernels.machine.isa import BEST, ISA, ORDER
+from refimpl.loading.model import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(BUILT_IN.read_bytes()).hexdigest()

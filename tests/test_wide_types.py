@@ -9,15 +9,16 @@ from shapes import opened, pattern, prompt, random_drafter, random_model, refere
 from test_cli import run
 
 import refimpl
-from refimpl.formats.blocks import BLOCKS, fields_of
-from refimpl.formats.codecs import DEQUANTIZABLE, dequantize
+from refimpl.files.inspect import as_text, describe
 from refimpl.formats.matrix import Matrix
-from refimpl.kernels import tiles
-from refimpl.kernels.kinds import SHAPES
+from refimpl.formats.quants.blocks import BLOCKS, fields_of
+from refimpl.formats.quants.codecs import DEQUANTIZABLE, dequantize
+from refimpl.host import available
+from refimpl.kernels.machine import tiles
+from refimpl.kernels.machine.tiles import held_bytes, tiled
+from refimpl.kernels.machine.unpack import SHAPES
 from refimpl.kernels.matmul import matmul, matmul_q8
-from refimpl.kernels.tiles import held_bytes, tiled
-from refimpl.lab.inspect import as_text, describe
-from refimpl.model.memory import MemoryRefusal, available, needed
+from refimpl.loading.memory import MemoryRefusal, needed
 from refimpl.reference.matmul import matmul as matmul_by_hand
 from refimpl.reference.matmul import matmul_q8 as matmul_q8_by_hand
 
@@ -175,7 +176,7 @@ def test_an_embedding_that_is_only_looked_up_in_stays_as_it_is(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy(files, monkeypatch):
-    from refimpl.decode import model
+    from refimpl.loading import model
 
     need = needed(*opened(files[0]), 1, 512, np.float16, held_bytes)
     monkeypatch.setattr(model, "available", lambda: need.without_context - 1)

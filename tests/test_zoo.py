@@ -4,11 +4,11 @@ import pytest
 from shapes import prompt, random_model, reference, write_model
 
 import refimpl
-from refimpl.lab import zoo
-from refimpl.lab.compare import compare, deviations
-from refimpl.lab.record import trace
-from refimpl.lab.rounding import measured
-from refimpl.lab.zoo import BUGS, planted
+from refimpl.lab.compare import known_bugs as zoo
+from refimpl.lab.compare.compare import compare, deviations
+from refimpl.lab.compare.known_bugs import BUGS, planted
+from refimpl.lab.compare.record import trace
+from refimpl.lab.compare.tolerance import measured
 
 TEXT = ("def parse(self, text):\n    for line in text.splitlines():\n        if line.startswith('#'):\n            continue\n"
         "        key, value = line.split('=')\n        self.items[key] = value\n    return self.items\n\n\n"

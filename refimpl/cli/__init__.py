@@ -1,4 +1,4 @@
-"""The command line: arguments in, text out. The only part that prints.
+"""The command line: arguments in, text out. The only room that prints text for people; may import everything but tiny.training.
 
 Text goes to standard output; progress, timings and complaints to standard error. Exit status: 0, 1 for a failure (one line says what),
 2 for wrong usage, 130 after Ctrl-C.
@@ -46,7 +46,7 @@ def main():
 
 def complain(e: Exception) -> int:
     """One line for an error; returns the exit status. An error of ours that nobody foresaw keeps its traceback."""
-    from refimpl.formats.container import GGUFError
+    from refimpl.formats.gguf import GGUFError
     from refimpl.model.cache import ContextFull
 
     usage_error = typer.BadParameter.__base__       # typer carries a copy of click or uses the installed one, by its version

@@ -77,8 +77,8 @@ def bar(what: str, total: int, unit: int = 1):
 
 def tell_of_compiling():
     """Says on standard error that kernels are being compiled, when they are: at the first use on a machine."""
-    from refimpl.kernels.jit import announce
-    from refimpl.kernels.words import ISA
+    from refimpl.kernels.machine.isa import ISA
+    from refimpl.kernels.machine.jit import announce
 
     count = itertools.count(1)
 
@@ -93,7 +93,7 @@ def tell_of_compiling():
 
 def fetched(model: str | None) -> Path | None:
     """The file that -m names, downloaded first if it is `hf:...`; None for the built-in model."""
-    from refimpl.decode.hub import local
+    from refimpl.loading.hub import local
 
     return None if model is None else local(model)
 
@@ -109,12 +109,12 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
     for warning in m.tokenizer.warnings:
         errors.print(f"note: {warning}")
     if m.widened:
-        from refimpl.model.memory import about_widened
+        from refimpl.loading.memory import about_widened
 
         errors.print(f"note: {about_widened(m.widened, m.file.path)}")
     if m.backend.name == "kernels":
-        from refimpl.kernels.threads import layer, slow_layer_warning
-        from refimpl.kernels.words import ISA
+        from refimpl.kernels.machine.isa import ISA
+        from refimpl.kernels.machine.threads import layer, slow_layer_warning
 
         if warning := slow_layer_warning():
             errors.print(f"note: {warning}")

@@ -32,10 +32,10 @@ def evaluate(
     arithmetic: Arithmetic = None, as_json: Json = False,
 ):
     """Measure how well a model foresees a text (perplexity), and how far another engine or file is from it (KL divergence)."""
-    from refimpl.lab.evaluate import evaluate as measure
-    from refimpl.lab.sources import other_side, side_of
-    from refimpl.lab.summary import as_text
-    from refimpl.lab.windows import COUNTS
+    from refimpl.lab.evaluate.evaluate import evaluate as measure
+    from refimpl.lab.evaluate.logit_sources import other_side, side_of
+    from refimpl.lab.evaluate.summary import as_text
+    from refimpl.lab.evaluate.windows import COUNTS
 
     if bool(file) == (base is not None):
         raise typer.BadParameter("give the text with -f FILE, or a run that has its own with --base RUN")

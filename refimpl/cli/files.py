@@ -31,14 +31,14 @@ def inspect(
 ):
     """Show what is in a file: metadata, layers, tensor types and sizes, and the memory it will need."""
     if grid:
-        from refimpl.lab.grid import as_text, describe_grid
+        from refimpl.files.qat_grid import as_text, describe_grid
 
         if ctx is not None or model is None:
             raise typer.BadParameter("--grid wants a file of float weights (-m), and no -c")
         with contextlib.ExitStack() as stack:
             described = describe_grid(fetched(model), lambda total: stack.enter_context(bar("tensors", total)))
     else:
-        from refimpl.lab.inspect import as_text, describe
+        from refimpl.files.inspect import as_text, describe
 
         described = describe(fetched(model), ctx)
     write((json.dumps(described) if as_json else as_text(described)) + "\n")
@@ -53,8 +53,8 @@ def convert(
     as_json: Json = False,
 ):
     """Write a Hugging Face directory as a GGUF file, or a GGUF file with other types."""
-    from refimpl.lab.convert import convert as run
-    from refimpl.lab.inspect import size
+    from refimpl.files.convert import convert as run
+    from refimpl.files.inspect import size
 
     source = fetched(model)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # as Ctrl-C: the half-written file goes
@@ -75,7 +75,7 @@ def synth(
     seed: Seed = 0,
 ):
     """Write a file of a true shape with random contents, to measure speed and memory with."""
-    from refimpl.lab.synth import synthesise
+    from refimpl.files.synth import synthesise
 
     with contextlib.ExitStack() as stack:
         synthesise(shape, output, recipe, layers, seed, begin=lambda total: stack.enter_context(bar("MB written", total, 10**6)))

@@ -47,7 +47,7 @@ def trace(
 ):
     """Write every named value of a run to a file, for `compare` and for other engines' tests."""
     import refimpl
-    from refimpl.lab.record import write_trace
+    from refimpl.lab.compare.record import write_trace
 
     if names:
         write(names_table(as_json))
@@ -94,12 +94,12 @@ def compare(
     threads: Threads = None, as_json: Json = False,
 ):
     """Name the first tensor in which an engine departs from a trace by more than rounding. Exit status 0: none does; 1: one does."""
-    from refimpl.lab import verdict
-    from refimpl.lab.compare import compare as judge
-    from refimpl.lab.compare import compare_steps, compare_with
-    from refimpl.lab.engines.sources import open_any
-    from refimpl.lab.rounding import model_of
-    from refimpl.lab.trace import open_trace
+    from refimpl.lab.compare import verdict
+    from refimpl.lab.compare.compare import compare as judge
+    from refimpl.lab.compare.compare import compare_steps, compare_with
+    from refimpl.lab.compare.engines.sources import open_any
+    from refimpl.lab.compare.tolerance import model_of
+    from refimpl.lab.compare.trace import open_trace
 
     first = open_trace(a)
     second = open_any(b, first.ids, dtype, threads or 1)
@@ -148,7 +148,7 @@ def names_table(as_json: bool) -> str:
     """The names of the forward pass, as a table or JSON."""
     import dataclasses
 
-    from refimpl.lab.names import NAMES
+    from refimpl.lab.compare.names import NAMES
 
     if as_json:
         return json.dumps([dataclasses.asdict(name) for name in NAMES]) + "\n"

@@ -44,8 +44,8 @@ def bench(
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
 ):
     """Measure speed: a prompt, new tokens, how near they come to what reading the weights allows; with --draft, what drafting wins."""
-    from refimpl.lab.bench import OPPONENTS, Plan, as_text
-    from refimpl.lab.bench import bench as measure
+    from refimpl.lab.bench.bench import OPPONENTS, Plan, as_text
+    from refimpl.lab.bench.bench import bench as measure
 
     if versus is not None and versus not in OPPONENTS:
         raise typer.BadParameter(f"--vs {versus}: expected {' or '.join(OPPONENTS)}")
@@ -58,7 +58,7 @@ def bench(
     model = fetched(model)
     tell_of_compiling()
     if draft is not None:
-        from refimpl.lab import draft_bench
+        from refimpl.lab.bench import draft_bench
 
         depths = [number_or_word(word) for word in draft_max.split(",")]
         result = draft_bench.draft_bench(

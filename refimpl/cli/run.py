@@ -96,7 +96,7 @@ def chat(
 ):
     """Talk to an instruction-tuned model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
     import refimpl
-    from refimpl.decode.chat import split_thought
+    from refimpl.text.chat import split_thought
 
     model = fetched(model)
     m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * predict, verbose)
@@ -137,7 +137,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
     """Token ids of a conversation. Text of the user is cut up apart, so that markers in it stay text."""
-    from refimpl.decode.chat import encode_chat
+    from refimpl.text.chat import encode_chat
 
     return encode_chat(m.tokenizer, m.file.metadata.get("tokenizer.chat_template"), messages, thinking=think)
 

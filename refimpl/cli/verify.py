@@ -17,8 +17,8 @@ def verify(
     threads: Threads = None, as_json: Json = False,
 ):
     """Check that a file is whole and that this machine computes as others do. Without -m: this machine, with the built-in model."""
-    from refimpl.lab.verify import as_text
-    from refimpl.lab.verify import verify as check
+    from refimpl.files.verify import as_text
+    from refimpl.files.verify import verify as check
 
     for digest in sha256 or ():
         if len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef"):

@@ -1,1 +1,1 @@
-"""Text to tokens and back: tokenizer, chat template, sampling, and the loops that generate."""
+"""From logits to tokens: sampling, the plain loop, drafting. May import loading; prints nothing."""

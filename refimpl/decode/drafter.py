@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.decode.depth import AutoDepth
-from refimpl.decode.hub import local
-from refimpl.decode.model import BUILT_IN, Model, told
-from refimpl.formats.container import GGUFError, GGUFFile
+from refimpl.decode.draft_length import AutoDepth
+from refimpl.formats.gguf import GGUFError, GGUFFile
 from refimpl.formats.matrix import Matrix
+from refimpl.host import available
+from refimpl.loading.hub import local
+from refimpl.loading.memory import MemoryRefusal
+from refimpl.loading.model import BUILT_IN, Model, told
+from refimpl.loading.open import RenamedCheckpoint, open_drafter
 from refimpl.model import drafter as network
 from refimpl.model.cache import Cache
-from refimpl.model.checkpoint import RenamedCheckpoint, open_drafter
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
 from refimpl.model.gemma4 import Tap, embed, no_tap
-from refimpl.model.memory import MemoryRefusal, available
 from refimpl.model.weights import vocabulary_size
 
 BUILT_IN_DRAFTER = BUILT_IN.with_name("drafter.gguf")
@@ -68,7 +69,7 @@ def _probability(logit_K: np.ndarray) -> float:
 def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | int | None = None,
                  begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Drafter:
     """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`) or a Hugging Face directory, downloaded first if `path` is
-    `hf:owner/name` (decode/hub.py); without a path, that of the built-in model.
+    `hf:owner/name` (loading/hub.py); without a path, that of the built-in model.
 
     `head`: "dense", a product with every row of the vocabulary; "centroid", with the tokens of the best groups only, for files that have
     them (E2B and E4B); a number, with that many tokens at the start of the vocabulary, the earliest merges, which tend to be the

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refimpl.decode.depth import AutoDepth, depth_of
+from refimpl.decode.draft_length import AutoDepth, depth_of
 from refimpl.decode.drafter import Drafter, check_target
-from refimpl.decode.model import Model
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, speculative
+from refimpl.loading.model import Model
 from refimpl.model.cache import Cache, ContextFull
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refimpl.decode.depth import AutoDepth, FixedDepth
+from refimpl.decode.draft_length import AutoDepth, FixedDepth
 from refimpl.decode.drafter import Drafter
-from refimpl.decode.model import Model
 from refimpl.decode.sampling import Sampler
+from refimpl.loading.model import Model
 from refimpl.model.cache import Cache
 from refimpl.model.gemma4 import Tap, both, no_tap
 

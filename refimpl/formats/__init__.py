@@ -1,1 +1,4 @@
-"""File formats and number formats: GGUF, safetensors, and the codecs of their block types."""
+"""Files as bytes and arrays: containers (GGUF, safetensors, checkpoints) and the matrices in them.
+
+May import formats/quants; knows nothing of models.
+"""

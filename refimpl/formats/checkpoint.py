@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.formats import w4a16
-from refimpl.formats.blocks import BLOCKS
-from refimpl.formats.codecs import dequantize
-from refimpl.formats.container import MAX_DIMS, GGUFError, TensorInfo, let_go, map_file, view
+from refimpl.formats.gguf import MAX_DIMS, GGUFError, TensorInfo, let_go, map_file, view
+from refimpl.formats.quants import w4a16
+from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.formats.quants.codecs import dequantize
 
 TYPES = {"F32": ("F32", 4), "F16": ("F16", 2), "BF16": ("BF16", 2), "I64": ("I64", 8), "I32": ("I32", 4)}
 # Far above any real header (26B-A4B with every expert on its own: 35,000 tensors, 5 MB). Parsed JSON takes many times its bytes.

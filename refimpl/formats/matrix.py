@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.formats.blocks import BLOCKS
-from refimpl.formats.codecs import dequantize
+from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.formats.quants.codecs import dequantize
 
 CHUNK_BYTES = 64 << 20
 
@@ -52,3 +52,8 @@ class Matrix:
     def dequantized(self) -> "Matrix":
         """The same weights held as float32 in memory: quicker to use, 7 times the size of Q4_0."""
         return Matrix(np.ascontiguousarray(self.float32()).view(np.uint8), "F32")
+
+
+def stored_bytes(matrix: Matrix) -> int:
+    """Bytes of a matrix as it lies in the file: `held` of a backend that leaves it there."""
+    return matrix.raw.nbytes

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.formats.checkpoint import CheckpointError, tensors_of
-from refimpl.formats.container import map_file, view
+from refimpl.formats.gguf import map_file, view
 
 CODES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", np.dtype("<i8"): "I64", np.dtype("<i4"): "I32"}
 DTYPES = {code: dtype for dtype, code in CODES.items()}

@@ -1,1 +1,1 @@
-"""The same functions as in `reference`, for speed: Numba, and vectors through the small vocabulary of `simd`."""
+"""The reference's twins in Numba, file by file and function by function. May import formats and kernels/machine; never reference."""

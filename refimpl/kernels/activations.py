@@ -7,8 +7,7 @@ Beside the integers go the sums that zero points and minimums are multiplied wit
 import numpy as np
 from numba.extending import overload
 
-from refimpl.kernels.jit import INLINE, inline
-from refimpl.kernels.simd import (
+from refimpl.kernels.machine.intrinsics import (
     abs_f32,
     add_i32,
     address,
@@ -26,6 +25,7 @@ from refimpl.kernels.simd import (
     store_i8,
     sum_i32,
 )
+from refimpl.kernels.machine.jit import INLINE, inline
 
 ALONE = 8           # so many rows one thread has rounded before others have been woken
 

@@ -16,9 +16,7 @@ import numpy as np
 from numba import prange, types
 from numba.extending import overload, register_jitable
 
-from refimpl.kernels.elementary import exp16
-from refimpl.kernels.jit import INLINE, inline, kernel
-from refimpl.kernels.simd import (
+from refimpl.kernels.machine.intrinsics import (
     add_f32,
     add_pairs,
     address,
@@ -37,8 +35,10 @@ from refimpl.kernels.simd import (
     sub_f32,
     sum_f32,
 )
-from refimpl.kernels.threads import current
-from refimpl.kernels.words import ISA, LANES, Pointer
+from refimpl.kernels.machine.isa import ISA, LANES, Pointer
+from refimpl.kernels.machine.jit import INLINE, inline, kernel
+from refimpl.kernels.machine.threads import current
+from refimpl.kernels.machine.vecmath import exp16
 
 CHUNK, SPAN = 64, 512
 GROUP = 4 if ISA == "avx512" else 2         # queries whose sums stay in registers together: AVX-512 has twice as many, twice as long

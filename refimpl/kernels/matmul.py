@@ -8,13 +8,13 @@ import numpy as np
 from numba import prange
 
 from refimpl.kernels.activations import ALONE, round_row, round_rows, space
-from refimpl.kernels.jit import kernel
-from refimpl.kernels.kinds import EXACT, Q8, Kind
-from refimpl.kernels.rows import SPARE, Rounded, rows
-from refimpl.kernels.simd import address, at, load_f32, store_f32_part
-from refimpl.kernels.threads import current
-from refimpl.kernels.tiles import Tiles
-from refimpl.kernels.words import LANES
+from refimpl.kernels.machine.intrinsics import address, at, load_f32, store_f32_part
+from refimpl.kernels.machine.isa import LANES
+from refimpl.kernels.machine.jit import kernel
+from refimpl.kernels.machine.threads import current
+from refimpl.kernels.machine.tile_product import SPARE, Rounded, rows
+from refimpl.kernels.machine.tiles import Tiles
+from refimpl.kernels.machine.unpack import EXACT, Q8, Kind
 
 BESIDE = 4          # tiles whose results are written together: a row of a large product lies far from the next, in another page of memory
 

@@ -8,15 +8,15 @@ import numpy as np
 from numba import prange
 
 from refimpl.kernels.activations import ALONE, round_row, round_rows, space
-from refimpl.kernels.elementary import exp16, gelu16
-from refimpl.kernels.jit import inline, kernel
-from refimpl.kernels.kinds import EXACT, Q8
+from refimpl.kernels.machine.intrinsics import address, at, fma, load_f32, load_f32_part, mul_f32, splat_f32, store_f32_part, sub_f32
+from refimpl.kernels.machine.isa import LANES
+from refimpl.kernels.machine.jit import inline, kernel
+from refimpl.kernels.machine.threads import current
+from refimpl.kernels.machine.tile_product import SPARE, Rounded, rows
+from refimpl.kernels.machine.tiles import Tiles
+from refimpl.kernels.machine.unpack import EXACT, Q8
+from refimpl.kernels.machine.vecmath import exp16, gelu16
 from refimpl.kernels.matmul import checked, matmul, matmul_q8
-from refimpl.kernels.rows import SPARE, Rounded, rows
-from refimpl.kernels.simd import address, at, fma, load_f32, load_f32_part, mul_f32, splat_f32, store_f32_part, sub_f32
-from refimpl.kernels.threads import current
-from refimpl.kernels.tiles import Tiles
-from refimpl.kernels.words import LANES
 
 KINDS = {matmul: EXACT, matmul_q8: Q8}
 

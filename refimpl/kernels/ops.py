@@ -8,9 +8,7 @@ much to do.
 import numpy as np
 from numba import prange
 
-from refimpl.kernels.elementary import gelu16, tanh16
-from refimpl.kernels.jit import inline, kernel
-from refimpl.kernels.simd import (
+from refimpl.kernels.machine.intrinsics import (
     add_f32,
     address,
     at,
@@ -26,8 +24,10 @@ from refimpl.kernels.simd import (
     sub_f32,
     sum_f32,
 )
-from refimpl.kernels.threads import current
-from refimpl.kernels.words import LANES
+from refimpl.kernels.machine.isa import LANES
+from refimpl.kernels.machine.jit import inline, kernel
+from refimpl.kernels.machine.threads import current
+from refimpl.kernels.machine.vecmath import gelu16, tanh16
 
 MANY = 1 << 15              # numbers from which on threads share the work; one thread does as many in 5 to 20 us
 ZERO, ONE = np.float32(0), np.float32(1)

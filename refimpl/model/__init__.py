@@ -1,1 +1,4 @@
-"""Gemma 4: its configuration, weights, cache and forward pass."""
+"""Gemma 4 and nothing else: configuration, weights, cache, the forward pass, the drafter's.
+
+May import reference and kernels; knows no file layouts but tensor names.
+"""

@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from refimpl.formats.matrix import Matrix
-from refimpl.model.memory import keep_freed_memory, stored_bytes
+from refimpl.formats.matrix import Matrix, stored_bytes
+from refimpl.host import keep_freed_memory
 
 ARITHMETIC = ("q8", "exact")
 
@@ -52,8 +52,9 @@ def reference_backend(arithmetic: str, prepare: Callable[[Matrix], Matrix]) -> B
 
 def kernel_backend(arithmetic: str, threads: int) -> Backend:
     """Numba on `threads` threads. Keys and values are kept in float16 for "q8", in float32 for "exact"."""
-    from refimpl.kernels import attention, matmul, moe, ops, tiles
-    from refimpl.kernels.threads import running
+    from refimpl.kernels import attention, matmul, moe, ops
+    from refimpl.kernels.machine import tiles
+    from refimpl.kernels.machine.threads import running
 
     keep_freed_memory()
     product, kv_type = {"exact": (matmul.matmul, np.float32), "q8": (matmul.matmul_q8, np.float16)}[arithmetic]

@@ -16,7 +16,7 @@ from enum import Enum
 
 import numpy as np
 
-from refimpl.formats.container import GGUFError
+from refimpl.formats.gguf import GGUFError
 
 ARCHITECTURE, DRAFTER_ARCHITECTURE = "gemma4", "gemma4-assistant"
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.formats.container import GGUFError, GGUFFile
+from refimpl.formats.gguf import GGUFError, GGUFFile
 from refimpl.formats.matrix import Matrix
 from refimpl.model.backend import Backend
 from refimpl.model.cache import Cache

@@ -6,7 +6,7 @@ Source: llama.cpp's converter (conversion/gemma.py) and transformers' Gemma4Assi
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refimpl.formats.container import GGUFError
+from refimpl.formats.gguf import GGUFError
 from refimpl.model.config import (
     ARCHITECTURE,
     DRAFTER_ARCHITECTURE,

@@ -12,9 +12,9 @@ How it differs from a plain transformer:
 - the 26B-A4B adds 8 of 128 experts to a dense feed-forward network, chosen by a router that reads the residual stream itself;
 - logits go through a soft cap.
 
-`backend` (backend.py) has the functions that cost time. `tap(name, array)` is called with every value
-that has a name, in llama.cpp's naming (lab/names.py), so that engines can be compared value by value. The array is the very one that is
-used afterwards: a tap that writes into it changes the rest of the run.
+`backend` (backend.py) has the functions that cost time. `tap(name, array)` is called with every value that has a name, in llama.cpp's
+naming (lab/compare/names.py), so that engines can be compared value by value. The array is the very one that is used afterwards: a tap that
+writes into it changes the rest of the run.
 """
 
 from collections.abc import Callable

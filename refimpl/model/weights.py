@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.formats.codecs import DEQUANTIZABLE
-from refimpl.formats.container import GGUFError, GGUFFile
+from refimpl.formats.gguf import GGUFError, GGUFFile
 from refimpl.formats.matrix import Matrix
+from refimpl.formats.quants.codecs import DEQUANTIZABLE
 from refimpl.model.config import Config, Kind, LayerSpec, MoeFfn
 from refimpl.reference.ops import rope_frequencies
 

@@ -1,1 +1,1 @@
-"""The textbook: NumPy, float32, no cleverness. Whoever wants it faster writes a twin with the same name and signature."""
+"""The textbook: every function that costs time, in NumPy as on a whiteboard. May import formats; never kernels, which it judges."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.formats.blocks import BLOCKS
+from refimpl.formats.quants.blocks import BLOCKS
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.formats.blocks import BLOCKS, fields_of
-from refimpl.formats.iq4 import levels_iq4, scales_iq4_xs
 from refimpl.formats.matrix import Matrix
-from refimpl.formats.mxfp4 import levels_mxfp4, scales_mxfp4
-from refimpl.formats.q2_k import levels_q2_k, scales_q2_k
-from refimpl.formats.q3_k import levels_q3_k, scales_q3_k
-from refimpl.formats.q4_0 import levels_q4_0, levels_q4_1
-from refimpl.formats.q4_k import levels_q4_k, unpack_scales
-from refimpl.formats.q5_0 import levels_q5_0, levels_q5_1
-from refimpl.formats.q5_k import levels_q5_k
-from refimpl.formats.q6_k import levels_q6_k
+from refimpl.formats.quants.basic.mxfp4 import levels_mxfp4, scales_mxfp4
+from refimpl.formats.quants.basic.q4_0 import levels_q4_0, levels_q4_1
+from refimpl.formats.quants.basic.q5_0 import levels_q5_0, levels_q5_1
+from refimpl.formats.quants.blocks import BLOCKS, fields_of
+from refimpl.formats.quants.iq.iq4 import levels_iq4, scales_iq4_xs
+from refimpl.formats.quants.k.q2_k import levels_q2_k, scales_q2_k
+from refimpl.formats.quants.k.q3_k import levels_q3_k, scales_q3_k
+from refimpl.formats.quants.k.q4_k import levels_q4_k, unpack_scales
+from refimpl.formats.quants.k.q5_k import levels_q5_k
+from refimpl.formats.quants.k.q6_k import levels_q6_k
 from refimpl.reference.activations import round_activations
 from refimpl.reference.ops import fma
 

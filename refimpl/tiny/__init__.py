@@ -1,1 +1,1 @@
-"""The small trained models that ship with the package, and the scripts that trained them."""
+"""The model and the drafter that ship, and what they were measured by. May import everything; nobody imports it."""

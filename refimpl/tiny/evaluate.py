@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from refimpl.decode.model import Model, load
+from refimpl.loading.model import Model, load
 from refimpl.tiny.corpus import Corpus, read_corpus
 from refimpl.tiny.ngram import NgramModel
 

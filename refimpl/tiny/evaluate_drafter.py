@@ -12,11 +12,11 @@ import sys
 
 import numpy as np
 
-from refimpl.decode.depth import MOST, AutoDepth
+from refimpl.decode.draft_length import MOST, AutoDepth
 from refimpl.decode.drafter import load_drafter
 from refimpl.decode.generate import generate
-from refimpl.decode.model import Model, load
 from refimpl.decode.speculative import DraftStats, figures
+from refimpl.loading.model import Model, load
 from refimpl.tiny.corpus import read_corpus
 from refimpl.tiny.evaluate import encode_file
 

@@ -3,7 +3,7 @@
 `python -m refimpl.tiny.qat_results tiny-qat` gathers it from a folder of these two into `qat.json` beside this file. Needs no torch.
 
 The results that ship started from a checkpoint of the run that made the built-in model: in float, at full learning rate, about a third of
-its 3,700 steps in. `python -m refimpl.tiny.train --steps 1200 --decay 0.01 --qat 0 --out tiny-float` makes one like it.
+its 3,700 steps in. `python -m refimpl.tiny.training.train --steps 1200 --decay 0.01 --qat 0 --out tiny-float` makes one like it.
 """
 
 import json

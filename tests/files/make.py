@@ -42,7 +42,7 @@ def save_model(name: str, folder: Path):
     from transformers import PreTrainedTokenizerFast
 
     from refimpl.tiny.corpus import read_corpus
-    from refimpl.tiny.vocabulary import MARKERS, train_vocabulary
+    from refimpl.tiny.training.vocabulary import MARKERS, train_vocabulary
 
     tokenizer_file = HERE / "tokenizer.json"
     if not tokenizer_file.exists():

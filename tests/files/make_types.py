@@ -20,7 +20,7 @@ TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ
 
 def main():
     """Makes the file."""
-    from refimpl.lab.ggml import ggml_dequantize, ggml_quantize
+    from refimpl.lab.explain.ggml import ggml_dequantize, ggml_quantize
 
     rng = np.random.default_rng(11)
     normal = rng.standard_normal((1, 256), dtype=np.float32)

@@ -1,0 +1,158 @@
+"""From a Hugging Face directory, or a GGUF file, to a GGUF file with other types.
+
+Types, by `--type`:
+    auto      nothing is rounded: bfloat16 is BF16, float16 F16, float32 F32, W4A16 Q4_0 with its codes and scales
+    F32, F16, BF16, Q8_0    every matrix
+    the rest  every matrix but embeddings (token_embd, per_layer_token_embd, output): Q6_K, as in Google's files and llama.cpp's
+always: vectors (norms, scales) and the router F32; per_layer_model_proj is never quantized; rows that are no whole number of blocks fall
+back as in llama.cpp (Q4_K to Q5_0, Q6_K to Q8_0, others to F16). Q4_0 finds the grid that quantization-aware training left in the numbers
+(files/recover_scales.py).
+
+What differs from llama.cpp's converter (convert_hf_to_gguf.py of llama-cpp-python 0.3.36), tensors and keys being equal otherwise
+(tests/test_convert.py):
+    general.*            name is the folder's, as it is. No size_label, basename, finetune, version, licence, tags: it guesses them from the
+                         folder's name, and takes them from README.md
+    feed_forward_length, attention.head_count_kv    one number where all layers have the same; it writes an array for some models
+    tokenizer.ggml.token_type    pieces that tokenizer.json calls special are control pieces even where tokenizer_config.json does not
+                         name them; it takes those for text
+    tokenizer.ggml.eot_token_id, eom_token_id       from generation_config.json's eos_token_id, for pieces that no reader knows by name
+    tokenizer.ggml.suppress_tokens                  for every model with them; it reads them for gemma4_unified only
+    tokenizer.chat_template    chat_template.jinja goes before the one in tokenizer_config.json, as in transformers
+    config.json with both forms of the full layers' sizes (loading/config_json.py)      per_layer_config counts, as in transformers
+    drafters             masked_embd_centroids, masked_embd_ordering and the key masked_embd_top_k are kept; other engines pass over them
+    experts stored one by one    are stacked; it does not know the form
+    types                it writes F32, F16, BF16 and Q8_0; float32 matrices become F16 by its `auto`
+"""
+
+import errno
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from refimpl.files.recover_scales import quantize_q4_0_on_lattice
+from refimpl.formats.checkpoint import CheckpointError
+from refimpl.formats.gguf import GGUFError, GGUFFile, TensorInfo
+from refimpl.formats.gguf_writer import PLAIN_TYPES, Deferred, write_gguf
+from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize, quantize
+from refimpl.loading.hf_names import fitting_type, stays_float32
+from refimpl.loading.model import RELEASE_EVERY
+from refimpl.loading.open import RenamedCheckpoint, open_model
+
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+FLOATS = ("F32", "F16", "BF16")
+WHOLE = (*FLOATS, "Q8_0")                       # types that embeddings take too
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32}
+CHUNK = 1 << 22                                 # weights converted at a time
+
+Source = GGUFFile | RenamedCheckpoint
+
+
+def kinds() -> list[str]:
+    """What `kind` may be."""
+    return ["auto", *sorted(QUANTIZABLE)]
+
+
+def convert(path: str | os.PathLike, output: str | os.PathLike, kind: str = "auto",
+            begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> dict[str, object]:
+    """Writes the model or drafter at `path` to the GGUF file `output`; `kind` is one of `kinds()`. Returns what was written.
+
+    One tensor after the other: memory for the largest of them as it is written. The file appears under its name when it is complete, and
+    not at all if anything fails. `begin(bytes in all)` returns a function that is told of the bytes read.
+
+    Raises GGUFError for what cannot be read, ValueError for a kind or output that makes no sense, OSError when writing fails.
+    """
+    if kind not in kinds():
+        raise ValueError(f"there is no type {kind}; there are {', '.join(kinds())}")
+    file, output = open_model(path), Path(output)
+    _check_output(file, output)
+    if isinstance(file, RenamedCheckpoint) and "tokenizer.ggml.tokens" not in file.metadata:
+        raise CheckpointError(file.path, None, "there is no tokenizer.json, without which no engine takes the file: copy it and "
+                              "tokenizer_config.json from the drafter's model")
+    types = {name: type_of(kind, info) for name, info in file.tensors.items()}
+    for name, info in file.tensors.items():
+        if types[name] != info.type and info.type not in DEQUANTIZABLE and info.type != "I64":
+            raise GGUFError(file.path, info.offset, f"tensor {name} is {info.type}, which this version cannot convert")
+    n_bytes = sum(math.prod(info.shape[:-1]) * BLOCKS[types[name]].row_bytes(info.shape[-1]) for name, info in file.tensors.items())
+    free = shutil.disk_usage(output.absolute().parent).free if output.absolute().parent.is_dir() else n_bytes
+    if free < n_bytes:
+        raise OSError(errno.ENOSPC, f"{n_bytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free", os.fspath(output))
+    step = _releasing(file, begin(file.n_bytes))
+    write_gguf(output, metadata_for(file, types), [_deferred(file, info, types[name], step) for name, info in file.tensors.items()])
+    return {"output": str(output), "bytes": output.stat().st_size, "tensors": len(types), "types": dict(Counter(types.values())),
+            "converted": sum(types[name] != info.type for name, info in file.tensors.items())}
+
+
+def type_of(kind: str, info: TensorInfo) -> str:
+    """The type of a tensor in the output."""
+    if info.type in ("I32", "I64"):
+        return "I32"
+    if stays_float32(info.name, info.shape):
+        return "F32"
+    if kind == "auto" or info.name == "per_layer_model_proj.weight" and kind not in FLOATS:
+        return info.type
+    return fitting_type("Q6_K" if info.name in EMBEDDINGS and kind not in WHOLE else kind, info.shape[-1])
+
+
+def metadata_for(file: Source, types: Mapping[str, str]) -> dict[str, object]:
+    """The keys of the output: those of the input, with what has changed."""
+    matrices = [block for name, block in types.items() if name not in EMBEDDINGS and not stays_float32(name, file.tensors[name].shape)]
+    changed = {"general.type": "model", "general.quantization_version": 2}
+    if (common := Counter(matrices).most_common(1)[0][0]) in FILE_TYPES:
+        changed["general.file_type"] = FILE_TYPES[common]
+    kept = {key: value for key, value in file.metadata.items() if not key.startswith("split.") and key != "general.file_type"
+            and not (hasattr(value, "__len__") and not isinstance(value, str) and not len(value))}
+    if "general.sampling.top_k" in kept:
+        kept["general.sampling.top_k"] = np.int32(kept["general.sampling.top_k"])       # as the converter has it
+    return kept | changed
+
+
+def _check_output(file: Source, output: Path):
+    if output.is_dir():
+        raise ValueError(f"{output}: is a folder; give the name of the file to write")
+    if output.exists() and any(os.path.samefile(output, part) for part in file.files()):
+        raise ValueError(f"{output}: is what is to be converted; give another name")
+
+
+def _releasing(file: Source, step: Callable[[int], None]) -> Callable[[int], None]:
+    """`step`, that lets go of the file's pages now and then."""
+    since = 0
+
+    def tell(n_bytes: int):
+        nonlocal since
+        step(n_bytes)
+        since += n_bytes
+        if since > RELEASE_EVERY:
+            file.release_all()
+            since = 0
+    return tell
+
+
+def _deferred(file: Source, info: TensorInfo, block: str, step: Callable[[int], None]) -> tuple[str, str, Deferred]:
+    """A tensor for write_gguf, read and converted when its turn has come."""
+    def make() -> np.ndarray:
+        raw = file.raw(info.name)
+        if block == info.type:
+            step(info.n_bytes)
+            return raw.view(PLAIN_TYPES.get(block, "uint8")).reshape(shape)
+        if block == "I32":
+            step(info.n_bytes)
+            return raw.view("<i8").astype(np.int32).reshape(shape)
+        rows = raw.reshape(-1, raw.shape[-1])
+        out = np.empty((len(rows), BLOCKS[block].row_bytes(info.shape[-1])), np.uint8)
+        n_rows = max(1, CHUNK // info.shape[-1])
+        for first in range(0, len(rows), n_rows):
+            part = rows[first:first + n_rows]
+            x = dequantize(part, info.type)
+            out[first:first + n_rows] = quantize_q4_0_on_lattice(x) if block == "Q4_0" else quantize(x, block)
+            step(part.nbytes)
+        return out.view(PLAIN_TYPES.get(block, "uint8")).reshape(shape)
+
+    dtype = np.dtype(PLAIN_TYPES.get(block, "uint8"))
+    shape = info.shape if block in PLAIN_TYPES else (*info.shape[:-1], BLOCKS[block].row_bytes(info.shape[-1]))
+    return info.name, block, Deferred(shape, dtype, make)

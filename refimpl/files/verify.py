@@ -1,0 +1,222 @@
+"""Is this file whole, and does this machine compute with it as it should? Five checks, each of which tells what it has found.
+
+    structure    container, configuration, tokenizer, and a place for every tensor
+    sha256       of the file's bytes, held against a given one, or against the one that the hub lists for it
+    numbers      every scale of every block, and every plain weight, is finite
+    same bits    a short run has the same bits on any number of threads, any number of rows a call, every instruction set (selftest.py)
+    known bits   those of the built-in model are the ones that the package knows (selftest.KNOWN)
+
+A file that passes can still be another one than you think: only its SHA-256, held against one from who made it, tells.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from refimpl.files import reproducibility as selftest
+from refimpl.formats.gguf import GGUFError, GGUFFile
+from refimpl.formats.hashing import file_hash
+from refimpl.formats.quants.blocks import BLOCKS, Block, fields_of
+from refimpl.formats.quants.codecs import dequantize
+from refimpl.kernels.machine.threads import prepare
+from refimpl.loading.hub import listed_sha256
+from refimpl.loading.model import BUILT_IN, RELEASE_EVERY
+from refimpl.loading.open import RenamedCheckpoint, open_model
+from refimpl.model.config import DRAFTER_ARCHITECTURE, architecture_of, config_from_gguf
+from refimpl.model.weights import vocabulary_size, weights_from_gguf
+from refimpl.progress import silent
+from refimpl.text.tokenizer import Tokenizer, TokenizerError
+
+STEP_BYTES = 16 << 20               # of a tensor looked at together
+SCATTERED = ("IQ1_M",)              # types whose scale lies in pieces: their weights are looked at instead
+OK, FAILED, LEFT_OUT = "ok", "FAILED", "left out"
+
+
+@dataclass
+class Check:
+    """What one check has to say: its state (OK, FAILED, LEFT_OUT), one line in words, and one line for each thing that is wrong."""
+
+    name: str
+    state: str
+    said: str
+    findings: list[str] = field(default_factory=list)
+
+
+def verify(path: Path | None, *, sha256: Sequence[str] = (), run: bool = True, threads: int | None = None,
+           progress: Callable[..., AbstractContextManager] = silent, tell: Callable[[str], None] = lambda line: None) -> dict[str, object]:
+    """All checks of a file or directory (None: the built-in model), as plain data; "ok" is true where nothing is wrong.
+
+    `sha256` are hexadecimal digests the file must have, one for each part of a split model; without, a file in the hub's cache must have
+    the listed one, and of others it is told. `run`
+    False leaves out the checks that compute. `tell(line)` is told what takes long. Raises OSError, and ValueError for `threads`.
+    """
+    name = Path(BUILT_IN if path is None else path)
+    n_threads = prepare(threads)
+    structure, file = check_structure(name)
+    checks = [structure, check_hash(file_paths(name, file), sha256)]
+    if file is None:
+        checks.append(Check("numbers", LEFT_OUT, "the file cannot be read"))
+    else:
+        with progress("MB looked at", file.n_bytes, 10**6) as step:
+            checks.append(check_numbers(file, step))
+    why = next((reason for state, reason in (
+        (not run, "as asked"), (file is not None and _is_drafter(file), "a drafter cannot run alone"),
+        (any(check.state == FAILED for check in checks), "the file is not as it should be")) if state), None)
+    if why is None:
+        checks += check_runs(path, n_threads, progress, tell)
+    else:
+        checks += [Check("same bits", LEFT_OUT, why), Check("known bits", LEFT_OUT, why)]
+    return {"path": str(name), "ok": all(check.state != FAILED for check in checks), "checks": [asdict(check) for check in checks]}
+
+
+def as_text(result: dict[str, object]) -> str:
+    """The same for people: a line for a check, or for each thing that is wrong."""
+    return "\n".join(f"{check['name']:<11} {check['state']:<9} {line}" for check in result["checks"]
+                     for line in (check["findings"] if check["state"] == FAILED else [check["said"]]))
+
+
+# ---- the file
+
+def check_structure(path: Path) -> tuple[Check, GGUFFile | RenamedCheckpoint | None]:
+    """Opens the file and finds a place for every tensor. The file is None where it cannot be opened."""
+    file = None
+    try:
+        file = open_model(path)
+        said = f"GGUF {file.version}" if isinstance(file, GGUFFile) else "Hugging Face directory"
+        said += f", {len(file.tensors)} tensors"
+        if _is_drafter(file):
+            return Check("structure", OK, f"{said}; a drafter, whose layers are checked when it meets its target"), file
+        config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
+        weights_from_gguf(file, config, lambda name, matrix: matrix)
+        tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
+        if tokenizer.n_vocab != config.n_vocab:
+            raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
+        return Check("structure", OK, "; ".join([f"{said}, {config.n_layer} layers, {config.n_vocab} tokens", *tokenizer.warnings])), file
+    except (GGUFError, TokenizerError) as e:
+        return Check("structure", FAILED, "", [str(e)]), file
+
+
+def _is_drafter(file: GGUFFile | RenamedCheckpoint) -> bool:
+    return architecture_of(file.metadata) == DRAFTER_ARCHITECTURE
+
+
+def file_paths(path: Path, file: GGUFFile | RenamedCheckpoint | None) -> list[Path]:
+    """The files of a model: the parts of a split one, the safetensors files of a directory."""
+    return [path] if file is None else file.files()
+
+
+def check_hash(paths: Sequence[Path], wanted: Sequence[str]) -> Check:
+    """SHA-256 of every file against what was given for it, where something was."""
+    if not all(path.is_file() for path in paths):
+        return Check("sha256", LEFT_OUT, "there is no such file")
+    try:
+        found = [file_hash(path) for path in paths]
+    except OSError as e:
+        return Check("sha256", FAILED, "", [f"{e.filename}: {e.strerror}"])
+    given = "as given"
+    if not wanted:
+        wanted, given = [listed_sha256(path) or "" for path in paths], "as the hub lists it"
+        if not all(wanted):
+            return Check("sha256", OK, f"{', '.join(found)} (nothing was given to hold it against)")
+    if len(wanted) != len(paths):
+        return Check("sha256", FAILED, "", [f"{len(wanted)} given for a model of {len(paths)} files"])
+    findings = [f"{path}: {theirs}, expected {ours.lower()}; it is another file, or damaged: download it again"
+                for path, theirs, ours in zip(paths, found, wanted) if theirs != ours.lower()]
+    return Check("sha256", FAILED if findings else OK, f"{', '.join(found)}, {given}", findings)
+
+
+def check_numbers(file: GGUFFile | RenamedCheckpoint, step: Callable[[int], None] = lambda n_bytes: None) -> Check:
+    """Looks at every number that the file holds as a float: scales, minimums, plain weights."""
+    findings, n_blocks, since = [], 0, 0
+    for name, info in file.tensors.items():
+        block = BLOCKS[info.type]
+        n_blocks += info.n_bytes // block.n_bytes
+        findings += [f"{file.path}: tensor {name} ({info.type}): {n:,} of {info.n_bytes // block.n_bytes:,} blocks with {what} that is "
+                     f"not finite, the first at block {at % (info.row_bytes // block.n_bytes)} of row "
+                     f"{at // (info.row_bytes // block.n_bytes)}, byte {info.offset + at * block.n_bytes}"
+                     for what, n, at in not_finite(file.raw(name), block)]
+        step(info.n_bytes)
+        since += info.n_bytes
+        if since > RELEASE_EVERY:
+            file.release_all()
+            since = 0
+    return Check("numbers", FAILED if findings else OK, f"{n_blocks:,} blocks, all finite", findings)
+
+
+def not_finite(raw: np.ndarray, block: Block) -> Iterator[tuple[str, int, int]]:
+    """(field, number of blocks, first block counted through the tensor) for each float field with something that is not finite."""
+    rows = raw.reshape(-1, raw.shape[-1])
+    per_row, step = raw.shape[-1] // block.n_bytes, max(1, STEP_BYTES // raw.shape[-1])
+    wrong: dict[str, list[int]] = {}
+    for first in range(0, len(rows), step):
+        blocks = fields_of(rows[first:first + step], block).ravel()
+        for name, kind, count in block.fields:
+            if block.name in SCATTERED:
+                if name != "scales":
+                    continue
+                bad = ~np.isfinite(dequantize(rows[first:first + step], block.name)).reshape(-1, block.elements)
+            elif np.dtype(kind).kind == "f":
+                bad = ~np.isfinite(blocks[name])
+            elif block.name == "BF16":                              # no dtype of NumPy's: an exponent of ones, as in a float32
+                bad = blocks[name] & np.uint16(0x7F80) == 0x7F80
+            else:
+                continue
+            at = np.flatnonzero(bad.any(axis=1) if count > 1 else bad)
+            if len(at):
+                seen = wrong.setdefault(name, [0, first * per_row + int(at[0])])
+                seen[0] += len(at)
+    words = {"x": "a number", "d": "a scale (d)", "m": "a minimum (m)", "dmin": "a minimum (dmin)", "scales": "a scale"}
+    return ((words.get(name, name), n, at) for name, (n, at) in wrong.items())
+
+
+# ---- the machine
+
+def check_runs(path: Path | None, threads: int, progress=silent, tell: Callable[[str], None] = lambda line: None) -> list[Check]:
+    """Short runs on every instruction set that this machine has, compared with each other and, of the built-in model, with KNOWN."""
+    from refimpl.kernels.machine.isa import BEST, ORDER
+
+    isas = ORDER[:ORDER.index(BEST) + 1][::-1]
+    plan = selftest.plan(isas, threads)
+    found, findings, compiling = [], [], set()
+    with progress("runs", sum(map(len, plan.values()))) as step:
+        def told(what: dict[str, object]):
+            if isa := what.get("compiling"):
+                if isa not in compiling:
+                    tell(f"compiling kernels for {isa}, once on this machine (up to a minute)")
+                compiling.add(isa)
+            elif "run" in what:
+                found.append(what["run"])
+                step(1)
+            elif "error" in what:
+                findings.append(what["error"])
+
+        for isa, combinations in plan.items():
+            selftest.elsewhere(path, isa, combinations, told)
+            if findings:
+                return [Check("same bits", FAILED, "", findings), Check("known bits", LEFT_OUT, "the runs were not finished")]
+    return compare_runs(found, path is None)
+
+
+def compare_runs(found: Sequence[dict[str, object]], built_in: bool) -> list[Check]:
+    """Of every arithmetic: are the hashes of all runs the same, and are they the known ones?"""
+    findings, unknown, hashes = [], [], {}
+    for arithmetic in sorted({run["arithmetic"] for run in found}):
+        own = [run for run in found if run["arithmetic"] == arithmetic]
+        hashes[arithmetic] = own[0]["sha256"]
+        findings += [f"{arithmetic}: other bits on {_where(run)} than on {_where(own[0])}" for run in own
+                     if run["sha256"] != own[0]["sha256"]]
+        unknown += [f"{arithmetic}: {own[0]['sha256']} on this machine, expected {selftest.KNOWN[arithmetic]}"
+                    for _ in [0] if built_in and own[0]["sha256"] != selftest.KNOWN[arithmetic]]
+    count = {key: ", ".join(map(str, dict.fromkeys(run[key] for run in found))) for key in ("threads", "rows", "isa")}
+    said = f"{len(found)} runs: {count['isa']}; threads: {count['threads']}; rows a call: {count['rows']}"
+    shown = ", ".join(f"{arithmetic} {value[:16]}" for arithmetic, value in hashes.items())
+    known = (Check("known bits", FAILED if unknown else OK, f"{shown}: the ones that the package knows", unknown) if built_in else
+             Check("known bits", LEFT_OUT, f"known of the built-in model only (verify without -m); here {shown}"))
+    return [Check("same bits", FAILED if findings else OK, said, findings), known]
+
+
+def _where(run: dict[str, object]) -> str:
+    return f"{run['isa']}, threads {run['threads']}, {run['rows']} rows a call"

@@ -1,0 +1,1 @@
+"""The I types: weights as entries of a codebook. May import formats/quants."""

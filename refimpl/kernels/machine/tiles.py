@@ -1,0 +1,113 @@
+"""How the kernels hold a weight matrix: 16 rows side by side, so that a lane of a vector is a row.
+
+    in the file: row by row                     a tile: the same bytes, dealt out unit by unit to 16 rows
+    row 0   | block 0 | block 1 | ...           block 0 | unit 0: row 0, row 1 .. row 15 | unit 1: row 0 .. | ...
+    row 1   | block 0 | block 1 | ...           block 1 | ...
+    ...                                         ...
+
+A unit is as many bytes of a block as a kernel takes from a row at once: 2 for a float16 scale, 1 for the scale of MXFP4 and for the small
+scales of sub-blocks, 4 for everything else (4 bytes hold the weights that one integer dot instruction multiplies). A tile is exactly as
+large as its rows were; the last tile of a matrix is filled up with zeros.
+
+A type that no kernel reads (IQ1 to IQ3, TQ, NVFP4, ...: all that can be decoded and is not in kinds.py) is held as tiles of F32, 4 bytes a
+weight, dequantized a few rows at a time on the way: then everything works with it, in exact arithmetic, and it gains neither memory nor
+speed from its few bits.
+
+Why not in place: a kernel for Q4_0 that gathers the same 4 bytes of 16 rows from where they lie in the file read 6 GB/s, this one 28 GB/s
+with one thread and 33 with two (all that the machine has). The rearranging itself does 3 GB/s a thread.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numba import prange
+
+from refimpl.formats.matrix import CHUNK_BYTES, Matrix
+from refimpl.formats.quants.blocks import BLOCKS, Block
+from refimpl.formats.quants.codecs import dequantize
+from refimpl.kernels.machine.intrinsics import address, at, copy1, copy2, copy4
+from refimpl.kernels.machine.isa import LANES
+from refimpl.kernels.machine.jit import kernel
+from refimpl.kernels.machine.unpack import SHAPES
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix (O, D), or (E, O, D) for experts, in tiles: `raw` is uint8 (E, tiles, bytes of a tile), E = 1 for a plain matrix."""
+
+    raw: np.ndarray
+    type: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory held."""
+        return self.raw.nbytes
+
+
+def units(block: Block) -> np.ndarray:
+    """(offset in the block, bytes) of every unit, int64 (U, 2)."""
+    found, offset = [], 0
+    for name, kind, count in block.fields:
+        n_bytes = np.dtype(kind).itemsize * count
+        step = 1 if name.startswith("scales") else min(4, n_bytes)
+        found += [(offset + u, step) for u in range(0, n_bytes, step)]
+        offset += n_bytes
+    return np.array(found, np.int64)
+
+
+def held_type(type_name: str) -> str:
+    """The type in which `tiled` holds weights of this one: the same where there are kernels for it, else F32."""
+    return type_name if type_name in SHAPES else "F32"
+
+
+def held_bytes(matrix: Matrix) -> int:
+    """Bytes that a matrix takes in tiles (but for the zeros of its last one)."""
+    return matrix.raw.nbytes if matrix.type in SHAPES else 4 * math.prod(matrix.shape)
+
+
+def tiled(matrix: Matrix, n_threads: int) -> Tiles:
+    """The same weights in tiles, of `held_type`. Reads the matrix once and writes it once; beside both, it takes CHUNK_BYTES at most.
+
+    Raises UnsupportedType (a ValueError) for a type that cannot be decoded either.
+    """
+    raw = matrix.raw if matrix.raw.ndim == 3 else matrix.raw[None]
+    n_expert, n_rows, _ = raw.shape
+    block = BLOCKS[held_type(matrix.type)]
+    row_bytes = block.row_bytes(matrix.shape[-1])
+    n_tiles = -(-n_rows // LANES)
+    step = n_tiles if block.name == matrix.type else max(1, CHUNK_BYTES // max(1, LANES * row_bytes))
+    out = np.empty((n_expert, n_tiles, LANES * row_bytes), np.uint8)
+    if n_rows % LANES:
+        out[:, -1] = 0
+    for e in range(n_expert):
+        for tile in range(0, n_tiles, step):
+            rows = raw[e, LANES * tile:LANES * (tile + step)]
+            rows = np.ascontiguousarray(rows) if block.name == matrix.type else dequantize(rows, matrix.type).view(np.uint8)
+            deal_rows(rows, block.n_bytes, units(block), out[e, tile:tile + step], n_threads)
+    return Tiles(out, block.name, matrix.shape)
+
+
+@kernel(parallel=True)
+def deal_rows(source, block_bytes, unit_U2, out, n):
+    """Deals the blocks of `source` (uint8, rows) out into the tiles of `out`."""
+    n_rows, row_bytes = source.shape
+    n_tiles, tile_bytes = out.shape
+    rows, tiles = address(source), address(out)
+    for thread in prange(n):
+        for tile in range(thread * n_tiles // n, (thread + 1) * n_tiles // n):
+            here = min(LANES, n_rows - LANES * tile)
+            for b in range(0, row_bytes, block_bytes):
+                for u in range(len(unit_U2)):
+                    offset, width = b + unit_U2[u, 0], unit_U2[u, 1]
+                    first, to = at(rows, LANES * tile * row_bytes + offset), at(tiles, tile * tile_bytes + LANES * offset)
+                    if width == 4:
+                        for r in range(here):
+                            copy4(at(to, 4 * r), at(first, r * row_bytes))
+                    elif width == 2:
+                        for r in range(here):
+                            copy2(at(to, 2 * r), at(first, r * row_bytes))
+                    else:
+                        for r in range(here):
+                            copy1(at(to, r), at(first, r * row_bytes))

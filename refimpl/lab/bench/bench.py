@@ -1,0 +1,253 @@
+"""How fast: tokens of a prompt per second, and new tokens per second as a share of what reading the weights allows.
+
+A decoded token has to read every weight that it uses, and all keys and values in its sight, once. Decoding can therefore not be faster
+than the bandwidth of memory divided by these bytes, however it computes; how near it comes is the figure to look at. Beside another
+engine the two take turns, run by run, so that whatever else the machine does meets both.
+"""
+
+import contextlib
+import io
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from refimpl.files.inspect import size
+from refimpl.formats.gguf import GGUFFile
+from refimpl.formats.matrix import stored_bytes
+from refimpl.host import ROOT, available, cpu_quota, physical_cores, read, usable_cpus
+from refimpl.kernels.machine.threads import layer, prepare, running, slow_layer_warning
+from refimpl.lab.bench.bandwidth import BUFFER_BYTES, Traffic, bytes_per_token, number_bytes, read_bandwidth
+from refimpl.lab.llamacpp.process import LlamaCpp
+from refimpl.loading.memory import MemoryRefusal
+from refimpl.loading.model import Model, float32_bytes, load
+from refimpl.progress import silent
+from refimpl.text.tokenizer import NORMAL
+
+OPPONENTS = {"llama.cpp": LlamaCpp}
+PAUSE = 0.05                # seconds before a run, in which the threads of the other engine go to sleep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, `repetitions` times: a prompt of `n_prompt` tokens, and `n_new` single tokens after `depth` others; 0: not that."""
+
+    n_prompt: int = 512
+    n_new: int = 64
+    depth: int = 0
+    repetitions: int = 5
+    seed: int = 0
+
+    @property
+    def n_ctx(self) -> int:
+        """The context that it takes."""
+        return max(self.n_prompt, self.depth + self.n_new)
+
+
+class Engine(Protocol):
+    """Something with a model loaded that can be timed."""
+
+    kv_bytes: float         # of one number of a key or a value
+
+    def measure(self, context: Sequence[int], ids: Sequence[int], together: bool) -> float:
+        """Seconds that `ids` take after `context`, in one call or one by one, logits for the last one of each call."""
+
+
+class Ours:
+    """This package as an engine."""
+
+    def __init__(self, model: Model, n_ctx: int):
+        self.model, self.n_ctx = model, n_ctx
+        self.kv_bytes = number_bytes(model.new_cache(n_ctx), model.config)
+
+    def measure(self, context: Sequence[int], ids: Sequence[int], together: bool) -> float:
+        """As Engine has it."""
+        cache = self.model.new_cache(self.n_ctx)
+        if len(context):
+            self.model.states(context, cache)
+        began = time.perf_counter()
+        for call in [ids] if together else [[new] for new in ids]:
+            self.model.head(self.model.states(call, cache)[-1:])
+        return time.perf_counter() - began
+
+
+def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = None, backend: str = "kernels",
+          arithmetic: str | None = None, opponent: str | None = None, progress: Callable[..., AbstractContextManager] = silent,
+          ) -> dict[str, object]:
+    """Every figure of a run, as plain data: model, machine, each single measurement in seconds, medians, bandwidth.
+
+    `threads`, `backend` and `arithmetic` are those of `load`; `opponent` is a name in OPPONENTS, or None. `progress(what, total, unit)`
+    gives a function to tell of what is done. Raises ValueError (GGUFError, LlamaCppError, MemoryRefusal among them) with one line for what
+    cannot be measured.
+    """
+    if not plan.n_prompt and not plan.n_new:
+        raise ValueError("nothing to measure: the prompt and the new tokens are both 0")
+    if opponent is not None:
+        _find(opponent)
+    n_threads = prepare(threads) if backend == "kernels" else threads or 1
+    with contextlib.ExitStack() as loading:
+        model = load(path, backend=backend, arithmetic=arithmetic, threads=n_threads,
+                     begin=lambda total: loading.enter_context(progress("MB loaded", total, 10**6)))
+    prompt, context, new = random_ids(model, plan)
+    engines: dict[str, Engine] = {"refimpl": Ours(model, plan.n_ctx)}
+    facts, tests, buffer_bytes = {}, [], min(BUFFER_BYTES, available() // 4)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running(n_threads))         # for the reference, whose linear algebra would take all cores
+        if opponent is not None:
+            _check_memory(opponent, model.file)
+            engines[opponent] = stack.enter_context(OPPONENTS[opponent](model.file.path, plan.n_ctx, n_threads))
+            facts = engines[opponent].facts
+        bandwidths = read_bandwidth(n_threads, buffer_bytes)
+        if plan.n_prompt:
+            tests.append(compare("prompt", engines, [], prompt, True, plan.repetitions, progress))
+        if plan.n_new:
+            tests.append(compare("decode", engines, context, new, False, plan.repetitions, progress))
+        bandwidths += read_bandwidth(n_threads, buffer_bytes)
+    if plan.n_new:
+        for name, engine in engines.items():
+            held = model.backend.held if name == "refimpl" else stored_bytes
+            traffic = bytes_per_token(model.file, model.config, plan.depth, plan.n_new, engine.kv_bytes, held)
+            _hold_against(tests[-1]["engines"][name], traffic, max(bandwidths))
+    warning = slow_layer_warning()
+    return {
+        "model": {"path": str(model.file.path), "name": model.name, "bytes": model.file.n_bytes,
+                  "parameters": float32_bytes(model.file) // 4},
+        "plan": asdict(plan) | {"backend": backend, "arithmetic": model.backend.arithmetic, "threads": n_threads},
+        "machine": machine(n_threads), "opponent": {"name": opponent} | facts if opponent else None,
+        "bandwidth": {"bytes_per_second": max(bandwidths), "passes": bandwidths, "buffer_bytes": buffer_bytes, "threads": n_threads},
+        "tests": tests, "notes": [warning] if warning else []}
+
+
+def _find(opponent: str):
+    """Before a large file is loaded for nothing."""
+    if opponent not in OPPONENTS:
+        raise ValueError(f"there is no {opponent} to compare with; there is {', '.join(OPPONENTS)}")
+    OPPONENTS[opponent].check()
+
+
+def _check_memory(opponent: str, file: GGUFFile):
+    """The other engine holds the weights once more: in the mapped file, or rearranged as ours are."""
+    free = available()
+    if file.n_bytes > free:
+        raise MemoryRefusal(f"{file.path}: {opponent} beside refimpl needs another {file.n_bytes / 1e9:.2f} GB, this machine has "
+                            f"{free / 1e9:.2f} GB free; a smaller file helps")
+
+
+def random_ids(model: Model, plan: Plan) -> tuple[list[int], list[int], list[int]]:
+    """Ids of ordinary pieces for the prompt, the context and the new tokens. The same seed gives the same ones."""
+    ordinary = np.flatnonzero(np.asarray(model.file.metadata["tokenizer.ggml.token_type"]) == NORMAL)
+    if not len(ordinary):
+        raise ValueError(f"{model.file.path}: the vocabulary has no ordinary pieces to make a prompt of")
+    rng = np.random.default_rng(plan.seed)
+    prompt, context, new = (rng.choice(ordinary, n).tolist() for n in (plan.n_prompt, plan.depth, plan.n_new))
+    return prompt, context, new
+
+
+def compare(name: str, engines: dict[str, Engine], context: list[int], ids: list[int], together: bool, repetitions: int,
+            progress=silent) -> dict[str, object]:
+    """Runs one test, the engines in turn, after a run of each that is not counted. With two engines: how much faster the first one is."""
+    seconds: dict[str, list[float]] = {engine: [] for engine in engines}
+    with progress(name, (repetitions + 1) * len(engines)) as step:
+        for engine in engines.values():
+            engine.measure([], ids if together else ids[:2], together)
+            step(1)
+        for _ in range(repetitions):
+            for engine in engines:
+                time.sleep(PAUSE)
+                seconds[engine].append(engines[engine].measure(context, ids, together))
+                step(1)
+    test = {"test": name, "tokens": len(ids), "depth": len(context), "engines": {
+        engine: {"seconds": runs, "tokens_per_second": spread([len(ids) / run for run in runs]),
+                 "ms_per_token": 1000 * statistics.median(runs) / len(ids)} for engine, runs in seconds.items()}}
+    if len(engines) == 2:
+        ours, theirs = seconds.values()
+        pairs = [b / a for a, b in zip(ours, theirs)]
+        test["ratio"] = {"of_medians": statistics.median(theirs) / statistics.median(ours), "min": min(pairs), "max": max(pairs),
+                         "pairs": pairs}
+    return test
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _hold_against(result: dict[str, object], traffic: Traffic, bandwidth: float):
+    result["bytes_per_token"] = {"weights": traffic.weights, "kv": traffic.kv, "total": traffic.total}
+    result["tokens_per_second_at_most"] = bandwidth / traffic.total
+    result["share_of_bandwidth"] = result["tokens_per_second"]["median"] * traffic.total / bandwidth
+
+
+# ---- what it ran on, and how it is shown
+
+def machine(n_threads: int) -> dict[str, object]:
+    """The processor, what is used of it, and the versions of what computes."""
+    import llvmlite
+    import numba
+
+    import refimpl
+    from refimpl.kernels.machine.isa import BEST, ISA
+
+    cpuinfo = [line.partition(":") for line in (read(ROOT / "proc/cpuinfo") or "").splitlines()]
+    names = [value.strip() for key, _, value in cpuinfo if key.strip() == "model name"]
+    return {"cpu": names[0] if names else platform.processor() or platform.machine(), "isa": ISA, "best_isa": BEST,
+            "physical_cores": physical_cores(usable_cpus()), "cpus": len(usable_cpus()), "cpu_quota": _finite(cpu_quota()),
+            "memory_bytes": psutil.virtual_memory().total, "threads": n_threads, "threading_layer": layer(), "system": platform.system(),
+            "versions": {"python": platform.python_version(), "refimpl": refimpl.__version__, "numpy": np.__version__,
+                         "numba": numba.__version__, "llvmlite": llvmlite.__version__}}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def lines_of(table: Table) -> list[str]:
+    """A table as text, whatever the terminal."""
+    console = Console(file=io.StringIO(), width=110)
+    console.print(table)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def as_text(result: dict[str, object]) -> str:
+    """The same for people."""
+    model, here, opponent = result["model"], result["machine"], result["opponent"]
+    lines = [f"{model['name']}: {model['parameters']:,} parameters, {size(model['bytes'])}",
+             f"{here['cpu']}, {here['isa']}, {here['threads']} of {here['physical_cores']} cores, threads by {here['threading_layer']}; "
+             f"{result['plan']['backend']}, {result['plan']['arithmetic']}"]
+    if opponent:
+        lines.append(f"against {opponent['name']}, as in llama-cpp-python {opponent['version']}, threads: {opponent['n_threads']}")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("test")
+    table.add_column("engine")
+    for column in ("tokens/s", "lowest", "highest", "ms/token", "of bandwidth"):
+        table.add_column(column, justify="right")
+    for test in result["tests"]:
+        table.add_row()
+        title = f"{test['test']} {test['tokens']}" + (f" after {test['depth']}" if test["depth"] else "")
+        for engine, run in test["engines"].items():
+            speed = run["tokens_per_second"]
+            share = f"{100 * run['share_of_bandwidth']:.1f} %" if "share_of_bandwidth" in run else ""
+            table.add_row(title, engine, *(f"{speed[key]:.2f}" for key in ("median", "min", "max")), f"{run['ms_per_token']:.3f}", share)
+        if "ratio" in test:
+            table.add_row(title, "ratio", *(f"{test['ratio'][key]:.3f}" for key in ("of_medians", "min", "max")))
+    lines += ["", *lines_of(table), ""]
+    band = result["bandwidth"]
+    for test in result["tests"]:
+        for engine, run in test["engines"].items():
+            if "bytes_per_token" in run:
+                weights, kv = size(run["bytes_per_token"]["weights"]), size(int(run["bytes_per_token"]["kv"]))
+                lines.append(f"{engine}: a new token reads {weights} of weights and {kv} of keys and values; "
+                             f"at {band['bytes_per_second'] / 1e9:.1f} GB/s at most {run['tokens_per_second_at_most']:.1f} tokens/s")
+    lines.append(f"runs of each test: {result['plan']['repetitions']}, medians first; bandwidth: best of {len(band['passes'])} readings of "
+                 f"{size(band['buffer_bytes'])}, threads: {band['threads']}")
+    return "\n".join(lines)

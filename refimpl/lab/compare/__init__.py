@@ -1,0 +1,1 @@
+"""Judging other engines: traces, tolerances, the first tensor that departs and why. May import files and lab/llamacpp."""

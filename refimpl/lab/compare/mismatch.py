@@ -1,0 +1,91 @@
+"""A tensor that departs and what is around it, and how tests of it measure: what symptoms are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.lab.compare.names import NAMES, graph_order, place_of
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A tensor that departs: ours and theirs, (rows, ...), the rows' positions, the tolerance. `beside(name)` gives another tensor of both
+    traces in the same rows, or None.
+    """
+
+    name: str
+    ours: np.ndarray
+    theirs: np.ndarray
+    positions: np.ndarray
+    tolerance: float
+    beside: Callable[[str], tuple[np.ndarray, np.ndarray] | None]
+
+    def near(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """A tensor of the same layer and stage."""
+        place = place_of(self.name)
+        return self.beside(f"{place.prefix}{name}" + ("" if place.layer is None else f"-{place.layer}"))
+
+
+def row_errors(a: np.ndarray, b: np.ndarray, resolution: float = 0.0) -> np.ndarray:
+    """rms(a - b) / rms(a) of every row; rows much smaller than the rest are measured by a thousandth of the whole. NaN is infinite."""
+    x, y = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (a, b))
+    apart = np.maximum(np.abs(x - y) - resolution, 0)
+    size = np.maximum(np.sqrt(np.mean(x * x, axis=1)), 1e-3 * np.sqrt(np.mean(x * x)) + 1e-30)
+    errors = np.sqrt(np.mean(apart * apart, axis=1)) / size
+    return np.where(np.isfinite(errors), errors, np.inf)
+
+
+def distance(x: np.ndarray, y: np.ndarray) -> float:
+    """rms(x - y) / rms(y) over everything."""
+    x, y = (np.asarray(v, np.result_type(v, np.float64)) for v in (x, y))
+    return float(np.sqrt(np.mean(np.abs(x - y) ** 2)) / (np.sqrt(np.mean(np.abs(y) ** 2)) + 1e-30))
+
+
+def fits(scene: Scene, made: np.ndarray, theirs: np.ndarray | None = None) -> bool:
+    """Does `made` explain theirs: as near as rounding would bring it, or by removing all but a thirtieth of the difference?"""
+    theirs = scene.theirs if theirs is None else theirs
+    return distance(made, theirs) <= max(scene.tolerance, distance(scene.ours, scene.theirs) / 30)
+
+
+def ratio(scene: Scene) -> np.ndarray:
+    """theirs / ours in float64, NaN where ours is next to nothing."""
+    ours = np.asarray(scene.ours, np.float64)
+    small = np.abs(ours) < 1e-3 * np.sqrt(np.mean(ours * ours))
+    return np.where(small, np.nan, np.asarray(scene.theirs, np.float64) / np.where(small, 1, ours))
+
+
+def median(x: np.ndarray, axis) -> np.ndarray:
+    """Of the numbers among them, 1 where there are none, axes kept."""
+    known = ~np.isnan(x)
+    filled = np.nanmedian(np.where(known.any(axis=axis, keepdims=True), x, 1.0), axis=axis, keepdims=True)
+    return filled
+
+
+def departing(s: Scene) -> np.ndarray:
+    """The rows that are further away than the tolerance."""
+    return np.flatnonzero(row_errors(s.ours, s.theirs) > s.tolerance)
+
+
+def earlier(s: Scene) -> list[tuple[str, np.ndarray]]:
+    """Their tensors of the same size around: of this layer, the output of the one before, the input."""
+    place, found = place_of(s.name), []
+    before = ("l_out",) if place.layer != 0 else ("inp_scaled", "pre_proj")
+    candidates = [f"{place.prefix}{name}" + ("" if place.layer == 0 else f"-{last_layer(s) if place.layer is None else place.layer - 1}")
+                  for name in before]
+    candidates += [f"{place.prefix}{n.name}" + ("" if place.layer is None else f"-{place.layer}") for n in NAMES
+                   if n.layered == (place.layer is not None)]
+    candidates = graph_order([*candidates, s.name])
+    for name in candidates[:candidates.index(s.name)]:
+        pair = s.beside(name)
+        if pair is not None and pair[1].dtype.kind == "f" and pair[1].size == s.theirs.size:
+            found.append((name, np.asarray(pair[1])))
+    return found
+
+
+def last_layer(s: Scene) -> int:
+    """The number of the last layer's output that is there."""
+    prefix, i = place_of(s.name).prefix, 0
+    while s.beside(f"{prefix}l_out-{i + 1}") is not None:
+        i += 1
+    return i

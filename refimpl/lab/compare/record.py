@@ -1,0 +1,244 @@
+"""Running a model so that every named value is kept, in memory or in a trace file (trace.py)."""
+
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from refimpl.decode.draft_length import FixedDepth
+from refimpl.decode.drafter import Drafter
+from refimpl.decode.sampling import Sampler, Sampling
+from refimpl.decode.speculative import DraftStats, accept, speculative
+from refimpl.formats.gguf import GGUFFile
+from refimpl.formats.tensor_file import TensorWriter
+from refimpl.lab.compare.background_writer import Behind, Memory
+from refimpl.lab.compare.trace import FORMAT, Trace, TraceError
+from refimpl.loading.model import CHUNK, Model
+from refimpl.model.cache import Cache
+from refimpl.model.gemma4 import Tap, no_tap
+
+ALL_LOGITS_BELOW = 65_536                 # size of a vocabulary of which all logits are kept unless told
+TOP = 256                                 # how many of a larger one
+LOGIT_BYTES = 32 << 20                    # of logits that are in memory at a time
+HASH_PIECE = 1 << 24
+
+
+class Recorder:
+    """Receives values as a tap and hands the wanted rows on. `patterns`: names with `*` and `?`, as in a shell.
+
+    `before` and `after` are taps that see a value of the prompt before its rows are taken and after, and may change it.
+    """
+
+    def __init__(self, out: Behind | Memory, positions: Sequence[int], patterns: Sequence[str], top: int, before: Tap = no_tap,
+                 after: Tap = no_tap):
+        self.before, self.after = before, after
+        self.out, self.positions, self.patterns, self.top = out, np.array(positions), list(patterns), top
+        self._written, self._wanted = {}, {}
+        self._rows, self._at = slice(0, 0), np.array([], int)
+
+    def wants(self, name: str) -> bool:
+        """Is this name asked for?"""
+        if name not in self._wanted:
+            self._wanted[name] = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        return self._wanted[name]
+
+    def at(self, first: int, n_rows: int):
+        """The next values are those of positions first, first + 1, ... of the prompt."""
+        here = self.positions[(self.positions >= first) & (self.positions < first + n_rows)]
+        self._at = here - first
+        if len(here) == n_rows:                 # all of them: no copy
+            self._at = slice(None)
+
+    def tap(self, name: str, value: np.ndarray):
+        """A value of the prompt."""
+        self.before(name, value)
+        if self.wants(name):
+            rows = value[self._at]
+            if len(rows):
+                self.put(name, rows, len(self.positions))
+        self.after(name, value)
+
+    def tap_of(self, place: str) -> Tap:
+        """The tap for values of a draft step or a round: all rows at once."""
+        def tap(name: str, value: np.ndarray):
+            if self.wants(f"{place}.{name}"):
+                self._logits(f"{place}.{name}", value, len(value)) if name == "result_output" else self.put(
+                    f"{place}.{name}", value, len(value))
+        return tap
+
+    def logits(self, logit_TV: np.ndarray):
+        """Logits of the prompt, of rows that are asked for."""
+        self.before("result_output", logit_TV)
+        self._logits("result_output", logit_TV, len(self.positions))
+
+    def _logits(self, name: str, logit_TV: np.ndarray, n_rows: int):
+        if not self.top:
+            self.put(name, logit_TV, n_rows)
+            return
+        id_TK = np.argsort(-logit_TV, axis=1, kind="stable")[:, :self.top]
+        largest_T = logit_TV.max(axis=1, keepdims=True)
+        self.put(f"{name}.ids", id_TK, n_rows)
+        self.put(f"{name}.top", np.take_along_axis(logit_TV, id_TK, axis=1), n_rows)
+        self.put(f"{name}.logsumexp", largest_T + np.log(np.exp(logit_TV - largest_T).sum(axis=1, keepdims=True)), n_rows)
+
+    def put(self, name: str, rows: np.ndarray, n_rows: int):
+        """The next rows of a tensor that will have `n_rows`."""
+        if rows.dtype.kind in "iu":
+            rows = rows.astype(np.int32)
+        if name not in self._written:
+            self.out.add(name, rows.dtype, (n_rows, *rows.shape[1:]))
+            self._written[name] = 0
+        self.out.write(name, self._written[name], rows)
+        self._written[name] += len(rows)
+
+    def check(self):
+        """Raises TraceError for a pattern that met no name."""
+        for pattern in self.patterns:
+            if not any(fnmatch.fnmatchcase(name.removesuffix(".top"), pattern) for name in self._written):
+                raise TraceError(f"no value is called {pattern!r}: refimpl trace --names lists them")
+
+
+def record(model: Model, ids: Sequence[int], recorder: Recorder, *, drafter: Drafter | None = None, draft_max: int = 4, rounds: int = 0,
+           progress: Callable[[int], None] = lambda n: None):
+    """Runs `ids`, then `draft_max` draft steps as `refimpl.propose` makes them, then speculative rounds, all seen by `recorder`."""
+    ids_T, cache = model.checked(ids), model.new_cache(len(ids) + (rounds + 1) * (draft_max + 1))
+    if drafter is None:
+        _run(model, ids_T, cache, recorder, progress)
+        return
+    before = _run(model, ids_T[:-1], cache, recorder, progress)
+    if before is not None:
+        drafter.draft(int(ids_T[-1]), before, cache, draft_max, watch=lambda j: recorder.tap_of(f"draft{j}"))
+    state_D = _run(model, ids_T[-1:], cache, recorder, progress)
+    if rounds:
+        stats = DraftStats()
+
+        def decide(drafted, chosen, end):
+            emitted, tap = accept(drafted, chosen, end), recorder.tap_of(f"round{stats.rounds}")
+            tap("drafted", np.array(drafted))
+            tap("emitted", np.array(emitted))
+            return emitted
+
+        for _ in speculative(model, _Watched(drafter, recorder, stats), cache, Sampler(Sampling(temperature=0.0), model.tokenizer.suppress),
+                             state_D, rounds * (draft_max + 1) + 1, FixedDepth(draft_max), 0.0, stats, decide=decide,
+                             end=model.tokenizer.end_of_generation, watch=lambda r: recorder.tap_of(f"round{r}.verify")):
+            if stats.rounds == rounds:
+                break
+
+
+class _Watched:
+    """A drafter whose steps a recorder sees, in rounds counted by `stats`."""
+
+    def __init__(self, drafter: Drafter, recorder: Recorder, stats: DraftStats):
+        self.drafter, self.recorder, self.stats = drafter, recorder, stats
+
+    def draft(self, token, state_C, cache, n, min_p):
+        place = f"round{self.stats.rounds}"
+        return self.drafter.draft(token, state_C, cache, n, min_p, lambda j: self.recorder.tap_of(f"{place}.draft{j}"))
+
+
+def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, progress: Callable[[int], None]) -> np.ndarray | None:
+    """Runs and commits ids chunk by chunk. Returns the last state."""
+    state_TD = None
+    for part in (ids_T[i:i + CHUNK] for i in range(0, len(ids_T), CHUNK)):
+        first, n = cache.length, len(part)
+        recorder.at(first, n)
+        state_TD = model.run(part, cache, recorder.tap)
+        for i, layer in cache.layers.items():
+            slots = np.arange(first, first + n) % layer.n_slots
+            for name, kept in ((f"cache_k-{i}", layer.k_SKH), (f"cache_v-{i}", layer.v_SKH)):
+                if recorder.wants(name):
+                    recorder.tap(name, kept[slots])
+        if recorder.wants("result_output"):
+            wanted_TD = state_TD[recorder._at]
+            step = max(1, LOGIT_BYTES // (4 * model.config.n_vocab))
+            for i in range(0, len(wanted_TD), step):
+                recorder.logits(model.head(wanted_TD[i:i + step]))
+        cache.advance(n)
+        progress(n)
+    return None if state_TD is None else state_TD[-1]
+
+
+def n_top(model: Model, logits: int | str | None) -> int:
+    """How many logits to keep, 0 for all: `logits` is a number, "all", or None for what suits the vocabulary."""
+    if logits is None:
+        return 0 if model.config.n_vocab <= ALL_LOGITS_BELOW else TOP
+    if logits == "all":
+        return 0
+    if type(logits) is not int or not 1 <= logits <= model.config.n_vocab:
+        raise TraceError(f"logits={logits!r}: expected 'all' or a number from 1 to {model.config.n_vocab}")
+    return logits
+
+
+def facts_of(model: Model, prompt: str | None = None) -> dict[str, object]:
+    """What a trace says of how it was made."""
+    import refimpl
+
+    isa = "NumPy"
+    if model.backend.name == "kernels":
+        from refimpl.kernels.machine.isa import ISA as isa
+    return {"engine": f"refimpl {refimpl.__version__}", "backend": model.backend.name, "isa": isa, "threads": model.backend.threads,
+            "model": str(Path(model.file.path).absolute()), "prompt": prompt}
+
+
+def trace(model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None, tensors: Sequence[str] = ("*",),
+          logits: int | str | None = None, before: Tap = no_tap, after: Tap = no_tap, **drafting) -> Trace:
+    """A trace in memory, of all positions unless told. `before` and `after` as in Recorder."""
+    kept = Memory()
+    positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))
+    recorder = Recorder(kept, positions, tensors, n_top(model, logits), before, after)
+    record(model, ids, recorder, **drafting)
+    recorder.check()
+    return Trace("this run", tuple(map(int, ids)), positions, model.backend.arithmetic, kept, facts_of(model))
+
+
+def write_trace(path: str | os.PathLike, model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None,
+                tensors: Sequence[str] = ("*",), logits: int | str | None = None, prompt: str | None = None,
+                begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n: None, **drafting) -> dict[str, object]:
+    """Writes a trace file and returns its header. In memory there is a call's values at most, and nothing of a run that fails is left.
+
+    `positions`, `tensors`, `logits` say what to keep, `drafting` is what `record` takes. Raises TraceError, OSError naming the file.
+    """
+    positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))
+    steps = model.config.n_layer + (drafting.get("drafter") is not None) * 4 * drafting.get("draft_max", 4) * (
+        1 + drafting.get("rounds", 0)) + model.config.n_layer * drafting.get("rounds", 0)
+    header = {"format": FORMAT, "ids": [int(i) for i in ids], "positions": [int(p) for p in positions],
+              "arithmetic": model.backend.arithmetic} | facts_of(model, prompt)
+    with TensorWriter(path, 10_000 + 16 * steps * 2**10 + 2 * len(json.dumps(header))) as out:
+        behind, hashing = Behind(out), ThreadPoolExecutor(1)
+        try:
+            sha256 = hashing.submit(file_sha256, model.file, begin)
+            recorder = Recorder(behind, positions, tensors, n_top(model, logits))
+            record(model, ids, recorder, **drafting)
+            recorder.check()
+            behind.wait()
+            header |= {"crc32": out.crc32, "model_sha256": sha256.result()}
+        finally:
+            behind.close()
+            hashing.shutdown()
+        out.finish({"refimpl": json.dumps(header)})
+    return header
+
+
+def checked_positions(positions: Iterable[int], n: int) -> tuple[int, ...]:
+    """Sorted, each once. Raises TraceError for one outside of the prompt."""
+    found = tuple(sorted(set(positions)))
+    if not found or found[0] < 0 or found[-1] >= n:
+        raise TraceError(f"positions {', '.join(map(str, found[:3])) or 'none'}...: the prompt has {n} tokens, 0 to {n - 1}")
+    return found
+
+
+def file_sha256(file: GGUFFile, begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n: None) -> str:
+    """Of the bytes of a model's file, all parts in order. `begin(bytes in all)` returns a function told of the bytes done."""
+    digest, step = hashlib.sha256(), begin(file.n_bytes)
+    for mapping in file.mappings():
+        for at in range(0, len(mapping), HASH_PIECE):
+            piece = mapping[at:at + HASH_PIECE]
+            digest.update(piece)
+            step(len(piece))
+    file.release_all()
+    return digest.hexdigest()

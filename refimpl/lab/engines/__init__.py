@@ -1,1 +1,0 @@
-"""Traces of other engines, live or from what they write."""

@@ -1,0 +1,1 @@
+"""Perplexity and KL divergence over texts. May import files and lab/llamacpp."""

@@ -1,0 +1,88 @@
+"""The figures of an evaluation: from columns of numbers, one for each token that counts, to means, errors and text."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from refimpl.lab.evaluate.windows import Window, bytes_of
+from refimpl.text.tokenizer import Tokenizer
+
+SHARES = (50, 90, 99, 99.9, 100)
+"""Of which the divergence is given: so many percent of the tokens have no larger one."""
+
+
+def mean_and_error(x: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error, with exactly rounded sums (math.fsum): the order does not matter."""
+    mean = math.fsum(x) / len(x)
+    spread = math.fsum((float(v) - mean) ** 2 for v in x)
+    return mean, math.sqrt(spread / len(x) / (len(x) - 1)) if len(x) > 1 else 0.0
+
+
+def summary(columns: Mapping[str, np.ndarray], windows: Sequence[Window], documents: Sequence[str], tokenizer: Tokenizer,
+            token_type_V: np.ndarray, top: int) -> dict[str, object]:
+    """Tokens, bytes, perplexity, bits per byte, all of it document by document, and the comparison where there was one."""
+    document_of = np.repeat([window.document for window in windows], [window.n_counted for window in windows])
+    ids = np.concatenate([window.ids[window.first:] for window in windows])
+    result = foreseen(columns["nll"], bytes_of(ids, tokenizer, token_type_V))
+    result["per_document"] = [{"name": documents[i]} | foreseen(columns["nll"][here], bytes_of(ids[here], tokenizer, token_type_V))
+                              for i in sorted(set(document_of.tolist())) for here in [document_of == i]]
+    if "base_nll" in columns:
+        result["comparison"] = comparison(columns, top)
+    return result
+
+
+def foreseen(nll: np.ndarray, n_bytes: int) -> dict[str, object]:
+    """Of some tokens: how well they were foreseen."""
+    mean, error = mean_and_error(nll)
+    return {"tokens": len(nll), "bytes": n_bytes, "nll": mean, "nll_error": error, "perplexity": math.exp(mean),
+            "perplexity_error": math.exp(mean) * error, "bits_per_byte": math.fsum(nll) / math.log(2) / n_bytes if n_bytes else None}
+
+
+def comparison(columns: Mapping[str, np.ndarray], top: int) -> dict[str, object]:
+    """How far it is from the base."""
+    base, _ = mean_and_error(columns["base_nll"])
+    ratio, ratio_error = mean_and_error(columns["nll"] - columns["base_nll"])
+    low, low_error = mean_and_error(columns["kl_low"])
+    high, high_error = mean_and_error(columns["kl_high"])
+    same, same_error = mean_and_error(columns["same_top"])
+    shared, shared_error = mean_and_error(columns["shared_top"] / top)
+    return {"base_perplexity": math.exp(base), "log_ratio": ratio, "log_ratio_error": ratio_error,
+            "kl_exact": bool((columns["kl_low"] == columns["kl_high"]).all()), "kl_low": low, "kl_low_error": low_error,
+            "kl_high": high, "kl_high_error": high_error,
+            "kl_low_percentiles": dict(zip(map(str, SHARES), np.percentile(columns["kl_low"], SHARES).tolist())),
+            "kl_high_percentiles": dict(zip(map(str, SHARES), np.percentile(columns["kl_high"], SHARES).tolist())),
+            "same_top": same, "same_top_error": same_error, "top": top, "shared_top": shared, "shared_top_error": shared_error}
+
+
+def as_text(result: Mapping[str, object]) -> str:
+    """The same for people."""
+    how = f"the {result['count']} of" if result["count"] == "second-half" else f"every token once, a window every {result['stride']} of"
+    lines = [f"{result['model']}, {result['form']} text",
+             f"{result['tokens']:,} tokens, {result['bytes']:,} bytes; windows: {result['windows']}, {how} {result['n_ctx']}",
+             f"perplexity       {result['perplexity']:.4f} +- {result['perplexity_error']:.4f}"]
+    if result["bits_per_byte"] is not None:
+        lines.append(f"bits per byte    {result['bits_per_byte']:.4f}")
+    if "comparison" in result:
+        c = result["comparison"]
+        base = result["against"] or f"{result['base']['path']}: {result['base']['model']}, {result['base']['n_top']} tokens kept a row"
+        shares = [f"{share} %: {_of(c, 'percentiles', share)}" for share in map(str, SHARES[:-1])]
+        lines += [f"against          {base}", f"  perplexity     {c['base_perplexity']:.4f}, its logarithm other by "
+                  f"{c['log_ratio']:+.6f} +- {c['log_ratio_error']:.6f}",
+                  f"  KL divergence  {_mean(c)} nats; {', '.join(shares)}, largest {_of(c, 'percentiles', '100')}",
+                  f"  likeliest      {100 * c['same_top']:.2f} +- {100 * c['same_top_error']:.2f} % the same",
+                  f"  likeliest {c['top']:<4} {100 * c['shared_top']:.2f} +- {100 * c['shared_top_error']:.2f} % in common"]
+    if result["output"]:
+        lines.append(f"kept in          {result['output']}")
+    return "\n".join(lines)
+
+
+def _mean(c: Mapping[str, object]) -> str:
+    if c["kl_exact"]:
+        return f"{c['kl_low']:.6f} +- {c['kl_low_error']:.6f}"
+    return f"between {c['kl_low']:.6f} +- {c['kl_low_error']:.6f} and {c['kl_high']:.6f} +- {c['kl_high_error']:.6f}"
+
+
+def _of(c: Mapping[str, object], what: str, key: str) -> str:
+    low, high = c[f"kl_low_{what}"][key], c[f"kl_high_{what}"][key]
+    return f"{low:.5f}" if c["kl_exact"] else f"{low:.5f} to {high:.5f}"

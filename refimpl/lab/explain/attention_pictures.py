@@ -1,0 +1,85 @@
+"""Pictures of attention: how far pairs turn, who looks at whom, what heads look at."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from refimpl.lab.explain.attention_map import HABITS
+from refimpl.lab.explain.show import BLACK, BLUE, ORANGE, RED, figure, legend, picture, text_figure
+from refimpl.model.config import Config
+from refimpl.reference.ops import rope_angles
+
+
+def turns_picture(frequencies: dict[str, np.ndarray], n_pos: int):
+    """cos(angle) of every pair over `n_pos` positions, a panel for each entry of `frequencies` (angle per position of each pair)."""
+    fig, panels = figure(9, 3.2, 1, len(frequencies))
+    for axes, (name, frequency_R) in zip(panels, frequencies.items()):
+        cos_TR, _ = rope_angles(np.arange(n_pos), frequency_R)
+        image = axes.imshow(cos_TR.T, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest", origin="lower",
+                            extent=(0, n_pos, 0, len(frequency_R)))
+        axes.set(title=name, xlabel="position", ylabel="pair")
+    fig.colorbar(image, ax=panels, label="cosine of the angle", shrink=0.9)
+    return picture(fig, "Cosine of the rotation angle of each pair over positions.")
+
+
+def periods_picture(frequencies: dict[str, np.ndarray], marks: dict[str, int]):
+    """Positions that each pair takes for a whole turn; `marks` are distances worth a line. Pairs that never turn have no point."""
+    fig, axes = figure(7, 3)
+    for (name, frequency_R), colour in zip(frequencies.items(), (ORANGE, BLUE)):
+        pair = np.flatnonzero(frequency_R > 1e-20)
+        still = len(frequency_R) - len(pair)
+        axes.semilogy(pair, 2 * np.pi / frequency_R[pair], color=colour, lw=2,
+                      label=name + (f" ({still} pairs never turn)" if still else ""))
+    for name, distance in marks.items():
+        axes.axhline(distance, color="0.6", lw=0.8, ls="--")
+        axes.text(1, distance * 1.15, name, fontsize=8, color="0.35")
+    axes.set(xlabel="pair", ylabel="positions for a whole turn", xlim=(0, None))
+    legend(axes, loc="lower right")
+    return picture(fig, "Positions for a whole turn of each pair, in sliding and in full layers.")
+
+
+def maps_picture(config: Config, maps: Sequence[np.ndarray]):
+    """The largest weight over the heads of every layer: rows look at columns."""
+    columns = 3
+    fig, panels = figure(9, 2.9 * -(-len(maps) // columns), -(-len(maps) // columns), columns, sharex=True, sharey=True, squeeze=False)
+    for axes, spec, weight_NTS in zip(panels.flat, config.layers, maps):
+        image = axes.imshow(np.sqrt(weight_NTS.max(axis=0)), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(f"layer {spec.index}: " + ("everything" if spec.window is None else f"the latest {spec.window}"))
+    for axes in panels[-1]:
+        axes.set_xlabel("token looked at")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("token that looks")
+    bar = fig.colorbar(image, ax=panels, shrink=0.7, label="largest weight of any head")
+    bar.set_ticks([0, 0.1**0.5, 0.25**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.25", "0.5", "1"])
+    return picture(fig, "Attention maps of all layers: a band in sliding layers, a triangle in the full one.")
+
+
+def habits_picture(share_LNB: np.ndarray):
+    """How much of each head's weight goes where (columns as in HABITS)."""
+    n_layer, n_head, n_habit = share_LNB.shape
+    table = share_LNB.reshape(-1, n_habit)
+    fig, axes = figure(7, 0.21 * len(table) + 1)
+    axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+    for row, column in np.ndindex(table.shape):
+        axes.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", fontsize=7,
+                  color="white" if table[row, column] < 0.55 else BLACK)
+    axes.set(xticks=range(n_habit), yticks=range(len(table)),
+             yticklabels=[f"layer {i}, head {n}" if n == 0 else f"head {n}" for i in range(n_layer) for n in range(n_head)])
+    axes.set_xticks(range(n_habit), labels=HABITS[:n_habit], rotation=18, ha="left", rotation_mode="anchor")
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for i in range(1, n_layer):
+        axes.axhline(i * n_head - 0.5, color="white", lw=2)
+    return picture(fig, "Share of each head's attention by kind of place.")
+
+
+def look_picture(pieces: Sequence[str], weight_S: np.ndarray, query: int):
+    """The text up to token `query`, which has a red ground; the darker the ground of the others, the more weight it gives them."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    shades = [to_hex(colormaps["Blues"](0.9 * float(weight))) if weight > 0.01 else "#FFFFFF" for weight in weight_S[:query + 1]]
+    inks = ["white" if weight > 0.6 else BLACK for weight in weight_S[:query]] + ["white"]
+    fig = text_figure(pieces[:query + 1], shades[:query] + [RED], inks, width=72)
+    best = np.argsort(-weight_S, kind="stable")[:3]
+    return picture(fig, "Text shaded by attention weight; the most goes to " + ", ".join(repr(pieces[s]) for s in best))

@@ -1,0 +1,107 @@
+"""Pictures of quantization-aware training: what was lost and won back, where weights lie on the grid, how codes change, releases."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from refimpl.lab.explain.show import BLUE, GREEN, ORANGE, RED, figure, legend, picture
+
+ROUNDED, TRAINED = ORANGE, BLUE
+BINS_PER_LEVEL = 16
+
+
+def block_picture(weights: np.ndarray, rounded: Mapping[str, np.ndarray], scales: Mapping[str, float]):
+    """One block of 32 weights, and the levels that each grid has for it: the lines are what can be stored."""
+    fig, panels = figure(9, 2.6, 1, len(rounded), sharey=True)
+    for axes, (name, values) in zip(panels, rounded.items()):
+        for level in range(-8, 9):
+            axes.axhline(level * abs(scales[name]), color="0.9", lw=0.8, zorder=0)
+        axes.vlines(np.arange(32), weights, values, color=RED, lw=1)
+        axes.plot(np.arange(32), weights, "o", color="0.4", ms=3, label="weight")
+        axes.plot(np.arange(32), values, "s", color=BLUE, ms=3, label="stored")
+        axes.set(title=name, xlabel="place in the block", ylim=(-1.15 * np.abs(weights).max(), 1.15 * np.abs(weights).max()))
+    legend(panels[-1])
+    return picture(fig, "A block of 32 weights and where each grid puts them.")
+
+
+def comparison_picture(found: Mapping[str, object], titles: Mapping[str, str]):
+    """Bits per byte above the float control of the same seed: rounded afterwards and trained on the grid, every seed a dot."""
+    control = {row["seed"]: row["bits_per_byte"] for row in found["rows"] if row["stored"] == "float"}
+    names = [name for name in titles if name != "float"]
+    groups = ((names[:3], "4 bits"), (names[3:], "3 and 2 bits"))
+    fig, panels = figure(9, 3.2, 1, 2)
+    for axes, (shown, title) in zip(panels, groups):
+        for i, name in enumerate(shown):
+            for trained, colour, shift, label in (("float", ROUNDED, -0.12, "control, rounded"), (name, TRAINED, 0.12, "trained on it")):
+                above = [row["bits_per_byte"] - control[row["seed"]] for row in found["rows"]
+                         if (row["trained"], row["stored"]) == (trained, name)]
+                axes.plot([i + shift] * len(above), above, "o", color=colour, ms=5, alpha=0.8, label=label if i == 0 else None)
+                if above:
+                    axes.hlines(np.mean(above), i + shift - 0.09, i + shift + 0.09, color=colour, lw=2)
+        axes.axhline(0, color="0.6", lw=0.8)
+        axes.set(xticks=range(len(shown)), xticklabels=[titles[name] for name in shown], xlim=(-0.5, len(shown) - 0.5), title=title,
+                 ylabel="bits per byte above the float control")
+    legend(panels[1])
+    return picture(fig, "Bits per byte above the control for every grid: rounded afterwards and trained on the grid.")
+
+
+def histogram_pictures(histories: Mapping[str, Sequence[Mapping[str, object]]], grid: str, half: int):
+    """A row of panels for each entry (title -> histograms at several steps): where weights lie between the levels of their block."""
+    n_steps = len(next(iter(histories.values())))
+    fig, panels = figure(10, 1.7 * len(histories) + 0.3, len(histories), n_steps, squeeze=False, sharey="row", sharex=True)
+    centres = (np.arange((2 * half + 1) * BINS_PER_LEVEL) + 0.5) / BINS_PER_LEVEL - half - 0.5
+    for row, (title, histograms) in zip(panels, histories.items()):
+        for axes, histogram in zip(row, histograms):
+            share = np.array(histogram[grid]) / sum(histogram[grid]) * BINS_PER_LEVEL
+            axes.fill_between(centres, share, color=BLUE, lw=0, step="mid")
+            for border in range(-half, half - 1):
+                axes.axvline(border + 0.5, color=RED, lw=0.5, ls=":")
+            # the largest weight of every block is level -half by definition: it is cut off
+            axes.set(title=f"step {histogram['step']}", yticks=[], xticks=range(-half, half + 1, max(1, half // 2)),
+                     ylim=(0, 1.15 * share[np.abs(centres + half) > 0.2].max()))
+        row[0].set_ylabel(title)
+    return picture(fig, "Histograms of weights in units of their block's scale at several steps.")
+
+
+def density_picture(histories: Mapping[str, tuple[Sequence[Mapping[str, object]], Sequence[Mapping[str, object]], str, int]]):
+    """A panel for each entry, title -> (histograms of a training, of its control, grid, half): how many times as dense weights lie at each
+    place in the last histogram of the training as in the control's.
+    """
+    fig, panels = figure(9, 2.6, 1, len(histories), squeeze=False)
+    for axes, (title, (trained, control, grid, half)) in zip(panels[0], histories.items()):
+        centres = (np.arange((2 * half + 1) * BINS_PER_LEVEL) + 0.5) / BINS_PER_LEVEL - half - 0.5
+        inside = np.abs(centres) < half - 0.2
+        ours, theirs = (np.array(histograms[-1][grid])[inside] for histograms in (trained, control))
+        axes.plot(centres[inside], (ours / ours.sum()) / (theirs / theirs.sum()), color=BLUE, lw=1.2)
+        for border in range(-half, half - 1):
+            axes.axvline(border + 0.5, color=RED, lw=0.6, ls=":")
+        axes.axhline(1, color="0.6", lw=0.8)
+        axes.set(title=title, xlabel="weight / scale of its block", ylabel="density against the control's", xticks=range(-half, half + 1,
+                 max(1, half // 4)))
+    return picture(fig, "Density of the weights relative to the control's; dotted lines are the borders between levels.")
+
+
+def flips_picture(histories: Mapping[str, Mapping[str, object]], titles: Mapping[str, str]):
+    """Share of codes that change in a step, mean of ten steps."""
+    fig, axes = figure(6.5, 2.8)
+    for name, colour in zip(histories, (BLUE, ORANGE, GREEN, RED, "0.4")):
+        flips = histories[name]["flips"]
+        axes.plot(10 * np.arange(len(flips)) + 5, np.array(flips) * 100, "o-", ms=3, color=colour, label=titles[name])
+    axes.set(xlabel="step", ylabel="codes that change in a step, %", ylim=(0, None))
+    legend(axes)
+    return picture(fig, "Share of codes that change in a step, falling with the learning rate.")
+
+
+def releases_picture(found: Mapping[str, object], titles: Mapping[str, str]):
+    """Agreement with a bfloat16 release after conversion to Q4_0 by the rule and by finding the grid."""
+    mean = {(m["trained"], m["converted"]): m for m in found["releases_mean"]}
+    names = [name for name in titles if (name, "naive") in mean]
+    fig, (left, right) = figure(9, 2.8, 1, 2)
+    for axes, metric, factor, label in ((left, "top1", 100, "same favourite token, %"), (right, "kl", 1, "KL from the release, nats")):
+        for shift, converted, colour in ((-0.2, "naive", ORANGE), (0.2, "lattice", BLUE)):
+            heights = [factor * mean[name, converted][metric] for name in names]
+            axes.bar(np.arange(len(names)) + shift, heights, 0.36, color=colour, label=converted)
+        axes.set(xticks=range(len(names)), xticklabels=[titles[name] for name in names], ylabel=label)
+    left.set_ylim(80, 100.5)
+    legend(right)
+    return picture(fig, "Agreement of converted files with the release, by the rule and by finding the grid.")

@@ -1,0 +1,134 @@
+"""How the notebooks show things: code from its source, tables, pictures, text with a colour behind every token.
+
+matplotlib and IPython are imported where they are used, so that nothing else needs them.
+"""
+
+import inspect
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent.parent
+# Okabe and Ito's eight colours, which people with any colour vision can tell apart
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK, YELLOW)
+DPI = 100
+
+
+def source(*functions: Callable):
+    """The source of functions or classes of the package, as Markdown with the file each stands in."""
+    from IPython.display import Markdown
+
+    parts = []
+    for function in functions:
+        function = inspect.unwrap(getattr(function, "py_func", function))      # a kernel's Python body
+        file = Path(inspect.getsourcefile(function)).resolve().relative_to(PACKAGE.parent)
+        parts.append(f"`{file.as_posix()}`\n\n```python\n{textwrap.dedent(inspect.getsource(function)).rstrip()}\n```")
+    return Markdown("\n\n".join(parts))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]):
+    """A table as Markdown: the first column to the left, the others to the right. Cells are shown by `str`."""
+    from IPython.display import Markdown
+
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return Markdown("\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines))
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """(figure, axes) of `width` x `height` inches, drawn without a window. `options` are those of matplotlib's `subplots`."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(rows, columns, **options)
+
+
+def picture(fig, alt: str):
+    """A figure as a PNG image, in one plain style; `alt` says in words what it shows."""
+    from IPython.display import Image as Shown
+    from PIL import Image
+
+    for axes in fig.axes:
+        axes.set_title(axes.get_title(), fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.label.set_fontsize(9)
+    drawn, out = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=DPI)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)     # a third of the bytes
+    return Shown(out.getvalue(), format="png", alt=alt)
+
+
+def legend(axes, **options):
+    """A legend without a frame, in small print."""
+    axes.legend(frameon=False, fontsize=8, **options)
+
+
+# ---- text
+
+def text_cells(pieces: Sequence[str], width: int) -> tuple[list[tuple[int, int, int, str]], int]:
+    """Where the characters of `pieces` stand on a page of `width` columns: (piece, line, column, part) of every run, and the lines.
+
+    A newline ends its line; a piece that reaches over the edge goes on in the next line.
+    """
+    runs, line, column = [], 0, 0
+    for i, piece in enumerate(pieces):
+        for part in piece.replace("\t", "    ").splitlines(keepends=True):
+            shown = part.rstrip("\n")
+            while shown:
+                if column == width:
+                    line, column = line + 1, 0
+                taken = shown[:width - column]
+                runs.append((i, line, column, taken))
+                column, shown = column + len(taken), shown[len(taken):]
+            if part.endswith("\n"):
+                runs.append((i, line, column, "\u21b5"))
+                line, column = line + 1, 0
+    return runs, line + (column > 0)
+
+
+def text_figure(pieces: Sequence[str], backs: Sequence[str], inks: Sequence[str], width: int = 96, key: Sequence[tuple[str, str]] = ()):
+    """A figure of running text: `backs[i]` is the colour behind piece i, `inks[i]` the colour of its letters.
+
+    `key` explains colours, (colour, meaning) each. A newline is drawn as an arrow.
+    """
+    runs, n_lines = text_cells(pieces, width)
+    return _boxes([(line, column, part, backs[i], inks[i]) for i, line, column, part in runs], n_lines, width, key)
+
+
+def lines_figure(lines: Sequence[Sequence[tuple[str, str, str]]], key: Sequence[tuple[str, str]] = ()):
+    """A figure of boxes with text, line by line: (text, colour behind it, colour of its letters) each. `key` as in `text_figure`."""
+    boxes = []
+    for i, line in enumerate(lines):
+        column = 0.0
+        for text, back, ink in line:
+            boxes.append((i, column, text, back, ink))
+            column += len(text) + 0.3
+    return _boxes(boxes, len(lines), max(column + len(text) for _, column, text, _, _ in boxes) + 1, key)
+
+
+def visible(piece: str) -> str:
+    """A piece with its spaces and newlines drawn."""
+    return piece.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u2192")
+
+
+def _boxes(boxes: Sequence[tuple[int, float, str, str, str]], n_lines: int, width: float, key: Sequence[tuple[str, str]]):
+    from matplotlib.patches import Rectangle
+
+    n_key, width = bool(key), max(width, 72)
+    fig, axes = figure(0.093 * width, 0.23 * (n_lines + n_key) + 0.1)
+    axes.set(xlim=(0, width), ylim=(n_lines, -n_key))
+    axes.axis("off")
+    style = {"family": "monospace", "fontsize": 9, "va": "center_baseline", "parse_math": False}
+    for line, column, text, back, ink in boxes:
+        axes.add_patch(Rectangle((column + 0.04, line + 0.06), len(text) - 0.08, 0.88, color=back, lw=0))
+        for j, letter in enumerate(text):
+            axes.text(column + j + 0.5, line + 0.52, letter, color=ink, ha="center", **style)
+    x = 0.0
+    for colour, meaning in key:
+        axes.add_patch(Rectangle((x, -0.85), 2, 0.6, color=colour, lw=0))
+        axes.text(x + 2.6, -0.5, meaning, fontsize=8, va="center", parse_math=False)
+        x += 5 + 0.75 * len(meaning)
+    return fig

@@ -1,0 +1,257 @@
+"""Models from a Hugging Face hub: `hf:owner/name[@revision][:type or file]` wherever a path to a model may stand.
+
+    hf:google/gemma-4-E4B-it-qat-q4_0-gguf          the repository's GGUF file
+    hf:unsloth/gemma-4-E4B-it-GGUF:Q4_K_M           of several, the one of this type (as llama.cpp's -hf: in any case)
+    hf:unsloth/gemma-4-E4B-it-GGUF:MTP/x.gguf       this file; a split one comes with all its parts
+    hf:google/gemma-4-E4B-it-assistant@main         a repository without GGUF: the folder with config.json and safetensors
+
+With several GGUF files and no type: Q4_0 where the repository's name says qat, else Q4_K_M, and a refusal that lists them where that does
+not leave exactly one. Drafters and image parts (mmproj, mtp, assistant, imatrix in the name) are not counted, unless a drafter is asked for
+or nothing else is there. A local file whose name starts with hf: is ./hf:name.
+
+Files lie in huggingface_hub's own cache, which other programs share; its environment variables hold (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE,
+HF_ENDPOINT). It resumes a download that breaks off while it runs (one that was stopped begins anew), and compares sizes; that the bytes
+are those the repository lists is checked here, by SHA-256, once for each file.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from refimpl.loading.hub_files import HubError, chosen
+
+PREFIX = "hf:"
+SPEC = re.compile(r"hf:(?P<repo>[^/:@]+/[^/:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<what>.+))?")
+SHA256 = re.compile("[0-9a-f]{64}")
+CHUNK_BYTES = 1 << 20
+TIMEOUT = 20                            # seconds until a server that does not answer counts as out of reach
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a repository, as the hub lists it. Nothing but the name is known of one that is only in the cache."""
+
+    name: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of one revision; `folder`: where they lie, if the hub could not be asked."""
+
+    repo: str
+    revision: str
+    files: dict[str, _File]
+    folder: Path | None = None
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether this names a model on the hub."""
+    return os.fspath(path).startswith(PREFIX)
+
+
+def local(path: str | os.PathLike, drafter: bool = False) -> Path:
+    """The file or folder that `path` names, downloaded first if it starts with `hf:`; for a drafter, files named like one come first.
+
+    Raises HubError for whatever keeps a download from being had; nothing that is incomplete or wrong stays in the cache.
+    """
+    if not is_remote(path):
+        return Path(path)
+    spec = os.fspath(path)
+    asked = SPEC.fullmatch(spec)
+    if asked is None:
+        raise HubError(f"{spec}: expected hf:owner/name, hf:owner/name:type or hf:owner/name:file.gguf, with @revision after the name")
+    listing = _list(spec, asked["repo"], asked["revision"] or "main")
+    names = chosen(spec, list(listing.files), asked["what"], drafter, "the repository" if listing.folder is None else "the cache")
+    _refuse_a_full_disk(spec, listing, names)
+    paths = [_fetch(spec, listing, listing.files[name]) for name in names]
+    return paths[0] if names[0].lower().endswith(".gguf") else paths[names.index("config.json")].parent
+
+
+def listed_sha256(path: Path) -> str | None:
+    """The SHA-256 that the hub lists for a file in its cache, which keeps large files under that name; None for any other file."""
+    blob = Path(os.path.realpath(path))
+    return blob.name if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name) else None
+
+
+# What the hub has, and what the cache has ----------------------------------------------------------------------------------
+
+
+def _list(spec: str, repo: str, revision: str) -> _Listing:
+    from huggingface_hub import HfApi
+
+    try:
+        with _quiet():
+            info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
+            files = [_File(s.rfilename, s.size, s.lfs["sha256"] if s.lfs else None) for s in info.siblings or ()]
+    except Exception as error:                                  # of any of three HTTP libraries, by huggingface_hub's version
+        cached = _cached(repo, revision) if _out_of_reach(error) else None
+        if cached is None:
+            raise HubError(f"{spec}: {_reason(error)}") from error
+        if not _offline(error):
+            warnings.warn(f"{spec}: {_reason(error)}; what was downloaded before is used", stacklevel=3)
+        return cached
+    return _Listing(repo, revision, {file.name: file for file in files})
+
+
+def _cached(repo: str, revision: str) -> _Listing | None:
+    """What the cache holds of a revision."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except (CacheNotFound, OSError):
+        return None
+    for found in (r for known in repos if (known.repo_type, known.repo_id) == ("model", repo) for r in known.revisions):
+        if revision in found.refs or revision == found.commit_hash:
+            names = [file.file_path.relative_to(found.snapshot_path).as_posix() for file in found.files]
+            return _Listing(repo, revision, {name: _File(name) for name in names}, found.snapshot_path) if names else None
+    return None
+
+
+def _refuse_a_full_disk(spec: str, listing: _Listing, names: list[str]):
+    """Before a download of gigabytes, not after it. What a file may share with an older revision is in the folder of blobs."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    blobs = cache / f"models--{listing.repo.replace('/', '--')}" / "blobs"
+    need = sum(f.size or 0 for f in map(listing.files.get, names) if f.sha256 is None or not (blobs / f.sha256).exists())
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if need > (free := shutil.disk_usage(there).free):
+        raise HubError(f"{spec}: needs {need / 1e9:.2f} GB in {cache}, {free / 1e9:.2f} GB are free; HF_HOME=FOLDER puts it elsewhere")
+
+
+def _fetch(spec: str, listing: _Listing, file: _File) -> Path:
+    """One file, in the cache and checked."""
+    from huggingface_hub import hf_hub_download
+
+    if listing.folder is not None:
+        path = listing.folder / file.name
+    else:
+        try:
+            with _quiet():
+                path = Path(hf_hub_download(listing.repo, file.name, revision=listing.revision))
+        except Exception as error:
+            raise HubError(f"{spec}: {file.name}: {_reason(error)}") from error
+    _check(spec, file, path)
+    return path
+
+
+def _check(spec: str, file: _File, path: Path):
+    """Compares SHA-256 once, and notes in the repository's folder that it was right, with the file's size and time. Deletes a wrong one."""
+    blob, wanted = Path(os.path.realpath(path)), file.sha256 or listed_sha256(path)
+    if wanted is None:                                          # a small file, which git keeps itself
+        return
+    mark = path.parents[file.name.count("/") + 2] / ".verified" / wanted
+    seen = f"{blob.stat().st_size} {blob.stat().st_mtime_ns}"
+    with contextlib.suppress(OSError):
+        if mark.read_text() == seen:
+            return
+    if _sha256(blob, file.name) != wanted:
+        _delete(path)
+        raise HubError(f"{spec}: {file.name}: its SHA-256 is not the one that the repository lists, so it was deleted; try again")
+    with contextlib.suppress(OSError):                          # a cache that cannot be written to: checked again next time
+        mark.parent.mkdir(exist_ok=True)
+        mark.write_text(seen)
+
+
+def _sha256(path: Path, name: str) -> str:
+    from huggingface_hub.utils import tqdm
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as source, tqdm(total=path.stat().st_size, desc=f"checking {name}", unit="B", unit_scale=True, disable=None,
+                                          leave=False) as progress:
+        while data := source.read(CHUNK_BYTES):
+            digest.update(data)
+            progress.update(len(data))
+    return digest.hexdigest()
+
+
+def _delete(path: Path):
+    """A file of the cache, and what it links to."""
+    while path.is_symlink():
+        target = path.parent / os.readlink(path)
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)
+
+
+# What went wrong -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without huggingface_hub's log lines: an error becomes one line of ours, and bars show themselves on a terminal only."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _offline(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error, OfflineModeIsEnabled)
+
+
+def _out_of_reach(error: BaseException) -> bool:
+    """No answer, or one that only says that the hub has troubles of its own."""
+    status = _status(error)
+    libraries = ("httpx", "httpx2", "requests", "urllib3")
+    return status >= 500 if status is not None else isinstance(error, ConnectionError) or any(
+        kind.__module__.split(".")[0] in libraries for kind in type(error).__mro__)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong and what helps, on one line."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    status, host = _status(error), constants.ENDPOINT
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owners want their terms accepted first: do so on their page at {host}, then set HF_TOKEN to a token of yours"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{host} has no such repository, or a private one, for which HF_TOKEN must be set"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        return "the repository has no such file any more; try again"
+    if status in (401, 403):
+        return f"{host} refuses the token in HF_TOKEN (status {status})" if status == 401 else f"{host} does not allow it (status 403)"
+    if status is not None:
+        return f"{host} answered with status {status}; try again later"
+    if _offline(error):
+        return "not in the cache, and HF_HUB_OFFLINE forbids to download it"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no room left on the disk of {constants.HF_HUB_CACHE}; HF_HOME=FOLDER puts the cache elsewhere"
+    if _out_of_reach(error):
+        return f"no connection to {host}, or it broke off again and again ({_first_line(error)}); try again"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if "onsistency check" in str(error):
+        return "the server sent another number of bytes than it lists, and they were not kept; try again"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).split("\n")), "") or type(error).__name__

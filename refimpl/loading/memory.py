@@ -1,0 +1,133 @@
+"""Will it fit? What a model takes in memory, what this machine has to give, and one clear line where that is not enough.
+
+Counted is memory that nothing else can have meanwhile: matrices as the kernels hold them, keys and values, activations. Not counted are
+the pages of the mapped file, which the system takes back when it needs them: of tables that are only looked up in (the embedding of an
+untied model, the per-layer inputs), and of matrices that are being rearranged.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+
+import numpy as np
+
+from refimpl.formats.gguf import GGUFFile
+from refimpl.formats.matrix import Matrix
+from refimpl.loading.open import RenamedCheckpoint
+from refimpl.model.cache import cache_bytes
+from refimpl.model.config import Config, MoeFfn
+from refimpl.model.weights import PerLayerEmbedding, Weights, weights_from_gguf
+
+COMPILER_BYTES = 200 << 20          # what Numba and LLVM take when they compile the kernels
+
+
+class MemoryRefusal(ValueError):
+    """The model does not fit. One line: what it needs, for what, what there is, and what helps."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a model takes: its weights, the keys and values of a context of `n_ctx` tokens, and what a computation needs besides.
+
+    `widened`: type -> names of the tensors that take more than in the file, because they are held as float32.
+    """
+
+    weights: int
+    cache: int
+    buffers: int
+    n_ctx: int
+    widened: Mapping[str, list[str]]
+
+    @property
+    def without_context(self) -> int:
+        """All but the keys and values."""
+        return self.weights + self.buffers
+
+    @property
+    def total(self) -> int:
+        """Everything, with the context full."""
+        return self.weights + self.cache + self.buffers
+
+
+class _Outline:
+    """A directory whose tensors have their sizes, and their contents only where those take no memory."""
+
+    def __init__(self, file: RenamedCheckpoint):
+        self.path, self.tensors, self.raw = file.path, file.tensors, file.outline
+
+
+def needed(file: GGUFFile | RenamedCheckpoint, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
+           held: Callable[[Matrix], int]) -> Need:
+    """What the model in `file` will take with a context of `n_ctx` tokens, `max_rows` of them in a call.
+
+    Keys and values are of `kv_type`; `held` gives the bytes that a matrix takes in the backend's own layout (`Backend.held`). A cache that
+    grows has less than `cache` until its context is full, and for a moment one layer twice when it does grow. Raises GGUFError for a file
+    that is no model.
+    """
+    matrix_bytes, widened = 0, defaultdict(list)
+
+    def measure(name: str, matrix: Matrix) -> Matrix:
+        nonlocal matrix_bytes
+        n_bytes = held(matrix)
+        matrix_bytes += n_bytes
+        if n_bytes > matrix.raw.nbytes:
+            widened[matrix.type].append(name)
+        return matrix
+    weights = weights_from_gguf(_Outline(file) if isinstance(file, RenamedCheckpoint) else file, config, measure)
+    vector_bytes = sum(part.nbytes for part in parts_of(weights) if isinstance(part, np.ndarray))
+    return Need(matrix_bytes + vector_bytes, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx,
+                dict(widened))
+
+
+def about_widened(widened: Mapping[str, list[str]], path) -> str:
+    """What it means that these tensors (`Need.widened`) are held as float32, and what helps; one line."""
+    parts = [f"{kind} ({len(names)} tensor{'s' if len(names) > 1 else ''}, first {names[0]})" for kind, names in widened.items()]
+    return (f"there are no kernels for {', '.join(parts)}: held as float32, 4 bytes a weight, and multiplied in exact arithmetic; "
+            f"`refimpl convert {path} --type Q4_K` writes a file without them, smaller in memory and faster")
+
+
+def parts_of(weights: Weights) -> Iterator[Matrix | np.ndarray]:
+    """Every matrix and vector of a model, each once even where it has two roles (a tied head, values that are keys)."""
+    def walk(value):
+        if isinstance(value, (Matrix, np.ndarray)):
+            yield value
+        elif isinstance(value, tuple):
+            for part in value:
+                yield from walk(part)
+        elif is_dataclass(value):
+            for part in fields(value):
+                yield from walk(getattr(value, part.name))
+    return iter({id(part): part for part in walk(weights)}.values())
+
+
+def tables_of(weights: Weights) -> list[Matrix]:
+    """The matrices of which a token needs one row, and no product all of it."""
+    tables = [weights.per_layer.table_VLP] if isinstance(weights.per_layer, PerLayerEmbedding) else []
+    return tables if weights.head_VD is weights.embedding_VD else [*tables, weights.embedding_VD]
+
+
+def buffer_bytes(config: Config, max_rows: int) -> int:
+    """About what a call of `max_rows` rows takes besides (float32 states, queries, hidden values, logits of one row), and the compiler."""
+    width = 8 * config.n_embd + 3 * config.n_layer * config.n_ple
+    width += max(3 * layer.n_head * layer.head_dim + 4 * layer.n_kv * layer.head_dim for layer in config.layers)
+    width += max(3 * layer.ffn.n_ff for layer in config.layers)
+    width += max((layer.ffn.n_used * (3 * layer.ffn.n_ff_expert + config.n_embd) for layer in config.layers
+                  if isinstance(layer.ffn, MoeFfn)), default=0)
+    return 4 * max_rows * width + 5 * 4 * config.n_vocab + COMPILER_BYTES
+
+
+def refuse_unless_it_fits(need: Need, have: int, path):
+    """Raises MemoryRefusal when `need` is more than the `have` bytes that there are."""
+    if need.total <= have:
+        return
+    helps = "the weights alone are too much: a smaller file helps"
+    if need.without_context <= have:
+        helps = "a smaller context (-c) helps"
+    elif need.widened:
+        helps = about_widened(need.widened, path)
+    raise MemoryRefusal(f"{path}: needs {_gb(need.total)} (weights {_gb(need.weights)}, {_gb(need.cache)} for a context of {need.n_ctx} "
+                        f"tokens, {_gb(need.buffers)} to compute in), this machine has {_gb(have)} free; {helps}")
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"

@@ -1,0 +1,160 @@
+"""A model ready to use: file, configuration, weights and tokenizer together."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from refimpl.formats.gguf import GGUFError, GGUFFile
+from refimpl.formats.matrix import Matrix
+from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.host import available
+from refimpl.kernels.machine.threads import prepare
+from refimpl.loading.hub import local
+from refimpl.loading.memory import needed, refuse_unless_it_fits
+from refimpl.loading.open import RenamedCheckpoint, open_model
+from refimpl.model import gemma4
+from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
+from refimpl.model.cache import Cache
+from refimpl.model.config import Config, config_from_gguf
+from refimpl.model.weights import Weights, vocabulary_size, weights_from_gguf
+from refimpl.text.tokenizer import Tokenizer
+
+BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
+CHUNK = 512                               # rows of a prompt in one call
+RELEASE_EVERY = 1 << 30                   # bytes of the file that may stay in memory while the next ones are rearranged
+KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weights="auto"` holds in memory
+
+
+class Model:
+    """A Gemma 4 text model. `load` makes one."""
+
+    def __init__(self, file: GGUFFile | RenamedCheckpoint, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend,
+                 widened: Mapping[str, list[str]]):
+        self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
+        self.widened = widened      # type -> names of the tensors that are held as float32 because the kernels do not read them
+
+    @property
+    def name(self) -> str:
+        """What the file calls itself."""
+        return str(self.file.metadata.get("general.name", self.file.path.stem))
+
+    def new_cache(self, n_ctx: int | None = None) -> Cache:
+        """An empty cache for `n_ctx` positions, the model's whole context when None."""
+        return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, CHUNK, self.backend.kv_type)
+
+    def states(self, ids: Sequence[int], cache: Cache, tap: gemma4.Tap = gemma4.no_tap,
+               progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
+        """Runs and commits `ids` after what the cache holds, chunk by chunk. Returns the final normed states, float32 (T, D).
+
+        `progress(n)` is told of every chunk of n tokens done.
+        """
+        ids_T = self.checked(ids)
+        states = []
+        for first in range(0, len(ids_T), cache.max_rows):
+            part = ids_T[first:first + cache.max_rows]
+            states.append(self.run(part, cache, tap))
+            cache.advance(len(part))
+            progress(len(part))
+        return np.concatenate(states)
+
+    def run(self, ids_T: np.ndarray, cache: Cache, tap: gemma4.Tap = gemma4.no_tap) -> np.ndarray:
+        """The final normed states of checked `ids_T` after what the cache holds, float32 (T, D). Commits nothing: `cache.advance` does."""
+        with self.backend.running():
+            return gemma4.forward(self.config, self.weights, self.backend, ids_T, cache, tap)
+
+    def head(self, state_TD: np.ndarray) -> np.ndarray:
+        """Logits of states, float32 (T, V)."""
+        with self.backend.running():
+            return gemma4.head(self.config, self.weights, self.backend, state_TD)
+
+    def logits(self, ids: Sequence[int], tap: gemma4.Tap = gemma4.no_tap) -> np.ndarray:
+        """float32 (T, V): the logits at every position of `ids`, from a fresh cache."""
+        logit_TV = self.head(self.states(ids, self.new_cache(), tap))
+        tap("result_output", logit_TV)
+        return logit_TV
+
+    def checked(self, ids: Sequence[int]) -> np.ndarray:
+        """`ids` as an array. Raises ValueError for none at all, or one outside of the vocabulary."""
+        ids_T = np.asarray(ids)
+        if ids_T.ndim != 1 or not len(ids_T) or ids_T.dtype.kind not in "iu":
+            raise ValueError("expected a list of at least one token id")
+        outside = ids_T[(ids_T < 0) | (ids_T >= self.config.n_vocab)]
+        if len(outside):
+            raise ValueError(f"token id {outside[0]} is outside of the vocabulary (0 to {self.config.n_vocab - 1})")
+        return ids_T.astype(np.int64)
+
+
+def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", arithmetic: str | None = None, threads: int | None = None,
+         weights: str = "auto", n_ctx: int = 1,
+         begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Model:
+    """Loads a Gemma 4 GGUF file or Hugging Face directory (safetensors, not quantized or W4A16), downloaded first if `path` is
+    `hf:owner/name` (loading/hub.py); without a path, the small model that ships.
+
+    `backend`: "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread).
+    `arithmetic`: "q8", activations rounded to 8 bits before they meet quantized weights, as ggml does (the kernels' default), or
+    "exact", float32 throughout (the reference's). Weights of types without integer arithmetic here (IQ1 to IQ3, TQ, NVFP4, ...) meet
+    exact activations in both, and the kernels hold them as float32 (`Model.widened` names them).
+
+    The kernels rearrange the weights in memory (kernels/machine/tiles.py); MemoryRefusal (a ValueError) if there is no room for them
+    and a context of `n_ctx` tokens. `weights` says how the reference holds them: "quantized" as they lie in the mapped file, dequantized
+    at each use; "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the
+    arithmetic allows it. `begin(bytes in all)` returns a function that is told of the bytes done.
+
+    Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used, HubError for one that cannot be
+    downloaded, ValueError for other arguments.
+    """
+    arithmetic = {"kernels": "q8", "reference": "exact"}.get(backend) if arithmetic is None else arithmetic
+    if backend not in ("kernels", "reference"):
+        raise ValueError(f"backend={backend!r}: expected 'kernels' or 'reference'")
+    if arithmetic not in ARITHMETIC:
+        raise ValueError(f"arithmetic={arithmetic!r}: expected {' or '.join(map(repr, ARITHMETIC))}")
+    if backend == "reference" and threads not in (None, 1):
+        raise ValueError(f"threads={threads!r}: the reference runs on one thread")
+    if weights not in ("auto", "quantized", "float32"):
+        raise ValueError(f"weights={weights!r}: expected 'auto', 'quantized' or 'float32'")
+    if weights == "float32" and (arithmetic == "q8" or backend == "kernels"):
+        raise ValueError("weights='float32' is for the reference in exact arithmetic")
+    file = open_model(BUILT_IN if path is None else local(path))
+    config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
+    if backend == "kernels":
+        for layer in config.layers:
+            if layer.head_dim % 16:
+                raise ValueError(f"{file.path}: heads of {layer.head_dim} in layer {layer.index}; the kernels take multiples of 16, "
+                                 "backend='reference' (--backend reference) takes any")
+        functions = kernel_backend(arithmetic, prepare(threads))
+        need = needed(file, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type, functions.held)
+        refuse_unless_it_fits(need, available(), file.path)
+        widened = need.widened
+    else:
+        hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
+        functions, widened = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix), {}
+    with functions.running():
+        matrices = weights_from_gguf(file, config, told(functions.prepare, file, begin))
+    tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
+    if tokenizer.n_vocab != config.n_vocab:
+        raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
+    return Model(file, config, matrices, tokenizer, functions, widened)
+
+
+def told(hold: Callable[[Matrix], object], file: GGUFFile | RenamedCheckpoint,
+         begin: Callable[[int], Callable[[int], None]]) -> Callable[[str, Matrix], object]:
+    """`hold` for one matrix after the other: tells of the bytes done, and lets go of the file's pages now and then."""
+    step, since = begin(file.n_bytes), 0
+
+    def prepare_and_tell(name: str, matrix: Matrix) -> object:
+        nonlocal since
+        held = hold(matrix)
+        step(matrix.raw.nbytes)
+        since += matrix.raw.nbytes
+        if since > RELEASE_EVERY:
+            file.release_all()
+            since = 0
+        return held
+    return prepare_and_tell
+
+
+def float32_bytes(file: GGUFFile | RenamedCheckpoint) -> int:
+    """What all weights would take as float32."""
+    return sum(4 * info.n_bytes // BLOCKS[info.type].n_bytes * BLOCKS[info.type].elements for info in file.tensors.values())
