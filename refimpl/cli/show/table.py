@@ -1,0 +1,24 @@
+"""The one style in which the command line draws tables."""
+
+import io
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+WIDE = 10_000       # tables are never folded: a terminal may wrap a line, a file keeps it whole
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", left: Sequence[int] = (0,)) -> str:
+    """A table as plain text without trailing blanks: a heading, a rule, a line for each row. Columns whose index is in `left` are aligned
+    to the left, the others to the right; cells are shown by `str`.
+    """
+    drawn = Table(title=title or None, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i in left else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*map(str, row))
+    out = io.StringIO()
+    Console(file=out, width=WIDE, color_system=None, markup=False, highlight=False, emoji=False).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
