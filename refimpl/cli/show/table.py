@@ -14,7 +14,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     """A table as plain text without trailing blanks: a heading, a rule, a line for each row. Columns whose index is in `left` are aligned
     to the left, the others to the right; cells are shown by `str`.
     """
-    drawn = Table(title=title or None, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
+    drawn = Table(title=title or None, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
+                  header_style="")
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i in left else "right", no_wrap=True)
     for row in rows:
