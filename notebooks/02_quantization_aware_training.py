@@ -21,7 +21,8 @@ from refimpl.files import recover_scales as lattice
 from refimpl.formats.quants.basic import q4_0
 from refimpl.lab.explain import qat_plots
 from refimpl.lab.explain.show import source, table
-from refimpl.tiny.training import grids, qat_results
+from refimpl.tiny import qat_results
+from refimpl.tiny.training import grids
 
 warnings.filterwarnings("ignore", message="IProgress not found")     # of tqdm, which transformers imports
 from refimpl.tiny.training import qat  # noqa: E402

@@ -15,8 +15,8 @@ from refimpl.formats.quants.codecs import dequantize
 from refimpl.formats.quants.k.q4_k import pack_scales
 from refimpl.loading.hf_names import gguf_metadata, gguf_name
 from refimpl.loading.model import BUILT_IN
-from refimpl.tiny import corpus
-from refimpl.tiny.training import grids, held_out, network, qat, qat_export, qat_release, qat_results, train, vocabulary
+from refimpl.tiny import corpus, qat_results
+from refimpl.tiny.training import grids, held_out, network, qat, qat_export, qat_release, train, vocabulary
 from refimpl.tiny.training.optimiser import is_quantized
 
 
