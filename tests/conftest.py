@@ -1,4 +1,6 @@
-"""Models that several test modules read."""
+"""Models and folders that several test modules share."""
+
+import os
 
 import pytest
 from shapes import opened, random_model, write_model
@@ -14,3 +16,12 @@ def moe(tmp_path_factory):
 def ple(tmp_path_factory):
     """(file, configuration) of a small E2B."""
     return opened(write_model(tmp_path_factory.mktemp("models") / "ple.gguf", random_model("E2B"), "Q4_0"))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder of this run, the same for all workers of pytest-xdist. Whoever writes there holds a lock or renames what is whole."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from refimpl.formats.gguf import open_gguf
+from refimpl.loading.model import BUILT_IN
 from refimpl.text import chat
 from refimpl.text.chat import GEMMA4_TEMPLATE, ChatError, encode_chat, render_chat, split_thought
 from refimpl.text.tokenizer import Tokenizer
@@ -74,11 +76,10 @@ def test_our_template_refuses_what_it_would_leave_out(messages, tools):
 
 
 def test_a_rendered_prompt_becomes_control_tokens():
-    from test_tokenizer import TOKENIZER
-
-    ids = TOKENIZER.encode(render_chat(GEMMA4_TEMPLATE, HI, **TOKENS), special=True, bos=False)
-    assert ids[0] == TOKENIZER.bos and ids.count(TOKENIZER.bos) == 1
-    assert [TOKENIZER.piece(i) for i in ids if TOKENIZER.piece(i).startswith("<")] == [
+    tokenizer = Tokenizer.from_metadata(open_gguf(BUILT_IN).metadata, BUILT_IN)
+    ids = tokenizer.encode(render_chat(GEMMA4_TEMPLATE, HI, **TOKENS), special=True, bos=False)
+    assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
+    assert [tokenizer.piece(i) for i in ids if tokenizer.piece(i).startswith("<")] == [
         "<bos>", "<|turn>", "<turn|>", "<|turn>", "<|channel>", "<channel|>"]
 
 

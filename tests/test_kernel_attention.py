@@ -1,10 +1,8 @@
 """The attention kernel against a statement in float64, and its bits against themselves however the work is cut."""
 
-import hashlib
-
 import numpy as np
 import pytest
-from same_bits import OTHERS, assert_any_number_of_threads, elsewhere
+from kernel_cases import ATTENTION, attention_case, cache_arrays, causal, same
 
 from refimpl.kernels import attention
 from refimpl.kernels.attention import CHUNK, SPAN, attend
@@ -26,74 +24,27 @@ def statement(q_TNH, k_SKH, v_SKH, first_T, end_T):
     return out_TNH
 
 
-def arrays(n_tok, n_head, n_kv, head_dim, n_slots, dtype, seed=0, sharpness=1.5):
-    """Random queries and cache; scores have a standard deviation of `sharpness`."""
-    rng = np.random.default_rng(seed)
-    q = (rng.standard_normal((n_tok, n_head, head_dim)) * sharpness / head_dim**0.5).astype(np.float32)
-    k, v = (rng.standard_normal((n_slots, n_kv, head_dim)).astype(dtype) for _ in range(2))
-    return q, k, v
-
-
-def causal(n_tok, past, window):
-    """Ranges of n_tok rows behind `past` positions."""
-    end = past + 1 + np.arange(n_tok)
-    return np.maximum(0, end - window), end
-
-
-#        T, N, K,  H,    S, past, window
-SHAPES = {
-    "one key": (1, 1, 1, 16, 1, 0, 1),
-    "one slot, later": (2, 2, 1, 16, 2, 40, 1),
-    "prompt": (9, 4, 2, 32, 9, 0, 99),
-    "a chunk to the brim": (3, 2, 2, 48, 128, 61, 64),
-    "wrap inside of a chunk": (7, 4, 1, 16, 90, 100, 70),
-    "ring smaller than a chunk": (5, 3, 3, 80, 21, 200, 17),
-    "spans": (6, 2, 1, 16, 1300, 1200, 1100),
-    "spans and wrap": (5, 4, 2, 32, 1100, 5000, 1024),
-    "decode": (1, 8, 1, 64, 700, 650, 2000),
-    "eight heads to a key": (2, 16, 2, 16, 300, 250, 999),
-    "more rows than a piece of work": (70, 2, 1, 16, 150, 30, 80),
-}
-
-
-def shaped(name, dtype=np.float16):
-    n_tok, n_head, n_kv, head_dim, n_slots, past, window = SHAPES[name]
-    return *arrays(n_tok, n_head, n_kv, head_dim, n_slots, dtype), *causal(n_tok, past, window)
-
-
-def same_bits(a, b):
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
-
-
-def digest() -> str:
-    """A hash of the results of all shapes."""
-    mark = hashlib.sha256()
-    for name in SHAPES:
-        mark.update(attend(*shaped(name)).tobytes())
-    return mark.hexdigest()
-
-
 # ---- numbers
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_against_float64(name, dtype):
-    arguments = shaped(name, dtype)
+    arguments = attention_case(name, dtype)
     got, want = attend(*arguments), statement(*arguments)
     assert got.dtype == np.float32 and got.shape == want.shape
     assert np.abs(got - want).max() < 1.5e-6
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_near_to_the_twin(name):
-    arguments = shaped(name)
+    arguments = attention_case(name)
     assert np.abs(attend(*arguments) - reference(*arguments)).max() < 2e-6
 
 
 def test_scores_of_any_size():
     """Scores far from 0, growing and falling along the positions: every chunk brings a larger one, or none does."""
     for sign in (1, -1):
-        q, k, v = arrays(2, 2, 1, 16, 1200, np.float32)
+        q, k, v = cache_arrays(2, 2, 1, 16, 1200, np.float32)
         k[:, 0, 0] = sign * np.arange(1200)
         q[:, :, 0] = 1
         first, end = causal(2, 1150, 1100)
@@ -103,7 +54,7 @@ def test_scores_of_any_size():
 
 
 def test_one_position_gives_its_value():
-    q, k, v = arrays(3, 4, 2, 32, 10, np.float16)
+    q, k, v = cache_arrays(3, 4, 2, 32, 10, np.float16)
     first = np.array([4, 13, 700])
     want = v[first % 10].astype(np.float32).repeat(2, axis=1)
     assert np.array_equal(attend(q, k, v, first, first + 1), want)
@@ -113,93 +64,84 @@ def test_one_position_gives_its_value():
 
 def test_positions_out_of_sight_do_not_matter():
     """Not even where a neighbour sees them, and not even if there is no number."""
-    q, k, v = arrays(8, 4, 2, 32, 200, np.float16)
+    q, k, v = cache_arrays(8, 4, 2, 32, 200, np.float16)
     first, end = causal(8, 100, 70)
     alone = attend(q[3:4], k, v, first[3:4], end[3:4])
     for slots in (k, v):
         slots[:first[3]] = np.nan
         slots[end[3]:] = np.inf
     together = attend(q, k, v, first, end)
-    assert same_bits(together[3:4], alone) and same_bits(attend(q[3:4], k, v, first[3:4], end[3:4]), alone)
+    assert same(together[3:4], alone) and same(attend(q[3:4], k, v, first[3:4], end[3:4]), alone)
     assert not np.isfinite(together[[0, 7]]).any()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_rows_in_any_company(name):
-    q, k, v, first, end = shaped(name)
+    q, k, v, first, end = attention_case(name)
     whole = attend(q, k, v, first, end)
     for size in (1, 2, 5):
         pieces = [attend(q[t:t + size], k, v, first[t:t + size], end[t:t + size]) for t in range(0, len(q), size)]
-        assert same_bits(np.concatenate(pieces), whole), size
+        assert same(np.concatenate(pieces), whole), size
     order = np.random.default_rng(1).permutation(len(q))
-    assert same_bits(attend(q[order], k, v, first[order], end[order]), whole[order])
+    assert same(attend(q[order], k, v, first[order], end[order]), whole[order])
 
 
 def test_rows_with_ranges_of_all_kinds():
     """Neighbours that share all, some or none of their positions, and some far beyond the others."""
     rng = np.random.default_rng(2)
-    q, k, v = arrays(60, 4, 2, 16, 150, np.float16)
+    q, k, v = cache_arrays(60, 4, 2, 16, 150, np.float16)
     for spread in (50, 500, 10**6):
         n_seen = rng.integers(1, 151, 60)
         first = rng.integers(0, spread, 60)
         together = attend(q, k, v, first, first + n_seen)
         one_by_one = [attend(q[t:t + 1], k, v, first[t:t + 1], first[t:t + 1] + n_seen[t]) for t in range(60)]
-        assert same_bits(together, np.concatenate(one_by_one))
+        assert same(together, np.concatenate(one_by_one))
         assert np.abs(together - statement(q, k, v, first, first + n_seen)).max() < 1.5e-6
 
 
 def test_a_ring_gives_what_the_whole_cache_gives():
-    q, k, v = arrays(4, 4, 2, 32, 1500, np.float16)
+    q, k, v = cache_arrays(4, 4, 2, 32, 1500, np.float16)
     first, end = causal(4, 1400, 100)
     for n_slots in (103, 128, 200, 1024):
         ring = [np.zeros((n_slots, 2, 32), np.float16) for _ in range(2)]
         for position in range(1404 - n_slots, 1404):
             ring[0][position % n_slots], ring[1][position % n_slots] = k[position], v[position]
-        assert same_bits(attend(q, *ring, first, end), attend(q, k, v, first, end))
+        assert same(attend(q, *ring, first, end), attend(q, k, v, first, end))
 
 
 def test_pieces_of_work_of_any_size(monkeypatch):
-    want = digest()
+    want = [attend(*attention_case(name)) for name in ATTENTION]
     monkeypatch.setattr(attention, "plan", attention.plan.py_func)
     for room, queries in ((1, 1), (30_000, 4), (10**9, 1000)):
         monkeypatch.setattr(attention, "ROOM_BYTES", room)
         monkeypatch.setattr(attention, "QUERIES", queries)
-        assert digest() == want
-
-
-def test_any_number_of_threads():
-    assert_any_number_of_threads("test_kernel_attention", digest)
-
-
-@pytest.mark.parametrize("isa", OTHERS)
-def test_any_instruction_set(isa):
-    assert elsewhere("test_kernel_attention", REFIMPL_ISA=isa) == digest()
+        assert all(same(attend(*attention_case(name)), whole) for name, whole in zip(ATTENTION, want))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_kernel_in_plain_python(monkeypatch, dtype):
     """Every access checked against the array it goes to."""
-    q, k, v = arrays(3, 3, 1, 80, 40, dtype)
+    q, k, v = cache_arrays(3, 3, 1, 80, 40, dtype)
     ranges = [(np.array([0, 1, 0]), np.array([1, 3, 20])), (np.array([SPAN - 3, SPAN - 1, SPAN]), np.array([SPAN, SPAN + 5, SPAN + 4])),
               (np.array([3 * CHUNK - 20, 3 * CHUNK - 19, 3 * CHUNK - 18]), np.array([3 * CHUNK + 1, 3 * CHUNK + 2, 3 * CHUNK + 3]))]
     want = [attend(q, k, v, first, end) for first, end in ranges]
     monkeypatch.setattr(attention, "attend_rows", attention.attend_rows.py_func)
     monkeypatch.setattr(attention, "plan", attention.plan.py_func)
     for (first, end), compiled in zip(ranges, want):
-        assert same_bits(attend(q, k, v, first, end), compiled)
+        assert same(attend(q, k, v, first, end), compiled)
 
 
 # ---- arguments
 
 def test_queries_in_any_order_of_memory_and_none_at_all():
-    q, k, v, first, end = shaped("prompt")
+    q, k, v, first, end = attention_case("prompt")
     turned = q.transpose(1, 0, 2).copy().transpose(1, 0, 2)
-    assert not turned.flags.c_contiguous and same_bits(attend(turned, k, v, first, end), attend(q, k, v, first, end))
+    assert not turned.flags.c_contiguous and same(attend(turned, k, v, first, end), attend(q, k, v, first, end))
     assert attend(q[:0], k, v, first[:0], end[:0]).shape == (0, 4, 32)
 
 
 def test_wrong_arguments_are_refused():
-    q, k, v, first, end = shaped("prompt")
+    q, k, v, first, end = attention_case("prompt")
     wide = np.zeros((9, 2, 64), np.float16)
     wrong = {
         "float32 queries": [(q.astype(np.float64), k, v, first, end), (q[0], k, v, first, end), (q, k[0], v[0], first, end),

@@ -1,11 +1,9 @@
 """The small kernels: their elementary functions against float64, their results against the formulas, their bits against themselves."""
 
-import hashlib
-
 import numba
 import numpy as np
 import pytest
-from same_bits import OTHERS, assert_any_number_of_threads, elsewhere
+from kernel_cases import WIDTHS, angles, normal, ops_cases
 
 from refimpl.kernels import ops
 from refimpl.kernels.machine.intrinsics import address, at, load_f32, store_f32
@@ -13,7 +11,6 @@ from refimpl.kernels.machine.vecmath import exp16, gelu16, tanh16
 from refimpl.reference import ops as reference
 
 HALF_STEP = 2.0**-24            # relative rounding error of one float32 operation
-WIDTHS = (1, 5, 15, 16, 17, 64, 100, 2816)
 
 
 def everywhere(function):
@@ -97,41 +94,6 @@ def test_elementary_functions_in_plain_python(word, compiled):
 
 # ---- the functions between the matrix products
 
-def normal(rng, *shape, scale=1.0):
-    return (rng.standard_normal(shape) * scale).astype(np.float32)
-
-
-def angles(rng, n_tok, n_pairs):
-    angle = rng.uniform(0, 100, (n_tok, n_pairs))
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def cases():
-    """(name, function, arguments) of all shapes that are compared bit by bit, small ones and some that threads share."""
-    rng = np.random.default_rng(1)
-    for width in WIDTHS:
-        x, weight = normal(rng, 3, width, scale=4), normal(rng, width)
-        yield f"rms_norm {width}", ops.rms_norm, (x, weight, 1e-6)
-        yield f"rms_normalise {width}", ops.rms_normalise, (x, 1e-6)
-        yield f"gated {width}", ops.gated, (x, normal(rng, 3, width))
-        yield f"softcap {width}", ops.softcap, (x, 3.0)
-    for n_tok, n_head, head_dim in ((1, 1, 2), (3, 2, 10), (2, 3, 34), (9, 4, 64)):
-        yield f"rotate {head_dim}", ops.rotate, (normal(rng, n_tok, n_head, head_dim), *angles(rng, n_tok, head_dim // 2))
-    yield "rms_norm heads", ops.rms_norm, (normal(rng, 5, 2, 256), normal(rng, 256), 1e-6)
-    yield "rms_norm many", ops.rms_norm, (normal(rng, 301, 741), normal(rng, 741), 1e-6)         # rounding of sums shows in a few rows only
-    yield "gated many", ops.gated, (normal(rng, 50_003), normal(rng, 50_003))
-    yield "softcap many", ops.softcap, (normal(rng, 7, 5_001), 30.0)
-    yield "rotate many", ops.rotate, (normal(rng, 41, 7, 130), *angles(rng, 41, 65))
-
-
-def digest() -> str:
-    """A hash of all results."""
-    mark = hashlib.sha256()
-    for _, function, arguments in cases():
-        mark.update(function(*arguments).tobytes())
-    return mark.hexdigest()
-
-
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norms_against_float64(width):
     rng = np.random.default_rng(2)
@@ -164,14 +126,14 @@ def test_gated_and_softcap_against_float64():
 
 
 def test_rotation_has_the_bits_of_the_reference():
-    for name, function, arguments in cases():
+    for name, function, arguments in ops_cases():
         if function is ops.rotate:
             assert np.array_equal(function(*arguments), reference.rotate(*arguments)), name
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "rms_normalise", "gated", "softcap", "rotate"])
 def test_near_to_the_twin(name):
-    for case, function, arguments in cases():
+    for case, function, arguments in ops_cases():
         if function is getattr(ops, name):
             want = getattr(reference, name)(*arguments)
             got = function(*arguments)
@@ -179,17 +141,8 @@ def test_near_to_the_twin(name):
             assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max(), case
 
 
-def test_any_number_of_threads():
-    assert_any_number_of_threads("test_kernel_ops", digest)
-
-
-@pytest.mark.parametrize("isa", OTHERS)
-def test_any_instruction_set(isa):
-    assert elsewhere("test_kernel_ops", REFIMPL_ISA=isa) == digest()
-
-
 def test_rows_one_by_one_are_the_rows_together():
-    for name, function, arguments in cases():
+    for name, function, arguments in ops_cases():
         x = arguments[0]
         if x.ndim < 2:
             continue
@@ -198,14 +151,14 @@ def test_rows_one_by_one_are_the_rows_together():
 
 
 def test_kernels_in_plain_python(monkeypatch):
-    compiled = {name: function(*arguments) for name, function, arguments in cases() if "many" not in name and "2816" not in name}
+    compiled = {name: function(*arguments) for name, function, arguments in ops_cases() if "many" not in name and "2816" not in name}
     for name in ("norm_rows", "gated_numbers", "capped_numbers", "rotate_heads"):
         monkeypatch.setattr(ops, name, getattr(ops, name).py_func)
-    for name, function, arguments in cases():
+    for name, function, arguments in ops_cases():
         if name in compiled:
             assert np.array_equal(function(*arguments), compiled[name]), name
     monkeypatch.setattr(ops, "MANY", 1)             # the loop over threads as well
-    for name, function, arguments in cases():
+    for name, function, arguments in ops_cases():
         if name.endswith((" 17", " 34")):
             assert np.array_equal(function(*arguments), compiled[name]), name
 

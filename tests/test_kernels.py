@@ -11,18 +11,16 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from kernel_cases import INTEGER, TYPES, matrix, rows, same
 
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
-from refimpl.formats.quants.codecs import quantize
 from refimpl.kernels.machine import intrinsics as simd
 from refimpl.kernels.machine import jit
 from refimpl.kernels.machine import unpack as kinds
 from refimpl.kernels.machine.intrinsics import address
 from refimpl.kernels.machine.tiles import tiled, units
 
-INTEGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
-TYPES = (*INTEGER, "F16", "BF16", "F32")
 PAIRS = ("matmul", "attention", "moe", "ops")
 NO_TWIN = {         # functions of the reference that have none, and why
     "ops.gelu": "only inside `gated`", "ops.softmax": "only inside `attend` and `choose`", "ops.fma": "a word of simd.py",
@@ -38,16 +36,6 @@ def functions(module) -> dict:
     """Public functions that a module defines and Python calls."""
     return {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__
             and not name.startswith("_")}
-
-
-def matrix(block: str, *shape: int, seed: int = 0) -> Matrix:
-    w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * np.float32(shape[-1] ** -0.5)
-    raw = np.ascontiguousarray(w.astype({"F32": np.float32, "F16": np.float16}[block]) if block in ("F32", "F16") else quantize(w, block))
-    return Matrix(raw.view(np.uint8).reshape(*shape[:-1], -1), block)
-
-
-def rows(n: int, width: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
 
 
 @contextlib.contextmanager
@@ -68,10 +56,6 @@ def as_plain_python(called: set):
     finally:
         for module, attribute, value in kept:
             setattr(module, attribute, value)
-
-
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 # ---- the table: for every twin, arguments of both sides and what their results must have in common

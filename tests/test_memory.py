@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from shapes import opened, random_model, write_model
-from test_threads import V1, V2, put
+from systems import V1, V2, put
 
 import refimpl
 from refimpl.formats.matrix import stored_bytes

@@ -1,10 +1,6 @@
 """Every word of the vector vocabulary: the compiled body against its NumPy meaning, bit for bit, on every instruction set here."""
 
-import os
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +10,7 @@ from numba import njit, types
 from refimpl.kernels.machine import intrinsics as simd
 from refimpl.kernels.machine import isa as words
 from refimpl.kernels.machine.intrinsics import address, at
-from refimpl.kernels.machine.isa import ISA, ORDER, WORDS, F32x16, I32x16, Pointer, U8x64
+from refimpl.kernels.machine.isa import ORDER, WORDS, F32x16, I32x16, Pointer, U8x64
 
 EDGES = {
     U8x64: [np.full(64, b, np.uint8) for b in (0, 1, 15, 16, 127, 128, 129, 240, 255)],
@@ -156,16 +152,6 @@ def test_every_word_is_tested():
     assert set(WORDS) == set(PLAIN) | set(WRITERS) | apart
     for word in WORDS.values():
         assert "every" in word.bodies or set(ORDER) - set(word.bodies) <= {"avxvnni"}, word.meaning.__name__
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ORDER if isa != ISA and ORDER.index(isa) <= ORDER.index(words.BEST)])
-def test_the_other_instruction_sets(isa):
-    """This file again, in a process with REFIMPL_ISA set."""
-    if "REFIMPL_ISA" in os.environ:
-        return
-    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "meaning or kernel or half"],
-                          env={**os.environ, "REFIMPL_ISA": isa}, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def rows16(tile, n_blocks, x, step, out):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numba
 import psutil
 import pytest
+from systems import V1, V2, put
 from threadpoolctl import threadpool_info
 
 from refimpl.host import control_groups, cpu_quota, default_threads, physical_cores
@@ -18,13 +19,6 @@ from refimpl.kernels.machine import threads
 from refimpl.kernels.machine.threads import prepare, running
 
 ROOT = Path(__file__).parent.parent
-
-
-def put(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text + "\n")
-    return root
 
 
 def python(code: str, **env: str) -> str:
@@ -35,13 +29,6 @@ def python(code: str, **env: str) -> str:
 
 def blas_threads() -> list[int]:
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
-
-
-V2 = {"proc/self/cgroup": "0::/user/job", "proc/self/mountinfo": "25 1 0:22 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw"}
-V1 = {"proc/self/cgroup": "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n0::/docker/abc",
-      "proc/self/mountinfo": "33 1 0:28 /docker/abc /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
-                             "34 1 0:29 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
-                             "35 1 0:30 / /sys ro - sysfs sysfs ro"}
 
 
 # ---- what the system lets us have
