@@ -1,9 +1,14 @@
 """Models and folders that several test modules share."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from shapes import opened, random_model, write_model
+
+# long files first, so that no worker is left alone with one of them at the end; the first two compile kernels of different instruction sets
+FIRST = ("test_kernels", "test_bits")
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +30,23 @@ def shared_folder(tmp_path_factory):
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+# ---- the order of files, and what was left out, which pytest-xdist does not say
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(name) if (name := Path(item.fspath).stem) in FIRST else len(FIRST))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_deselected(items):
+    worker = getattr(items[0].config, "workeroutput", None) if items else None
+    if worker is not None:
+        worker["deselected"] = worker.get("deselected", 0) + len(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    n, reporter = getattr(node, "workeroutput", {}).get("deselected"), node.config.pluginmanager.get_plugin("terminalreporter")
+    if n and reporter and "deselected" not in reporter.stats:         # every worker leaves out the same
+        reporter.stats["deselected"] = [SimpleNamespace() for _ in range(n)]
