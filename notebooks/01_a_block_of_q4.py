@@ -44,7 +44,7 @@ table(["tensor", "type", "weights", "bytes", "bytes of a row"],
 print(q4_0.__doc__)
 
 # %%
-source(q4_0.dequantize_q4_0, q4_0.levels_q4_0, blocks.unpack)
+source(q4_0.dequantize_q4_0, q4_0.codes_q4_0, blocks.unpack)
 
 # %% [markdown]
 # The first block of the first row, every bit of it. Outlined is what weight 17 is made of: the scale, and four bits of its own, which are
@@ -72,7 +72,7 @@ table(["weight", "q", "q - 8", f"times d = {d:.6f}", "decoder"],
 # exact, and $d$ takes the sign that this needs; all others are rounded to the nearest level.
 
 # %%
-source(q4_0.symmetric_levels)
+source(q4_0.symmetric_codes)
 
 # %% [markdown]
 # On random weights (normal, standard deviation 1), over the 16 grey levels of this block:
@@ -134,7 +134,7 @@ levels = d * steps[:, :1] * np.arange(16) - dmin * steps[:, 1:]
 weights_picture(x[:64], dequantize(large, "Q4_K")[:64], levels, "Two sub-blocks of Q4_K")
 
 # %% [markdown]
-# Nothing says which scale, minimum and integers are best for given weights. The package searches for them (`q4_k.affine_search`);
+# Nothing says which scale, minimum and integers are best for given weights. The package searches for them (`search.affine_search`);
 # llama.cpp's search is another one, with nearly the same error.
 #
 # ## All types

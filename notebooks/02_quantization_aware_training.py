@@ -169,7 +169,7 @@ table(["blocks on a lattice", "lost by finding it", "lost by the rule", "weights
       [[f"{distance[key]:.2%}" for key in ("on_a_lattice", "lattice_rms", "rule_rms", "moved_by_rule")]])
 
 # %%
-source(q4_0.symmetric_levels)
+source(q4_0.symmetric_codes)
 
 # %% [markdown]
 # And with the trained networks, each released as bfloat16 numbers and converted to Q4_0 in both ways. Compared with the release itself:

@@ -4,6 +4,7 @@ NaN is compared as NaN == NaN: its payload and sign depend on the order of a pro
 downstream reads them. Everything else, the sign of zero included, must have the same 32 bits.
 """
 
+import doctest
 from pathlib import Path
 
 import gguf
@@ -17,6 +18,7 @@ from refimpl.formats.quants.basic.q8_0 import round_half_away
 from refimpl.formats.quants.blocks import BLOCKS, TYPE_IDS, blocks_of, bytes_of, fields_of, pack, rows_of, unpack
 from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, UnsupportedType, dequantize, quantize
 from refimpl.formats.quants.floats import dequantize_bf16, reciprocal
+from refimpl.formats.quants.k import q4_k
 from refimpl.formats.quants.k.q4_k import pack_scales, unpack_scales
 
 SEED = 20240229
@@ -597,3 +599,8 @@ def test_search_is_exact_on_what_it_can_hold(type_name):
         x = q * s * 2.0**-10
     x = x.reshape(32, 256).astype(np.float32)
     assert np.abs(dequantize(quantize(x, type_name), type_name) - x).max() == 0
+
+
+def test_the_scalar_loop_in_the_docstring_of_q4_k_gives_the_same_weights():
+    failed, tried = doctest.testmod(q4_k)
+    assert tried >= 4 and not failed

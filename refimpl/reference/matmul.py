@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from refimpl.formats.matrix import Matrix
-from refimpl.formats.quants.basic.mxfp4 import levels_mxfp4, scales_mxfp4
-from refimpl.formats.quants.basic.q4_0 import levels_q4_0, levels_q4_1
-from refimpl.formats.quants.basic.q5_0 import levels_q5_0, levels_q5_1
+from refimpl.formats.quants.basic.mxfp4 import scales_mxfp4, values_mxfp4
+from refimpl.formats.quants.basic.q4_0 import codes_q4_0, codes_q4_1
+from refimpl.formats.quants.basic.q5_0 import codes_q5_0, codes_q5_1
 from refimpl.formats.quants.blocks import BLOCKS, fields_of
-from refimpl.formats.quants.iq.iq4 import levels_iq4, scales_iq4_xs
-from refimpl.formats.quants.k.q2_k import levels_q2_k, scales_q2_k
-from refimpl.formats.quants.k.q3_k import levels_q3_k, scales_q3_k
-from refimpl.formats.quants.k.q4_k import levels_q4_k, unpack_scales
-from refimpl.formats.quants.k.q5_k import levels_q5_k
-from refimpl.formats.quants.k.q6_k import levels_q6_k
+from refimpl.formats.quants.iq.iq4 import scales_iq4_xs, values_iq4
+from refimpl.formats.quants.k.q2_k import codes_q2_k, scales_q2_k
+from refimpl.formats.quants.k.q3_k import codes_q3_k, scales_q3_k
+from refimpl.formats.quants.k.q4_k import codes_q4_k, unpack_scales
+from refimpl.formats.quants.k.q5_k import codes_q5_k
+from refimpl.formats.quants.k.q6_k import codes_q6_k
 from refimpl.reference.activations import round_activations
 from refimpl.reference.ops import fma
 
@@ -89,9 +89,9 @@ class IntegerParts:
     minimum: NoMinimum | IntegerMinimum | FloatMinimum
 
 
-LEVELS = {"Q4_0": levels_q4_0, "Q4_1": levels_q4_1, "Q5_0": levels_q5_0, "Q5_1": levels_q5_1, "Q8_0": lambda blocks: blocks["qs"],
-          "Q2_K": levels_q2_k, "Q3_K": levels_q3_k, "Q4_K": levels_q4_k, "Q5_K": levels_q5_k, "Q6_K": levels_q6_k,
-          "IQ4_NL": levels_iq4, "IQ4_XS": levels_iq4, "MXFP4": levels_mxfp4}
+LEVELS = {"Q4_0": codes_q4_0, "Q4_1": codes_q4_1, "Q5_0": codes_q5_0, "Q5_1": codes_q5_1, "Q8_0": lambda blocks: blocks["qs"],
+          "Q2_K": codes_q2_k, "Q3_K": codes_q3_k, "Q4_K": codes_q4_k, "Q5_K": codes_q5_k, "Q6_K": codes_q6_k,
+          "IQ4_NL": values_iq4, "IQ4_XS": values_iq4, "MXFP4": values_mxfp4}
 # of the sub-blocks of a superblock; scales alone, or scales and minimums
 SCALES = {"Q3_K": scales_q3_k, "Q6_K": lambda blocks: blocks["scales"], "IQ4_XS": scales_iq4_xs}
 SCALES_AND_MINIMUMS = {"Q2_K": scales_q2_k, "Q4_K": lambda blocks: unpack_scales(blocks["scales"]),

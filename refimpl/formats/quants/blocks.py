@@ -75,7 +75,7 @@ _TABLE = (
     Block("IQ4_NL", 32, (("d", "<f2", 1), ("qs", "u1", 16))),
     Block("IQ4_XS", 256, (("d", "<f2", 1), ("scales_h", "<u2", 1), ("scales_l", "u1", 4), ("qs", "u1", 128))),
     Block("MXFP4", 32, (("e", "u1", 1), ("qs", "u1", 16))),
-    # 256 elements as vectors of 8 or 4 out of a codebook (grids.py), signs and steps beside them.
+    # 256 elements as vectors of 8 or 4 out of a codebook (codebooks.py), signs and steps beside them.
     Block("IQ3_S", 256, (("d", "<f2", 1), ("qs", "u1", 64), ("qh", "u1", 8), ("signs", "u1", 32), ("scales", "u1", 4))),
     Block("IQ3_XXS", 256, (("d", "<f2", 1), ("qs", "u1", 64), ("signs", "<u4", 8))),
     Block("IQ2_S", 256, (("d", "<f2", 1), ("qs", "u1", 32), ("signs", "u1", 32), ("qh", "u1", 8), ("scales", "u1", 8))),
@@ -89,7 +89,7 @@ _TABLE = (
     Block("NVFP4", 64, (("d", "u1", 4), ("qs", "u1", 32))),
     Block("Q1_0", 128, (("d", "<f2", 1), ("qs", "u1", 16))),
     Block("Q2_0", 64, (("d", "<f2", 1), ("qs", "u1", 16))),
-    # What ggml rounds activations to. (Of Q8_1, gguf-py's table still says 40 bytes: two floats, an older layout.)
+    # What ggml quantizes activations to. (Of Q8_1, gguf-py's table still says 40 bytes: two floats, an older layout.)
     Block("Q8_1", 32, (("d", "<f2", 1), ("s", "<f2", 1), ("qs", "i1", 32))),
     Block("Q8_K", 256, (("d", "<f4", 1), ("qs", "i1", 256), ("bsums", "<i2", 16))),
 )

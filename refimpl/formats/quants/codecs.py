@@ -1,4 +1,4 @@
-"""The face of the formats: dequantize and quantize by type name, in bounded memory.
+"""The entry point of the formats: dequantize and quantize by type name, in bounded memory.
 
 Decoding is exact but for one rounding. A half has 11 significant bits, the integers beside it at most 12 together, so every
 product d * q or (d * s) * q fits the 24 bits of a float32; only the sum with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) rounds, once, and
@@ -124,7 +124,7 @@ def _look_up(codecs: dict[str, Codec], type_name: str, verb: str) -> Codec:
 
 
 def _convert(codec: Codec, source: np.ndarray, source_unit: int, out: np.ndarray, out_unit: int, block: Block) -> None:
-    """Fill `out` with codec(source), halving both along the first axis until a piece is at most _CHUNK elements.
+    """Fill `out` with codec(source), halving both along the first axis until a part is at most _CHUNK elements.
 
     A unit is what one block takes along the last axis, so a single long row is cut between blocks. Cutting copies nothing,
     whatever the strides.

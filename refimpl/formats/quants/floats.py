@@ -5,7 +5,7 @@
     F16  | 1 |    5    |    10    |      little-endian IEEE half; largest finite value 65504
     BF16 | 1 |    8    |     7    |      the upper half of an F32: its range, a third of its digits
 
-Formula: w = x, widened without error. Source: GGML_TYPE_F32, GGML_TYPE_F16, ggml_bf16_t (ggml.h, ggml-impl.h).
+Formula: w = x, converted to float32 without error. Source: GGML_TYPE_F32, GGML_TYPE_F16, ggml_bf16_t (ggml.h, ggml-impl.h).
 """
 
 import numpy as np

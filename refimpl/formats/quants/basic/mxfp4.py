@@ -23,7 +23,7 @@ VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.
 _BETWEEN = (VALUES[1:8] + VALUES[:7]).astype(_F32) / _F32(2)
 
 
-def levels_mxfp4(blocks: np.ndarray) -> np.ndarray:
+def values_mxfp4(blocks: np.ndarray) -> np.ndarray:
     """Records (*lead, n_blocks) -> VALUES[q], int8 (*lead, n_blocks, 32)."""
     return VALUES[unpack(blocks["qs"], n_bits=4, group=16)]
 
@@ -36,7 +36,7 @@ def scales_mxfp4(blocks: np.ndarray) -> np.ndarray:
 def dequantize_mxfp4(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 17) -> float32 (*lead, n_blocks * 32). w = 2**(e-128) * VALUES[q]; bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["MXFP4"])
-    return rows_of(scales_mxfp4(blocks)[..., None] * levels_mxfp4(blocks).astype(_F32))
+    return rows_of(scales_mxfp4(blocks)[..., None] * values_mxfp4(blocks).astype(_F32))
 
 
 def quantize_mxfp4(x: np.ndarray) -> np.ndarray:

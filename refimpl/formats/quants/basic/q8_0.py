@@ -5,7 +5,7 @@
          | d  | qs[0] .. qs[31]   |                 | d  | s  | qs[0] .. qs[31]   |
           f16   int8, one weight a byte              f16  f16
 
-Formula: w[j] = d * qs[j]; s = d * (the sum of qs) is not needed for it. ggml rounds activations to Q8_1, files have no use for it.
+Formula: w[j] = d * qs[j]; s = d * (the sum of qs) is not needed for it. ggml quantizes activations to Q8_1; files do not use it.
 Source: block_q8_0, block_q8_1 (ggml-common.h).
 """
 

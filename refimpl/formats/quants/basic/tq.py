@@ -47,7 +47,7 @@ def dequantize_tq2_0(raw: np.ndarray) -> np.ndarray:
 
 def quantize_tq1_0(x: np.ndarray) -> np.ndarray:
     """float32 (*lead, D) -> uint8 (*lead, D // 256 * 54). The largest magnitude becomes d; bit-equal to gguf-py."""
-    d, digit = _levels(blocks_of(x, BLOCKS["TQ1_0"]))
+    d, digit = _digits(blocks_of(x, BLOCKS["TQ1_0"]))
     fields, first = {"qs": [], "qh": []}, 0
     for field, where, n_digits in GROUPS:
         n = where.stop - where.start
@@ -61,7 +61,7 @@ def quantize_tq1_0(x: np.ndarray) -> np.ndarray:
 
 def quantize_tq2_0(x: np.ndarray) -> np.ndarray:
     """float32 (*lead, D) -> uint8 (*lead, D // 256 * 66). The largest magnitude becomes d; bit-equal to gguf-py."""
-    d, digit = _levels(blocks_of(x, BLOCKS["TQ2_0"]))
+    d, digit = _digits(blocks_of(x, BLOCKS["TQ2_0"]))
     return bytes_of(BLOCKS["TQ2_0"], qs=pack(digit, n_bits=2, group=32), d=to_half(d))
 
 
@@ -69,7 +69,7 @@ def _restore(d: np.ndarray, digit: np.ndarray) -> np.ndarray:
     return rows_of(d.astype(np.float32)[..., None] * (digit.astype(np.float32) - np.float32(1)))
 
 
-def _levels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _digits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Blocks (..., 256) -> scale d (...), digits uint8 (..., 256) in 0 .. 2."""
     d = np.abs(x).max(axis=-1, keepdims=True)
     return d[..., 0], (round_half_away(x * reciprocal(d)) + np.float32(1)).astype(np.uint8)

@@ -4,7 +4,7 @@
     sign byte, bit j: the sign of weight j      |-->  w = step * magnitude * sign
     step = d * a small integer / a power of 2   |
 
-A codebook lists the vectors that a few neighbouring weights may have together: of the 3**8 vectors of 8 magnitudes out of 3 levels, IQ2_XXS
+A codebook lists the vectors that a few neighbouring weights may have together: of the 3**8 vectors of 8 magnitudes out of 3 values, IQ2_XXS
 knows 256, so that an index takes 8 bits where 8 * log2(3) = 12.7 would be needed. Which ones are listed was found by their author from the
 weights of real models; nothing derives them. They are 9 kB of constants, and the gguf package, on which this one depends, holds them packed
 with 2 or 4 bits a magnitude: taken from there at the first use, not typed again. The files by ggml in tests/files are the second witness.
@@ -20,14 +20,14 @@ from refimpl.formats.quants.blocks import rows_of, unpack
 
 
 @cache
-def codebook(type_name: str, levels: tuple[int, ...]) -> np.ndarray:
-    """The vectors of one type, float32 (n, 8) or (n, 4), read-only. `levels` are the values that its entries take, in rising order."""
+def codebook(type_name: str, values: tuple[int, ...]) -> np.ndarray:
+    """The vectors of one type, float32 (n, 8) or (n, 4), read-only. `values` are what its entries can be, in rising order."""
     from gguf import quants  # here, so that an import of refimpl stays light
 
     packed = getattr(quants, type_name)
     stored = np.frombuffer(bytes.fromhex(packed.grid_hex.decode("ascii")), np.uint8)
-    number = unpack(stored, n_bits=2 if len(levels) <= 4 else 4, group=1)
-    vectors = np.array(levels, np.float32)[number].reshape(packed.grid_shape)
+    number = unpack(stored, n_bits=2 if len(values) <= 4 else 4, group=1)
+    vectors = np.array(values, np.float32)[number].reshape(packed.grid_shape)
     vectors.flags.writeable = False
     return vectors
 

@@ -7,7 +7,7 @@
     qh[g]        bits 15        14..12   11..9   8..6   5..3   2..0
                     | down    | s      | h3    | h2   | h1   | h0 |     bits 10..8 of the four indices (2048 vectors)
 
-    IQ1_M, 56 bytes (1.75 bits); the scale lies in four pieces
+    IQ1_M, 56 bytes (1.75 bits); the scale is split over four fields
     byte 0                 32                 48                          55
          | qs[0] .. qs[31] | qh[0] .. qh[15]  | scales[0] .. scales[3]     |
            index, bits 7..0                     u16
@@ -25,7 +25,7 @@ import numpy as np
 from refimpl.formats.quants.blocks import BLOCKS, fields_of, rows_of, unpack
 from refimpl.formats.quants.iq.codebooks import bits_of, codebook
 
-LEVELS = (-1, 0, 1)
+MAGNITUDES = (-1, 0, 1)
 SHIFT = np.float32(0.125)
 
 
@@ -52,7 +52,7 @@ def dequantize_iq1_m(raw: np.ndarray) -> np.ndarray:
 def _restore(d: np.ndarray, s: np.ndarray, low: np.ndarray, high: np.ndarray, down: np.ndarray) -> np.ndarray:
     """float16 d (...), integers s (..., G), and for each of 32 vectors the index in two parts and `down` (..., 32) -> float32 rows."""
     step = d.astype(np.float32)[..., None] * (np.float32(2) * s.astype(np.float32) + np.float32(1))
-    vectors = codebook("IQ1_S", LEVELS)[low | (high << np.uint16(8))]
+    vectors = codebook("IQ1_S", MAGNITUDES)[low | (high << np.uint16(8))]
     moved = vectors + np.where(down, -SHIFT, SHIFT)[..., None]
     parts = moved.reshape(*step.shape, 256 // step.shape[-1])
     return rows_of((step[..., None] * parts).reshape(*d.shape, 256))

@@ -1,4 +1,4 @@
-"""IQ2_XXS, IQ2_XS, IQ2_S: 256 weights as 32 vectors of 8; for each an index into a codebook (grids.py) and signs; steps for 32 or 16.
+"""IQ2_XXS, IQ2_XS, IQ2_S: 256 weights as 32 vectors of 8; for each an index into a codebook (codebooks.py) and signs; steps for 32 or 16.
 
     IQ2_XXS, 66 bytes (2.0625 bits a weight): 8 groups of 32 weights, two words each
     byte 0    2                            65
@@ -32,14 +32,14 @@ import numpy as np
 from refimpl.formats.quants.blocks import BLOCKS, fields_of, unpack
 from refimpl.formats.quants.iq.codebooks import bits_of, codebook, signed_steps, with_parity
 
-LEVELS = (8, 25, 43)
+MAGNITUDES = (8, 25, 43)
 
 
 def dequantize_iq2_xxs(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 66) -> float32 (*lead, n_blocks * 256). Bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["IQ2_XXS"])
     indices, rest = blocks["qs"][..., 0::2], blocks["qs"][..., 1::2]
-    vectors = codebook("IQ2_XXS", LEVELS)[bits_of(indices, (0, 8, 16, 24), 8)]
+    vectors = codebook("IQ2_XXS", MAGNITUDES)[bits_of(indices, (0, 8, 16, 24), 8)]
     signs = with_parity(bits_of(rest, (0, 7, 14, 21), 7))
     return signed_steps(_step(blocks["d"], rest >> np.uint32(28)), vectors, signs.reshape(*blocks.shape, 32))
 
@@ -47,7 +47,7 @@ def dequantize_iq2_xxs(raw: np.ndarray) -> np.ndarray:
 def dequantize_iq2_xs(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 74) -> float32 (*lead, n_blocks * 256). Bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["IQ2_XS"])
-    vectors = codebook("IQ2_XS", LEVELS)[blocks["qs"] & np.uint16(511)]
+    vectors = codebook("IQ2_XS", MAGNITUDES)[blocks["qs"] & np.uint16(511)]
     s = unpack(blocks["scales"], n_bits=4, group=1)
     return signed_steps(_step(blocks["d"], s), vectors, with_parity(blocks["qs"] >> np.uint16(9)))
 
@@ -56,7 +56,7 @@ def dequantize_iq2_s(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 82) -> float32 (*lead, n_blocks * 256). Bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["IQ2_S"])
     high = unpack(blocks["qh"], n_bits=2, group=1).astype(np.uint16)
-    vectors = codebook("IQ2_S", LEVELS)[blocks["qs"] | (high << np.uint16(8))]
+    vectors = codebook("IQ2_S", MAGNITUDES)[blocks["qs"] | (high << np.uint16(8))]
     s = unpack(blocks["scales"], n_bits=4, group=1)
     return signed_steps(_step(blocks["d"], s), vectors, blocks["signs"])
 

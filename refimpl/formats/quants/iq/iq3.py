@@ -1,4 +1,4 @@
-"""IQ3_XXS and IQ3_S: 256 weights as 64 vectors of 4; an index into a codebook (grids.py) for each, signs for two, a step for 32 weights.
+"""IQ3_XXS and IQ3_S: 256 weights as 64 vectors of 4: an index into a codebook (codebooks.py) each, signs for every two, a step for 32.
 
     IQ3_XXS, 98 bytes (3.0625 bits a weight)
     byte 0    2                   66                           97
@@ -24,15 +24,15 @@ import numpy as np
 from refimpl.formats.quants.blocks import BLOCKS, fields_of, unpack
 from refimpl.formats.quants.iq.codebooks import bits_of, codebook, signed_steps, with_parity
 
-LEVELS_XXS = (4, 12, 20, 28, 36, 44, 52, 62)
-LEVELS_S = (1, 3, 5, 7, 9, 11, 13, 15)
+MAGNITUDES_XXS = (4, 12, 20, 28, 36, 44, 52, 62)
+MAGNITUDES_S = (1, 3, 5, 7, 9, 11, 13, 15)
 _F32 = np.float32
 
 
 def dequantize_iq3_xxs(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 98) -> float32 (*lead, n_blocks * 256). Bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["IQ3_XXS"])
-    vectors = codebook("IQ3_XXS", LEVELS_XXS)[blocks["qs"]]
+    vectors = codebook("IQ3_XXS", MAGNITUDES_XXS)[blocks["qs"]]
     signs = with_parity(bits_of(blocks["signs"], (0, 7, 14, 21), 7)).reshape(*blocks.shape, 32)
     s = (blocks["signs"] >> np.uint32(28)).astype(_F32)
     return signed_steps(blocks["d"].astype(_F32)[..., None] * ((_F32(2) * s + _F32(1)) * _F32(0.25)), vectors, signs)
@@ -42,6 +42,6 @@ def dequantize_iq3_s(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 110) -> float32 (*lead, n_blocks * 256). Bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["IQ3_S"])
     high = unpack(blocks["qh"], n_bits=1, group=1).astype(np.uint16)
-    vectors = codebook("IQ3_S", LEVELS_S)[blocks["qs"] | (high << np.uint16(8))]
+    vectors = codebook("IQ3_S", MAGNITUDES_S)[blocks["qs"] | (high << np.uint16(8))]
     s = unpack(blocks["scales"], n_bits=4, group=1).astype(_F32)
     return signed_steps(blocks["d"].astype(_F32)[..., None] * (_F32(2) * s + _F32(1)), vectors, blocks["signs"])

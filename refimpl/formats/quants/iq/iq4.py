@@ -20,8 +20,8 @@ Source: block_iq4_nl, block_iq4_xs, kvalues_iq4nl (ggml-common.h).
 import numpy as np
 
 from refimpl.formats.quants.blocks import BLOCKS, blocks_of, bytes_of, fields_of, pack, rows_of, unpack
-from refimpl.formats.quants.k.q4_k import half_scale
-from refimpl.formats.quants.k.q6_k import fit, nearest_scales, restore_signed
+from refimpl.formats.quants.k.q6_k import restore_signed
+from refimpl.formats.quants.search import fit, half_scale, nearest_scales
 
 _F32 = np.float32
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
@@ -31,7 +31,7 @@ _TARGETS = np.concatenate([np.arange(-142, -111, 3), np.arange(98, 129, 3)]).ast
 _SHIFTS = np.arange(0, 16, 2, dtype=np.uint16)
 
 
-def levels_iq4(blocks: np.ndarray) -> np.ndarray:
+def values_iq4(blocks: np.ndarray) -> np.ndarray:
     """Records (*lead, n_blocks) of either type -> VALUES[q], int8 (*lead, n_blocks, 32 or 256)."""
     return VALUES[unpack(blocks["qs"], n_bits=4, group=16)]
 
@@ -45,30 +45,30 @@ def scales_iq4_xs(blocks: np.ndarray) -> np.ndarray:
 def dequantize_iq4_nl(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 18) -> float32 (*lead, n_blocks * 32). w = d * VALUES[q]; bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["IQ4_NL"])
-    return rows_of(blocks["d"].astype(_F32)[..., None] * levels_iq4(blocks).astype(_F32))
+    return rows_of(blocks["d"].astype(_F32)[..., None] * values_iq4(blocks).astype(_F32))
 
 
 def dequantize_iq4_xs(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 136) -> float32 (*lead, n_blocks * 256). w = (d*(s-32)) * VALUES[q]; bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["IQ4_XS"])
-    return restore_signed(blocks, levels_iq4(blocks), scales_iq4_xs(blocks))
+    return restore_signed(blocks, values_iq4(blocks), scales_iq4_xs(blocks))
 
 
 def quantize_iq4_nl(x: np.ndarray) -> np.ndarray:
     """float32 (*lead, D) -> uint8 (*lead, D // 32 * 18). Least squares; raises where float16 cannot hold d."""
     x = blocks_of(x, BLOCKS["IQ4_NL"])
     d, inverse_d = half_scale(_fit(x))
-    return bytes_of(BLOCKS["IQ4_NL"], d=d, qs=pack(_nearest(x * inverse_d[..., None]), n_bits=4, group=16))
+    return bytes_of(BLOCKS["IQ4_NL"], d=d, qs=pack(_index(x * inverse_d[..., None]), n_bits=4, group=16))
 
 
 def quantize_iq4_xs(x: np.ndarray) -> np.ndarray:
     """float32 (*lead, D) -> uint8 (*lead, D // 256 * 136). The scales of IQ4_NL, then as in Q6_K; raises where float16 cannot hold d."""
     x = blocks_of(x, BLOCKS["IQ4_XS"])
     parts = x.reshape(*x.shape[:-1], 8, 32)
-    d, s, values = nearest_scales(parts, _fit(parts), -32, _level)
+    d, s, values = nearest_scales(parts, _fit(parts), -32, _nearest)
     s = (s + np.int8(32)).view(np.uint8)
     upper = np.bitwise_or.reduce((s >> np.uint8(4)).astype(np.uint16) << _SHIFTS, axis=-1)
-    q = _nearest(values).reshape(x.shape)
+    q = _index(values).reshape(x.shape)
     return bytes_of(
         BLOCKS["IQ4_XS"],
         d=d,
@@ -78,14 +78,14 @@ def quantize_iq4_xs(x: np.ndarray) -> np.ndarray:
     )
 
 
-def _nearest(x: np.ndarray) -> np.ndarray:
+def _index(x: np.ndarray) -> np.ndarray:
     """The index of the value nearest to x, of two equally near the upper: float32 (...) -> uint8 (...)."""
     return np.searchsorted(_BETWEEN, x, side="right").astype(np.uint8)
 
 
-def _level(x: np.ndarray) -> np.ndarray:
+def _nearest(x: np.ndarray) -> np.ndarray:
     """The value nearest to x."""
-    return _TABLE[_nearest(x)]
+    return _TABLE[_index(x)]
 
 
 def _fit(x: np.ndarray) -> np.ndarray:
@@ -93,4 +93,4 @@ def _fit(x: np.ndarray) -> np.ndarray:
 
     The weight of largest magnitude goes near -127 or near 113, which are not the same: the values are lopsided.
     """
-    return fit(x, _TARGETS, _level)
+    return fit(x, _TARGETS, _nearest)

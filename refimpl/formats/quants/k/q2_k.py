@@ -18,10 +18,11 @@ Formula: w = (d * s) * q - (dmin * m), with s and m of the sub-block. Source: bl
 import numpy as np
 
 from refimpl.formats.quants.blocks import BLOCKS, blocks_of, bytes_of, fields_of, pack, unpack
-from refimpl.formats.quants.k.q4_k import affine_search, restore
+from refimpl.formats.quants.k.q4_k import restore
+from refimpl.formats.quants.search import affine_search
 
 
-def levels_q2_k(blocks: np.ndarray) -> np.ndarray:
+def codes_q2_k(blocks: np.ndarray) -> np.ndarray:
     """Records (*lead, n_blocks) -> q, uint8 (*lead, n_blocks, 256)."""
     return unpack(blocks["qs"], n_bits=2, group=32)
 
@@ -34,10 +35,10 @@ def scales_q2_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def dequantize_q2_k(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 84) -> float32 (*lead, n_blocks * 256). w = (d*s) * q - (dmin*m); bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["Q2_K"])
-    return restore(blocks, levels_q2_k(blocks), *scales_q2_k(blocks))
+    return restore(blocks, codes_q2_k(blocks), *scales_q2_k(blocks))
 
 
 def quantize_q2_k(x: np.ndarray) -> np.ndarray:
-    """float32 (*lead, D) -> uint8 (*lead, D // 256 * 84). The search of Q4_K with 4 levels, in sub-blocks of 16."""
-    d, dmin, s, m, q = affine_search(blocks_of(x, BLOCKS["Q2_K"]), top=3, n_sub=16, most=15)
+    """float32 (*lead, D) -> uint8 (*lead, D // 256 * 84). The search of Q4_K with 4 codes, in sub-blocks of 16."""
+    d, dmin, s, m, q = affine_search(blocks_of(x, BLOCKS["Q2_K"]), max_code=3, n_sub=16, max_scale=15)
     return bytes_of(BLOCKS["Q2_K"], scales=s | (m << np.uint8(4)), qs=pack(q, n_bits=2, group=32), d=d, dmin=dmin)

@@ -14,10 +14,11 @@ Formula: w = (d * s) * q - (dmin * m), q = nibble + 16 * bit, s and m as in Q4_K
 import numpy as np
 
 from refimpl.formats.quants.blocks import BLOCKS, blocks_of, bytes_of, fields_of, pack, unpack
-from refimpl.formats.quants.k.q4_k import affine_search, pack_scales, restore, unpack_scales
+from refimpl.formats.quants.k.q4_k import pack_scales, restore, unpack_scales
+from refimpl.formats.quants.search import affine_search
 
 
-def levels_q5_k(blocks: np.ndarray) -> np.ndarray:
+def codes_q5_k(blocks: np.ndarray) -> np.ndarray:
     """Records (*lead, n_blocks) -> q, uint8 (*lead, n_blocks, 256)."""
     return unpack(blocks["qs"], n_bits=4, group=32) | (unpack(blocks["qh"], n_bits=1, group=32) << np.uint8(4))
 
@@ -25,12 +26,12 @@ def levels_q5_k(blocks: np.ndarray) -> np.ndarray:
 def dequantize_q5_k(raw: np.ndarray) -> np.ndarray:
     """uint8 (*lead, n_blocks * 176) -> float32 (*lead, n_blocks * 256). w = (d*s) * q - (dmin*m); bit-equal to gguf-py."""
     blocks = fields_of(raw, BLOCKS["Q5_K"])
-    return restore(blocks, levels_q5_k(blocks), *unpack_scales(blocks["scales"]))
+    return restore(blocks, codes_q5_k(blocks), *unpack_scales(blocks["scales"]))
 
 
 def quantize_q5_k(x: np.ndarray) -> np.ndarray:
-    """float32 (*lead, D) -> uint8 (*lead, D // 256 * 176). The search of Q4_K with 32 levels."""
-    d, dmin, s, m, q = affine_search(blocks_of(x, BLOCKS["Q5_K"]), top=31, n_sub=8, most=63)
+    """float32 (*lead, D) -> uint8 (*lead, D // 256 * 176). The search of Q4_K with 32 codes."""
+    d, dmin, s, m, q = affine_search(blocks_of(x, BLOCKS["Q5_K"]), max_code=31, n_sub=8, max_scale=63)
     return bytes_of(
         BLOCKS["Q5_K"],
         d=d,

@@ -1,4 +1,4 @@
-"""Q8_K: 256 weights as signed bytes under a float32 scale, with their sums: how ggml rounds activations for products with the K types.
+"""Q8_K: 256 weights as signed bytes under a float32 scale, with their sums: how ggml quantizes activations for products with the K types.
 
     292 bytes (9.125 bits a weight); not meant for files, but it has a number as a type of tensors
     byte 0    4                   260                      291
