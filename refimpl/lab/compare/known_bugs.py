@@ -39,7 +39,7 @@ class Bug:
     @property
     def at_load(self) -> bool:
         """Does a model have to be loaded with the bug in place?"""
-        return self.function in (q4_0.levels_q4_0, q4_k.unpack_scales, weights._moe, config.config_from_gguf, ops.rope_frequencies)
+        return self.function in (q4_0.codes_q4_0, q4_k.unpack_scales, weights._moe, config.config_from_gguf, ops.rope_frequencies)
 
     def expected(self, config) -> str:
         """`first` for a model of this configuration."""
@@ -63,7 +63,7 @@ BUGS = {
     "per-layer input of the next layer": Bug(gemma4.run_layer, "per_layer_TLP[:, i]", "per_layer_TLP[:, (i + 1) % config.n_layer]", PLE,
         "per_layer_embd_out-0"),
     # weights
-    "nibbles swapped": Bug(q4_0.levels_q4_0, 'blocks["qs"]', 'blocks["qs"] >> 4 | blocks["qs"] << 4', MOE, "inp_scaled",
+    "nibbles swapped": Bug(q4_0.codes_q4_0, 'blocks["qs"]', 'blocks["qs"] >> 4 | blocks["qs"] << 4', MOE, "inp_scaled",
         "swapped halves"),
     "6-bit scales unpacked wrongly": Bug(q4_k.unpack_scales, "(third & low4) | ((first >> 2) & top2)", "third & low4", K_QUANTS,
         "inp_scaled"),
