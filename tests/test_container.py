@@ -236,24 +236,22 @@ def resident_kb(path) -> int:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="reads Linux's own account of the mapping")
-def test_release_lets_go_of_the_pages_of_that_tensor_only(tmp_path):
+def test_released_pages_leave_memory_and_can_be_read_again(tmp_path):
     data = np.arange(2**20, dtype=np.float32)                   # 4 MiB each: the system may drop whole 2 MiB pages
     path = write(tmp_path, gguf([ARCH], [tensor("a", [2**20]), tensor("b", [2**20], offset=2**22)], data.tobytes() * 2))
     with open_gguf(path) as file:
         assert file.raw("a").sum() == file.raw("b").sum()
         before = resident_kb(path)
-        file.release("a")
+        file.release_all()
         after = resident_kb(path)
-        assert before - after >= 4088, (before, after)          # at most a page at each end stays
-        assert after >= 2000, "the neighbour stays"
+        assert before - after >= 8184, (before, after)
         assert file.raw("a").tobytes() == data.tobytes(), "and the tensor can be read again"
 
 
 def test_missing_tensor_is_named(tmp_path):
     with open_gguf(write(tmp_path, gguf([ARCH]))) as file:
-        for call in (file.raw, file.release):
-            with pytest.raises(GGUFError, match="blk.7.attn_q.weight"):
-                call("blk.7.attn_q.weight")
+        with pytest.raises(GGUFError, match="blk.7.attn_q.weight"):
+            file.raw("blk.7.attn_q.weight")
 
 
 # What must be refused: the table in facts/field.md, section 4.2 ---------------------------------------------------------------
@@ -504,7 +502,7 @@ def test_split_files_open_as_one(tmp_path):
         assert all((file.raw(name).view(np.float32) == ord(name)).all() for name in "abcd")
         assert file.metadata["general.architecture"] == "gemma4" and file.metadata["split.no"] == 0
         assert file.n_bytes == sum(path.stat().st_size for path in paths)
-        file.release("d")
+        file.release_all()
         mappings = [part.mapping for part in file._parts]
     assert all(mapping.closed for mapping in mappings)
 

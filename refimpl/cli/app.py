@@ -103,9 +103,7 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
     import refimpl
 
     tell_of_compiling()
-    with contextlib.ExitStack() as stack:
-        m = refimpl.load(path, backend=backend, arithmetic=arithmetic, threads=threads, n_ctx=n_ctx,
-                         begin=lambda total: stack.enter_context(bar("MB loaded", total, 10**6)))
+    m = refimpl.load(path, backend=backend, arithmetic=arithmetic, threads=threads, n_ctx=n_ctx, progress=bar)
     for warning in m.tokenizer.warnings:
         errors.print(f"note: {warning}")
     if m.widened:
@@ -136,10 +134,7 @@ def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_m
         if found:
             errors.print(f"note: {found[0]} looks like this model's drafter; --draft {found[0]} makes the same text faster")
         return options
-    with contextlib.ExitStack() as stack:
-        drafter = refimpl.load_drafter(draft, m, head=number_or_word(head),
-                                       begin=lambda total: stack.enter_context(bar("MB of the drafter", total, 10**6)))
-    return options | {"drafter": drafter}
+    return options | {"drafter": refimpl.load_drafter(draft, m, head=number_or_word(head), progress=bar)}
 
 
 def number_or_word(word: str | None) -> int | str | None:

@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.decode.draft_length import AutoDepth
-from refimpl.formats.gguf import GGUFError, GGUFFile
+from refimpl.formats.gguf import GGUFError
 from refimpl.formats.matrix import Matrix
+from refimpl.formats.source import TensorSource
 from refimpl.host import available
 from refimpl.loading.hub import local
 from refimpl.loading.memory import MemoryRefusal
-from refimpl.loading.model import BUILT_IN, Model, told
-from refimpl.loading.open import RenamedCheckpoint, open_drafter
+from refimpl.loading.model import BUILT_IN, Model, with_progress
+from refimpl.loading.open import open_drafter
 from refimpl.model import drafter as network
 from refimpl.model.cache import Cache
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
 from refimpl.model.gemma4 import Tap, embed, no_tap
 from refimpl.model.weights import vocabulary_size
+from refimpl.progress import Progress, silent
 
 BUILT_IN_DRAFTER = BUILT_IN.with_name("drafter.gguf")
 N_COMPARED = 10         # the largest logits among which the probability of a proposal is taken, as in llama.cpp
@@ -30,7 +32,7 @@ N_COMPARED = 10         # the largest logits among which the probability of a pr
 class Drafter:
     """A drafter for one target, on the target's backend. `load_drafter` makes one. `auto` is what it has learnt of the pace of both."""
 
-    def __init__(self, file: GGUFFile | RenamedCheckpoint, config: DrafterConfig, weights: DrafterWeights, target: Model):
+    def __init__(self, file: TensorSource, config: DrafterConfig, weights: DrafterWeights, target: Model):
         self.file, self.config, self.weights, self.target = file, config, weights, target
         self.auto = AutoDepth()
 
@@ -67,13 +69,13 @@ def _probability(logit_K: np.ndarray) -> float:
 
 
 def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | int | None = None,
-                 begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Drafter:
+                 progress: Progress = silent) -> Drafter:
     """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`) or a Hugging Face directory, downloaded first if `path` is
     `hf:owner/name` (loading/hub.py); without a path, that of the built-in model.
 
     `head`: "dense", a product with every row of the vocabulary; "centroid", with the tokens of the best groups only, for files that have
     them (E2B and E4B); a number, with that many tokens at the start of the vocabulary, the earliest merges, which tend to be the
-    commonest: quicker, and the others are never proposed; None, "centroid" where it is there. `begin` as in `load`.
+    commonest: quicker, and the others are never proposed; None, "centroid" where it is there. `progress`: refimpl/progress.py.
 
     Raises GGUFError, with one clear line, for a file that is no drafter or belongs to another target, HubError for one that cannot be
     downloaded, MemoryRefusal where there is no room, ValueError for other arguments.
@@ -89,8 +91,8 @@ def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | i
         raise MemoryRefusal(f"{file.path}: the drafter needs {n_bytes / 1e9:.2f} GB beside its target, this machine has "
                             f"{available() / 1e9:.2f} GB free; without a drafter the text is the same")
     head = ("centroid" if network.CENTROIDS in file.tensors else "dense") if head is None else head
-    with target.backend.running():
-        weights = drafter_weights_from_gguf(file, config, head, told(target.backend.prepare, file, begin))
+    with target.backend.running(), progress("MB of the drafter", file.n_bytes, 10**6) as advance:
+        weights = drafter_weights_from_gguf(file, config, head, with_progress(target.backend.prepare, file, advance))
     return Drafter(file, config, weights, target)
 
 
@@ -104,7 +106,7 @@ def beside(path: Path) -> list[Path]:
                   if words(file) & marks and words(file) - marks and words(file) - marks <= words(path))
 
 
-def _check_vocabulary(file: GGUFFile | RenamedCheckpoint, target: Model):
+def _check_vocabulary(file: TensorSource, target: Model):
     """The drafter's pieces, where the file has any, must be the target's."""
     ours, theirs = (f.metadata.get("tokenizer.ggml.tokens") for f in (file, target.file))
     if ours is None or theirs is None:

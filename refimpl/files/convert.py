@@ -36,21 +36,19 @@ import numpy as np
 
 from refimpl.files.recover_scales import quantize_q4_0_on_lattice
 from refimpl.formats.checkpoint import CheckpointError
-from refimpl.formats.gguf import GGUFError, GGUFFile, TensorInfo
+from refimpl.formats.gguf import GGUFError, TensorInfo
 from refimpl.formats.gguf_writer import PLAIN_TYPES, Deferred, write_gguf
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize, quantize
+from refimpl.formats.source import TensorSource, releasing
 from refimpl.loading.hf_names import fitting_type, stays_float32
-from refimpl.loading.model import RELEASE_EVERY
-from refimpl.loading.open import RenamedCheckpoint, open_model
+from refimpl.loading.open import open_model
 
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 FLOATS = ("F32", "F16", "BF16")
 WHOLE = (*FLOATS, "Q8_0")                       # types that embeddings take too
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32}
 CHUNK = 1 << 22                                 # weights converted at a time
-
-Source = GGUFFile | RenamedCheckpoint
 
 
 def kinds() -> list[str]:
@@ -71,7 +69,7 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, kind: str = "aut
         raise ValueError(f"there is no type {kind}; there are {', '.join(kinds())}")
     file, output = open_model(path), Path(output)
     _check_output(file, output)
-    if isinstance(file, RenamedCheckpoint) and "tokenizer.ggml.tokens" not in file.metadata:
+    if file.path.is_dir() and "tokenizer.ggml.tokens" not in file.metadata:
         raise CheckpointError(file.path, None, "there is no tokenizer.json, without which no engine takes the file: copy it and "
                               "tokenizer_config.json from the drafter's model")
     types = {name: type_of(kind, info) for name, info in file.tensors.items()}
@@ -82,7 +80,7 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, kind: str = "aut
     free = shutil.disk_usage(output.absolute().parent).free if output.absolute().parent.is_dir() else n_bytes
     if free < n_bytes:
         raise OSError(errno.ENOSPC, f"{n_bytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free", os.fspath(output))
-    step = _releasing(file, begin(file.n_bytes))
+    step = releasing(file, begin(file.n_bytes))
     write_gguf(output, metadata_for(file, types), [_deferred(file, info, types[name], step) for name, info in file.tensors.items()])
     return {"output": str(output), "bytes": output.stat().st_size, "tensors": len(types), "types": dict(Counter(types.values())),
             "converted": sum(types[name] != info.type for name, info in file.tensors.items())}
@@ -99,7 +97,7 @@ def type_of(kind: str, info: TensorInfo) -> str:
     return fitting_type("Q6_K" if info.name in EMBEDDINGS and kind not in WHOLE else kind, info.shape[-1])
 
 
-def metadata_for(file: Source, types: Mapping[str, str]) -> dict[str, object]:
+def metadata_for(file: TensorSource, types: Mapping[str, str]) -> dict[str, object]:
     """The keys of the output: those of the input, with what has changed."""
     matrices = [block for name, block in types.items() if name not in EMBEDDINGS and not stays_float32(name, file.tensors[name].shape)]
     changed = {"general.type": "model", "general.quantization_version": 2}
@@ -112,28 +110,14 @@ def metadata_for(file: Source, types: Mapping[str, str]) -> dict[str, object]:
     return kept | changed
 
 
-def _check_output(file: Source, output: Path):
+def _check_output(file: TensorSource, output: Path):
     if output.is_dir():
         raise ValueError(f"{output}: is a folder; give the name of the file to write")
     if output.exists() and any(os.path.samefile(output, part) for part in file.files()):
         raise ValueError(f"{output}: is what is to be converted; give another name")
 
 
-def _releasing(file: Source, step: Callable[[int], None]) -> Callable[[int], None]:
-    """`step`, that lets go of the file's pages now and then."""
-    since = 0
-
-    def tell(n_bytes: int):
-        nonlocal since
-        step(n_bytes)
-        since += n_bytes
-        if since > RELEASE_EVERY:
-            file.release_all()
-            since = 0
-    return tell
-
-
-def _deferred(file: Source, info: TensorInfo, block: str, step: Callable[[int], None]) -> tuple[str, str, Deferred]:
+def _deferred(file: TensorSource, info: TensorInfo, block: str, step: Callable[[int], None]) -> tuple[str, str, Deferred]:
     """A tensor for write_gguf, read and converted when its turn has come."""
     def make() -> np.ndarray:
         raw = file.raw(info.name)

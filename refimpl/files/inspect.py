@@ -5,11 +5,12 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from refimpl.formats.gguf import GGUFError, GGUFFile
+from refimpl.formats.gguf import GGUFError
+from refimpl.formats.source import TensorSource
 from refimpl.host import available
 from refimpl.loading.memory import buffer_bytes, needed
 from refimpl.loading.model import BUILT_IN, CHUNK, float32_bytes
-from refimpl.loading.open import RenamedCheckpoint, open_model
+from refimpl.loading.open import open_model
 from refimpl.model.cache import cache_bytes
 from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, architecture_of, config_from_gguf
 from refimpl.model.drafter import CENTROIDS
@@ -37,20 +38,16 @@ def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[s
     } | _contents(file)
 
 
-def _head(file: GGUFFile | RenamedCheckpoint) -> dict[str, object]:
-    if isinstance(file, RenamedCheckpoint):
-        form = {"safetensors_files": file.checkpoint.n_files, "file_bytes": file.checkpoint.n_bytes, "ignored": file.ignored}
-    else:
-        form = {"gguf_version": file.version, "file_bytes": file.n_bytes}
-    return {"path": str(file.path)} | form | {"metadata": {key: _plain(value) for key, value in file.metadata.items()}}
+def _head(file: TensorSource) -> dict[str, object]:
+    return {"path": str(file.path)} | file.facts | {"metadata": {key: _plain(value) for key, value in file.metadata.items()}}
 
 
-def _contents(file: GGUFFile | RenamedCheckpoint) -> dict[str, object]:
+def _contents(file: TensorSource) -> dict[str, object]:
     return {"types": _types(file), "tensors": [{"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.n_bytes}
                                                for t in file.tensors.values()]}
 
 
-def _drafter(file: GGUFFile | RenamedCheckpoint) -> dict[str, object]:
+def _drafter(file: TensorSource) -> dict[str, object]:
     """What can be said of a drafter without its target."""
     keys = Keys(file.metadata, file.path, DRAFTER_ARCHITECTURE, DRAFTER_KEYS)
     big = 1 << 20
@@ -59,7 +56,7 @@ def _drafter(file: GGUFFile | RenamedCheckpoint) -> dict[str, object]:
             "heads": ["dense", "centroid"] if CENTROIDS in file.tensors else ["dense"], "n_parameters": float32_bytes(file) // 4}
 
 
-def _memory(file: GGUFFile | RenamedCheckpoint, config: Config, n_ctx: int) -> dict[str, object]:
+def _memory(file: TensorSource, config: Config, n_ctx: int) -> dict[str, object]:
     """As the kernels hold it, with keys and values in float16. Of a file that this version cannot load: the weights as they are."""
     from refimpl.kernels.machine.tiles import held_bytes  # here: it takes a third of a second
 
@@ -83,7 +80,7 @@ def _layer(config: Config, i: int) -> dict[str, object]:
             "window": spec.window, "kv_from": spec.kv_from, "values_are_keys": spec.values_are_keys} | ffn
 
 
-def _types(file: GGUFFile | RenamedCheckpoint) -> dict[str, dict[str, int]]:
+def _types(file: TensorSource) -> dict[str, dict[str, int]]:
     types = defaultdict(lambda: {"tensors": 0, "bytes": 0})
     for tensor in file.tensors.values():
         types[tensor.type]["tensors"] += 1

@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.files import reproducibility as selftest
-from refimpl.formats.gguf import GGUFError, GGUFFile
+from refimpl.formats.gguf import GGUFError
 from refimpl.formats.hashing import file_hash
 from refimpl.formats.quants.blocks import BLOCKS, Block, fields_of
 from refimpl.formats.quants.codecs import dequantize
+from refimpl.formats.source import TensorSource, releasing
 from refimpl.kernels.machine.threads import prepare
 from refimpl.loading.hub import listed_sha256
-from refimpl.loading.model import BUILT_IN, RELEASE_EVERY
-from refimpl.loading.open import RenamedCheckpoint, open_model
+from refimpl.loading.model import BUILT_IN
+from refimpl.loading.open import open_model
 from refimpl.model.config import DRAFTER_ARCHITECTURE, architecture_of, config_from_gguf
 from refimpl.model.weights import vocabulary_size, weights_from_gguf
 from refimpl.progress import silent
@@ -80,13 +81,12 @@ def as_text(result: dict[str, object]) -> str:
 
 # ---- the file
 
-def check_structure(path: Path) -> tuple[Check, GGUFFile | RenamedCheckpoint | None]:
+def check_structure(path: Path) -> tuple[Check, TensorSource | None]:
     """Opens the file and finds a place for every tensor. The file is None where it cannot be opened."""
     file = None
     try:
         file = open_model(path)
-        said = f"GGUF {file.version}" if isinstance(file, GGUFFile) else "Hugging Face directory"
-        said += f", {len(file.tensors)} tensors"
+        said = f"{file.format}, {len(file.tensors)} tensors"
         if _is_drafter(file):
             return Check("structure", OK, f"{said}; a drafter, whose layers are checked when it meets its target"), file
         config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
@@ -99,11 +99,11 @@ def check_structure(path: Path) -> tuple[Check, GGUFFile | RenamedCheckpoint | N
         return Check("structure", FAILED, "", [str(e)]), file
 
 
-def _is_drafter(file: GGUFFile | RenamedCheckpoint) -> bool:
+def _is_drafter(file: TensorSource) -> bool:
     return architecture_of(file.metadata) == DRAFTER_ARCHITECTURE
 
 
-def file_paths(path: Path, file: GGUFFile | RenamedCheckpoint | None) -> list[Path]:
+def file_paths(path: Path, file: TensorSource | None) -> list[Path]:
     """The files of a model: the parts of a split one, the safetensors files of a directory."""
     return [path] if file is None else file.files()
 
@@ -128,9 +128,9 @@ def check_hash(paths: Sequence[Path], wanted: Sequence[str]) -> Check:
     return Check("sha256", FAILED if findings else OK, f"{', '.join(found)}, {given}", findings)
 
 
-def check_numbers(file: GGUFFile | RenamedCheckpoint, step: Callable[[int], None] = lambda n_bytes: None) -> Check:
+def check_numbers(file: TensorSource, step: Callable[[int], None] = lambda n_bytes: None) -> Check:
     """Looks at every number that the file holds as a float: scales, minimums, plain weights."""
-    findings, n_blocks, since = [], 0, 0
+    findings, n_blocks, step = [], 0, releasing(file, step)
     for name, info in file.tensors.items():
         block = BLOCKS[info.type]
         n_blocks += info.n_bytes // block.n_bytes
@@ -139,10 +139,6 @@ def check_numbers(file: GGUFFile | RenamedCheckpoint, step: Callable[[int], None
                      f"{at // (info.row_bytes // block.n_bytes)}, byte {info.offset + at * block.n_bytes}"
                      for what, n, at in not_finite(file.raw(name), block)]
         step(info.n_bytes)
-        since += info.n_bytes
-        if since > RELEASE_EVERY:
-            file.release_all()
-            since = 0
     return Check("numbers", FAILED if findings else OK, f"{n_blocks:,} blocks, all finite", findings)
 
 

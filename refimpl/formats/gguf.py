@@ -129,6 +129,7 @@ class GGUFFile:
 
     path      the file that was opened (the first part)
     version   of the format, 2 or 3
+    format, facts    the container, in words and as data (source.py)
     metadata  key -> bool, int, float, str, NumPy array (read-only) or StringArray; of the first part. Outlives `close`.
     tensors   name -> TensorInfo, in file order
     n_bytes   size of all parts together
@@ -138,6 +139,7 @@ class GGUFFile:
         """Joins parts that have been read. Raises GGUFError when a tensor stands in two of them."""
         self.path, self.version, self.metadata = parts[0].path, parts[0].version, MappingProxyType(parts[0].metadata)
         self.n_bytes = sum(len(part.mapping) for part in parts)
+        self.format, self.facts = f"GGUF {self.version}", {"gguf_version": self.version, "file_bytes": self.n_bytes}
         self.tensors: dict[str, TensorInfo] = {}
         for part in parts:
             for name, info in part.tensors.items():
@@ -155,24 +157,8 @@ class GGUFFile:
         info = self._info(name)
         return view(self._open_parts()[info.part].mapping, info)
 
-    def mappings(self) -> list[mmap.mmap]:
-        """The bytes of all parts, in order. Raises ValueError after `close`."""
-        return [part.mapping for part in self._open_parts()]
-
-    def release(self, name: str) -> None:
-        """Tells the system that the tensor's pages are no longer wanted in memory; reading them again works. Best effort.
-
-        Raises GGUFError if the file has no such tensor, ValueError after `close`.
-        """
-        info, page = self._info(name), mmap.PAGESIZE
-        mapping = self._open_parts()[info.part].mapping
-        first = -(-info.offset // page) * page                  # only whole pages: the rest belongs to the neighbours
-        last = (info.offset + info.n_bytes) // page * page
-        if last > first:
-            let_go(mapping, first, last - first)
-
     def release_all(self) -> None:
-        """The same for everything in the file."""
+        """Tells the system that the file's pages are not wanted in memory for now; reading them again works. Best effort."""
         for part in self._open_parts():
             let_go(part.mapping, 0, len(part.mapping))
 

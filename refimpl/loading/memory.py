@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, is_dataclass
 
 import numpy as np
 
-from refimpl.formats.gguf import GGUFFile
 from refimpl.formats.matrix import Matrix
+from refimpl.formats.source import TensorSource
 from refimpl.loading.open import RenamedCheckpoint
 from refimpl.model.cache import cache_bytes
 from refimpl.model.config import Config, MoeFfn
@@ -56,7 +56,7 @@ class _Outline:
         self.path, self.tensors, self.raw = file.path, file.tensors, file.outline
 
 
-def needed(file: GGUFFile | RenamedCheckpoint, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
+def needed(file: TensorSource, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
            held: Callable[[Matrix], int]) -> Need:
     """What the model in `file` will take with a context of `n_ctx` tokens, `max_rows` of them in a call.
 

@@ -6,31 +6,32 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.formats.gguf import GGUFError, GGUFFile
+from refimpl.formats.gguf import GGUFError
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.formats.source import TensorSource, releasing
 from refimpl.host import available
 from refimpl.kernels.machine.threads import prepare
 from refimpl.loading.hub import local
 from refimpl.loading.memory import needed, refuse_unless_it_fits
-from refimpl.loading.open import RenamedCheckpoint, open_model
+from refimpl.loading.open import open_model
 from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import Config, config_from_gguf
 from refimpl.model.weights import Weights, vocabulary_size, weights_from_gguf
+from refimpl.progress import Advance, Progress, silent
 from refimpl.text.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
 CHUNK = 512                               # rows of a prompt in one call
-RELEASE_EVERY = 1 << 30                   # bytes of the file that may stay in memory while the next ones are rearranged
 KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weights="auto"` holds in memory
 
 
 class Model:
     """A Gemma 4 text model. `load` makes one."""
 
-    def __init__(self, file: GGUFFile | RenamedCheckpoint, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend,
+    def __init__(self, file: TensorSource, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend,
                  widened: Mapping[str, list[str]]):
         self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
         self.widened = widened      # type -> names of the tensors that are held as float32 because the kernels do not read them
@@ -87,8 +88,7 @@ class Model:
 
 
 def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", arithmetic: str | None = None, threads: int | None = None,
-         weights: str = "auto", n_ctx: int = 1,
-         begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> Model:
+         weights: str = "auto", n_ctx: int = 1, progress: Progress = silent) -> Model:
     """Loads a Gemma 4 GGUF file or Hugging Face directory (safetensors, not quantized or W4A16), downloaded first if `path` is
     `hf:owner/name` (loading/hub.py); without a path, the small model that ships.
 
@@ -100,7 +100,7 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
     The kernels rearrange the weights in memory (kernels/machine/tiles.py); MemoryRefusal (a ValueError) if there is no room for them
     and a context of `n_ctx` tokens. `weights` says how the reference holds them: "quantized" as they lie in the mapped file, dequantized
     at each use; "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the
-    arithmetic allows it. `begin(bytes in all)` returns a function that is told of the bytes done.
+    arithmetic allows it. `progress`: refimpl/progress.py.
 
     Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used, HubError for one that cannot be
     downloaded, ValueError for other arguments.
@@ -130,31 +130,25 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
     else:
         hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
         functions, widened = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix), {}
-    with functions.running():
-        matrices = weights_from_gguf(file, config, told(functions.prepare, file, begin))
+    with functions.running(), progress("MB loaded", file.n_bytes, 10**6) as advance:
+        matrices = weights_from_gguf(file, config, with_progress(functions.prepare, file, advance))
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
     return Model(file, config, matrices, tokenizer, functions, widened)
 
 
-def told(hold: Callable[[Matrix], object], file: GGUFFile | RenamedCheckpoint,
-         begin: Callable[[int], Callable[[int], None]]) -> Callable[[str, Matrix], object]:
-    """`hold` for one matrix after the other: tells of the bytes done, and lets go of the file's pages now and then."""
-    step, since = begin(file.n_bytes), 0
+def with_progress(prepare: Callable[[Matrix], object], file: TensorSource, advance: Advance) -> Callable[[str, Matrix], object]:
+    """`prepare` for one matrix after the other: reports the bytes read, and releases the pages of the mapped file every GiB."""
+    advance = releasing(file, advance)
 
-    def prepare_and_tell(name: str, matrix: Matrix) -> object:
-        nonlocal since
-        held = hold(matrix)
-        step(matrix.raw.nbytes)
-        since += matrix.raw.nbytes
-        if since > RELEASE_EVERY:
-            file.release_all()
-            since = 0
-        return held
-    return prepare_and_tell
+    def prepare_and_report(name: str, matrix: Matrix) -> object:
+        prepared = prepare(matrix)
+        advance(matrix.raw.nbytes)
+        return prepared
+    return prepare_and_report
 
 
-def float32_bytes(file: GGUFFile | RenamedCheckpoint) -> int:
+def float32_bytes(file: TensorSource) -> int:
     """What all weights would take as float32."""
     return sum(4 * info.n_bytes // BLOCKS[info.type].n_bytes * BLOCKS[info.type].elements for info in file.tensors.values())

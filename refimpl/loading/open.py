@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.formats.checkpoint import Checkpoint, CheckpointError, open_checkpoint, read_json
-from refimpl.formats.gguf import GGUFFile, TensorInfo, open_gguf
+from refimpl.formats.gguf import TensorInfo, open_gguf
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import dequantize
+from refimpl.formats.source import TensorSource
 from refimpl.loading.config_json import is_drafter, is_tied, metadata_of
 from refimpl.loading.hf_names import gguf_name
 from refimpl.loading.tokenizer_json import vocabulary_metadata
@@ -34,16 +35,19 @@ class _Source:
 
 
 class RenamedCheckpoint:
-    """A directory with the interface of a GGUFFile: `path`, `metadata`, `tensors`, `n_bytes` (of the tensors), `raw`, `release_all`.
+    """A Hugging Face directory as a TensorSource: its tensors and settings under the names of a GGUF file.
 
     `ignored` maps the names of tensors that are left out to the reason; `checkpoint` is the directory itself.
     """
+
+    format = "Hugging Face directory"
 
     def __init__(self, checkpoint: Checkpoint, metadata: Mapping[str, object], sources: Mapping[str, _Source], ignored: Mapping[str, str]):
         self.path, self.metadata, self.checkpoint, self.ignored = checkpoint.path, metadata, checkpoint, dict(ignored)
         self._sources = dict(sources)
         self.tensors = {name: source.info for name, source in sources.items()}
         self.n_bytes = sum(info.n_bytes for info in self.tensors.values())
+        self.facts = {"safetensors_files": checkpoint.n_files, "file_bytes": checkpoint.n_bytes, "ignored": self.ignored}
 
     def raw(self, name: str) -> np.ndarray:
         """As GGUFFile has it, but for tensors that lie in no file in this form (packed to 4 bits, one expert each): made at each call."""
@@ -63,7 +67,7 @@ class RenamedCheckpoint:
         self.checkpoint.release_all()
 
 
-def open_model(path: str | os.PathLike) -> GGUFFile | RenamedCheckpoint:
+def open_model(path: str | os.PathLike) -> TensorSource:
     """A model or a drafter: a GGUF file, or a Hugging Face directory. Raises GGUFError for anything else."""
     return open_directory(path) if os.path.isdir(path) else open_gguf(path)
 
@@ -96,7 +100,7 @@ def open_directory(path: str | os.PathLike) -> RenamedCheckpoint:
     return RenamedCheckpoint(checkpoint, {"general.name": checkpoint.path.resolve().name} | metadata, sources, ignored)
 
 
-def open_drafter(path: str | os.PathLike) -> GGUFFile | RenamedCheckpoint:
+def open_drafter(path: str | os.PathLike) -> TensorSource:
     """As open_model. Raises CheckpointError for the directory of anything else."""
     if os.path.isdir(path):
         place = Path(path) / "config.json"

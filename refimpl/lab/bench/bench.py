@@ -95,9 +95,7 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
     if opponent is not None:
         _find(opponent)
     n_threads = prepare(threads) if backend == "kernels" else threads or 1
-    with contextlib.ExitStack() as loading:
-        model = load(path, backend=backend, arithmetic=arithmetic, threads=n_threads,
-                     begin=lambda total: loading.enter_context(progress("MB loaded", total, 10**6)))
+    model = load(path, backend=backend, arithmetic=arithmetic, threads=n_threads, progress=progress)
     prompt, context, new = random_ids(model, plan)
     engines: dict[str, Engine] = {"refimpl": Ours(model, plan.n_ctx)}
     facts, tests, buffer_bytes = {}, [], min(BUFFER_BYTES, available() // 4)

@@ -8,7 +8,6 @@ words. (In a random model the drafts would be a single token again and again, an
 The first run of each way is not counted. "auto" has learnt what a round costs by then, as it would in the first answer of a chat.
 """
 
-import contextlib
 import itertools
 import os
 import statistics
@@ -88,11 +87,8 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
     for depth in depths:
         depth_of(depth, AutoDepth())
     simulation = None if chances is None else Simulation(tuple(chances))
-    with contextlib.ExitStack() as loading:
-        def begin(total):
-            return loading.enter_context(progress("MB loaded", total, 10**6))
-        model = load(path, backend=backend, arithmetic=arithmetic, threads=threads, begin=begin)
-        drafter = load_drafter(drafter_path, model, head=head, begin=begin)
+    model = load(path, backend=backend, arithmetic=arithmetic, threads=threads, progress=progress)
+    drafter = load_drafter(drafter_path, model, head=head, progress=progress)
     plan = Plan(0, plan.n_new, max(plan.depth, CONTEXT), plan.repetitions, plan.seed)
     _, context, ids = random_ids(model, plan)
     if prompt is not None:

@@ -1,7 +1,6 @@
 """Running a model so that every named value is kept, in memory or in a trace file (trace.py)."""
 
 import fnmatch
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ from refimpl.decode.draft_length import FixedDepth
 from refimpl.decode.drafter import Drafter
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, accept, speculative
-from refimpl.formats.gguf import GGUFFile
+from refimpl.formats.hashing import files_hash
 from refimpl.formats.tensor_file import TensorWriter
 from refimpl.lab.compare.background_writer import Behind, Memory
 from refimpl.lab.compare.trace import FORMAT, Trace, TraceError
@@ -25,7 +24,6 @@ from refimpl.model.gemma4 import Tap, no_tap
 ALL_LOGITS_BELOW = 65_536                 # size of a vocabulary of which all logits are kept unless told
 TOP = 256                                 # how many of a larger one
 LOGIT_BYTES = 32 << 20                    # of logits that are in memory at a time
-HASH_PIECE = 1 << 24
 
 
 class Recorder:
@@ -211,7 +209,7 @@ def write_trace(path: str | os.PathLike, model: Model, ids: Sequence[int], *, po
     with TensorWriter(path, 10_000 + 16 * steps * 2**10 + 2 * len(json.dumps(header))) as out:
         behind, hashing = Behind(out), ThreadPoolExecutor(1)
         try:
-            sha256 = hashing.submit(file_sha256, model.file, begin)
+            sha256 = hashing.submit(files_hash, model.file.files(), begin(model.file.n_bytes))
             recorder = Recorder(behind, positions, tensors, n_top(model, logits))
             record(model, ids, recorder, **drafting)
             recorder.check()
@@ -230,15 +228,3 @@ def checked_positions(positions: Iterable[int], n: int) -> tuple[int, ...]:
     if not found or found[0] < 0 or found[-1] >= n:
         raise TraceError(f"positions {', '.join(map(str, found[:3])) or 'none'}...: the prompt has {n} tokens, 0 to {n - 1}")
     return found
-
-
-def file_sha256(file: GGUFFile, begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n: None) -> str:
-    """Of the bytes of a model's file, all parts in order. `begin(bytes in all)` returns a function told of the bytes done."""
-    digest, step = hashlib.sha256(), begin(file.n_bytes)
-    for mapping in file.mappings():
-        for at in range(0, len(mapping), HASH_PIECE):
-            piece = mapping[at:at + HASH_PIECE]
-            digest.update(piece)
-            step(len(piece))
-    file.release_all()
-    return digest.hexdigest()

@@ -31,8 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
+from refimpl.formats.hashing import files_hash
 from refimpl.lab.compare.names import graph_order
-from refimpl.lab.compare.record import file_sha256, trace
+from refimpl.lab.compare.record import trace
 from refimpl.lab.compare.trace import Trace, TraceError
 from refimpl.loading.model import Model, load
 from refimpl.model.backend import kernel_backend, reference_backend
@@ -134,7 +135,7 @@ def model_of(a: Trace, b: Trace, path: Path | None) -> tuple[Model | None, str]:
         return None, f"the model is not there any more ({named})" if named else "neither trace names its model"
     model = judge(path or named)
     sha256 = a.facts.get("model_sha256") or b.facts.get("model_sha256")
-    if sha256 and file_sha256(model.file) != sha256:
+    if sha256 and files_hash(model.file.files()) != sha256:
         if path is not None:
             raise TraceError(f"{path} is not the model of {a.where}: its SHA-256 does not begin with {sha256[:12]}")
         return None, f"{named} is not the model any more that the trace was made of"

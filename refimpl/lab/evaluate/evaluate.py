@@ -13,7 +13,7 @@ import multiprocessing
 import multiprocessing.util
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +138,7 @@ def _each(plan: Plan, numbers: list[int], jobs: int, progress) -> Iterator[tuple
     if not numbers:
         return
     if jobs == 1:
-        with ExitStack() as loading:
-            worker = Worker(plan, lambda total: loading.enter_context(progress("MB loaded", total, 10**6)))
+        worker = Worker(plan, progress)
         with worker:
             for number in numbers:
                 yield number, worker.measure(number)

@@ -12,6 +12,7 @@ from refimpl.kernels.machine.threads import prepare
 from refimpl.lab.llamacpp.process import LlamaCpp
 from refimpl.lab.llamacpp.rows import LlamaCppRows
 from refimpl.loading.model import BUILT_IN, Model, load
+from refimpl.progress import Progress, silent
 
 CHUNK_BYTES, MOST_ROWS = 64 << 20, 512          # of logits at a time: never a whole window of a large vocabulary
 ENGINES = ("kernels", "reference", "llama.cpp")
@@ -76,11 +77,11 @@ def rows_at_once(n_vocab: int) -> int:
     return max(1, min(MOST_ROWS, CHUNK_BYTES // (4 * n_vocab)))
 
 
-def opened(side: Side, n_ctx: int, n_vocab: int, threads: int | None, stack: ExitStack, begin) -> Source:
+def opened(side: Side, n_ctx: int, n_vocab: int, threads: int | None, stack: ExitStack, progress: Progress = silent) -> Source:
     """Loads a side; what must be closed goes onto `stack`. Raises ValueError (GGUFError, LlamaCppError, MemoryRefusal among them)."""
     size = rows_at_once(n_vocab)
     if side.engine == "llama.cpp":
         return stack.enter_context(LlamaCppRows(side.path, n_ctx, prepare(threads), size))
     if side.engine == "reference":
-        return Ours(load(side.path, backend="reference", arithmetic=side.arithmetic, begin=begin), size)
-    return Ours(load(side.path, arithmetic=side.arithmetic, threads=threads, n_ctx=n_ctx, begin=begin), size)
+        return Ours(load(side.path, backend="reference", arithmetic=side.arithmetic, progress=progress), size)
+    return Ours(load(side.path, arithmetic=side.arithmetic, threads=threads, n_ctx=n_ctx, progress=progress), size)

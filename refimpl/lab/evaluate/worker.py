@@ -4,7 +4,7 @@ Against another engine or file (`Plan.against`) the divergence is exact; against
 bounds (divergence.py). It is KL(base || this), the base being the other one, in nats.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import repeat
@@ -16,6 +16,7 @@ from refimpl.lab.evaluate.divergence import Kept, divergence, divergence_bounds,
 from refimpl.lab.evaluate.logit_sources import Side, opened
 from refimpl.lab.evaluate.saved_runs import COLUMNS, KEPT, read_run
 from refimpl.lab.evaluate.windows import Window
+from refimpl.progress import Progress, silent
 
 TOP = 10                # the likeliest tokens that are compared as a set
 
@@ -46,12 +47,12 @@ class Plan:
 class Worker:
     """The models of a plan, loaded. Use it in a `with` statement."""
 
-    def __init__(self, plan: Plan, begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n: None):
+    def __init__(self, plan: Plan, progress: Progress = silent):
         self.plan, self.stack = plan, ExitStack()
         with self.stack:
             self.base = None if plan.base is None else read_run(plan.base)
-            self.own = opened(plan.side, plan.n_ctx, plan.n_vocab, plan.threads, self.stack, begin)
-            self.other = plan.against and opened(plan.against, plan.n_ctx, plan.n_vocab, plan.threads, self.stack, begin)
+            self.own = opened(plan.side, plan.n_ctx, plan.n_vocab, plan.threads, self.stack, progress)
+            self.other = plan.against and opened(plan.against, plan.n_ctx, plan.n_vocab, plan.threads, self.stack, progress)
             self.stack = self.stack.pop_all()
 
     def __enter__(self) -> "Worker":

@@ -1,0 +1,54 @@
+"""What a model is read from, whatever its container: a GGUF file (gguf.py) or a Hugging Face directory (loading/open.py)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from refimpl.formats.gguf import TensorInfo
+
+RELEASE_EVERY = 1 << 30             # bytes of a mapped file that may stay in memory while it is read once from end to end
+
+
+class TensorSource(Protocol):
+    """Named tensors and metadata, under the names of GGUF files.
+
+    path      the file (of a split model the first part) or the directory
+    format    in words: "GGUF 3", "Hugging Face directory"
+    facts     what `inspect` says of the container: its version, number of files, size, tensors left out
+    metadata  key -> bool, int, float, str, array of numbers or of strings
+    tensors   name -> TensorInfo
+    n_bytes   of all tensors, or of all files together
+    """
+
+    path: Path
+    format: str
+    facts: Mapping[str, object]
+    metadata: Mapping[str, object]
+    tensors: Mapping[str, TensorInfo]
+    n_bytes: int
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor, uint8 `(*shape[:-1], row_bytes)`: a read-only view of the mapped file, or an array made at each call
+        where the file holds the tensor in another form."""
+
+    def files(self) -> list[Path]:
+        """The files with the tensors in them."""
+
+    def release_all(self) -> None:
+        """Tells the system that the pages of the mapped files are not wanted in memory for now. Best effort; reading them again works."""
+
+
+def releasing(source: TensorSource, advance: Callable[[int], None]) -> Callable[[int], None]:
+    """`advance` for a loop that reads every tensor of `source` once: releases the pages it has read every RELEASE_EVERY bytes."""
+    since = 0
+
+    def advance_and_release(n_bytes: int):
+        nonlocal since
+        advance(n_bytes)
+        since += n_bytes
+        if since > RELEASE_EVERY:
+            source.release_all()
+            since = 0
+    return advance_and_release
