@@ -82,12 +82,12 @@ def tell_of_compiling():
 
     count = itertools.count(1)
 
-    def tell(name: str):
+    def tell(name: str, weight_types: tuple[str, ...]):
         n = next(count)
         if n == 1:
             errors.print(f"compiling kernels for {ISA}, once on this machine (up to a minute)")
         if errors.is_terminal:
-            errors.print(f"  {n}: {name}")
+            errors.print(f"  {n}: {' '.join((name, *weight_types))}")
     announce(tell)
 
 

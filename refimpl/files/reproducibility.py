@@ -96,7 +96,7 @@ def main(request: str):
 
     path, combinations = json.loads(request)
     prepare(max(threads for _, threads, _ in combinations))
-    announce(lambda name: tell(compiling=ISA))
+    announce(lambda kernel, weight_types: tell(compiling=ISA))
     try:
         for run in runs(None if path is None else Path(path), combinations):
             tell(run=run)

@@ -1,71 +1,71 @@
-"""How kernels are compiled, and where the result is kept.
+"""Compiles kernels with Numba and keeps the machine code on disk.
 
-`kernel` is for what Python calls: compiled at the first call with new types, and kept in the user's cache folder for the next start.
-`inline` is for the pieces that kernels are made of: they become part of their caller.
-
-The cache folder (`REFIMPL_CACHE_DIR`, else the one of the operating system) has a part for each instruction set and each state of the
-kernels' own source; inside of it Numba tells processors apart, so that a cache from another machine is not used but passed over.
+`kernel` is for functions that Python calls: compiled at the first call with new argument types, so once for each weight type too, and
+kept in a folder (cache_folder.py) for the next process. `inline` is for their parts, which become part of the caller.
 """
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import llvmlite
 import numba
 from numba.core import event, types
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.extending import overload, register_jitable
-from platformdirs import user_cache_path
 
+from refimpl.kernels.machine.cache_folder import open_folder
 from refimpl.kernels.machine.isa import ISA
 
-
-def cache_folder() -> Path | None:
-    """Where compiled kernels are kept; None where no such folder can be written."""
-    mark = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        mark.update(source.read_bytes())
-    mark.update(f"{numba.__version__} {llvmlite.__version__} {numba.config.BOUNDSCHECK}".encode())
-    base = os.environ.get("REFIMPL_CACHE_DIR")
-    folder = (Path(base) if base else user_cache_path("refimpl")) / f"kernels-{ISA}-{mark.hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return None
-
-
-FOLDER = cache_folder()
+FOLDER = open_folder(ISA)               # None: nothing is kept
 KERNELS: dict[str, object] = {}         # everything that `kernel` made, by module and name
-INLINE = {"forceinline": True, "error_model": "numpy"}          # how a piece is compiled
+INLINE = {"forceinline": True, "error_model": "numpy"}
 
 
 def kernel(**options) -> Callable:
-    """Compiles a function that Python calls. `options` are Numba's, `parallel=True` above all."""
+    """Compiles a function that Python calls. `options` are Numba's, above all `parallel=True`."""
 
     def compile_later(function):
         made = numba.njit(function, error_model="numpy", nogil=True, **options)
-        before = numba.config.CACHE_DIR
         if FOLDER is not None:
-            numba.config.CACHE_DIR = str(FOLDER)         # read when a cache is made
-            try:
-                made._cache = _Cache(function)           # what Numba's own `cache=True` does, with another class
-            finally:
-                numba.config.CACHE_DIR = before
+            made._cache = _Cache(function)               # what Numba's own `cache=True` does, with another class
         KERNELS[f"{function.__module__.split('.')[-1]}.{function.__name__}"] = made
         return made
     return compile_later
 
 
-class _Cache(FunctionCache):
-    """Kept kernels are a convenience: what cannot be read (a file cut short when the machine went down) is compiled again and written anew;
-    what cannot be written (the disk is full) is not kept.
+class _Locator(_CacheLocator):
+    """Files are found by module name and source text. (Numba's locators use the source's absolute path, so that every new virtual
+    environment would compile again.)
     """
+
+    def __init__(self, function, source):
+        self.function, self.source = function, source
+
+    def get_cache_path(self):
+        return str(FOLDER / self.function.__module__.rpartition(".")[0])
+
+    def get_source_stamp(self):
+        return hashlib.sha256(Path(self.source).read_bytes()).hexdigest()
+
+    def get_disambiguator(self):
+        return str(self.function.__code__.co_firstlineno)
+
+    @classmethod
+    def from_function(cls, function, source):
+        return cls(function, source)
+
+
+class _Results(CompileResultCacheImpl):
+    _locator_classes = [_Locator]
+
+
+class _Cache(FunctionCache):
+    """Numba's cache, but never a reason to fail: a damaged file (cut short when the machine went down) is compiled and written again; what
+    cannot be written (a full disk) is not kept.
+    """
+
+    _impl_class = _Results
 
     def load_overload(self, sig, target_context):
         """The kernel from the cache, None where there is none or it is damaged."""
@@ -108,19 +108,22 @@ def per_row(function) -> Callable:
 
 
 class _Listener(event.Listener):
-    def __init__(self, tell: Callable[[str], None]):
+    def __init__(self, tell: Callable[[str, tuple[str, ...]], None]):
         self.tell, self.depth = tell, 0
 
     def on_start(self, what):
         self.depth += 1
         function = what.data["dispatcher"].py_func
         if self.depth == 1 and (function.__module__ or "").startswith("refimpl."):
-            self.tell(function.__name__)
+            self.tell(function.__name__, tuple(dict.fromkeys(t.type_name for t in what.data["args"] if hasattr(t, "type_name"))))
 
     def on_end(self, what):
         self.depth -= 1
 
 
-def announce(tell: Callable[[str], None]):
-    """From now on `tell(name)` is called whenever a kernel is about to be compiled (and not when it comes out of the cache)."""
+def announce(tell: Callable[[str, tuple[str, ...]], None]):
+    """From now on calls `tell(kernel, weight types)` whenever a kernel is about to be compiled, not when it comes from disk.
+
+    The weight types are those it is compiled for, such as ("Q4_0",), and () for a kernel without weights.
+    """
     event.register("numba:compile", _Listener(tell))
