@@ -201,9 +201,9 @@ def test_close(tmp_path):
         pass
     file.close()                                                # twice is fine
     assert view.tobytes() == FLOATS and file.metadata["t"].tolist() == ["a"], "views and metadata outlive the file"
-    for call in (file.raw, file.release):
+    for call in (lambda: file.raw("w"), file.release_all):
         with pytest.raises(ValueError, match="closed"):
-            call("w")
+            call()
     del view
     gc.collect()
     mapping.close()                                             # BufferError if something of ours still looked at it
