@@ -1,48 +1,24 @@
 """Hugging Face directories: `config.json` beside one or more safetensors files, memory-mapped. Takes no file at its word.
 
-    safetensors    8 bytes: length n of the header, little-endian
-                   n bytes: JSON, tensor name -> {"dtype", "shape", "data_offsets": [begin, end] from the end of the header}
-                   the tensors' bytes
-
-Source: the format's README (huggingface/safetensors). Several files are listed in `model.safetensors.index.json`. Matrices that
-compressed-tensors has packed to 4 bits (w4a16.py) come out as one tensor of Q4_0 each; those with a scale that Q4_0 cannot hold, as F32.
+Several files are listed in `model.safetensors.index.json`. Matrices that compressed-tensors has packed to 4 bits (quants/w4a16.py) are
+one tensor of Q4_0 each; those with a scale that Q4_0 cannot hold, F32.
 """
 
 import json
-import math
-import mmap
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from refimpl.formats.gguf import MAX_DIMS, GGUFError, TensorInfo, let_go, map_file, view
+from refimpl.formats.gguf import TensorInfo
 from refimpl.formats.quants import w4a16
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import dequantize
+from refimpl.formats.safetensors import CheckpointError, TensorFile
 
-TYPES = {"F32": ("F32", 4), "F16": ("F16", 2), "BF16": ("BF16", 2), "I64": ("I64", 8), "I32": ("I32", 4)}
-# Far above any real header (26B-A4B with every expert on its own: 35,000 tensors, 5 MB). Parsed JSON takes many times its bytes.
-MAX_HEADER = 8 << 20
-MAX_MARKS = 500_000                 # brackets, commas and colons of a header: each value has one
-MAX_SIZE = 1 << 48                  # of one dimension: a product of numbers with thousands of digits would take for ever
 MAX_JSON = 100_000_000
 PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
-
-
-class CheckpointError(GGUFError):
-    """A directory that cannot be read as a checkpoint. One line, as GGUFError's."""
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One safetensors file."""
-
-    path: Path
-    mapping: mmap.mmap
-    tensors: dict[str, TensorInfo]
 
 
 class Checkpoint:
@@ -50,26 +26,26 @@ class Checkpoint:
 
     path      the folder
     config    what config.json says
-    tensors   name -> TensorInfo; a packed matrix stands there once, as `NAME.weight`
+    tensors   name -> TensorInfo; a packed matrix is one tensor, `NAME.weight`
     n_files   safetensors files
-    n_bytes   of them together
+    n_bytes   of these files together
     """
 
-    def __init__(self, path: Path, config: dict[str, object], shards: list[_Shard], packed: bool):
+    def __init__(self, path: Path, config: dict[str, object], shards: list[TensorFile], packed: bool):
         self.path, self.config, self.tensors = path, config, {}
-        self.n_files, self.n_bytes = len(shards), sum(len(shard.mapping) for shard in shards)
+        self.n_files, self.n_bytes = len(shards), sum(shard.n_bytes for shard in shards)
         self._shards, self._packed = shards, {}
         for shard in shards:
             for name, info in shard.tensors.items():
                 if name in self.tensors:
-                    raise CheckpointError(shard.path, None, f"tensor {name!r} stands in another file too")
+                    raise CheckpointError(shard.path, None, f"tensor {name!r} is in another file too")
                 self.tensors[name] = info
         if packed:
             for name in [name for name in self.tensors if name.endswith(PACKED)]:
                 self._join(name.removesuffix(PACKED))
 
     def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor, uint8 `(*shape[:-1], row_bytes)`: a read-only view of the mapping; made anew where packed."""
+        """The bytes of a tensor, uint8 `(*shape[:-1], row_bytes)`: a read-only view of the mapping; of a packed one, a new array."""
         if name not in self._packed:
             return self._view(self.tensors[name])
         packed, scale = self._packed[name]
@@ -82,22 +58,22 @@ class Checkpoint:
         return name not in self._packed
 
     def release_all(self) -> None:
-        """Tells the system that no page is wanted in memory for now. Best effort."""
+        """Tells the system that the files' pages are not wanted in memory for now. Best effort."""
         for shard in self._shards:
-            let_go(shard.mapping, 0, len(shard.mapping))
+            shard.release_all()
 
     def files(self) -> list[Path]:
         """The safetensors files."""
         return [shard.path for shard in self._shards]
 
     def _view(self, info: TensorInfo) -> np.ndarray:
-        return view(self._shards[info.part].mapping, info)
+        return self._shards[info.part].raw(info.name)
 
     def _scales(self, info: TensorInfo) -> np.ndarray:
         return dequantize(self._view(info), info.type)
 
     def _join(self, base: str):
-        """Puts `base.weight` in the place of its three parts. Reads the scales, a ninth of the bytes, to see whether they fit."""
+        """Replaces the three parts of `base.weight` by it. Reads the scales, a ninth of the bytes, to see whether Q4_0 holds them."""
         packed = self.tensors.pop(base + PACKED)
         where = self._shards[packed.part].path
 
@@ -132,9 +108,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike, wanted: Callable[[str], bool] = lambda name: True) -> Checkpoint:
-    """Opens a Hugging Face directory. Tensors whose names are not `wanted` are passed over unseen.
+    """Opens a Hugging Face directory. Tensors whose names are not `wanted` are skipped unchecked.
 
-    Raises CheckpointError for what is missing or senseless, and for weights quantized in another way than W4A16.
+    Raises CheckpointError for what is missing or malformed, and for weights quantized in another way than W4A16.
     """
     path = Path(path)
     config, index = read_json(path / "config.json"), path / "model.safetensors.index.json"
@@ -149,10 +125,7 @@ def open_checkpoint(path: str | os.PathLike, wanted: Callable[[str], bool] = lam
         missing = [name for name in names if not (path / name).exists()]
         if missing:
             raise CheckpointError(index, None, f"{len(missing)} of {len(names)} files are missing, first {missing[0]}: download them again")
-    shards = []
-    for number, name in enumerate(names):
-        mapping = map_file(path / name, "a safetensors file", CheckpointError)
-        shards.append(_Shard(path / name, mapping, tensors_of(path / name, mapping, number, wanted)))
+    shards = [TensorFile(path / name, wanted, part) for part, name in enumerate(names)]
     _check_index(index, weight_map, {shard.path.name: shard.tensors for shard in shards}, wanted)
     return Checkpoint(path, config, shards, packed)
 
@@ -194,55 +167,3 @@ def _check_index(index: Path, weight_map: dict[str, str], held: dict[str, Iterab
     for name, file in weight_map.items():
         if wanted(name) and name not in held[file]:
             raise CheckpointError(index, None, f"says that tensor {name!r} is in {file}, which does not hold it: download both again")
-
-
-def _parsed(raw: bytes) -> object:
-    """The JSON of a header. Raises ValueError for one that is none, has a name twice, or more in it than any model."""
-    if sum(raw.count(mark) for mark in b"[{,:") > MAX_MARKS:
-        raise ValueError("more entries than any model has")
-
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if len(entries := dict(pairs)) != len(pairs):
-            raise ValueError("a name stands in it twice")
-        return entries
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=once)
-
-
-def tensors_of(path: Path, mapping: mmap.mmap, number: int, wanted: Callable[[str], bool]) -> dict[str, TensorInfo]:
-    """The `wanted` tensors in the header of a mapped file, checked against its bytes, of part `number`. Raises CheckpointError."""
-    size = len(mapping)
-    length = int.from_bytes(mapping[:8], "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER):
-        raise CheckpointError(path, 0, f"expected a header of at most {max(0, size - 8)} bytes, found a length of {length}")
-    try:
-        header = _parsed(mapping[8:8 + length])
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, 8, f"the header is no JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(path, 8, "the header is no JSON object")
-    first, tensors, ends = 8 + length, {}, []
-    for name, entry in header.items():
-        if name == "__metadata__" or not wanted(name):
-            continue
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            numbers = (*shape, begin, end)
-            if not shape or not all(type(n) is int and 0 <= n < MAX_SIZE for n in numbers) or not all(shape) or len(shape) > MAX_DIMS:
-                raise ValueError
-            known = dtype in TYPES
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(path, 8, f"tensor {name!r}: expected a dtype, a shape and two data_offsets") from None
-        if not known:
-            raise CheckpointError(path, 8, f"tensor {name!r} is {dtype}, which this version cannot read; it reads {', '.join(TYPES)}")
-        block, item = TYPES[dtype]
-        if end - begin != math.prod(shape) * item or end > size - first:
-            cut = ": the file is cut off, download it again" if end > size - first else ""
-            raise CheckpointError(path, 8, f"tensor {name!r}: {shape} of {dtype} do not lie at bytes {begin} to {end} "
-                                  f"of {size - first}{cut}")
-        tensors[name] = TensorInfo(name, block, shape, end - begin, first + begin, number)
-        ends.append((begin, end, name))
-    ends.sort()
-    for (_, end, name), (begin, _, other) in zip(ends, ends[1:]):
-        if begin < end:
-            raise CheckpointError(path, 8, f"tensors {name!r} and {other!r} overlap")
-    return tensors

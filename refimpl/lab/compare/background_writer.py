@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from refimpl.formats.tensor_file import TensorWriter
+from refimpl.formats.safetensors import TensorWriter
 
 PENDING = 64 << 20          # bytes that may wait to be written
 

@@ -14,7 +14,7 @@ from refimpl.decode.drafter import Drafter
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, accept, speculative
 from refimpl.formats.hashing import files_hash
-from refimpl.formats.tensor_file import TensorWriter
+from refimpl.formats.safetensors import TensorWriter
 from refimpl.lab.compare.background_writer import Behind, Memory
 from refimpl.lab.compare.trace import FORMAT, Trace, TraceError
 from refimpl.loading.model import CHUNK, Model

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refimpl.formats.tensor_file import TensorFile
+from refimpl.formats.safetensors import TensorFile
 
 FORMAT = "refimpl trace 1"
 ARITHMETIC = ("exact", "float32", "bfloat16", "float16", "q8")

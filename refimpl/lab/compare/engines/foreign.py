@@ -43,7 +43,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refimpl.formats.tensor_file import TensorFile
+from refimpl.formats.safetensors import TensorFile
 from refimpl.lab.compare.trace import ARITHMETIC, Trace, TraceError
 
 

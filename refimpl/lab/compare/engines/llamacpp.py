@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.formats.gguf import GGUFFile, open_gguf
-from refimpl.formats.tensor_file import TensorFile, TensorWriter
+from refimpl.formats.safetensors import TensorFile, TensorWriter
 from refimpl.lab.compare.names import BY_NAME, place_of
 from refimpl.lab.compare.trace import Trace, TraceError
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from refimpl.formats.tensor_file import TensorFile
+from refimpl.formats.safetensors import TensorFile
 from refimpl.lab.compare.engines import foreign, llamacpp, llamacpp_dumps, transformers
 from refimpl.lab.compare.trace import Trace, TraceError, open_trace
 
