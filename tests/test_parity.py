@@ -7,6 +7,8 @@ from shapes import SHAPES, oracle, prompt, random_model, reference, round_to, wo
 
 import refimpl
 from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.lab.compare import known_bugs
+from refimpl.lab.compare.known_bugs import BUGS, planted
 
 TOLERANCE = 1e-4          # of the largest logit
 Q4_K_FITS = dict(hidden_size=256, intermediate_size=256)       # rows of 256, so that Q4_K is really used
@@ -145,3 +147,39 @@ def test_suppressed_tokens_are_never_picked(tmp_path):
     extra = {"tokenizer.ggml.suppress_tokens": np.array([first], np.int32)}
     again = reference(write_model(tmp_path / "b.gguf", hf, extra=extra))
     assert refimpl.generate(again, prompt(), max_new_tokens=1).ids[0] != first
+
+
+# ---- the comparison notices what engines really got wrong
+
+ON = {known_bugs.MOE: ("26B-A4B", "Q4_0", {}), known_bugs.PLE: ("E2B", "Q4_0", {}),
+      known_bugs.K_QUANTS: ("26B-A4B", "Q4_K", Q4_K_FITS)}
+NO_LAYER_SHOWS = {      # test_zoo.py has them, by the tensor that does
+    "embedding scale rounded to bfloat16": "the scale of these small models is 8, which bfloat16 holds",
+    "per-layer projection not scaled": "a norm follows", "positions counted from 1": "rotations count the distance only"}
+OF_THE_TARGET = [name for name, bug in BUGS.items() if not bug.first.startswith("draft") and name not in NO_LAYER_SHOWS]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """By the kind of model: (file, what transformers computes for its weights)."""
+    made = {}
+    for kind, (shape, block, overrides) in ON.items():
+        hf = random_model(shape, seed=6, **overrides)
+        path = write_model(tmp_path_factory.mktemp("bugs") / f"{kind}.gguf", hf, block)
+        made[kind] = path, oracle(round_to(hf, block), prompt(24))
+    return made
+
+
+def first_departure(path, want) -> str:
+    """The first layer (or the logits) that differs by more than the tolerance; "" when all agree."""
+    got = {}
+    reference(path, weights="quantized").logits(prompt(24), tap=got.__setitem__)
+    return next((name for name, value in want.items() if not worst(got[name], value) < TOLERANCE), "")
+
+
+@pytest.mark.parametrize("name", OF_THE_TARGET)
+def test_a_known_bug_is_noticed(name, models):
+    path, want = models[BUGS[name].on]
+    with planted(BUGS[name]):
+        assert first_departure(path, want), "not noticed"
+    assert first_departure(path, want) == "", "the change was not undone"
