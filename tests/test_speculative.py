@@ -9,14 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapes import SHAPES, V, prompt, random_drafter, random_model, write_drafter, write_model
-from test_breakage import planted
 
 import refimpl
-from refimpl.decode import drafter as drafter_module
-from refimpl.decode import speculative as speculative_module
 from refimpl.decode.draft_length import MOST, AutoDepth, FixedDepth
+from refimpl.decode.drafter import Drafter
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, accept, speculative
+from refimpl.lab.compare.known_bugs import MOE, Bug, planted
 from refimpl.loading import model as model_module
 from refimpl.model import drafter as network
 from refimpl.model import drafter_config, gemma4
@@ -232,80 +231,74 @@ def test_any_accept_counts_leave_the_cache_of_the_committed_tokens(pairs, counts
 
 # ---- every round's drafts are those of a clean start
 
-def drafts_of_all_rounds(model, drafter, ids, n) -> list[tuple[list[int], list[int]]]:
-    """(committed ids and the latest, what was drafted then) of every round, with a few right tokens pushed in."""
+def rounds_of(model, drafter, ids, n) -> tuple[bool, list[tuple[list[int], list[int]]]]:
+    """Is the text that of the plain loop? And of every round (committed ids and the latest, what was drafted then).
+
+    A few right tokens are pushed in, as a random drafter is never right.
+    """
     truth = ids + refimpl.generate(model, ids, max_new_tokens=n).ids
     rounds, draft, turn = [], drafter.draft, itertools.count()
 
     def watched(token, state_C, cache, k, min_p):
         drafted = draft(token, state_C, cache, k, min_p)
         rounds.append((truth[:cache.length] + [token], drafted))
-        right = next(turn) % 4                                  # a random drafter is never right: say the truth for so many
+        right = next(turn) % 4
         return truth[cache.length + 1:cache.length + 1 + right][:k] + drafted[right:]
     drafter.draft = watched
     try:
         out = refimpl.generate(model, ids, max_new_tokens=n, drafter=drafter, draft_max=4)
     finally:
         del drafter.draft
-    assert ids + out.ids == truth and sum(out.stats.draft.accepted) > n // 3
-    return rounds
+    return ids + out.ids == truth and sum(out.stats.draft.accepted) > n // 3, rounds
 
 
-def departs(model, drafter, ids, n) -> bool:
-    """Is anything drafted that a clean start would not draft, or the text another one?"""
-    try:
-        return any(refimpl.propose(model, drafter, committed, len(drafted)) != drafted
-                   for committed, drafted in drafts_of_all_rounds(model, drafter, ids, n) if drafted)
-    except AssertionError:
-        return True
+def as_from_a_clean_start(model, drafter, rounds) -> bool:
+    return all(refimpl.propose(model, drafter, committed, len(drafted)) == drafted for committed, drafted in rounds if drafted)
 
 
 def test_drafts_do_not_depend_on_what_was_rejected_before(pairs):
     for shape in SHAPES:
-        assert not departs(*pairs[shape][0], prompt(11), 40), shape
+        model, drafter = pairs[shape][0]
+        same_text, rounds = rounds_of(model, drafter, prompt(11), 40)
+        assert same_text and as_from_a_clean_start(model, drafter, rounds), shape
 
 
-OF_A_ROUND = {      # what only shows after a partial acceptance
-    "wrong row carried": (speculative_module, "state_TD[len(emitted) - 1]", "state_TD[-1]"),
-    "rejected rows committed": (speculative_module, "cache.advance(len(emitted))", "cache.advance(1 + len(drafted))"),
-    "too little committed": (speculative_module, "cache.advance(len(emitted))", "cache.advance(max(1, len(emitted) - 1))"),
-    "one key too many in sight": (network, "pos_T, pos_T, cache, tap)", "pos_T, pos_T + 1, cache, tap)"),
+OF_A_ROUND = {      # what only shows after a partial acceptance, and where: in the text or in the drafts
+    "wrong row carried": ("drafts", speculative, "state_TD[len(emitted) - 1]", "state_TD[-1]"),
+    "rejected rows committed": ("text", speculative, "cache.advance(len(emitted))", "cache.advance(1 + len(drafted))"),
+    "too little committed": ("drafts", speculative, "cache.advance(len(emitted))", "cache.advance(max(1, len(emitted) - 1))"),
+    "one key too many in sight": ("drafts", network.step, "pos_T, pos_T, cache, tap)", "pos_T, pos_T + 1, cache, tap)"),
 }
 
 
 @pytest.mark.parametrize("what", OF_A_ROUND)
 def test_planted_in_the_round(pairs, what):
-    module, old, new = OF_A_ROUND[what]
+    where, *change = OF_A_ROUND[what]
     model, drafter = pairs["26B-A4B"][0]
-    clean = [refimpl.propose(model, drafter, committed, len(drafted)) == drafted
-             for committed, drafted in drafts_of_all_rounds(model, drafter, prompt(11), 40) if drafted]
-    assert all(clean)
-    with planted(module, old, new):
-        try:
-            rounds = drafts_of_all_rounds(model, drafter, prompt(11), 40)
-        except (AssertionError, ValueError, IndexError):
-            return
-    assert any(refimpl.propose(model, drafter, committed, len(drafted)) != drafted for committed, drafted in rounds if drafted), what
+    with planted(Bug(*change, MOE, "")):
+        same_text, rounds = rounds_of(model, drafter, prompt(11), 40)
+    assert same_text == (where != "text")
+    assert where == "text" or not as_from_a_clean_start(model, drafter, rounds)
+    assert rounds_of(model, drafter, prompt(11), 40)[0], "the change was not undone"
 
 
 OF_A_STEP = {
-    "projection before the norm": (network, "backend.matmul(z_TD, weights.post_", "backend.matmul(x_TD, weights.post_"),
-    "state before the target's norm": (gemma4, "    x_TD = backend.rms_norm(x_TD, weights.norm_D, config.norm_eps)\n", ""),
-    "position advances with the draft": (drafter_module, "z_D, state_C = network.step(", "angles = network.angles_at(self.weights, "
+    "projection before the norm": (network.step, "backend.matmul(z_TD, weights.post_", "backend.matmul(x_TD, weights.post_"),
+    "state before the target's norm": (gemma4.forward, "    x_TD = backend.rms_norm(x_TD, weights.norm_D, config.norm_eps)\n", ""),
+    "position advances with the draft": (Drafter.draft, "z_D, state_C = network.step(", "angles = network.angles_at(self.weights, "
                                          "cache.length + len(proposed)); z_D, state_C = network.step("),
-    "state before the embedding": (network, "[embedding_C, state_C]", "[state_C, embedding_C]"),
-    "embedding not scaled": (network, "np.concatenate([embedding_C, state_C])", "np.concatenate([embedding_C / 8, state_C])"),
-    "keys of the first layer of the kind": (drafter_config, "target.last_own(kind)",
+    "state before the embedding": (network.step, "[embedding_C, state_C]", "[state_C, embedding_C]"),
+    "embedding not scaled": (network.step, "np.concatenate([embedding_C, state_C])", "np.concatenate([embedding_C / 8, state_C])"),
+    "keys of the first layer of the kind": (drafter_config.drafter_config_from_gguf, "target.last_own(kind)",
                                             "min(layer.index for layer in target.layers if layer.kind is kind)"),
-    "no final norm": (network, "z_TD = backend.rms_norm(x_TD, weights.norm_D, config.trunk.norm_eps)", "z_TD = x_TD"),
-    "worst group": (network, "np.argsort(-score_Z, kind=\"stable\")", "np.argsort(score_Z, kind=\"stable\")"),
+    "no final norm": (network.step, "z_TD = backend.rms_norm(x_TD, weights.norm_D, config.trunk.norm_eps)", "z_TD = x_TD"),
+    "worst group": (network.candidates, "np.argsort(-score_Z, kind=\"stable\")", "np.argsort(score_Z, kind=\"stable\")"),
 }
 
 
 @pytest.mark.parametrize("what", OF_A_STEP)
 def test_planted_in_the_step(tmp_path, what):
     """What transformers proposes (test_drafter.py compares it) is what a clean version proposes; a planted one must propose other ids."""
-    module, old, new = OF_A_STEP[what]
     shape = "E2B" if what == "worst group" else "12B"
     paths = write_model(tmp_path / "m.gguf", random_model(shape)), write_drafter(
         tmp_path / "d.gguf", random_drafter(shape, n_centroid=20 if shape == "E2B" else 0))
@@ -315,7 +308,7 @@ def test_planted_in_the_step(tmp_path, what):
         drafter = refimpl.load_drafter(paths[1], model)
         return [refimpl.propose(model, drafter, prompt(n), 6) for n in (3, 9, 30, 45)]
     want = proposals()
-    with planted(module, old, new):
+    with planted(Bug(*OF_A_STEP[what], MOE, "")):
         assert proposals() != want, what
     assert proposals() == want
 
