@@ -20,6 +20,7 @@ from refimpl.formats.quants import w4a16
 from refimpl.formats.quants.codecs import dequantize
 from refimpl.loading.memory import needed
 from refimpl.loading.open import open_directory
+from refimpl.model.weights import weights_from_gguf
 
 TOLERANCE = 1e-4
 
@@ -195,10 +196,10 @@ def test_asking_for_the_size_makes_no_weights(tmp_path, monkeypatch):
     """`inspect`, and the question whether it fits, must not unpack 10 GB."""
     folder = save_w4a16(tmp_path / "m", random_model("26B-A4B"))
     model = reference(folder, weights="quantized")
-    want = needed(model.file, model.config, 10, 4, np.dtype(np.float16), stored_bytes)
+    want = needed(weights_from_gguf(model.file, model.config), model.config, 10, 4, np.dtype(np.float16), stored_bytes)
     monkeypatch.setattr(w4a16, "to_q4_0", None)
     file = open_directory(folder)
-    assert needed(file, model.config, 10, 4, np.dtype(np.float16), stored_bytes) == want
+    assert needed(weights_from_gguf(file, model.config), model.config, 10, 4, np.dtype(np.float16), stored_bytes) == want
     described = describe(folder)
     assert described["types"]["Q4_0"]["tensors"] > 40 and json.dumps(described)
     assert "Q4_0" in as_text(described)

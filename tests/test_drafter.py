@@ -194,7 +194,7 @@ def test_odd_metadata_is_refused(tmp_path, pairs, monkeypatch, key, value, expec
 @pytest.mark.parametrize(("change", "expected"), [
     (lambda tensors: tensors[1:], "rope_freqs.weight is missing"),
     (lambda tensors: [(n, t, d[:, 1:] if n == "nextn.post_projection.weight" else d) for n, t, d in tensors], "projection.weight has"),
-    (lambda tensors: [*tensors, ("blk.0.attn_x.weight", "F32", np.ones(4, np.float32))], "1 tensors that a Gemma 4 drafter does not have"),
+    (lambda tensors: [*tensors, ("blk.0.attn_x.weight", "F32", np.ones(4, np.float32))], "1 unexpected tensors .first: blk.0.attn_x"),
     (lambda tensors: [(n, t, np.zeros_like(d) if n == network.ORDERING else d) for n, t, d in tensors], "does not name every token once"),
     (lambda tensors: [(n, t, d[:7] if n == network.CENTROIDS else d) for n, t, d in tensors], "do not divide the vocabulary"),
     (lambda tensors: [(n, t, d[:2] if n == network.CENTROIDS else d) for n, t, d in tensors], "2 centroids for 300 tokens, 3 of them"),

@@ -16,13 +16,14 @@ import refimpl
 from refimpl.formats.matrix import stored_bytes
 from refimpl.host import available
 from refimpl.loading.memory import COMPILER_BYTES, MemoryRefusal, Need, buffer_bytes, needed, refuse_unless_it_fits
+from refimpl.model.weights import weights_from_gguf
 
 GB = 10**9
 
 
 def as_stored(file, config, n_ctx: int, kv_type) -> Need:
     """With weights as they lie in the file, 8 rows in a call."""
-    return needed(file, config, n_ctx, 8, kv_type, stored_bytes)
+    return needed(weights_from_gguf(file, config), config, n_ctx, 8, kv_type, stored_bytes)
 
 
 def without(file, *names: str) -> int:
@@ -50,7 +51,7 @@ def test_an_embedding_beside_a_head_is_only_looked_up_in(tmp_path, moe):
 def test_a_backends_own_layout_counts(moe):
     file, config = moe
     taken = []
-    need = needed(file, config, 64, 8, np.float32, held=lambda matrix: taken.append(matrix) or 0)
+    need = needed(weights_from_gguf(file, config), config, 64, 8, np.float32, held=lambda matrix: taken.append(matrix) or 0)
     assert len({id(matrix) for matrix in taken}) == len(taken) == 1 + 6 * 11 - 1        # the full layer has no values of its own
     assert need.weights == 4 * (64 + 5 * (64 * 8 + 32 + 16) + (64 * 8 + 64 + 16))       # vectors, float32
 

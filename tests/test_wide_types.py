@@ -19,6 +19,7 @@ from refimpl.kernels.machine.tiles import held_bytes, tiled
 from refimpl.kernels.machine.unpack import SHAPES
 from refimpl.kernels.matmul import matmul, matmul_q8
 from refimpl.loading.memory import MemoryRefusal, needed
+from refimpl.model.weights import weights_from_gguf
 from refimpl.reference.matmul import matmul as matmul_by_hand
 from refimpl.reference.matmul import matmul_q8 as matmul_q8_by_hand
 
@@ -151,8 +152,13 @@ def test_kernels_and_reference_agree_as_on_float32_files(files):
 
 # ---- memory
 
+def need_of(path, *context):
+    file, config = opened(path)
+    return needed(weights_from_gguf(file, config), config, *context, held_bytes)
+
+
 def test_four_bytes_a_weight_are_counted(files):
-    mixed, plain = (needed(*opened(path), 64, 8, np.float32, held_bytes) for path in files)
+    mixed, plain = (need_of(path, 64, 8, np.float32) for path in files)
     assert mixed.weights == plain.weights and not plain.widened
     model = refimpl.load(files[0], arithmetic="exact")
     assert model.widened == mixed.widened
@@ -178,7 +184,7 @@ def test_an_embedding_that_is_only_looked_up_in_stays_as_it_is(tmp_path):
 def test_what_does_not_fit_is_refused_with_the_remedy(files, monkeypatch):
     from refimpl.loading import model
 
-    need = needed(*opened(files[0]), 1, 512, np.float16, held_bytes)
+    need = need_of(files[0], 1, 512, np.float16)
     monkeypatch.setattr(model, "available", lambda: need.without_context - 1)
     with pytest.raises(MemoryRefusal) as refusal:
         refimpl.load(files[0])

@@ -10,11 +10,10 @@ import numpy as np
 
 from refimpl.decode.draft_length import AutoDepth
 from refimpl.formats.gguf import GGUFError
-from refimpl.formats.matrix import Matrix
 from refimpl.formats.source import TensorSource
 from refimpl.host import available
 from refimpl.loading.hub import local
-from refimpl.loading.memory import MemoryRefusal
+from refimpl.loading.memory import MemoryRefusal, weight_bytes
 from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.open import open_drafter
 from refimpl.model import drafter as network
@@ -22,7 +21,7 @@ from refimpl.model.cache import Cache
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
 from refimpl.model.gemma4 import Tap, embed, no_tap
-from refimpl.model.weights import vocabulary_size
+from refimpl.model.weights import prepare_matrices, vocabulary_size
 from refimpl.progress import Progress, silent
 
 BUILT_IN_DRAFTER = BUILT_IN.with_name("drafter.gguf")
@@ -86,13 +85,14 @@ def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | i
     file = open_drafter(BUILT_IN_DRAFTER if path is None else local(path, drafter=True))
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
-    n_bytes = sum(target.backend.held(Matrix(file.raw(name), info.type)) for name, info in file.tensors.items())
+    head = ("centroid" if network.CENTROIDS in file.tensors else "dense") if head is None else head
+    weights = drafter_weights_from_gguf(file, config, head)
+    n_bytes, _ = weight_bytes(weights, target.backend.held)
     if target.backend.name == "kernels" and n_bytes > available():
         raise MemoryRefusal(f"{file.path}: the drafter needs {n_bytes / 1e9:.2f} GB beside its target, this machine has "
                             f"{available() / 1e9:.2f} GB free; without a drafter the text is the same")
-    head = ("centroid" if network.CENTROIDS in file.tensors else "dense") if head is None else head
     with target.backend.running(), progress("MB of the drafter", file.n_bytes, 10**6) as advance:
-        weights = drafter_weights_from_gguf(file, config, head, with_progress(target.backend.prepare, file, advance))
+        weights = prepare_matrices(weights, with_progress(target.backend.prepare, file, advance))
     return Drafter(file, config, weights, target)
 
 

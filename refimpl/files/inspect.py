@@ -15,7 +15,7 @@ from refimpl.model.cache import cache_bytes
 from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, architecture_of, config_from_gguf
 from refimpl.model.drafter import CENTROIDS
 from refimpl.model.drafter_config import DRAFTER_KEYS
-from refimpl.model.weights import vocabulary_size
+from refimpl.model.weights import vocabulary_size, weights_from_gguf
 
 LONG = 16           # array entries shown
 
@@ -62,7 +62,7 @@ def _memory(file: TensorSource, config: Config, n_ctx: int) -> dict[str, object]
 
     half = np.dtype(np.float16)
     try:
-        need = needed(file, config, n_ctx, CHUNK, half, held_bytes)
+        need = needed(weights_from_gguf(file, config), config, n_ctx, CHUNK, half, held_bytes)
         weight_bytes, widened = need.weights, need.widened
     except GGUFError:
         weight_bytes, widened = file.n_bytes, {}

@@ -53,10 +53,6 @@ class Checkpoint:
             return w4a16.to_float32(self._view(packed), self._scales(scale)).view(np.uint8)
         return w4a16.to_q4_0(self._view(packed), self._scales(scale))
 
-    def lies_there(self, name: str) -> bool:
-        """Is `raw` a view of the file, which takes no memory?"""
-        return name not in self._packed
-
     def release_all(self) -> None:
         """Tells the system that the files' pages are not wanted in memory for now. Best effort."""
         for shard in self._shards:

@@ -1,5 +1,7 @@
-"""A weight matrix as it lies in the file: rows of blocks, dequantized when somebody asks."""
+"""A weight matrix as it lies in a file: rows of blocks, dequantized on request."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,11 @@ class Matrix:
         """Sizes in weights, not bytes."""
         block = BLOCKS[self.type]
         return (*self.raw.shape[:-1], self.raw.shape[-1] // block.n_bytes * block.elements)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in this form."""
+        return self.raw.nbytes
 
     def expert(self, e: int) -> "Matrix":
         """The matrix of expert `e`."""
@@ -54,6 +61,28 @@ class Matrix:
         return Matrix(np.ascontiguousarray(self.float32()).view(np.uint8), "F32")
 
 
-def stored_bytes(matrix: Matrix) -> int:
-    """Bytes of a matrix as it lies in the file: `held` of a backend that leaves it there."""
-    return matrix.raw.nbytes
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix that has not been read: its type and shape, (O, D) or (E, O, D), so that memory is counted before any is taken.
+
+    `read()` returns it as a Matrix: a view of the mapped file, or a new array where the file holds it in another form.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    read: Callable[[], Matrix]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that `read()` will have."""
+        return math.prod(self.shape[:-1]) * BLOCKS[self.type].row_bytes(self.shape[-1])
+
+    def rows(self, first: int, end: int, name: str) -> "StoredMatrix":
+        """Output rows first..end-1 (of every expert, where there are experts), as a matrix of this name."""
+        return StoredMatrix(name, self.type, (*self.shape[:-2], end - first, self.shape[-1]), lambda: self.read().rows(first, end))
+
+
+def stored_bytes(matrix: Matrix | StoredMatrix) -> int:
+    """Bytes of a matrix as it lies in the file: `Backend.held` of the reference."""
+    return matrix.n_bytes

@@ -6,17 +6,15 @@ untied model, the per-layer inputs), and of matrices that are being rearranged.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 
 import numpy as np
 
-from refimpl.formats.matrix import Matrix
-from refimpl.formats.source import TensorSource
-from refimpl.loading.open import RenamedCheckpoint
+from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.model.cache import cache_bytes
 from refimpl.model.config import Config, MoeFfn
-from refimpl.model.weights import PerLayerEmbedding, Weights, weights_from_gguf
+from refimpl.model.weights import PerLayerEmbedding, Weights
 
 COMPILER_BYTES = 200 << 20          # what Numba and LLVM take when they compile the kernels
 
@@ -49,34 +47,29 @@ class Need:
         return self.weights + self.cache + self.buffers
 
 
-class _Outline:
-    """A directory whose tensors have their sizes, and their contents only where those take no memory."""
+def needed(weights: Weights, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
+           held: Callable[[Matrix | StoredMatrix], int]) -> Need:
+    """What a model takes with a context of `n_ctx` tokens, `max_rows` of them in a call; its `weights` need not have been read.
 
-    def __init__(self, file: RenamedCheckpoint):
-        self.path, self.tensors, self.raw = file.path, file.tensors, file.outline
-
-
-def needed(file: TensorSource, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
-           held: Callable[[Matrix], int]) -> Need:
-    """What the model in `file` will take with a context of `n_ctx` tokens, `max_rows` of them in a call.
-
-    Keys and values are of `kv_type`; `held` gives the bytes that a matrix takes in the backend's own layout (`Backend.held`). A cache that
-    grows has less than `cache` until its context is full, and for a moment one layer twice when it does grow. Raises GGUFError for a file
-    that is no model.
+    Keys and values are of `kv_type`; `held` gives the bytes of a matrix in the backend's own layout (`Backend.held`). A cache that grows
+    has less than `cache` until its context is full, and, while it grows, one layer twice.
     """
-    matrix_bytes, widened = 0, defaultdict(list)
+    n_bytes, dequantized = weight_bytes(weights, held, tables_of(weights))
+    return Need(n_bytes, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx, dequantized)
 
-    def measure(name: str, matrix: Matrix) -> Matrix:
-        nonlocal matrix_bytes
-        n_bytes = held(matrix)
-        matrix_bytes += n_bytes
-        if n_bytes > matrix.raw.nbytes:
-            widened[matrix.type].append(name)
-        return matrix
-    weights = weights_from_gguf(_Outline(file) if isinstance(file, RenamedCheckpoint) else file, config, measure)
-    vector_bytes = sum(part.nbytes for part in parts_of(weights) if isinstance(part, np.ndarray))
-    return Need(matrix_bytes + vector_bytes, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx,
-                dict(widened))
+
+def weight_bytes(weights: object, held: Callable[[Matrix | StoredMatrix], int],
+                 tables: Collection[Matrix | StoredMatrix] = ()) -> tuple[int, dict[str, list[str]]]:
+    """(bytes of all vectors and matrices but `tables`, type -> names of the matrices that are larger than in the file)."""
+    total, larger = 0, defaultdict(list)
+    for part in parts_of(weights):
+        if isinstance(part, np.ndarray):
+            total += part.nbytes
+        elif not any(part is table for table in tables):
+            total += (n_bytes := held(part))
+            if n_bytes > part.n_bytes:
+                larger[part.type].append(part.name)
+    return total, dict(larger)
 
 
 def about_widened(widened: Mapping[str, list[str]], path) -> str:
@@ -86,10 +79,10 @@ def about_widened(widened: Mapping[str, list[str]], path) -> str:
             f"`refimpl convert {path} --type Q4_K` writes a file without them, smaller in memory and faster")
 
 
-def parts_of(weights: Weights) -> Iterator[Matrix | np.ndarray]:
-    """Every matrix and vector of a model, each once even where it has two roles (a tied head, values that are keys)."""
+def parts_of(weights: object) -> Iterator[Matrix | StoredMatrix | np.ndarray]:
+    """Every matrix and vector of a model or drafter, each once even where it has two roles (a tied head, values that are keys)."""
     def walk(value):
-        if isinstance(value, (Matrix, np.ndarray)):
+        if isinstance(value, Matrix | StoredMatrix | np.ndarray):
             yield value
         elif isinstance(value, tuple):
             for part in value:

@@ -19,7 +19,7 @@ from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import Config, config_from_gguf
-from refimpl.model.weights import Weights, vocabulary_size, weights_from_gguf
+from refimpl.model.weights import Weights, prepare_weights, vocabulary_size, weights_from_gguf
 from refimpl.progress import Advance, Progress, silent
 from refimpl.text.tokenizer import Tokenizer
 
@@ -118,33 +118,34 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
         raise ValueError("weights='float32' is for the reference in exact arithmetic")
     file = open_model(BUILT_IN if path is None else local(path))
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
+    stored = weights_from_gguf(file, config)
     if backend == "kernels":
         for layer in config.layers:
             if layer.head_dim % 16:
                 raise ValueError(f"{file.path}: heads of {layer.head_dim} in layer {layer.index}; the kernels take multiples of 16, "
                                  "backend='reference' (--backend reference) takes any")
         functions = kernel_backend(arithmetic, prepare(threads))
-        need = needed(file, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type, functions.held)
+        need = needed(stored, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type, functions.held)
         refuse_unless_it_fits(need, available(), file.path)
         widened = need.widened
     else:
         hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
         functions, widened = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix), {}
     with functions.running(), progress("MB loaded", file.n_bytes, 10**6) as advance:
-        matrices = weights_from_gguf(file, config, with_progress(functions.prepare, file, advance))
+        matrices = prepare_weights(stored, with_progress(functions.prepare, file, advance))
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
     return Model(file, config, matrices, tokenizer, functions, widened)
 
 
-def with_progress(prepare: Callable[[Matrix], object], file: TensorSource, advance: Advance) -> Callable[[str, Matrix], object]:
+def with_progress(prepare: Callable[[Matrix], object], file: TensorSource, advance: Advance) -> Callable[[Matrix], object]:
     """`prepare` for one matrix after the other: reports the bytes read, and releases the pages of the mapped file every GiB."""
     advance = releasing(file, advance)
 
-    def prepare_and_report(name: str, matrix: Matrix) -> object:
+    def prepare_and_report(matrix: Matrix) -> object:
         prepared = prepare(matrix)
-        advance(matrix.raw.nbytes)
+        advance(matrix.n_bytes)
         return prepared
     return prepare_and_report
 

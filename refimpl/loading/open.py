@@ -27,10 +27,9 @@ EXPERT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(gate|up|down)_proj\.weight
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor as it will look, whether it lies in a file, and how to get its bytes."""
+    """A tensor under its GGUF name, and what returns its bytes."""
 
     info: TensorInfo
-    lies_there: bool
     raw: Callable[[], np.ndarray]
 
 
@@ -50,20 +49,15 @@ class RenamedCheckpoint:
         self.facts = {"safetensors_files": checkpoint.n_files, "file_bytes": checkpoint.n_bytes, "ignored": self.ignored}
 
     def raw(self, name: str) -> np.ndarray:
-        """As GGUFFile has it, but for tensors that lie in no file in this form (packed to 4 bits, one expert each): made at each call."""
+        """The bytes of a tensor: a view of the file; a new array for packed matrices and for experts that are stored one by one."""
         return self._sources[name].raw()
 
-    def outline(self, name: str) -> np.ndarray:
-        """As `raw`, where a tensor that must be made is zeros that take no memory: to ask for its size."""
-        source = self._sources[name]
-        return source.raw() if source.lies_there else np.broadcast_to(np.uint8(0), (*source.info.shape[:-1], source.info.row_bytes))
-
     def files(self) -> list[Path]:
-        """As GGUFFile has it."""
+        """The safetensors files."""
         return self.checkpoint.files()
 
     def release_all(self) -> None:
-        """As GGUFFile has it."""
+        """Releases the pages of the safetensors files."""
         self.checkpoint.release_all()
 
 
@@ -82,7 +76,7 @@ def open_directory(path: str | os.PathLike) -> RenamedCheckpoint:
     if not drafter or (checkpoint.path / "tokenizer.json").exists():        # a drafter can do with its target's
         metadata |= vocabulary_metadata(checkpoint.path, config)
     divisors = rope.astype("<f4").view(np.uint8)
-    sources = {ROPE: _Source(TensorInfo(ROPE, "F32", rope.shape, divisors.nbytes, 0, 0), True, lambda: divisors)}
+    sources = {ROPE: _Source(TensorInfo(ROPE, "F32", rope.shape, divisors.nbytes, 0, 0), lambda: divisors)}
     experts: dict[str, dict[int, str]] = {}
     for theirs in checkpoint.tensors:
         name = next((theirs.removeprefix(prefix) for prefix in LANGUAGE if theirs.startswith(prefix)), theirs)
@@ -129,7 +123,7 @@ def _ours(name: str, theirs: str, checkpoint: Checkpoint, drafter: bool) -> str:
 
 
 def _as_it_is(checkpoint: Checkpoint, theirs: str, ours: str) -> _Source:
-    return _Source(replace(checkpoint.tensors[theirs], name=ours), checkpoint.lies_there(theirs), lambda: checkpoint.raw(theirs))
+    return _Source(replace(checkpoint.tensors[theirs], name=ours), lambda: checkpoint.raw(theirs))
 
 
 def _stacked(checkpoint: Checkpoint, ours: str, members: dict[int, str]) -> _Source:
@@ -147,4 +141,4 @@ def _stacked(checkpoint: Checkpoint, ours: str, members: dict[int, str]) -> _Sou
         same = checkpoint.tensors[name].type == block
         return checkpoint.raw(name) if same else dequantize(checkpoint.raw(name), "Q4_0").view(np.uint8)
 
-    return _Source(info, False, lambda: np.stack([one(name) for name in names]))
+    return _Source(info, lambda: np.stack([one(name) for name in names]))

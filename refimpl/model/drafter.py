@@ -16,13 +16,14 @@ sees exactly the positions that were committed, 0 to N - 2.
 C in array names is the target's width, Z the number of centroids.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.formats.gguf import GGUFError, GGUFFile
-from refimpl.formats.matrix import Matrix
+from refimpl.formats.gguf import GGUFError
+from refimpl.formats.matrix import Matrix, StoredMatrix
+from refimpl.formats.source import TensorSource
 from refimpl.model.backend import Backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import Kind
@@ -68,12 +69,9 @@ class DrafterWeights:
     ignored: dict[str, str]
 
 
-def drafter_weights_from_gguf(file: GGUFFile, config: DrafterConfig, head: str | int,
-                              prepare: Callable[[str, Matrix], Matrix]) -> DrafterWeights:
-    """Collects the weights of a drafter; `head` is one of HEADS, or how many tokens a dense one has. `prepare` and errors as in
-    `weights_from_gguf`.
-    """
-    take, trunk, ignored = Taker(file, prepare), config.trunk, {}
+def drafter_weights_from_gguf(file: TensorSource, config: DrafterConfig, head: str | int) -> DrafterWeights:
+    """Collects the weights of a drafter, as `weights_from_gguf` does; `head` is one of HEADS, or how many tokens a dense one has."""
+    take, trunk, ignored = Taker(file), config.trunk, {}
     weights = DrafterWeights(
         pre_projection_DC=take.matrix("nextn.pre_projection.weight", trunk.n_embd, 2 * config.n_target),
         post_projection_CD=take.matrix("nextn.post_projection.weight", config.n_target, trunk.n_embd),
@@ -89,8 +87,8 @@ def drafter_weights_from_gguf(file: GGUFFile, config: DrafterConfig, head: str |
 
 
 def _dense_head(take: Taker, config: DrafterConfig, n_token: int) -> DenseHead:
-    table = take.raw("token_embd.weight", (config.trunk.n_vocab, config.trunk.n_embd))
-    return DenseHead(take.prepare("token_embd.weight", table.rows(0, n_token)))
+    table = take.matrix("token_embd.weight", config.trunk.n_vocab, config.trunk.n_embd)
+    return DenseHead(table.rows(0, n_token, table.name))
 
 
 def _centroid_head(take: Taker, config: DrafterConfig) -> CentroidHead:
@@ -105,10 +103,10 @@ def _centroid_head(take: Taker, config: DrafterConfig) -> CentroidHead:
     token_V = take.integers(ORDERING, trunk.n_vocab)
     if not np.array_equal(np.sort(token_V), np.arange(trunk.n_vocab)):
         raise GGUFError(file.path, file.tensors[ORDERING].offset, f"{ORDERING} does not name every token once")
-    table = take.raw("token_embd.weight", (trunk.n_vocab, trunk.n_embd))
-    grouped = Matrix(table.raw[token_V].reshape(n_centroid, -1, table.raw.shape[-1]), table.type)
-    return CentroidHead(take.matrix(CENTROIDS, n_centroid, trunk.n_embd), token_V.reshape(n_centroid, -1),
-                        take.prepare("token_embd.weight", grouped), config.n_top)
+    table = take.matrix("token_embd.weight", trunk.n_vocab, trunk.n_embd)
+    token_ZV = token_V.reshape(n_centroid, -1)
+    grouped = StoredMatrix(table.name, table.type, (*token_ZV.shape, trunk.n_embd), lambda: Matrix(table.read().raw[token_ZV], table.type))
+    return CentroidHead(take.matrix(CENTROIDS, n_centroid, trunk.n_embd), token_ZV, grouped, config.n_top)
 
 
 Angles = dict[Kind, tuple[np.ndarray, np.ndarray]]

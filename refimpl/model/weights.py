@@ -4,13 +4,14 @@ Every tensor is either used, exactly once, or left out for a stated reason; anyt
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 
-from refimpl.formats.gguf import GGUFError, GGUFFile
-from refimpl.formats.matrix import Matrix
+from refimpl.formats.gguf import GGUFError
+from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.quants.codecs import DEQUANTIZABLE
+from refimpl.formats.source import TensorSource
 from refimpl.model.config import Config, Kind, LayerSpec, MoeFfn
 from refimpl.reference.ops import rope_frequencies
 
@@ -121,16 +122,15 @@ class Weights:
 class Taker:
     """Hands out tensors by name, checks their shapes, remembers which were used."""
 
-    def __init__(self, file: GGUFFile, prepare: Callable[[str, Matrix], Matrix]):
-        self.file, self.prepare = file, prepare
-        self.unused = dict(file.tensors)
+    def __init__(self, file: TensorSource):
+        self.file, self.unused = file, dict(file.tensors)
 
     def has(self, name: str) -> bool:
         """Is there such a tensor?"""
         return name in self.file.tensors
 
-    def raw(self, name: str, shape: tuple[int, ...], types: Collection[str] = DEQUANTIZABLE) -> Matrix:
-        """A tensor as it lies in the file. Raises GGUFError where it is missing or not what it should be."""
+    def matrix(self, name: str, *shape: int, types: Collection[str] = DEQUANTIZABLE) -> StoredMatrix:
+        """A matrix, not read yet. Raises GGUFError if it is missing, or has another shape or type."""
         info = self.file.tensors.get(name)
         if info is None:
             raise GGUFError(self.file.path, None, f"tensor {name} is missing")
@@ -142,24 +142,16 @@ class Taker:
         if name not in self.unused:
             raise AssertionError(f"tensor {name} was taken twice")
         del self.unused[name]
-        return Matrix(self.file.raw(name), info.type)
+        return StoredMatrix(name, info.type, shape, lambda: Matrix(self.file.raw(name), info.type))
 
     def integers(self, name: str, size: int) -> np.ndarray:
         """A vector of I32 or I64 as int64."""
-        found = self.raw(name, (size,), ("I32", "I64"))
+        found = self.matrix(name, size, types=("I32", "I64")).read()
         return found.raw.view({"I32": "<i4", "I64": "<i8"}[found.type]).astype(np.int64).ravel()
-
-    def matrix(self, name: str, *shape: int):
-        """A matrix in the form that the backend multiplies with."""
-        return self.prepare(name, self.raw(name, shape))
-
-    def table(self, name: str, *shape: int) -> Matrix:
-        """A matrix of which rows are looked up."""
-        return self.raw(name, shape)
 
     def vector(self, name: str, size: int) -> np.ndarray:
         """A vector in float32."""
-        return self.raw(name, (size,)).float32()
+        return self.matrix(name, size).read().float32()
 
     def ignore(self, name: str, reason: str, ignored: dict[str, str]):
         """Leaves a tensor out, if it is there at all."""
@@ -170,10 +162,10 @@ class Taker:
         """Raises GGUFError if a tensor is left over."""
         if self.unused:
             name, info = next(iter(self.unused.items()))
-            raise GGUFError(self.file.path, info.offset, f"{len(self.unused)} tensors that {what} does not have, first: {name}")
+            raise GGUFError(self.file.path, info.offset, f"{len(self.unused)} unexpected tensors (first: {name}); not {what}?")
 
 
-def vocabulary_size(file: GGUFFile) -> int:
+def vocabulary_size(file: TensorSource) -> int:
     """Rows of the embedding."""
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
@@ -181,17 +173,15 @@ def vocabulary_size(file: GGUFFile) -> int:
     return info.shape[0]
 
 
-def weights_from_gguf(file: GGUFFile, config: Config, prepare: Callable[[str, Matrix], Matrix]) -> Weights:
-    """Collects the weights of a Gemma 4 model.
+def weights_from_gguf(file: TensorSource, config: Config) -> Weights:
+    """Collects the weights of a Gemma 4 model: vectors as arrays, matrices as StoredMatrix, which `prepare_weights` reads.
 
-    `prepare(name, matrix)` gives matrices that are multiplied with the form that a backend takes; tables, of which rows are looked up,
-    stay as they are. Raises GGUFError for a tensor that is missing, has another shape, a type that cannot be read, or that nobody uses.
+    Raises GGUFError for a tensor that is missing, unexpected, or has another shape or a type that cannot be read.
     """
-    take = Taker(file, prepare)
+    take = Taker(file)
     ignored: dict[str, str] = {}
-    embedding = take.table("token_embd.weight", config.n_vocab, config.n_embd)
-    tied = not take.has("output.weight")
-    head = take.prepare("token_embd.weight", embedding) if tied else take.matrix("output.weight", config.n_vocab, config.n_embd)
+    embedding = take.matrix("token_embd.weight", config.n_vocab, config.n_embd)
+    head = take.matrix("output.weight", config.n_vocab, config.n_embd) if take.has("output.weight") else embedding
     weights = Weights(
         embedding_VD=embedding,
         per_layer=_per_layer_embedding(take, config),
@@ -202,6 +192,34 @@ def weights_from_gguf(file: GGUFFile, config: Config, prepare: Callable[[str, Ma
         ignored=ignored)
     take.finish("a Gemma 4 text model")
     return weights
+
+
+def prepare_weights(weights: Weights, prepare: Callable[[Matrix], object]) -> Weights:
+    """Reads every matrix: those of products in the form `prepare` gives them, tables of which rows are looked up as stored."""
+    embedding = weights.embedding_VD.read()
+    tied = weights.head_VD is weights.embedding_VD
+    per_layer = weights.per_layer
+    if isinstance(per_layer, PerLayerEmbedding):
+        per_layer = replace(per_layer, table_VLP=per_layer.table_VLP.read())
+    head = replace(weights.head_VD, read=lambda: embedding) if tied else weights.head_VD
+    return prepare_matrices(replace(weights, embedding_VD=embedding, per_layer=per_layer, head_VD=head), prepare)
+
+
+def prepare_matrices(weights, prepare: Callable[[Matrix], object]):
+    """`weights` (of a model, a drafter) with `prepare(matrix)` for every StoredMatrix; for one with two roles once."""
+    done: dict[int, object] = {}
+
+    def walk(value):
+        if isinstance(value, StoredMatrix):
+            if id(value) not in done:
+                done[id(value)] = prepare(value.read())
+            return done[id(value)]
+        if isinstance(value, tuple):
+            return tuple(map(walk, value))
+        if is_dataclass(value) and not isinstance(value, Matrix):
+            return replace(value, **{part.name: walk(getattr(value, part.name)) for part in fields(value)})
+        return value
+    return walk(weights)
 
 
 def rope_frequencies_of(take: Taker, config: Config) -> dict[Kind, np.ndarray]:
@@ -224,7 +242,7 @@ def _per_layer_embedding(take: Taker, config: Config) -> PerLayerEmbedding | NoP
         return NoPerLayer()
     width = config.n_layer * config.n_ple
     return PerLayerEmbedding(
-        table_VLP=take.table("per_layer_token_embd.weight", config.n_vocab, width),
+        table_VLP=take.matrix("per_layer_token_embd.weight", config.n_vocab, width),
         projection_LPD=take.matrix("per_layer_model_proj.weight", width, config.n_embd),
         norm_P=take.vector("per_layer_proj_norm.weight", config.n_ple))
 
@@ -251,8 +269,8 @@ def _attention(take: Taker, spec: LayerSpec, d: int, ignored: dict[str, str]) ->
     blk = f"blk.{spec.index}."
     n_query, n_key = spec.n_head * spec.head_dim, spec.n_kv * spec.head_dim
     if take.has(blk + "attn_qkv.weight"):
-        fused = take.raw(blk + "attn_qkv.weight", (n_query + 2 * n_key, d))
-        query, key, value = (take.prepare(blk + name, fused.rows(first, first + n)) for name, first, n in (
+        fused = take.matrix(blk + "attn_qkv.weight", n_query + 2 * n_key, d)
+        query, key, value = (fused.rows(first, first + n, blk + name) for name, first, n in (
             ("attn_q.weight", 0, n_query), ("attn_k.weight", n_query, n_key), ("attn_v.weight", n_query + n_key, n_key)))
     else:
         query = take.matrix(blk + "attn_q.weight", n_query, d)
@@ -283,9 +301,9 @@ def _dense(take: Taker, spec: LayerSpec, d: int) -> DenseWeights:
 def _moe(take: Taker, spec: LayerSpec, d: int) -> MoeWeights:
     blk, e, m = f"blk.{spec.index}.", spec.ffn.n_expert, spec.ffn.n_ff_expert
     if take.has(blk + "ffn_gate_up_exps.weight"):       # gate rows first, then up rows, within each expert
-        fused = take.raw(blk + "ffn_gate_up_exps.weight", (e, 2 * m, d))
-        gate = take.prepare(blk + "ffn_gate_exps.weight", fused.rows(0, m))
-        up = take.prepare(blk + "ffn_up_exps.weight", fused.rows(m, 2 * m))
+        fused = take.matrix(blk + "ffn_gate_up_exps.weight", e, 2 * m, d)
+        gate = fused.rows(0, m, blk + "ffn_gate_exps.weight")
+        up = fused.rows(m, 2 * m, blk + "ffn_up_exps.weight")
     else:
         gate, up = take.matrix(blk + "ffn_gate_exps.weight", e, m, d), take.matrix(blk + "ffn_up_exps.weight", e, m, d)
     scale_name = blk + "ffn_down_exps.scale"

@@ -64,7 +64,7 @@ def held_type(type_name: str) -> str:
 
 def held_bytes(matrix: Matrix) -> int:
     """Bytes that a matrix takes in tiles (but for the zeros of its last one)."""
-    return matrix.raw.nbytes if matrix.type in SHAPES else 4 * math.prod(matrix.shape)
+    return matrix.n_bytes if matrix.type in SHAPES else 4 * math.prod(matrix.shape)
 
 
 def tiled(matrix: Matrix, n_threads: int) -> Tiles:

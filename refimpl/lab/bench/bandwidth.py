@@ -99,8 +99,8 @@ def weight_bytes(file: GGUFFile, config: Config, held: Callable[[Matrix], int] =
     Every matrix and vector once, also where it has two roles; of the experts the share that is picked; of the embedding one row, and
     all of it as the head of a tied model; of the table of per-layer inputs one row.
     """
-    weights = weights_from_gguf(file, config, lambda name, matrix: matrix)
-    total = weights.embedding_VD.raw[0].nbytes if weights.head_VD is weights.embedding_VD else 0
+    weights = weights_from_gguf(file, config)
+    total = weights.embedding_VD.rows(0, 1, "one row").n_bytes if weights.head_VD is weights.embedding_VD else 0
     share = {id(table): (1, table.shape[0]) for table in tables_of(weights)}
     for block in weights.layers:
         if isinstance(block.ffn, MoeWeights):
@@ -108,7 +108,7 @@ def weight_bytes(file: GGUFFile, config: Config, held: Callable[[Matrix], int] =
             share |= {id(experts): picked for experts in (block.ffn.gate_EMD, block.ffn.up_EMD, block.ffn.down_EDM)}
     for part in parts_of(weights):
         n, of = share.get(id(part), (1, 1))
-        total += (held(part) if isinstance(part, Matrix) else part.nbytes) * n // of
+        total += (part.nbytes if isinstance(part, np.ndarray) else held(part)) * n // of
     return total
 
 

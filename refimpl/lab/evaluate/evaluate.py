@@ -29,7 +29,7 @@ from refimpl.lab.evaluate.worker import TOP, Plan, Worker
 from refimpl.loading.memory import needed, refuse_unless_it_fits
 from refimpl.loading.model import CHUNK
 from refimpl.model.config import Config, config_from_gguf
-from refimpl.model.weights import vocabulary_size
+from refimpl.model.weights import vocabulary_size, weights_from_gguf
 from refimpl.progress import silent
 from refimpl.text.tokenizer import Tokenizer
 
@@ -159,7 +159,7 @@ def _check_memory(plan: Plan, file: GGUFFile, config: Config, jobs: int):
     if plan.side.engine == "kernels":
         from refimpl.kernels.machine.tiles import held_bytes
 
-        one = needed(file, config, plan.n_ctx, CHUNK, np.dtype(np.float16), held_bytes)
+        one = needed(weights_from_gguf(file, config), config, plan.n_ctx, CHUNK, np.dtype(np.float16), held_bytes)
         refuse_unless_it_fits(one, available() // jobs, f"{file.path}, {jobs} times")
 
 
