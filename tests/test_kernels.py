@@ -349,10 +349,12 @@ def test_arguments_are_checked_before_compiled_code_sees_them():
         moe.choose(rows(1, 4), 5, np.ones(4, np.float32))
 
 
-def test_array_accesses_stay_in_bounds():
+@pytest.mark.parametrize("cases", [
+    "(matmul_q8 and Q4_0 and one block) or odd or choose or rms_norm or gated or rotate or softcap or half",
+    pytest.param("block or odd or tokens and Q4_0 and not Q4_K or attend or 5x40x512 and Q6_K", marks=pytest.mark.exhaustive)])
+def test_array_accesses_stay_in_bounds(cases):
     """Part of the table again in a process where Numba checks every index. (Addresses are checked in plain Python, above.)"""
-    some = "block or odd or tokens and Q4_0 and not Q4_K or attend or choose or rms_norm or gated or rotate or softcap or 5x40x512 and Q6_K"
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", f"test_kernel_and_twin and ({some})"]
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-n", "0", "-p", "no:cacheprovider", "-k", f"test_kernel_and_twin and ({cases})"]
     checked = {**os.environ, "NUMBA_BOUNDSCHECK": "1"}
     done = subprocess.run(command, env=checked, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout[-3000:]
