@@ -170,7 +170,7 @@ def test_drafters_of_other_targets_are_refused(tmp_path, pairs):
     ("gemma4-assistant.embedding_length_out", None, "metadata key gemma4-assistant.embedding_length_out is missing"),
     ("gemma4-assistant.attention.shared_kv_layers", 3, "expected all 4 layers"),
     ("gemma4-assistant.embedding_length_per_layer_input", 8, "no per-layer inputs"),
-    ("gemma4-assistant.expert_count", 8, "expert_count is not a key this version knows"),
+    ("gemma4-assistant.expert_count", 8, "expert_count is not 0; a drafter has no experts"),
     ("gemma4-assistant.attention.sliding_window", 1, "expected 2 to"),
     ("general.architecture", "llama", "architecture is 'llama'; a drafter is gemma4-assistant"),
     ("general.architecture", "gemma4", "this is a model"),
@@ -206,6 +206,15 @@ def test_odd_tensors_are_refused(tmp_path, pairs, change, expected):
     path = write_drafter(tmp_path / "odd.gguf", random_drafter("E2B", n_centroid=20), change=change)
     with pytest.raises(refimpl.GGUFError, match=expected):
         refimpl.load_drafter(path, model, head="centroid")
+
+
+def test_a_key_of_a_newer_version_is_a_note(tmp_path, pairs, monkeypatch):
+    import shapes
+
+    written, model = shapes.write_gguf, reference(pairs["12B"][2])
+    monkeypatch.setattr(shapes, "write_gguf", lambda path, keys, tensors: written(path, keys | {"gemma4-assistant.zeal": 1}, tensors))
+    with pytest.warns(UserWarning, match="does not know gemma4-assistant.zeal and ignores it"):
+        refimpl.load_drafter(write_drafter(tmp_path / "newer.gguf", random_drafter("12B")), model)
 
 
 def test_models_and_drafters_are_told_apart(pairs):

@@ -12,6 +12,7 @@ from shapes import SHAPES, prompt, random_model, write_model
 
 import refimpl
 from refimpl import GGUFError, TokenizerError
+from refimpl.model.config import unknown_keys
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,6 @@ CHANGES = {
     "eps not a number": ("gemma4.attention.layer_norm_rms_epsilon", float("nan"), "is nan"),
     "pattern of floats": ("gemma4.attention.sliding_window_pattern", np.ones(3, np.float32), "outside"),
     "pattern too short": ("gemma4.attention.sliding_window_pattern", np.array([True]), "1 entries for 3 layers"),
-    "unknown key": ("gemma4.attention.new_idea", 1, "not a key this version knows"),
     "softcap of zero": ("gemma4.final_logit_softcapping", 0.0, "final_logit_softcapping is 0"),
     "window of zero": ("gemma4.attention.sliding_window", 0, "sliding_window is 0"),
     "another tokenizer": ("tokenizer.ggml.model", "llama", "only 'gemma4'"),
@@ -68,6 +68,17 @@ def test_metadata_that_does_not_fit(what, small, folder):
         refimpl.load(path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and says in message, message
+
+
+def test_a_key_of_a_newer_version_is_a_note(small, folder):
+    hf, path = small
+    newer = write_model(folder / "newer.gguf", hf, "Q4_0", extra={"gemma4.attention.new_idea": 1, "gemma4.zeal": [1.5], "other.key": 2})
+    with pytest.warns(UserWarning, match="does not know gemma4.attention.new_idea, gemma4.zeal and ignores them") as caught:
+        model = refimpl.load(newer)
+    assert len(caught) == 1 and str(newer) in str(caught[0].message) and caught[0].filename == __file__
+    assert unknown_keys(model.file.metadata) == ["gemma4.attention.new_idea", "gemma4.zeal"]
+    known = refimpl.load(path)
+    assert unknown_keys(known.file.metadata) == [] and np.array_equal(model.logits([2, 5, 6]), known.logits([2, 5, 6]))
 
 
 def edited(name, change):

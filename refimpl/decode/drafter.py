@@ -18,6 +18,7 @@ from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.open import open_drafter
 from refimpl.model import drafter as network
 from refimpl.model.cache import Cache
+from refimpl.model.config import warn_of_unknown_keys
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
 from refimpl.model.gemma4 import Tap, embed, no_tap
@@ -85,6 +86,7 @@ def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | i
     file = open_drafter(BUILT_IN_DRAFTER if path is None else local(path, drafter=True))
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
+    warn_of_unknown_keys(file.metadata, file.path)
     head = ("centroid" if network.CENTROIDS in file.tensors else "dense") if head is None else head
     weights = drafter_weights_from_gguf(file, config, head)
     n_bytes, _ = weight_bytes(weights, target.backend.held)

@@ -14,7 +14,6 @@ from refimpl.loading.open import open_model
 from refimpl.model.cache import cache_bytes
 from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, architecture_of, config_from_gguf
 from refimpl.model.drafter import CENTROIDS
-from refimpl.model.drafter_config import DRAFTER_KEYS
 from refimpl.model.weights import vocabulary_size, weights_from_gguf
 
 LONG = 16           # array entries shown
@@ -49,7 +48,7 @@ def _contents(file: TensorSource) -> dict[str, object]:
 
 def _drafter(file: TensorSource) -> dict[str, object]:
     """What can be said of a drafter without its target."""
-    keys = Keys(file.metadata, file.path, DRAFTER_ARCHITECTURE, DRAFTER_KEYS)
+    keys = Keys(file.metadata, file.path, DRAFTER_ARCHITECTURE)
     big = 1 << 20
     return {"n_vocab": vocabulary_size(file), "n_embd": keys.number("embedding_length", 1, big),
             "n_target": keys.number("embedding_length_out", 1, big), "n_layer": keys.number("block_count", 1, big),

@@ -18,7 +18,7 @@ from refimpl.loading.open import open_model
 from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
-from refimpl.model.config import Config, config_from_gguf
+from refimpl.model.config import Config, config_from_gguf, warn_of_unknown_keys
 from refimpl.model.weights import Weights, prepare_weights, vocabulary_size, weights_from_gguf
 from refimpl.progress import Advance, Progress, silent
 from refimpl.text.tokenizer import Tokenizer
@@ -102,7 +102,8 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
     at each use; "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the
     arithmetic allows it. `progress`: refimpl/progress.py.
 
-    Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be used, HubError for one that cannot be
+    Warns of metadata keys that this version does not know. Raises GGUFError or TokenizerError, with one clear line, for a file that
+    cannot be used, HubError for one that cannot be
     downloaded, ValueError for other arguments.
     """
     arithmetic = {"kernels": "q8", "reference": "exact"}.get(backend) if arithmetic is None else arithmetic
@@ -118,6 +119,7 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
         raise ValueError("weights='float32' is for the reference in exact arithmetic")
     file = open_model(BUILT_IN if path is None else local(path))
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
+    warn_of_unknown_keys(file.metadata, file.path)
     stored = weights_from_gguf(file, config)
     if backend == "kernels":
         for layer in config.layers:

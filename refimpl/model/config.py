@@ -1,4 +1,4 @@
-"""What a Gemma 4 model looks like, read from GGUF metadata. No defaults: a key that is missing or unknown is an error.
+"""What a Gemma 4 model looks like, read from GGUF metadata. No defaults: a key that is missing is an error.
 
 The dimension key. Arrays carry their shape as a suffix (`x_TD`), in these letters:
 
@@ -10,6 +10,7 @@ The dimension key. Arrays carry their shape as a suffix (`x_TD`), in these lette
     Y bytes in a row           B blocks                   Q elements in a block
 """
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -85,29 +86,29 @@ class Config:
         return max(layer.index for layer in self.layers if layer.kind is kind and layer.has_own_kv)
 
 
-KNOWN = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "expert_count", "expert_used_count",
-    "expert_feed_forward_length", "embedding_length_per_layer_input", "final_logit_softcapping", "vocab_size",
+_COMMON = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "expert_count",
+    "embedding_length_per_layer_input", "final_logit_softcapping", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
     "attention.key_length_swa", "attention.value_length_swa", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
     "attention.sliding_window_pattern", "attention.shared_kv_layers", "rope.freq_base", "rope.freq_base_swa",
     "rope.dimension_count", "rope.dimension_count_swa",
+}
+KNOWN = {
+    ARCHITECTURE: _COMMON | {"expert_used_count", "expert_feed_forward_length"},
+    DRAFTER_ARCHITECTURE: _COMMON | {"embedding_length_out", "nextn_predict_layers", "masked_embd_top_k"},
 }
 
 
 class Keys:
     """The metadata of one architecture, with one clear line for everything that does not fit."""
 
-    def __init__(self, metadata: Mapping[str, object], path, architecture: str, known: Collection[str]):
+    def __init__(self, metadata: Mapping[str, object], path, architecture: str):
         self.path, self.prefix = path, architecture + "."
         self.values = {key.removeprefix(self.prefix): value for key, value in metadata.items() if key.startswith(self.prefix)}
-        unknown = sorted(set(self.values) - set(known))
-        if unknown:
-            self.fail(f"{self.prefix}{unknown[0]} is not a key this version knows, and it may change the result; "
-                      "a newer refimpl may read the file")
 
     def fail(self, what: str):
-        """Raises GGUFError: this is what is wrong."""
+        """Raises GGUFError saying `what`."""
         raise GGUFError(self.path, None, what)
 
     def number(self, key: str, low: float, high: float, kind: type = int):
@@ -139,8 +140,24 @@ def architecture_of(metadata: Mapping[str, object]) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def unknown_keys(metadata: Mapping[str, object]) -> list[str]:
+    """The keys of the file's architecture (`gemma4.*`, `gemma4-assistant.*`) that this version does not know and therefore ignores."""
+    architecture = architecture_of(metadata)
+    own = [key for key in metadata if key.startswith(f"{architecture}.")]
+    return sorted(key for key in own if key.removeprefix(f"{architecture}.") not in KNOWN.get(architecture, ()))
+
+
+def warn_of_unknown_keys(metadata: Mapping[str, object], path):
+    """A warning that names them, if there are any."""
+    if unknown := unknown_keys(metadata):
+        shown = ", ".join(key if len(key) <= 80 else key[:77] + "..." for key in unknown[:5]) + ", ..." * (len(unknown) > 5)
+        warnings.warn(f"{path}: this version does not know {shown} and ignores {'them' if len(unknown) > 1 else 'it'}, "
+                      "which may change the result; a newer refimpl may know more", stacklevel=3)
+
+
 def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[str], n_vocab: int, path) -> Config:
-    """Reads the configuration of a Gemma 4 text model. Raises GGUFError naming the key that is missing, unknown or senseless.
+    """Reads the configuration of a Gemma 4 text model. Raises GGUFError naming the key that is missing, malformed or contradicts
+    another. Keys that are not in KNOWN are ignored (`unknown_keys`).
 
     `tensor_names` tells what no key says: which layers have no value projection. Source: llama.cpp's converter (conversion/gemma.py).
     """
@@ -149,7 +166,7 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
         raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone; give its target as the model")
     if architecture != ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; refimpl runs {ARCHITECTURE} only")
-    keys = Keys(metadata, path, ARCHITECTURE, KNOWN)
+    keys = Keys(metadata, path, ARCHITECTURE)
     big = 1 << 20
     n_layer = keys.number("block_count", 1, 1024)
     pattern = keys.per_layer("attention.sliding_window_pattern", n_layer, 0, 1)

@@ -10,7 +10,6 @@ from refimpl.formats.gguf import GGUFError
 from refimpl.model.config import (
     ARCHITECTURE,
     DRAFTER_ARCHITECTURE,
-    KNOWN,
     Config,
     DenseFfn,
     Keys,
@@ -22,8 +21,6 @@ from refimpl.model.config import (
 )
 
 N_TOP = 32              # centroids that are looked into; all published drafters have 32 (transformers: centroid_intermediate_top_k)
-DRAFTER_KEYS = (KNOWN - {"expert_count", "expert_used_count", "expert_feed_forward_length"}) | {
-    "embedding_length_out", "nextn_predict_layers", "masked_embd_top_k"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def drafter_config_from_gguf(metadata: Mapping[str, object], n_vocab: int, targe
         raise GGUFError(path, None, "this is a model (gemma4), no drafter (gemma4-assistant)")
     if architecture != DRAFTER_ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; a drafter is {DRAFTER_ARCHITECTURE}")
-    keys, big = Keys(metadata, path, DRAFTER_ARCHITECTURE, DRAFTER_KEYS), 1 << 20
+    keys, big = Keys(metadata, path, DRAFTER_ARCHITECTURE), 1 << 20
 
     def must_fit(what: str, ours: int, theirs: int):
         if ours != theirs:
@@ -61,6 +58,8 @@ def drafter_config_from_gguf(metadata: Mapping[str, object], n_vocab: int, targe
     window, head_dim = keys.number("attention.sliding_window", 2, 1 << 30), head_dims(keys)
     if "attention.shared_kv_layers" in keys.values and keys.number("attention.shared_kv_layers", 0, big) != n_layer:
         keys.fail(f"{keys.prefix}attention.shared_kv_layers is {keys.values['attention.shared_kv_layers']}, expected all {n_layer} layers")
+    if "expert_count" in keys.values and keys.number("expert_count", 0, big):
+        keys.fail(f"{keys.prefix}expert_count is not 0; a drafter has no experts")
     if keys.number("embedding_length_per_layer_input", 0, big):
         keys.fail(f"{keys.prefix}embedding_length_per_layer_input is not 0; a drafter has no per-layer inputs")
 
