@@ -12,6 +12,7 @@ from refimpl.loading.hf_names import drafter_metadata, fitting_type, gguf_metada
 from refimpl.model.config import config_from_gguf
 from refimpl.model.weights import vocabulary_size
 
+torch.set_num_threads(1)        # for models as small as these, more of them only wait for each other
 V = 300
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
 PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *BYTES, *"abcdefghijklmnopqrstuvwxyz", "\u2581", *"0123456789", "th", "\n"]

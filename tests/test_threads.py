@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numba
@@ -176,15 +175,13 @@ def test_the_last_of_two_python_threads_gives_linear_algebra_its_threads_back():
     assert set(seen[0]) == {1} and blas_threads() == before
 
 
-def test_entering_and_leaving_takes_microseconds():
-    """The best of many short series, so that a busy machine does not fail it."""
-    def series():
-        began = time.perf_counter()
-        for _ in range(20):
-            with running(1):
-                pass
-        return (time.perf_counter() - began) / 20
-    assert min(series() for _ in range(50)) < 50e-6
+def test_entering_and_leaving_searches_for_no_libraries(monkeypatch):
+    """That takes milliseconds, and every call of a model enters. The first one in this process may."""
+    with running(1):
+        pass
+    monkeypatch.setattr(threads, "ThreadpoolController", None)
+    with running(1):
+        pass
 
 
 def test_the_slow_threading_layer_is_named_and_computes_for_one_at_a_time():
