@@ -1,18 +1,32 @@
-"""Gemma 4 inference from scratch: NumPy for the formulas.
+"""Gemma 4 inference from scratch: NumPy for the formulas, Numba for the speed, one forward pass over both.
 
-    model = refimpl.load("model.gguf")
-    ids = model.tokenizer.encode("def main():")
-    print(refimpl.generate(model, ids, max_new_tokens=64).text)
+    model = refimpl.load("model.gguf")                   # or a Hugging Face directory, or "hf:owner/name"; nothing: the model that ships
+    model = refimpl.load("model.gguf", backend="reference")                     # the formulas, in NumPy
+
+    ids = model.tokenizer.encode("def main():")          # list of int; model.tokenizer.decode(ids) -> str
+    logits = model.logits(ids)                           # float32 (tokens, vocabulary)
+
+    drafter = refimpl.load_drafter("mtp.gguf", target=model)                    # faster, same text
+    print(refimpl.generate(model, ids, max_new_tokens=64, drafter=drafter).text)
+    for text in refimpl.stream(model, ids):
+        print(text, end="", flush=True)
+
+Errors are one line: GGUFError (CheckpointError, TokenizerError, ChatError) for a file or template that cannot be used, HubError for a
+download, MemoryRefusal and ContextFull where something does not fit, ValueError for an argument.
 """
 
 from refimpl.decode.drafter import Drafter, load_drafter, propose
 from refimpl.decode.generate import Output, Stats, generate, stream
+from refimpl.extras import MissingExtra
 from refimpl.formats.gguf import GGUFError
+from refimpl.formats.safetensors import CheckpointError
 from refimpl.loading.hub_files import HubError
+from refimpl.loading.memory import MemoryRefusal
 from refimpl.loading.model import Model, load
 from refimpl.model.cache import ContextFull
-from refimpl.text.tokenizer import TokenizerError
+from refimpl.text.chat import ChatError
+from refimpl.text.tokenizer import Tokenizer, TokenizerError
 
 __version__ = "0.1.0"
-__all__ = ["ContextFull", "Drafter", "GGUFError", "HubError", "Model", "Output", "Stats", "TokenizerError", "generate", "load",
-           "load_drafter", "propose", "stream"]
+__all__ = ["ChatError", "CheckpointError", "ContextFull", "Drafter", "GGUFError", "HubError", "MemoryRefusal", "MissingExtra", "Model",
+           "Output", "Stats", "Tokenizer", "TokenizerError", "generate", "load", "load_drafter", "propose", "stream"]

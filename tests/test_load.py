@@ -129,6 +129,30 @@ def test_ids_outside_of_the_vocabulary_never_reach_the_model(ids, small):
         refimpl.load(small[1]).logits(ids)
 
 
+@pytest.mark.parametrize(("path", "meant"), [
+    ("google/gemma-4-E4B-it-qat-q4_0-gguf", "hf:google/gemma-4-E4B-it-qat-q4_0-gguf"),
+    ("unsloth/gemma-4-E4B-it-GGUF:Q4_K_M", "hf:unsloth/gemma-4-E4B-it-GGUF:Q4_K_M"),
+    ("u/m@v2:Q4_0", "hf:u/m@v2:Q4_0"),
+    ("https://huggingface.co/google/gemma-4-12B", "hf:google/gemma-4-12B"),
+    ("https://hf.co/google/gemma-4-12B?library=x", "hf:google/gemma-4-12B"),
+    ("https://huggingface.co/u/m/tree/main", "hf:u/m"),
+    ("https://huggingface.co/u/m/blob/v2/MTP/x-Q4_0.gguf", "hf:u/m@v2:MTP/x-Q4_0.gguf"),
+    ("https://huggingface.co/u/m/resolve/main/x.gguf?download=true", "hf:u/m:x.gguf")])
+def test_a_near_miss_is_answered(path, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for what in (lambda: refimpl.load(path), lambda: refimpl.load_drafter(path, refimpl.load())):
+        with pytest.raises(GGUFError, match=re.escape(f"{path}: no such file; did you mean {meant}?")):
+            what()
+
+
+def test_what_may_be_a_path_is_no_near_miss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for path in ("models/gemma", "a/m.gguf", "./m", "../m", "m", "a/b/c", tmp_path / "x" / "y"):
+        with pytest.raises(GGUFError, match="no such file$"):
+            refimpl.load(path)
+
+
 def test_arguments_of_load(small):
     for wrong in ({"backend": "cuda"}, {"arithmetic": "fp8"}, {"weights": "float16"}, {"threads": 0},
                   {"threads": 2, "backend": "reference"}, {"weights": "float32"}):

@@ -134,6 +134,24 @@ def test_one_line_says_what_is_needed_and_what_helps():
     assert "-c" not in str(refusal.value) and isinstance(refusal.value, ValueError) and "\n" not in str(refusal.value)
 
 
+def test_the_context_that_is_used_is_checked_not_only_the_one_at_load(moe, monkeypatch):
+    """Loading makes sure of 4,096 tokens, or those it is told of; a longer text is refused before it begins, not by the system."""
+    from refimpl.loading import model as loading
+    from refimpl.model.cache import cache_bytes
+
+    asked, (file, config) = [], moe
+    monkeypatch.setattr(loading, "refuse_unless_it_fits", lambda need, have, path: asked.append(need.n_ctx))
+    model = refimpl.load(file.path)
+    refimpl.load(file.path, n_ctx=7)
+    assert asked == [min(4096, config.n_ctx), 7]
+    room = cache_bytes(config, 30, 512, model.backend.kv_type)
+    monkeypatch.setattr(loading, "available", lambda: room)
+    assert len(refimpl.generate(model, [5] * 20, max_new_tokens=10).ids) <= 10
+    assert len(refimpl.generate(model, [5] * 20, max_new_tokens=1000, n_ctx=30).ids) <= 11
+    with pytest.raises(MemoryRefusal, match=r"a context of 31 tokens needs .* GB, this machine has .* GB free; a smaller context"):
+        refimpl.generate(model, [5] * 20, max_new_tokens=11)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of GNU's C library")
 def test_freed_memory_comes_back_without_page_faults():
     """A layer's arrays, twenty times: in a process of its own, as the setting is for good."""

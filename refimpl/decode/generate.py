@@ -72,7 +72,8 @@ def stream(model: Model, ids: Sequence[int], *, max_new_tokens: int = 64, temper
     A `drafter` (see `load_drafter`) makes it faster and changes nothing else: not a token, whatever the temperature. `draft_max` tokens
     are drafted at a time, "auto" finds out how many pay; a draft ends early ahead of a token the drafter gives less than `draft_min_p`.
 
-    Raises ContextFull when the prompt alone does not fit, ValueError for an option out of its range.
+    Raises ContextFull when the prompt alone does not fit, MemoryRefusal when there is no memory for prompt and new tokens, ValueError
+    for an option out of its range.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
@@ -87,6 +88,7 @@ def stream(model: Model, ids: Sequence[int], *, max_new_tokens: int = 64, temper
     cache = model.new_cache(n_ctx)
     if len(ids) > cache.n_ctx:
         raise ContextFull(f"the prompt has {len(ids)} tokens, the context holds {cache.n_ctx}")
+    model.refuse_unless_it_fits(min(cache.n_ctx, len(ids) + max_new_tokens))
     output = Output() if output is None else output
     stats, text = output.stats, model.tokenizer.stream(special=special)
     began = time.perf_counter()

@@ -25,10 +25,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from refimpl.formats.gguf import GGUFError
 from refimpl.loading.hub_files import HubError, chosen
 
 PREFIX = "hf:"
 SPEC = re.compile(r"hf:(?P<repo>[^/:@]+/[^/:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<what>.+))?")
+ADDRESS = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#]+/[^/?#]+)"
+                     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+\.gguf))?)?")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?:@[^:/]+)?(?::[^/]+)?")            # owner/name[@revision][:type or file]
 SHA256 = re.compile("[0-9a-f]{64}")
 CHUNK_BYTES = 1 << 20
 TIMEOUT = 20                            # seconds until a server that does not answer counts as out of reach
@@ -61,9 +65,12 @@ def is_remote(path: str | os.PathLike) -> bool:
 def local(path: str | os.PathLike, drafter: bool = False) -> Path:
     """The file or folder that `path` names, downloaded first if it starts with `hf:`; for a drafter, files named like one come first.
 
-    Raises HubError for whatever keeps a download from being had; nothing that is incomplete or wrong stays in the cache.
+    Raises HubError if it cannot be downloaded; nothing incomplete or wrong stays in the cache. Raises GGUFError for a path that does not
+    exist and looks like a repository or its address.
     """
     if not is_remote(path):
+        if meant := near_miss(path):
+            raise GGUFError(path, None, f"no such file; did you mean {meant}?")
         return Path(path)
     spec = os.fspath(path)
     asked = SPEC.fullmatch(spec)
@@ -74,6 +81,17 @@ def local(path: str | os.PathLike, drafter: bool = False) -> Path:
     _refuse_a_full_disk(spec, listing, names)
     paths = [_fetch(spec, listing, listing.files[name]) for name in names]
     return paths[0] if names[0].lower().endswith(".gguf") else paths[names.index("config.json")].parent
+
+
+def near_miss(path: str | os.PathLike) -> str | None:
+    """The `hf:` name that was probably meant by a path that is none: `owner/name`, or an address on huggingface.co."""
+    text = os.fspath(path)
+    if found := ADDRESS.match(text):
+        revision = "" if found["revision"] in (None, "main") else f"@{found['revision']}"
+        return f"{PREFIX}{found['repo']}{revision}" + (f":{found['file']}" if found["file"] else "")
+    owner = text.split("/")[0]
+    looks_local = owner in (".", "..", "~") or os.path.exists(owner) or text.lower().endswith((".gguf", ".json", ".safetensors"))
+    return f"{PREFIX}{text}" if REPOSITORY.fullmatch(text) and not looks_local and not os.path.exists(text) else None
 
 
 def listed_sha256(path: Path) -> str | None:

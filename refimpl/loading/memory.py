@@ -122,5 +122,12 @@ def refuse_unless_it_fits(need: Need, have: int, path):
                         f"tokens, {_gb(need.buffers)} to compute in), this machine has {_gb(have)} free; {helps}")
 
 
+def refuse_context_unless_it_fits(config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype, have: int, path):
+    """Raises MemoryRefusal when the keys and values of `n_ctx` tokens take more than the `have` bytes that there are."""
+    if (need := cache_bytes(config, n_ctx, max_rows, kv_type)) > have:
+        raise MemoryRefusal(f"{path}: a context of {n_ctx} tokens needs {_gb(need)}, this machine has {_gb(have)} free; "
+                            "a smaller context (-c) or fewer new tokens (-n) help")
+
+
 def _gb(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB"

@@ -13,7 +13,7 @@ from refimpl.formats.source import TensorSource, releasing
 from refimpl.host import available
 from refimpl.kernels.machine.threads import prepare
 from refimpl.loading.hub import local
-from refimpl.loading.memory import needed, refuse_unless_it_fits
+from refimpl.loading.memory import needed, refuse_context_unless_it_fits, refuse_unless_it_fits
 from refimpl.loading.open import open_model
 from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
@@ -24,6 +24,7 @@ from refimpl.progress import Advance, Progress, silent
 from refimpl.text.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
+FIRST_CONTEXT = 4096                      # tokens of context that `load` makes sure of unless it is told how many there will be
 CHUNK = 512                               # rows of a prompt in one call
 KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weights="auto"` holds in memory
 
@@ -44,6 +45,10 @@ class Model:
     def new_cache(self, n_ctx: int | None = None) -> Cache:
         """An empty cache for `n_ctx` positions, the model's whole context when None."""
         return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, CHUNK, self.backend.kv_type)
+
+    def refuse_unless_it_fits(self, n_ctx: int):
+        """Raises MemoryRefusal where there is no room for the keys and values of `n_ctx` tokens."""
+        refuse_context_unless_it_fits(self.config, n_ctx, CHUNK, self.backend.kv_type, available(), self.file.path)
 
     def states(self, ids: Sequence[int], cache: Cache, tap: gemma4.Tap = gemma4.no_tap,
                progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
@@ -88,23 +93,23 @@ class Model:
 
 
 def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", arithmetic: str | None = None, threads: int | None = None,
-         weights: str = "auto", n_ctx: int = 1, progress: Progress = silent) -> Model:
-    """Loads a Gemma 4 GGUF file or Hugging Face directory (safetensors, not quantized or W4A16), downloaded first if `path` is
-    `hf:owner/name` (loading/hub.py); without a path, the small model that ships.
+         weights: str = "auto", n_ctx: int | None = None, progress: Progress = silent) -> Model:
+    """Loads a Gemma 4 model: a GGUF file, a Hugging Face directory (safetensors, not quantized or W4A16), or `hf:owner/name`, which is
+    downloaded first (loading/hub.py). Without a path: the small model that ships.
 
-    `backend`: "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread).
-    `arithmetic`: "q8", activations rounded to 8 bits before they meet quantized weights, as ggml does (the kernels' default), or
-    "exact", float32 throughout (the reference's). Weights of types without integer arithmetic here (IQ1 to IQ3, TQ, NVFP4, ...) meet
-    exact activations in both, and the kernels hold them as float32 (`Model.widened` names them).
+    backend     "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread)
+    arithmetic  "q8": activations are quantized to 8 bits before they are multiplied with quantized weights, as in ggml (default of the
+                kernels). "exact": float32 throughout (default of the reference). Weights of types without integer arithmetic here (IQ1 to
+                IQ3, TQ, NVFP4, ...) are multiplied exactly in both, and the kernels hold them as float32 (`Model.widened` names them).
+    weights     how the reference holds them: "quantized", as in the mapped file, dequantized at each use; "float32", dequantized once,
+                for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the arithmetic allows it
+    n_ctx       how many tokens of context to make sure of memory for; by default 4,096, or the model's own context where it is smaller.
+                `generate` and `stream` check again, for the tokens that they are asked for.
+    progress    as in refimpl/progress.py
 
-    The kernels rearrange the weights in memory (kernels/machine/tiles.py); MemoryRefusal (a ValueError) if there is no room for them
-    and a context of `n_ctx` tokens. `weights` says how the reference holds them: "quantized" as they lie in the mapped file, dequantized
-    at each use; "float32", dequantized once, for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the
-    arithmetic allows it. `progress`: refimpl/progress.py.
-
-    Warns of metadata keys that this version does not know. Raises GGUFError or TokenizerError, with one clear line, for a file that
-    cannot be used, HubError for one that cannot be
-    downloaded, ValueError for other arguments.
+    The kernels rearrange the weights in memory (kernels/machine/tiles.py): MemoryRefusal (a ValueError) where there is no room. Warns of
+    metadata keys that this version does not know. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be
+    used, HubError for one that cannot be downloaded, ValueError for other arguments.
     """
     arithmetic = {"kernels": "q8", "reference": "exact"}.get(backend) if arithmetic is None else arithmetic
     if backend not in ("kernels", "reference"):
@@ -127,7 +132,8 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
                 raise ValueError(f"{file.path}: heads of {layer.head_dim} in layer {layer.index}; the kernels take multiples of 16, "
                                  "backend='reference' (--backend reference) takes any")
         functions = kernel_backend(arithmetic, prepare(threads))
-        need = needed(stored, config, min(n_ctx, config.n_ctx), CHUNK, functions.kv_type, functions.held)
+        n_ctx = min(FIRST_CONTEXT if n_ctx is None else n_ctx, config.n_ctx)
+        need = needed(stored, config, n_ctx, CHUNK, functions.kv_type, functions.held)
         refuse_unless_it_fits(need, available(), file.path)
         widened = need.widened
     else:
