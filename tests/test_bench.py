@@ -1,9 +1,6 @@
-"""Measuring speed: what a token reads, counted by hand; turns, ratios and the same ids for both; llama.cpp's process played by others."""
+"""Measuring speed: what a token reads, counted by hand; turns, ratios and the same ids for both. llama.cpp is not run here."""
 
-import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,9 +11,7 @@ from refimpl.kernels.machine.isa import ORDER
 from refimpl.lab.bench import bandwidth
 from refimpl.lab.bench import bench as module
 from refimpl.lab.bench.bandwidth import bytes_per_token, kv_read, number_bytes, read_bandwidth, sum_parts, weight_bytes
-from refimpl.lab.bench.bench import Ours, Plan, as_text, bench, compare, random_ids
-from refimpl.lab.llamacpp import process as llamacpp
-from refimpl.lab.llamacpp.process import LlamaCpp, LlamaCppError, serve, timed
+from refimpl.lab.bench.bench import ModelEngine, Plan, as_text, bench, compare, random_ids
 from refimpl.model.cache import Cache
 
 # Q4_0: 18 bytes for 32 weights. Matrices of the test models (width 64, 4 heads of 16 or 32), rows times bytes of a row:
@@ -148,7 +143,7 @@ class Recorder:
 
 def test_ours_runs_the_context_untimed_and_the_head_once_a_call(moe, monkeypatch):
     model = Recorder(moe, monkeypatch)
-    ours = Ours(model, 50)
+    ours = ModelEngine(model, 50)
     assert ours.kv_bytes == 4
     model.calls.clear()
     assert ours.measure([], [1, 2, 3], True) == 103
@@ -166,94 +161,6 @@ def test_ids_are_ordinary_pieces_and_the_same_for_the_same_seed(moe):
     assert (len(prompt), len(context), len(new)) == (40, 20, 30) and {int(types[i]) for i in prompt + context + new} == {1}
     assert (prompt, context, new) == random_ids(model, Plan(40, 30, 20)) != random_ids(model, Plan(40, 30, 20, seed=1))
     assert Plan(40, 30, 20).n_ctx == 50 and Plan(60, 30, 20).n_ctx == 60
-
-
-# ---- llama.cpp's process
-
-ANSWERS = """
-import json, os, signal, sys
-print(json.dumps({"version": "1.2", "arguments": sys.argv[1:]}), flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    if request["ids"] == [15]:
-        sys.stderr.write("the cause\\nand what follows\\n"); sys.stderr.flush()
-        print(json.dumps({"error": "no luck"}), flush=True)
-        continue
-    sys.stderr.write("loading\\n"); sys.stderr.flush()
-    if request["ids"] == [13]:
-        sys.stderr.write("GGML_ASSERT(id != 13) failed\\n"); sys.stderr.flush()
-        os.kill(os.getpid(), signal.SIGABRT)
-    if request["ids"] == [14]:
-        sys.exit(3)
-    print(json.dumps({"seconds": len(request["context"]) + len(request["ids"]) / 10 + request["together"]}), flush=True)
-"""
-
-
-def child(code: str = ANSWERS, path="some model.gguf") -> LlamaCpp:
-    return LlamaCpp(path, 512, 2, command=[sys.executable, "-c", code])
-
-
-def test_a_process_is_asked_and_answers():
-    with child() as engine:
-        assert engine.facts["version"] == "1.2"
-        path, *rest = engine.facts["arguments"]
-        assert path.startswith("/") and path.endswith("some model.gguf") and rest == ["512", "2"]
-        assert engine.measure([1, 2], [3], False) == 2.1 and engine.measure([], [3, 4], True) == 1.2
-        process = engine._process
-    assert process.poll() is not None                       # nothing is left running
-
-
-def test_an_abort_is_one_line_with_its_last_words():
-    with child() as engine:
-        engine.measure([], [1], True)
-        with pytest.raises(LlamaCppError, match=r"^llama.cpp stopped \(SIGABRT\): GGML_ASSERT\(id != 13\) failed$"):
-            engine.measure([], [13], True)
-        with pytest.raises(LlamaCppError, match="stopped"):            # and it stays so
-            engine.measure([], [1], True)
-    with child() as engine, pytest.raises(LlamaCppError, match=r"^llama.cpp stopped \(status 3\): loading$"):
-        engine.measure([], [14], True)
-
-
-def test_an_error_is_one_line_with_its_cause_and_not_the_end():
-    with child() as engine:
-        engine.measure([], [1], True)
-        with pytest.raises(LlamaCppError, match="^llama.cpp: no luck: the cause$"):
-            engine.measure([], [15], True)
-        assert engine.measure([], [1], True) == 1.1
-    with pytest.raises(LlamaCppError, match=r"^llama.cpp stopped \(status 0\): it did not say why$"):
-        child("pass")
-
-
-def test_a_model_that_is_refused_leaves_no_process(monkeypatch):
-    started, start = [], subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(start(*args, **options)) or started[-1])
-    with pytest.raises(LlamaCppError, match="^llama.cpp: no such model$"):
-        child("import time; print('{\"error\": \"no such model\"}', flush=True); time.sleep(100)")
-    assert started[0].poll() is not None
-
-
-def test_the_process_answers_line_by_line_and_survives_errors():
-    class Engine:
-        facts = {"version": "0"}
-
-        def measure(self, context, ids, together):
-            if not ids:
-                raise RuntimeError("two\nlines")
-            return sum(ids) + len(context) + together
-
-    replies = []
-    serve(Engine(), io.StringIO('{"context": [1], "ids": [5, 6], "together": true}\n{"context": [], "ids": [], "together": false}\n'
-                                'nonsense\n{"context": [], "ids": [2], "together": false}\n'), replies.append, timed)
-    assert replies[:3] == [{"version": "0"}, {"seconds": 13}, {"error": "two lines"}] and "error" in replies[3]
-    assert replies[4] == {"seconds": 2}
-
-
-def test_a_missing_llamacpp_is_named_before_a_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'refimpl\[llamacpp\]'"):
-        bench(tmp_path / "missing.gguf", Plan(), opponent="llama.cpp")
-    with pytest.raises(ValueError, match="no vllm to compare with"):
-        bench(tmp_path / "missing.gguf", Plan(), opponent="vllm")
 
 
 # ---- all together

@@ -19,8 +19,8 @@ from refimpl.lab.compare import known_bugs as zoo
 from refimpl.lab.compare import verdict
 from refimpl.lab.compare.compare import compare, compare_steps, compare_with
 from refimpl.lab.compare.diagnoses import symptom_of
-from refimpl.lab.compare.engines import foreign, llamacpp, llamacpp_dumps, transformers
-from refimpl.lab.compare.engines.sources import open_any
+from refimpl.lab.compare.engines import foreign, llamacpp_dumps, transformers
+from refimpl.lab.compare.engines.choose import open_any
 from refimpl.lab.compare.mismatch import Scene
 from refimpl.lab.compare.names import graph_order
 from refimpl.lab.compare.record import trace, write_trace
@@ -297,25 +297,6 @@ def test_what_llama_debug_saves(tmp_path, right):
         open_any(str(path))
 
 
-def test_llama_cpp_in_our_terms(moe):
-    """Its own weights of experts, the renormalised ones times the experts' scales; tensors of sizes that are no positions are left out."""
-    ids = np.array([[3, 1, 0], [2, 5, 4]], np.int32)
-    raw = {"ffn_moe_weights-0": np.ones((2, 3, 1)), "ffn_moe_weights_norm-0": np.full((2, 3), 0.25, np.float32), "ffn_moe_topk-0": ids,
-           "h_nextn": np.ones((2, 4)), "norm-0": np.ones((2, 4)), "Qcur_pos-0": np.arange(16.0).reshape(2, 2, 4),
-           "l_out-0": np.ones((3, 5))}
-    found = llamacpp.in_our_terms(raw, 2, moe[0])
-    scale = moe[0].raw("blk.0.ffn_down_exps.scale").view("<f4").ravel()
-    assert set(found) == {"ffn_moe_weights-0", "ffn_moe_topk-0", "Qcur_pos-0"} and len(set(scale)) > 8
-    assert np.array_equal(found["ffn_moe_weights-0"], 0.25 * scale[ids]) and np.array_equal(found["Qcur_pos-0"][1], np.arange(8, 16))
-
-
-def test_a_tensor_of_llama_cpp_is_read_by_its_strides():
-    memory = np.arange(24, dtype=np.int32).reshape(4, 6)
-    tensor = llamacpp.Tensor(type=26, ne=(3, 4, 1, 1), nb=(4, 24, 96, 96), data=memory.ctypes.data, name=b"ffn_moe_topk-3")
-    assert np.array_equal(llamacpp.array_of(tensor), memory[:, :3]), "a view of the first three of six"
-    assert llamacpp.Tensor.data.offset == 248 and llamacpp.Tensor.name.offset == 256          # ggml.h, on 64 bits
-
-
 @pytest.mark.parametrize("arrays, words", [
     ({}, "expected an array 'ids'"),
     ({"ids": np.arange(3)}, "expected 'arithmetic' to be one of exact, float32"),
@@ -336,13 +317,16 @@ def test_what_cannot_be_opened(tmp_path, right):
     path = tmp_path / "x.npz"
     np.savez(path, ids=np.arange(3), arithmetic="q8", x=np.ones(1000))
     path.write_bytes(path.read_bytes()[:500])
-    for source, words in ((str(path), "it may be cut short"), ("vllm:/model", "no engine 'vllm'"),
-                          ("transformers:/nowhere", "no config.json"), (str(tmp_path / "x.h5"), "expected .safetensors, .npz")):
+    with pytest.raises(ValueError, match="unknown engine 'vllm'; choose from transformers, llama.cpp"):
+        open_any("vllm:/model", (2, 3))
+    for source, words in ((str(path), "it may be cut short"), ("transformers:/nowhere", "no config.json"),
+                          ("transformers:", "name what it runs, transformers:DIRECTORY"),
+                          (str(tmp_path / "x.h5"), "expected .safetensors, .npz")):
         with pytest.raises(TraceError, match=words):
             open_any(source, (2, 3))
     with pytest.raises(CheckpointError, match="no such file"):
         open_any(str(tmp_path / "no.safetensors"))
-    with pytest.raises(TraceError, match="an engine runs the prompt of the trace before it"):
+    with pytest.raises(TraceError, match="an engine runs the prompt of a trace; give the trace first"):
         open_any("llama.cpp:/x.gguf")
 
 

@@ -1,4 +1,4 @@
-"""Perplexity, divergence and its bounds, windows, runs that are kept, killed and taken up again, llama.cpp's process played."""
+"""Perplexity, divergence and its bounds, windows, runs that are kept, killed and taken up again. llama.cpp is not run here."""
 
 import json
 import math
@@ -21,8 +21,6 @@ from refimpl.lab.evaluate.logit_sources import other_side, rows_at_once, side_of
 from refimpl.lab.evaluate.saved_runs import read_npz, read_run
 from refimpl.lab.evaluate.summary import as_text, mean_and_error
 from refimpl.lab.evaluate.windows import Document, Window, bytes_of, cut, read_documents
-from refimpl.lab.llamacpp.process import serve
-from refimpl.lab.llamacpp.rows import LlamaCppRows, counted
 from refimpl.text.chat import GEMMA4_TEMPLATE
 
 ROOT = Path(__file__).parent.parent
@@ -210,7 +208,7 @@ def test_rows_are_made_some_at_a_time_and_the_numbers_stay(text, monkeypatch):
 
 
 def test_logits_that_are_no_numbers_are_refused(text, monkeypatch):
-    monkeypatch.setattr(sources.Ours, "rows", lambda self, ids, first: iter([np.full((len(ids) - first, 4096), np.nan, np.float32)]))
+    monkeypatch.setattr(sources.ModelSource, "rows", lambda self, ids, first: iter([np.full((len(ids) - first, 4096), np.nan, np.float32)]))
     with pytest.raises(ValueError, match="no numbers in window 0"):
         evaluate(SIDE, [text])
 
@@ -287,46 +285,6 @@ def test_damaged_runs_are_refused(text, tmp_path):
             read_run(bad)
 
 
-# ---- llama.cpp
-
-PLAYED = '''
-import json, sys
-import numpy as np
-print(json.dumps({"n_threads": 1}), flush=True)
-seen = []
-for line in sys.stdin:
-    request = json.loads(line)
-    assert len(request["ids"]) <= 5
-    seen[request["start"]:] = request["ids"]
-    if request["file"]:
-        rows = range(request["start"], request["start"] + len(request["ids"]))
-        np.array([[100 * row + v + sum(seen[:row + 1]) for v in range(3)] for row in rows], np.float32).tofile(request["file"])
-    print(json.dumps({"rows": len(request["ids"])}), flush=True)
-'''
-
-
-@pytest.mark.parametrize("first", [0, 1, 4, 5, 6, 12])
-def test_rows_of_another_process_come_in_order(first):
-    ids = [7, 1, 8, 2, 9, 3, 6, 5, 4, 1, 1, 2, 3]
-    with LlamaCppRows(Path("x"), 64, 1, 5, command=[sys.executable, "-c", PLAYED]) as engine:
-        for _ in range(2):
-            rows = list(engine.rows(ids, first))
-            assert [len(part) for part in rows] == [5] * ((13 - first) // 5) + [(13 - first) % 5] * ((13 - first) % 5 > 0)
-            want = [[100 * row + v + sum(ids[:row + 1]) for v in range(3)] for row in range(first, 13)]
-            assert np.concatenate(rows).tolist() == want
-
-
-def test_an_error_of_the_engine_is_an_answer():
-    class Engine:
-        facts = {}
-
-        def run_rows(self, ids, start, file):
-            raise RuntimeError("llama_decode gave\n1")
-    said = []
-    serve(Engine(), ['{"ids": [1], "start": 0, "file": ""}\n'], said.append, counted)
-    assert said == [{}, {"error": "llama_decode gave 1"}]
-
-
 # ---- the command
 
 def run(*args):
@@ -341,7 +299,7 @@ def test_the_command_line_refuses_what_makes_no_sense(text, tmp_path):
     for status, says, args in (
             (2, "-f FILE", ()), (2, "--base RUN", ("-f", text, "--base", "x")), (2, "--count", ("-f", text, "--count", "all")),
             (2, "--stride", ("-f", text, "-c", 8, "--stride", 9)), (1, "UTF-8", ("-f", tmp_path / "latin.txt")),
-            (1, "no text", ("-f", tmp_path / "empty.txt")), (1, "no engine 'x'", ("-f", text, "--backend", "x")),
+            (1, "no text", ("-f", tmp_path / "empty.txt")), (1, "choose from kernels, reference, llama.cpp", ("-f", text, "--backend", "x")),
             (1, "no such file", ("-f", text, "--against", "nothing.gguf")), (1, "No such file", ("--base", "nothing.npz"))):
         code, out, err = run(*args)
         assert code == status and out == "" and says in err and len(err.strip().splitlines()) == 1, (args, err)

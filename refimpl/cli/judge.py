@@ -97,7 +97,7 @@ def compare(
     from refimpl.lab.compare import verdict
     from refimpl.lab.compare.compare import compare as judge
     from refimpl.lab.compare.compare import compare_steps, compare_with
-    from refimpl.lab.compare.engines.sources import open_any
+    from refimpl.lab.compare.engines.choose import open_any
     from refimpl.lab.compare.tolerance import model_of
     from refimpl.lab.compare.trace import open_trace
 

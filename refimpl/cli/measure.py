@@ -44,11 +44,12 @@ def bench(
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
 ):
     """Measure speed: a prompt, new tokens, how near they come to what reading the weights allows; with --draft, what drafting wins."""
-    from refimpl.lab.bench.bench import OPPONENTS, Plan, as_text
+    from refimpl.lab.bench.bench import Plan, as_text
     from refimpl.lab.bench.bench import bench as measure
+    from refimpl.lab.engines import TIMED
 
-    if versus is not None and versus not in OPPONENTS:
-        raise typer.BadParameter(f"--vs {versus}: expected {' or '.join(OPPONENTS)}")
+    if versus is not None and versus not in TIMED:
+        raise typer.BadParameter(f"--vs: unknown engine {versus!r}; choose from {', '.join(TIMED)}")
     if not n_prompt and not n_new:
         raise typer.BadParameter("-p and -n are both 0: nothing to measure")
     if draft is not None and (versus is not None or not n_new):

@@ -28,13 +28,14 @@ from refimpl.formats.matrix import stored_bytes
 from refimpl.host import ROOT, available, cpu_quota, physical_cores, read, usable_cpus
 from refimpl.kernels.machine.threads import layer, prepare, running, slow_layer_warning
 from refimpl.lab.bench.bandwidth import BUFFER_BYTES, Traffic, bytes_per_token, number_bytes, read_bandwidth
-from refimpl.lab.llamacpp.process import LlamaCpp
+from refimpl.lab.engines import LLAMACPP, TIMED, known
+from refimpl.lab.llamacpp.client import LlamaCpp
 from refimpl.loading.memory import MemoryRefusal
 from refimpl.loading.model import Model, float32_bytes, load
 from refimpl.progress import silent
 from refimpl.text.tokenizer import NORMAL
 
-OPPONENTS = {"llama.cpp": LlamaCpp}
+OPPONENTS = {LLAMACPP: LlamaCpp}            # by the names of lab.engines.TIMED
 PAUSE = 0.05                # seconds before a run, in which the threads of the other engine go to sleep
 
 
@@ -63,15 +64,15 @@ class Engine(Protocol):
         """Seconds that `ids` take after `context`, in one call or one by one, logits for the last one of each call."""
 
 
-class Ours:
-    """This package as an engine."""
+class ModelEngine:
+    """A model of this package as an Engine."""
 
     def __init__(self, model: Model, n_ctx: int):
         self.model, self.n_ctx = model, n_ctx
         self.kv_bytes = number_bytes(model.new_cache(n_ctx), model.config)
 
     def measure(self, context: Sequence[int], ids: Sequence[int], together: bool) -> float:
-        """As Engine has it."""
+        """As in Engine."""
         cache = self.model.new_cache(self.n_ctx)
         if len(context):
             self.model.states(context, cache)
@@ -97,7 +98,7 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
     n_threads = prepare(threads) if backend == "kernels" else threads or 1
     model = load(path, backend=backend, arithmetic=arithmetic, threads=n_threads, progress=progress)
     prompt, context, new = random_ids(model, plan)
-    engines: dict[str, Engine] = {"refimpl": Ours(model, plan.n_ctx)}
+    engines: dict[str, Engine] = {"refimpl": ModelEngine(model, plan.n_ctx)}
     facts, tests, buffer_bytes = {}, [], min(BUFFER_BYTES, available() // 4)
     with contextlib.ExitStack() as stack:
         stack.enter_context(running(n_threads))         # for the reference, whose linear algebra would take all cores
@@ -128,9 +129,7 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
 
 def _find(opponent: str):
     """Before a large file is loaded for nothing."""
-    if opponent not in OPPONENTS:
-        raise ValueError(f"there is no {opponent} to compare with; there is {', '.join(OPPONENTS)}")
-    OPPONENTS[opponent].check()
+    OPPONENTS[known(opponent, TIMED)].check()
 
 
 def _check_memory(opponent: str, file: GGUFFile):

@@ -1,1 +1,1 @@
-"""llama.cpp in a process of its own. Imports nothing of lab."""
+"""llama.cpp in a child process: process.py is the child, client.py talks to it. May import formats and host; nothing else of lab."""

@@ -1,201 +1,222 @@
-"""llama.cpp, timed in a process of its own: it ends its process when an assertion fails, and its threads should not mix with ours.
+"""The child process that runs llama.cpp, started by client.py as `python -m refimpl.lab.llamacpp.process MODEL N_CTX N_THREADS N_BATCH
+N_UBATCH`. llama.cpp has a process to itself because it aborts its process when an assertion fails, and so that its threads do not mix with
+ours.
 
-The process is this file, run as a module. It loads a model through the C interface that llama-cpp-python wraps, and then talks in lines of
-JSON: what it is first, `{"version": ...}`, and for every `{"context": [ids], "ids": [ids], "together": bool}` either `{"seconds": s}` or
-`{"error": "one line"}`. It ends when its input does.
+It loads the model once, through the C interface that llama-cpp-python wraps, writes one line of JSON with its facts, `{"version": ...}`,
+and answers every line of JSON on standard input with one on standard output, until its input ends. What is asked and answered:
+
+    {"ask": "time", "context": [ids], "ids": [ids], "together": bool}       {"seconds": s}      ids after context, in one batch or singly
+    {"ask": "logits", "ids": [ids], "start": n, "file": path}               {"rows": n}         ids at positions n, n + 1, ...
+    {"ask": "trace", "ids": [ids], "names": [names], "file": path}          {"tensors": n}      ids in one batch, every named tensor
+
+`logits` at start 0 forgets all tokens before; it writes float32 (ids, vocabulary) to the file, or nothing where its name is empty. `trace`
+writes an .npz. A failed request is answered by {"error": "one line"}.
 """
 
-import contextlib
-import importlib.util
+import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
-N_BATCH, N_UBATCH = 2048, 512           # llama-bench's
-LOG_ERROR, LOG_CONTINUED = 4, 5         # ggml_log_level
+import numpy as np
 
-
-class LlamaCppError(ValueError):
-    """llama.cpp is missing, refused the model or gave up. One line."""
+LOG_ERROR, LOG_CONTINUED = 4, 5                                                                     # ggml_log_level
+TYPES = {0: np.float32, 1: np.float16, 24: np.int8, 25: np.int16, 26: np.int32, 27: np.int64}       # ggml_type
 
 
-class LlamaCpp:
-    """A model loaded by llama.cpp. `facts` says which llama.cpp and how it computes. Close it, or use it in a `with` statement."""
+class Engine:
+    """A model and a context of llama.cpp in this process. Raises RuntimeError for what llama.cpp refuses."""
 
-    kv_bytes = 2                        # keys and values are float16
-
-    @staticmethod
-    def check():
-        """Raises LlamaCppError where llama-cpp-python is not installed."""
-        if importlib.util.find_spec("llama_cpp") is None:
-            raise LlamaCppError("llama.cpp is missing: pip install 'refimpl[llamacpp]'")
-
-    def __init__(self, path: Path, n_ctx: int, n_threads: int, command: Sequence[str] | None = None):
-        """Starts the process (`command`, for tests, in place of our own) and waits for the model. Raises LlamaCppError."""
-        package = str(Path(__file__).parents[3])
-        paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        self._folder = tempfile.TemporaryDirectory()
-        self._stderr, self._heard = Path(self._folder.name) / "stderr", 0
-        with self._stderr.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [*(command or (sys.executable, "-m", __name__)), str(Path(path).absolute()), str(n_ctx), str(n_threads)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
-                env=os.environ | {"PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"})
-        try:
-            self.facts = self._reply()
-        except BaseException:
-            self.close()
-            raise
-
-    def measure(self, context: Sequence[int], ids: Sequence[int], together: bool) -> float:
-        """Seconds that `ids` take after `context`: as one prompt, or one after the other; logits for the last of a call. LlamaCppError."""
-        return self._ask(context=list(context), ids=list(ids), together=together)["seconds"]
-
-    def close(self):
-        """Ends the process."""
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._folder.cleanup()
-
-    def __enter__(self) -> "LlamaCpp":
-        """Itself."""
-        return self
-
-    def __exit__(self, *error: object):
-        """Closes it."""
-        self.close()
-
-    def _ask(self, **request: object) -> dict[str, object]:
-        with contextlib.suppress(BrokenPipeError):              # the answer says why
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        return self._reply()
-
-    def _reply(self) -> dict[str, object]:
-        line = self._process.stdout.readline()
-        status = None if line.endswith("\n") else self._process.wait()
-        said = [words.strip() for words in self._stderr.read_text("utf-8", "replace").splitlines() if words.strip()]
-        said, self._heard = said[self._heard:], len(said)
-        if status is not None:
-            raise LlamaCppError(f"llama.cpp stopped ({_ending(status)}): {said[-1] if said else 'it did not say why'}")
-        reply = json.loads(line)
-        if "error" in reply:            # what it said first is the cause, the rest what followed from it
-            raise LlamaCppError(f"llama.cpp: {reply['error']}" + (f": {said[0]}" if said else ""))
-        return reply
-
-
-def _ending(status: int) -> str:
-    """An exit status in words; negative means a signal."""
-    if status >= 0:
-        return f"status {status}"
-    try:
-        return signal.Signals(-status).name
-    except ValueError:
-        return f"signal {-status}"
-
-
-# ---- inside of the process
-
-class _Engine:
-    """One model and one context in this process."""
-
-    def __init__(self, path: str, n_ctx: int, n_threads: int, n_batch: int = N_BATCH, n_ubatch: int = N_UBATCH):
+    def __init__(self, path: str, n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int):
         import llama_cpp
 
-        self.lib = lib = llama_cpp
-        self.log = lib.llama_log_callback(_tell_errors)                 # kept: C holds no reference
-        lib.llama_log_set(self.log, None)
-        lib.llama_backend_init()
-        how = lib.llama_model_default_params()
-        how.n_gpu_layers, how.load_mode = 0, lib.LLAMA_LOAD_MODE_MMAP
-        self.model = lib.llama_model_load_from_file(path.encode(), how)
+        self.lib, self.n_threads = llama_cpp, n_threads
+        self._log = self.lib.llama_log_callback(log_errors)                 # kept: C holds no reference
+        self.lib.llama_log_set(self._log, None)
+        self.lib.llama_backend_init()
+        parameters = self.lib.llama_model_default_params()
+        parameters.n_gpu_layers, parameters.load_mode = 0, self.lib.LLAMA_LOAD_MODE_MMAP
+        self.model = self.lib.llama_model_load_from_file(path.encode(), parameters)
         if not self.model:
             raise RuntimeError("the model could not be loaded")
-        how = lib.llama_context_default_params()
-        how.n_ctx, how.n_batch, how.n_ubatch = n_ctx, n_batch, n_ubatch
-        how.n_threads = how.n_threads_batch = n_threads
-        how.op_offload = how.offload_kqv = False                        # not to a GPU either
-        how.swa_full = False                                            # a ring in sliding layers, as in llama.cpp's own tools
-        self.context = lib.llama_init_from_model(self.model, how)
-        if not self.context:
+        self.context = self.new_context(n_ctx, n_batch, n_ubatch)
+        self.n_batch = self.lib.llama_n_batch(self.context)                 # at most the context
+        self.facts = {"version": self.lib.__version__, "system": self.lib.llama_print_system_info().decode().strip(" |"),
+                      "n_threads": n_threads, "n_batch": self.n_batch, "n_ubatch": n_ubatch, "kv": "float16"}
+
+    def new_context(self, n_ctx: int, n_batch: int, n_ubatch: int, watch=None):
+        """A context on the CPU; `watch` sees the tensors of the graph."""
+        parameters = self.lib.llama_context_default_params()
+        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = n_ctx, n_batch, n_ubatch
+        parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        parameters.op_offload = parameters.offload_kqv = False
+        parameters.swa_full = False                                         # a ring in sliding layers, as in llama.cpp's own tools
+        if watch is not None:
+            parameters.cb_eval = watch
+        context = self.lib.llama_init_from_model(self.model, parameters)
+        if not context:
             raise RuntimeError(f"no context of {n_ctx} tokens could be made")
-        self.n_batch = lib.llama_n_batch(self.context)                  # no more than the context
-        self.facts = {"version": lib.__version__, "system": lib.llama_print_system_info().decode().strip(" |"), "n_threads": n_threads,
-                      "n_batch": self.n_batch, "n_ubatch": n_ubatch, "kv": "float16"}
+        return context
 
-    def measure(self, context: list[int], ids: list[int], together: bool) -> float:
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        self.run(self.calls(context, self.n_batch))
-        calls = self.calls(ids, self.n_batch if together else 1)
+    def answer(self, ask: str, **arguments) -> dict:
+        """The answer to a request."""
+        return {"time": self.time, "logits": self.logits, "trace": self.trace}[ask](**arguments)
+
+    def time(self, context: Sequence[int], ids: Sequence[int], together: bool) -> dict:
+        """Seconds of `ids` after `context`, whose own time does not count."""
+        self.forget()
+        self.run(self.batches(context, self.n_batch))
+        batches = self.batches(ids, self.n_batch if together else 1)
         began = time.perf_counter()
-        self.run(calls)
-        return time.perf_counter() - began
+        self.run(batches)
+        return {"seconds": time.perf_counter() - began}
 
-    def calls(self, ids: list[int], size: int) -> list:
+    def logits(self, ids: Sequence[int], start: int, file: str) -> dict:
+        """Writes the logits of all `ids` into `file`, or of none where that is ""."""
+        if not start:
+            self.forget()
+        self.decode_all(self.context, ids, start, every=bool(file))
+        if file:
+            n_vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
+            rows = ctypes.cast(self.lib.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float * (len(ids) * n_vocab)))
+            np.frombuffer(rows.contents, np.float32).tofile(file)
+        return {"rows": len(ids)}
+
+    def trace(self, ids: Sequence[int], names: Sequence[str], file: str) -> dict:
+        """Writes the tensors whose names, without the layer, are among `names`."""
+        watch, size = Watch(names), max(len(ids), 32)
+        callback = self.lib.ggml_backend_sched_eval_callback(watch)         # kept until the context is freed
+        context = self.new_context(size, size, size, callback)
+        try:
+            self.decode_all(context, ids, 0, every=True)
+        finally:
+            self.lib.llama_free(context)
+        with open(file, "wb") as out:
+            np.savez(out, **watch.found)
+        return {"tensors": len(watch.found)}
+
+    def forget(self):
+        """Empties the cache."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def batches(self, ids: Sequence[int], size: int) -> list:
+        """`ids` as C arrays of at most `size`."""
         return [(self.lib.llama_token * len(part))(*part) for part in (ids[i:i + size] for i in range(0, len(ids), size))]
 
-    def run(self, calls: list):
-        for ids in calls:
-            status = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, len(ids)))
-            if status:
-                raise RuntimeError(f"llama_decode returned {status}")
+    def run(self, batches: Iterable):
+        """Runs batches one after the other, each to its end; logits for the last token of each."""
+        for ids in batches:
+            self.check(self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, len(ids))))
             self.lib.llama_synchronize(self.context)
 
+    def decode_all(self, context, ids: Sequence[int], start: int, every: bool):
+        """Runs `ids` at positions start, start + 1, ... in one batch; logits for `every` token, else for the last one."""
+        batch = self.lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, start + i, 1, 0, every
+            batch.logits[len(ids) - 1] = True               # a batch without any is taken for one of embeddings
+            self.check(self.lib.llama_decode(context, batch))
+        finally:
+            self.lib.llama_batch_free(batch)
 
-def _tell_errors(level: int, text: bytes, data: object):
+    def check(self, status: int):
+        """Raises RuntimeError unless llama_decode succeeded."""
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+
+
+def log_errors(level: int, text: bytes, data: object):
     """llama.cpp's log: errors only."""
-    _tell_errors.on = level == LOG_ERROR or level == LOG_CONTINUED and _tell_errors.on
-    if _tell_errors.on:
+    log_errors.on = level == LOG_ERROR or level == LOG_CONTINUED and log_errors.on
+    if log_errors.on:
         os.write(2, text)
 
 
-_tell_errors.on = False
+log_errors.on = False
 
 
-def timed(engine, **request) -> dict:
-    """The answer to a request to measure."""
-    return {"seconds": engine.measure(**request)}
+# ---- the tensors of the graph
+
+class Tensor(ctypes.Structure):
+    """ggml.h: struct ggml_tensor up to its name, as llama-cpp-python 0.3.36 has it."""
+
+    _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
+                ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32), ("src", ctypes.c_void_p * 10),
+                ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64)]
 
 
-def serve(engine, requests: Iterable[str], reply, answer: Callable[..., dict]):
-    """Answers one line after the other by `answer(engine, **request)`. An error is an answer too."""
+def array_of(tensor: Tensor) -> np.ndarray:
+    """A copy of a tensor in this process's memory, axes in NumPy's order, without leading axes of 1 (but at least two axes)."""
+    dtype, sizes, strides = np.dtype(TYPES[tensor.type]), list(tensor.ne), list(tensor.nb)
+    n_bytes = sum((n - 1) * step for n, step in zip(sizes, strides)) + dtype.itemsize
+    memory = np.frombuffer((ctypes.c_char * n_bytes).from_address(tensor.data), np.uint8)
+    array = np.lib.stride_tricks.as_strided(memory[:dtype.itemsize].view(dtype), sizes[::-1], strides[::-1]).copy()
+    while array.ndim > 2 and array.shape[0] == 1:
+        array = array[0]
+    return array
+
+
+class Watch:
+    """The callback of llama.cpp's scheduler: keeps the tensors whose names, without the layer, are among `names`.
+
+    A build with another layout of struct ggml_tensor is noticed by the name and ends the process.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        from llama_cpp._ggml import libggml
+
+        self.names, self.found, self._name_of = frozenset(names), {}, libggml.ggml_get_name
+        self._name_of.restype = ctypes.c_char_p
+
+    def __call__(self, address: int, ask: bool, data: object) -> bool:
+        """`ask`: is this tensor wanted? All are: they are computed one after the other. Otherwise it has just been computed."""
+        if ask:
+            return True
+        tensor = Tensor.from_address(address)
+        if self._name_of(ctypes.c_void_p(address)) != tensor.name:
+            os.write(2, b"this build has another layout of struct ggml_tensor; use llama-cpp-python 0.3.36\n")
+            os._exit(1)
+        name = tensor.name.decode("utf-8", "replace")
+        if name.partition("-")[0] in self.names and tensor.type in TYPES and tensor.data:
+            array = array_of(tensor)
+            self.found[name] = array.astype(np.int32) if array.dtype.kind == "i" else array
+        return True
+
+
+# ---- requests
+
+def serve(engine, requests: Iterable[str], reply: Callable[[dict], None]):
+    """Gives the engine's facts, then answers one line after the other."""
     reply(engine.facts)
     for line in requests:
         try:
-            reply(answer(engine, **json.loads(line)))
+            reply(engine.answer(**json.loads(line)))
         except Exception as e:
             reply({"error": " ".join(f"{e}".split())})
 
 
-def talk(make: Callable[[], object], answer: Callable):
-    """The process: what `make` gives answers, by `answer(engine, **request)`, or why there is none is the only answer.
-
-    Standard output is for answers alone, whatever a library writes goes to standard error.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                        # Ctrl-C is for the one that started us, who then ends us
+def main(path: str, *sizes: str):
+    """The process. Standard output is for answers alone: whatever a library writes goes to standard error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                        # Ctrl-C is for the parent, who then ends us
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def reply(what: dict):
-        answers.write(json.dumps(what) + "\n")
+    def reply(answer: dict):
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
     try:
-        engine = make()
+        engine = Engine(path, *map(int, sizes))
     except Exception as e:
         reply({"error": " ".join(f"{e}".split())})
     else:
-        serve(engine, sys.stdin, reply, answer)
+        serve(engine, sys.stdin, reply)
 
 
 if __name__ == "__main__":
-    talk(lambda: _Engine(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), timed)
+    main(*sys.argv[1:])
