@@ -1,1 +1,1 @@
-"""Judging other engines: traces, tolerances, the first tensor that departs and why. May import files and lab/llamacpp."""
+"""Judging other engines: traces, tolerances, the first tensor that departs and why. May import files, lab/llamacpp and lab/engines.py."""

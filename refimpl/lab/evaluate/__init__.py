@@ -1,1 +1,1 @@
-"""Perplexity and KL divergence over texts. May import files and lab/llamacpp."""
+"""Perplexity and KL divergence over texts. May import files, lab/llamacpp and lab/engines.py."""

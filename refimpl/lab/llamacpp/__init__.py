@@ -1,1 +1,1 @@
-"""llama.cpp in a child process: process.py is the child, client.py talks to it. May import formats and host; nothing else of lab."""
+"""llama.cpp in a child process: process.py is the child, client.py talks to it. Imports nothing else of the package."""
