@@ -370,7 +370,7 @@ def test_the_command(made, right, tmp_path):
         import llama_cpp  # noqa: F401
         assert no_engine.exit_code == 0, no_engine.output
     except ImportError:
-        assert complain(no_engine.exception) == 1 and "llama.cpp is missing" in str(no_engine.exception)
+        assert complain(no_engine.exception) == 1 and "llama_cpp is not installed" in str(no_engine.exception)
 
 
 def test_the_heat_map(right):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import refimpl
 from refimpl.cli import app
+from refimpl.extras import MissingExtra
 from refimpl.lab.bench.bench import Plan, bench
 from refimpl.lab.compare.compare import compare_with
 from refimpl.lab.compare.engines import choose, llamacpp_live
@@ -144,10 +145,10 @@ def test_a_trace_comes_back_by_name():
 
 
 def test_a_missing_llamacpp_is_named_before_a_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(client.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LlamaCppError, match="^llama.cpp is missing: pip install llama-cpp-python==0.3.36$"):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingExtra, match="^llama_cpp is not installed; pip install llama"):
         bench(tmp_path / "missing.gguf", Plan(), opponent="llama.cpp")
-    with pytest.raises(LlamaCppError, match="llama.cpp is missing"):
+    with pytest.raises(MissingExtra, match="^llama_cpp is not installed"):
         choose.open_any(f"llama.cpp:{tmp_path / 'missing.gguf'}", [2, 3])
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from refimpl.extras import require
+
 N_BATCH, N_UBATCH = 2048, 512           # llama-bench's
 PACKAGE = Path(__file__).parents[3]     # the folder that holds refimpl
 
 
 class LlamaCppError(ValueError):
-    """llama.cpp is missing, refused the model or stopped. One line."""
+    """llama.cpp refused the model or a request, or stopped. One line."""
 
 
 class LlamaCpp:
@@ -28,9 +30,9 @@ class LlamaCpp:
 
     @staticmethod
     def check():
-        """Raises LlamaCppError where llama-cpp-python is not installed."""
+        """Raises MissingExtra where llama-cpp-python is not installed. Does not import it: its library belongs into the other process."""
         if importlib.util.find_spec("llama_cpp") is None:
-            raise LlamaCppError("llama.cpp is missing: pip install llama-cpp-python==0.3.36")
+            require("llama_cpp", "llamacpp")
 
     def __init__(self, path: Path, n_ctx: int, n_threads: int, batch: int | None = None, command: Sequence[str] | None = None):
         """Starts the process and waits for the model. `batch`: tokens in a call, None for what llama-bench takes (2048, in parts of 512).
