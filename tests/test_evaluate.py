@@ -299,7 +299,7 @@ def test_the_command_line_refuses_what_makes_no_sense(text, tmp_path):
     for status, says, args in (
             (2, "-f FILE", ()), (2, "--base RUN", ("-f", text, "--base", "x")), (2, "--count", ("-f", text, "--count", "all")),
             (2, "--stride", ("-f", text, "-c", 8, "--stride", 9)), (1, "UTF-8", ("-f", tmp_path / "latin.txt")),
-            (1, "no text", ("-f", tmp_path / "empty.txt")), (1, "choose from kernels, reference, llama.cpp", ("-f", text, "--backend", "x")),
+            (1, "no text", ("-f", tmp_path / "empty.txt")), (1, "choose from kernels, reference, llama", ("-f", text, "--backend", "x")),
             (1, "no such file", ("-f", text, "--against", "nothing.gguf")), (1, "No such file", ("--base", "nothing.npz"))):
         code, out, err = run(*args)
         assert code == status and out == "" and says in err and len(err.strip().splitlines()) == 1, (args, err)

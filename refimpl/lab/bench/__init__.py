@@ -1,1 +1,1 @@
-"""Speed: of a model, of drafting, of every weight type, beside what the machine allows. May import files, lab/llamacpp and lab/engines.py."""
+"""Speed of a model, of drafting, of every weight type, beside what the machine allows. May import files, lab/llamacpp, lab/engines.py."""
