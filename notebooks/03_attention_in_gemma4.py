@@ -151,7 +151,7 @@ seen = {}
 logits = model.logits(ids, tap=seen.__setitem__)
 
 full = model.config.layers[-1]
-angles = ops.rope_angles(np.arange(len(ids)), model.weights.rope_frequency_R[full.kind])
+angles = ops.rope_angles(np.arange(len(ids)), model.weights.rope_frequency_R[full.attention])
 weight_H = model.weights.layers[full.index].attention.kv.key_norm_H
 from_values = ops.rotate(seen[f"Vcur_normed-{full.index}"] * weight_H, *angles)
 keys = seen[f"Kcur_pos-{full.index}"]

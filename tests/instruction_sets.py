@@ -44,7 +44,7 @@ def in_parts(model, ids) -> bool:
     for sizes in cuts:
         cache, first, states = model.new_cache(), 0, []
         for size in sizes:
-            states.append(model.states(ids[first:first + size], cache))
+            states.append(model.prefill(ids[first:first + size], cache))
             first += size
         if first != n or not np.array_equal(model.head(np.concatenate(states)), whole):
             return False

@@ -131,8 +131,8 @@ class Recorder:
         self.calls.append(("cache", n_ctx))
         return Cache(self.config, n_ctx, 8, np.float32)
 
-    def states(self, ids, cache):
-        self.calls.append(("states", list(ids)))
+    def prefill(self, ids, cache):
+        self.calls.append(("prefill", list(ids)))
         self.now += len(ids)
         return np.zeros((len(ids), 4), np.float32)
 
@@ -147,10 +147,10 @@ def test_ours_runs_the_context_untimed_and_the_head_once_a_call(moe, monkeypatch
     assert ours.kv_bytes == 4
     model.calls.clear()
     assert ours.measure([], [1, 2, 3], True) == 103
-    assert model.calls == [("cache", 50), ("states", [1, 2, 3]), ("head", 1)]
+    assert model.calls == [("cache", 50), ("prefill", [1, 2, 3]), ("head", 1)]
     model.calls.clear()
     assert ours.measure([7, 8], [1, 2], False) == 202
-    assert model.calls == [("cache", 50), ("states", [7, 8]), ("states", [1]), ("head", 1), ("states", [2]), ("head", 1)]
+    assert model.calls == [("cache", 50), ("prefill", [7, 8]), ("prefill", [1]), ("head", 1), ("prefill", [2]), ("head", 1)]
 
 
 def test_ids_are_ordinary_pieces_and_the_same_for_the_same_seed(moe):

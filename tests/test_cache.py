@@ -16,7 +16,7 @@ def test_ring_gives_positions_back_in_order_across_the_wrap():
     layer = LayerCache(n_kv=1, head_dim=1, n_slots=5, most=5, window=3, dtype=np.dtype(np.float32))
     for pos in range(13):
         layer.write(pos, np.full((1, 1, 1), pos, np.float32), np.full((1, 1, 1), -pos, np.float32))
-        first = layer.first_in_sight(pos)
+        first = layer.first_visible(pos)
         slots = np.arange(first, pos + 1) % 5
         k, v = layer.k_SKH[slots], layer.v_SKH[slots]
         assert k.ravel().tolist() == list(range(first, pos + 1)) and v.ravel().tolist() == [-p for p in range(first, pos + 1)]
@@ -28,7 +28,7 @@ def test_rejected_rows_leave_no_trace(shape, tmp_path):
     """Drafts that are run and then taken back (not committed, or rolled back) change nothing, far past the window's wrap."""
     model = model_of(shape, tmp_path)
     ids = prompt(50)
-    plain = model.states(ids, model.new_cache())
+    plain = model.prefill(ids, model.new_cache())
     cache, done, states, wrong = Cache(model.config, 512, 5, model.backend.kv_type), 0, [], [7, 8, 9]
     while done < len(ids):
         take = min(2, len(ids) - done)
@@ -46,7 +46,7 @@ def test_rejected_rows_leave_no_trace(shape, tmp_path):
 def test_roll_back_too_far_is_refused(tmp_path):
     model = model_of("12B", tmp_path)
     cache = Cache(model.config, 512, 4, model.backend.kv_type)
-    model.states(prompt(40), cache)
+    model.prefill(prompt(40), cache)
     cache.roll_back(37)
     with pytest.raises(ValueError, match="ring of layer 0"):
         cache.roll_back(30)
@@ -59,9 +59,9 @@ def test_roll_back_too_far_is_refused(tmp_path):
 def test_context_end_and_row_limit(tmp_path):
     model = model_of("12B", tmp_path)
     cache = Cache(model.config, 10, 4, model.backend.kv_type)
-    model.states(prompt(10), cache)
+    model.prefill(prompt(10), cache)
     with pytest.raises(ContextFull, match="11 tokens do not fit in a context of 10"):
-        model.states([5], cache)
+        model.prefill([5], cache)
     with pytest.raises(ValueError, match="5 rows in one call"):
         gemma4.forward(model.config, model.weights, model.backend, np.arange(5, 10), Cache(model.config, 10, 4, model.backend.kv_type))
 
@@ -70,7 +70,7 @@ def test_full_layers_grow_and_rings_do_up_to_their_window(tmp_path):
     model = model_of("12B", tmp_path)
     cache = Cache(model.config, 512, 8, model.backend.kv_type)
     sizes = [(i, layer.n_slots) for i, layer in cache.layers.items()]
-    model.states(prompt(100), cache)
+    model.prefill(prompt(100), cache)
     grown = {i: layer.n_slots for i, layer in cache.layers.items()}
     for i, before in sizes:
         window = model.config.layers[i].window

@@ -36,13 +36,13 @@ def oracle(target, drafter, ids: list[int]) -> list[tuple[int, np.ndarray, np.nd
 def steps(model, drafter, ids: list[int]) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """The same by ours."""
     cache = model.new_cache()
-    state, token, found, backend = model.states(ids[:-1], cache)[-1], ids[-1], [], model.backend
+    state, token, found, backend = model.prefill(ids[:-1], cache)[-1], ids[-1], [], model.backend
     with backend.running():
         angles = network.angles_at(drafter.weights, cache.length)
         for _ in range(STEPS):
             embedding = embed(model.config, model.weights, np.array([token]))[0]
-            z, state = network.step(drafter.config, drafter.weights, backend, embedding, state, angles, cache)
-            logit = network.logits(drafter.config, drafter.weights, backend, z)
+            z, state = network.draft_step(drafter.config, drafter.weights, backend, embedding, state, angles, cache)
+            logit = network.spread(drafter.config, *network.candidates(drafter.weights, backend, z))
             token = int(logit.argmax())
             found.append((token, logit, state))
     return found
@@ -127,7 +127,7 @@ def test_a_head_of_the_first_tokens_only(pairs, backend):
 def test_a_drafter_leaves_the_cache_as_it_is(pairs):
     model = reference(pairs["26B-A4B"][2])
     drafter, cache = refimpl.load_drafter(pairs["26B-A4B"][3], model), model.new_cache()
-    state = model.states(prompt(20), cache)[-1]
+    state = model.prefill(prompt(20), cache)[-1]
     # as bytes: an unused slot may hold NaN
     before = {i: (layer.k_SKH.tobytes(), layer.v_SKH.tobytes()) for i, layer in cache.layers.items()}
     first = drafter.draft(7, state, cache, 4)
@@ -138,7 +138,7 @@ def test_a_drafter_leaves_the_cache_as_it_is(pairs):
 def test_a_draft_ends_ahead_of_a_weak_token(pairs):
     model = reference(pairs["E4B"][2])
     drafter, cache = refimpl.load_drafter(pairs["E4B"][3], model), model.new_cache()
-    state = model.states(prompt(9), cache)[-1]
+    state = model.prefill(prompt(9), cache)[-1]
     whole = drafter.draft(7, state, cache, 6)
     lengths = [len(drafter.draft(7, state, cache, 6, min_p=p)) for p in (0.0, 0.15, 0.2, 0.3, 0.99)]
     assert len(whole) == 6 and lengths[0] == 6 and lengths == sorted(lengths, reverse=True) and lengths[-1] == 0
@@ -194,7 +194,7 @@ def test_odd_metadata_is_refused(tmp_path, pairs, monkeypatch, key, value, expec
 @pytest.mark.parametrize(("change", "expected"), [
     (lambda tensors: tensors[1:], "rope_freqs.weight is missing"),
     (lambda tensors: [(n, t, d[:, 1:] if n == "nextn.post_projection.weight" else d) for n, t, d in tensors], "projection.weight has"),
-    (lambda tensors: [*tensors, ("blk.0.attn_x.weight", "F32", np.ones(4, np.float32))], "1 unexpected tensors .first: blk.0.attn_x"),
+    (lambda tensors: [*tensors, ("blk.0.attn_x.weight", "F32", np.ones(4, np.float32))], "1 unexpected tensor .first: blk.0.attn_x"),
     (lambda tensors: [(n, t, np.zeros_like(d) if n == network.ORDERING else d) for n, t, d in tensors], "does not name every token once"),
     (lambda tensors: [(n, t, d[:7] if n == network.CENTROIDS else d) for n, t, d in tensors], "do not divide the vocabulary"),
     (lambda tensors: [(n, t, d[:2] if n == network.CENTROIDS else d) for n, t, d in tensors], "2 centroids for 300 tokens, 3 of them"),

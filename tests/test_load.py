@@ -166,7 +166,7 @@ def test_the_configuration_says_what_transformers_says(shape, folder):
     config = refimpl.load(write_model(folder / f"{shape}.gguf", hf)).config
     for layer, module in zip(config.layers, hf.model.layers):
         attention = module.self_attn
-        assert (layer.kind.value == "sliding") == attention.is_sliding and layer.head_dim == attention.head_dim
+        assert (layer.attention.value == "sliding") == attention.is_sliding and layer.head_dim == attention.head_dim
         assert layer.n_head // layer.n_kv == attention.num_key_value_groups and layer.ffn.n_ff == module.mlp.intermediate_size
         assert layer.has_own_kv == (not attention.is_kv_shared_layer)
         assert layer.values_are_keys == (attention.use_alternative_attention and layer.has_own_kv)

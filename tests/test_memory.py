@@ -70,10 +70,10 @@ def test_context_is_the_one_asked_for(moe):
 def test_buffers_cover_what_a_forward_pass_takes_and_not_much_more(tmp_path, shape):
     """Peak of a call of 300 rows and its logits, without the first call, in which Python imports and fills its own caches."""
     model = refimpl.load(write_model(tmp_path / "m.gguf", random_model(shape), "Q4_0"), backend="reference")
-    model.head(model.states([5, 6], model.new_cache(2)))
+    model.head(model.prefill([5, 6], model.new_cache(2)))
     cache = model.new_cache(300)
     tracemalloc.start()
-    model.head(model.states([7] * 300, cache)[-1:])
+    model.head(model.prefill([7] * 300, cache)[-1:])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     estimate = buffer_bytes(model.config, 300) - COMPILER_BYTES

@@ -65,7 +65,7 @@ def test_any_chunking_gives_the_same_bits(shape, tmp_path):
     for sizes in ([1] * 60, [5] * 12, [23, 1, 36], [59, 1]):
         cache, first, states = model.new_cache(), 0, []
         for size in sizes:
-            states.append(model.states(ids[first:first + size], cache))
+            states.append(model.prefill(ids[first:first + size], cache))
             first += size
         assert np.array_equal(model.head(np.concatenate(states)), whole), f"chunks of {sizes}"
 

@@ -124,7 +124,7 @@ def test_whole_model_any_chunking(tmp_path):
     model, ids = reference(path, arithmetic="q8"), prompt(30)
     whole = model.logits(ids)
     cache = model.new_cache()
-    assert np.array_equal(model.head(np.concatenate([model.states(ids[i:i + 7], cache) for i in range(0, 30, 7)])), whole)
+    assert np.array_equal(model.head(np.concatenate([model.prefill(ids[i:i + 7], cache) for i in range(0, 30, 7)])), whole)
     assert 1e-4 < worst(whole, reference(path).logits(ids)) < 0.5
     with pytest.raises(ValueError, match="exact arithmetic"):
         reference(path, arithmetic="q8", weights="float32")

@@ -16,7 +16,7 @@ from refimpl.lab.explain.routing import (
     share_by_kind,
 )
 from refimpl.loading.model import load as load_model
-from refimpl.model.gemma4 import no_tap
+from refimpl.model.tap import no_tap
 from refimpl.tiny.corpus import read_corpus
 from refimpl.tiny.evaluate import model_bits
 
@@ -61,7 +61,7 @@ def test_routes_are_what_the_routers_did_over_several_calls(model):
     """A text longer than a chunk; without its first token, and only that."""
     ids = np.random.default_rng(0).integers(300, 4000, 600)
     seen = {}
-    model.states(ids, model.new_cache(), tap=lambda name, value: seen.setdefault(name, []).append(value.copy()))
+    model.prefill(ids, model.new_cache(), tap=lambda name, value: seen.setdefault(name, []).append(value.copy()))
     found = route(model, [ids, ids[:50]])
     assert found.id_LTX.shape == (6, 599 + 49, 8)
     for i in range(6):
@@ -106,7 +106,7 @@ def test_as_many_experts_as_before_change_nothing_and_fewer_are_the_first_ones(m
     first = model.config.layers[0].index
     seen = [{}, {}]
     for which, tap in zip((model, three), seen):
-        which.run(which.checked(ids[:50]), which.new_cache(), tap.__setitem__)
+        which.forward(which.checked(ids[:50]), which.new_cache(), tap.__setitem__)
     assert (seen[1][f"ffn_moe_topk-{first}"] == seen[0][f"ffn_moe_topk-{first}"][:, :3]).all()
     assert (model.logits(ids, no_tap) == same.logits(ids)).all()
     for wrong in (0, 129):

@@ -166,7 +166,7 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
     model, _ = pairs["26B-A4B"][0]
     ids = prompt(9)
     truth = ids + refimpl.generate(model, ids, max_new_tokens=40).ids
-    clean = model.states(truth, model.new_cache())
+    clean = model.prefill(truth, model.new_cache())
     drafter, calls = Scripted(model, truth, lambda: 2), itertools.count()
 
     def breaking(function, at):
@@ -178,9 +178,9 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
 
     for at in range(60):
         cache, calls = model.new_cache(), itertools.count()
-        state = model.states(ids, cache)[-1]
+        state = model.prefill(ids, cache)[-1]
         with monkeypatch.context() as patch:
-            patch.setattr(model, "run", breaking(model.run, at))
+            patch.setattr(model, "forward", breaking(model.forward, at))
             patch.setattr(model, "head", breaking(model.head, at))
             patch.setattr(cache, "advance", breaking(cache.advance, at))
             patch.setattr(drafter, "draft", breaking(drafter.draft, at))
@@ -193,7 +193,7 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
                 pass
         assert ids + got == truth[:9 + len(got)] and 0 <= cache.length - (9 + len(got)) + 1 <= 5
         rest = truth[cache.length:]
-        assert not rest or np.array_equal(model.states(rest, cache), clean[len(truth) - len(rest):])
+        assert not rest or np.array_equal(model.prefill(rest, cache), clean[len(truth) - len(rest):])
 
 
 # ---- the cache
@@ -215,16 +215,16 @@ def test_any_accept_counts_leave_the_cache_of_the_committed_tokens(pairs, counts
             return next(self.left)
     from refimpl.model.cache import Cache
     caches, left = [Cache(model.config, 512, 9, model.backend.kv_type) for _ in range(2)], iter(counts)
-    state = model.states(truth[:5], caches[0])[-1]
+    state = model.prefill(truth[:5], caches[0])[-1]
     tokens = speculative(model, Scripted(model, truth, lambda: next(left, 0)), caches[0], Sure(), state, 440, FixedDepth(depth), 0.0,
                          stats := DraftStats(), end=())
     got = [token for token, _ in zip(tokens, range(400)) if stats.rounds < len(counts)]
     tokens.close()
     assert truth[5:5 + len(got)] == got and stats.rounds >= 40
     n = caches[0].length
-    model.states(truth[:n], caches[1])
+    model.prefill(truth[:n], caches[1])
     for i, layer in caches[0].layers.items():
-        slots = np.arange(int(layer.first_in_sight(n)), n) % layer.n_slots
+        slots = np.arange(int(layer.first_visible(n)), n) % layer.n_slots
         for ours, fresh in ((layer.k_SKH, caches[1].layers[i].k_SKH), (layer.v_SKH, caches[1].layers[i].v_SKH)):
             assert np.array_equal(ours[slots].view(np.uint8), fresh[slots].view(np.uint8))
 
@@ -267,7 +267,7 @@ OF_A_ROUND = {      # what only shows after a partial acceptance, and where: in 
     "wrong row carried": ("drafts", speculative, "state_TD[len(emitted) - 1]", "state_TD[-1]"),
     "rejected rows committed": ("text", speculative, "cache.advance(len(emitted))", "cache.advance(1 + len(drafted))"),
     "too little committed": ("drafts", speculative, "cache.advance(len(emitted))", "cache.advance(max(1, len(emitted) - 1))"),
-    "one key too many in sight": ("drafts", network.step, "pos_T, pos_T, cache, tap)", "pos_T, pos_T + 1, cache, tap)"),
+    "one key too many in sight": ("drafts", network.draft_step, "Step(pos_T, pos_T,", "Step(pos_T, pos_T + 1,"),
 }
 
 
@@ -283,15 +283,15 @@ def test_planted_in_the_round(pairs, what):
 
 
 OF_A_STEP = {
-    "projection before the norm": (network.step, "backend.matmul(z_TD, weights.post_", "backend.matmul(x_TD, weights.post_"),
-    "state before the target's norm": (gemma4.forward, "    x_TD = backend.rms_norm(x_TD, weights.norm_D, config.norm_eps)\n", ""),
-    "position advances with the draft": (Drafter.draft, "z_D, state_C = network.step(", "angles = network.angles_at(self.weights, "
-                                         "cache.length + len(proposed)); z_D, state_C = network.step("),
-    "state before the embedding": (network.step, "[embedding_C, state_C]", "[state_C, embedding_C]"),
-    "embedding not scaled": (network.step, "np.concatenate([embedding_C, state_C])", "np.concatenate([embedding_C / 8, state_C])"),
-    "keys of the first layer of the kind": (drafter_config.drafter_config_from_gguf, "target.last_own(kind)",
-                                            "min(layer.index for layer in target.layers if layer.kind is kind)"),
-    "no final norm": (network.step, "z_TD = backend.rms_norm(x_TD, weights.norm_D, config.trunk.norm_eps)", "z_TD = x_TD"),
+    "projection before the norm": (network.draft_step, "backend.matmul(z_TD, weights.post_", "backend.matmul(x_TD, weights.post_"),
+    "state before the target's norm": (gemma4.forward, "backend.rms_norm(x_TD, weights.norm_D, config.norm_eps)", "x_TD"),
+    "position advances with the draft": (Drafter.draft, "z_D, state_C = network.draft_step(", "angles = network.angles_at(self.weights, "
+                                         "cache.length + len(proposed)); z_D, state_C = network.draft_step("),
+    "state before the embedding": (network.draft_step, "[embedding_C, state_C]", "[state_C, embedding_C]"),
+    "embedding not scaled": (network.draft_step, "np.concatenate([embedding_C, state_C])", "np.concatenate([embedding_C / 8, state_C])"),
+    "keys of the first layer of the kind": (drafter_config.drafter_config_from_gguf, "target.last_own(attention)",
+                                            "min(layer.index for layer in target.layers if layer.attention is attention)"),
+    "no final norm": (network.draft_step, "backend.rms_norm(x_TD, weights.norm_D, step.eps)", "x_TD"),
     "worst group": (network.candidates, "np.argsort(-score_Z, kind=\"stable\")", "np.argsort(score_Z, kind=\"stable\")"),
 }
 
@@ -395,7 +395,7 @@ def test_auto_leaves_a_useless_drafter_alone(pairs, picked):
     truth = prompt(9) + run(picked, model, prompt(9), 400)[0]
     for right, low, high in ((0, 0.0, 0.1), (99, 5.0, 9.0)):
         stats, cache = DraftStats(), model.new_cache()
-        state = model.states(prompt(9), cache)[-1]
+        state = model.prefill(prompt(9), cache)[-1]
         made = Scripted(model, truth, lambda: right)                                                                      # noqa: B023
         got = list(speculative(model, made, cache, Sampler(Sampling(temperature=0)), state, 400, Clocked(), 0.0, stats, end=()))
         assert prompt(9) + got == truth and low <= stats.n_proposed / stats.rounds <= high

@@ -88,7 +88,7 @@ def test_every_cut_is_a_model_that_the_configuration_accepts(name, n_layer):
     config = config_of(name, n_layer)
     tensors = dict(model_tensors(config))
     read = config_from_gguf(gguf_metadata(config), tensors, config["vocab_size"], "synthetic")
-    assert read.layers[-1].kind.value == "full" and len(read.layers) == (n_layer or len(config["layer_types"]))
+    assert read.layers[-1].attention.value == "full" and len(read.layers) == (n_layer or len(config["layer_types"]))
     for layer in read.layers:
         assert layer.has_own_kv == (f"blk.{layer.index}.attn_k.weight" in tensors)
         assert tensors[f"blk.{layer.index}.attn_q.weight"][0] == layer.n_head * layer.head_dim

@@ -54,7 +54,7 @@ def test_shipped_file_equals_transformers_at_every_layer(built_in, as_transforme
 
 def test_shipped_file_has_the_features_of_the_26b(built_in):
     config, types = built_in.config, {info.type for info in built_in.file.tensors.values()}
-    kinds = [layer.kind.value for layer in config.layers]
+    kinds = [layer.attention.value for layer in config.layers]
     assert kinds == ["sliding"] * 5 + ["full"] and config.layers[0].window == 64 and config.softcap == 30
     assert config.layers[5].values_are_keys and config.layers[5].head_dim == 2 * config.layers[0].head_dim
     assert {(layer.ffn.n_expert, layer.ffn.n_used) for layer in config.layers} == {(128, 8)}
@@ -65,7 +65,7 @@ def test_all_experts_are_in_use(built_in):
     """Over some library code, every expert of every layer is chosen by some token."""
     text = "".join(list(corpus.read_corpus().validation.values())[:3])
     ids, seen = built_in.tokenizer.encode(text)[:3000], {}
-    built_in.states(ids, built_in.new_cache(), tap=lambda name, value: seen.setdefault(name, []).append(value))
+    built_in.prefill(ids, built_in.new_cache(), tap=lambda name, value: seen.setdefault(name, []).append(value))
     for i in range(6):
         used = np.unique(np.concatenate([chosen.ravel() for chosen in seen[f"ffn_moe_topk-{i}"]]))
         assert len(used) > 110, f"layer {i} uses {len(used)} of 128 experts"
@@ -207,10 +207,10 @@ def test_training_runs_the_steps_that_drafting_takes(tmp_path, monkeypatch):
     assert len(losses) == 4 and right.shape == (4, len(seen[0])) and len(seen[0]) == len(ids) - 5
     for p in (1, 2, 40, 63, 64, 65, 130, len(ids) - 5):
         cache = model.new_cache()
-        state, angles = model.states(ids[:p], cache)[-1], drafting.angles_at(ours.weights, p)
+        state, angles = model.prefill(ids[:p], cache)[-1], drafting.angles_at(ours.weights, p)
         for j in range(4):
             embedding = embed(model.config, model.weights, np.array([ids[p + j]]))[0]
-            z, state = drafting.step(ours.config, ours.weights, model.backend, embedding, state, angles, cache)
+            z, state = drafting.draft_step(ours.config, ours.weights, model.backend, embedding, state, angles, cache)
             assert worst(seen[j][p - 1], z) < 2e-3, (p, j)
 
 

@@ -135,7 +135,7 @@ def test_the_same_bits_as_the_weights_in_float32(files):
         assert np.array_equal(logits, refimpl.load(mixed, arithmetic=arithmetic, threads=2).logits(SAMPLE))
         cache, states = ours.new_cache(), []
         for part in (SAMPLE[:1], SAMPLE[1:6], SAMPLE[6:]):
-            states.append(ours.states(part, cache))
+            states.append(ours.prefill(part, cache))
         assert np.array_equal(ours.head(np.concatenate(states)), logits)
         assert set(ours.widened) == set(MIXED) & set(WIDE)
 

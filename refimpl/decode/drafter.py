@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from refimpl.model.cache import Cache
 from refimpl.model.config import warn_of_unknown_keys
 from refimpl.model.drafter import HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
-from refimpl.model.gemma4 import Tap, embed, no_tap
+from refimpl.model.gemma4 import embed
+from refimpl.model.tap import Look, no_tap, prefixed, tap_of
 from refimpl.model.weights import prepare_matrices, vocabulary_size
 from refimpl.progress import Progress, silent
 
@@ -36,24 +37,23 @@ class Drafter:
         self.file, self.config, self.weights, self.target = file, config, weights, target
         self.auto = AutoDepth()
 
-    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float = 0.0,
-              watch: Callable[[int], Tap] = lambda step: no_tap) -> list[int]:
-        """Up to `n` ids that may follow `token`, the likeliest each time.
+    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float = 0.0, tap: Look = no_tap) -> list[int]:
+        """Up to `n` ids that may follow `token`, the most probable one at each step.
 
         `token` is the latest one, which the target has not run; `state_C` the target's final normed state before it; the cache holds
-        everything before it. Stops early ahead of a token whose probability (among the 10 largest, as in llama.cpp) is below `min_p`.
-        `watch(j)` is the tap of step j.
+        everything before it. Stops before a token whose probability (among the 10 largest, as in llama.cpp) is below `min_p`.
+        `tap` sees the values of step j under names that begin with "draft{j}.".
         """
         proposed, backend = [], self.target.backend
         with backend.running():
             angles = network.angles_at(self.weights, cache.length)
             while len(proposed) < n:
                 embedding_C = embed(self.target.config, self.target.weights, np.array([token]))[0]
-                tap = watch(len(proposed))
-                z_D, state_C = network.step(self.config, self.weights, backend, embedding_C, state_C, angles, cache, tap)
+                step_tap = tap_of(prefixed(tap, f"draft{len(proposed)}."))
+                z_D, state_C = network.draft_step(self.config, self.weights, backend, embedding_C, state_C, angles, cache, step_tap)
                 id_K, logit_K = network.candidates(self.weights, backend, z_D)
-                if tap is not no_tap:
-                    tap("result_output", network.spread(self.config, id_K, logit_K)[None])
+                if step_tap is not no_tap:
+                    step_tap("result_output", network.spread(self.config, id_K, logit_K)[None])
                 best = int(np.argmax(logit_K))
                 if min_p > 0 and _probability(logit_K) < min_p:
                     break
@@ -130,7 +130,7 @@ def propose(model: Model, drafter: Drafter, ids: Sequence[int], k: int) -> list[
         raise ValueError(f"k={k!r}: expected 1 or more")
     check_target(drafter, model)
     cache = model.new_cache()
-    state_C = model.states(ids_T[:-1], cache)[-1]
+    state_C = model.prefill(ids_T[:-1], cache)[-1]
     return drafter.draft(int(ids_T[-1]), state_C, cache, k)
 
 

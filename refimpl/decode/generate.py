@@ -92,7 +92,7 @@ def stream(model: Model, ids: Sequence[int], *, max_new_tokens: int = 64, temper
     output = Output() if output is None else output
     stats, text = output.stats, model.tokenizer.stream(special=special)
     began = time.perf_counter()
-    state_D = model.states(ids, cache, progress=progress)[-1]
+    state_D = model.prefill(ids, cache, advance=progress)[-1]
     stats.n_prompt, stats.prompt_seconds = len(ids), time.perf_counter() - began
     if drafter is None:
         chosen = plain(model, cache, sampler, state_D)
@@ -127,4 +127,5 @@ def plain(model: Model, cache: Cache, sampler: Sampler, state_D: np.ndarray) -> 
     while True:
         new = sampler.pick(model.head(state_D[None])[0])
         yield new
-        state_D = model.states([new], cache)[-1]
+        state_D = model.forward(np.array([new]), cache)[-1]
+        cache.advance(1)

@@ -21,7 +21,7 @@ from refimpl.decode.drafter import Drafter
 from refimpl.decode.sampling import Sampler
 from refimpl.loading.model import Model
 from refimpl.model.cache import Cache
-from refimpl.model.gemma4 import Tap, both, no_tap
+from refimpl.model.tap import Look, both, no_tap
 
 
 @dataclass
@@ -114,7 +114,7 @@ def accept(drafted: Sequence[int], chosen: Iterable[int], end: Collection[int] =
 
 def speculative(model: Model, drafter: Drafter, cache: Cache, sampler: Sampler, state_D: np.ndarray, limit: int,
                 depth: FixedDepth | AutoDepth, min_p: float, stats: DraftStats, *, end: Collection[int],
-                decide: Callable[..., list[int]] = accept, watch: Callable[[int], Tap] = lambda round_: no_tap) -> Iterator[int]:
+                decide: Callable[..., list[int]] = accept, watch: Callable[[int], Look] = lambda round_: no_tap) -> Iterator[int]:
     """Yields at most `limit` chosen ids, as the plain loop would; an id of `end` among them is the last.
 
     `state_D` is the state behind the last token in the cache. Every round is committed before its ids are yielded, and nothing that was
@@ -131,7 +131,7 @@ def speculative(model: Model, drafter: Drafter, cache: Cache, sampler: Sampler, 
         drafted = drafter.draft(latest, state_D, cache, n, min_p) if n else []
         drafted_at = time.perf_counter()
         tap = watch(stats.rounds)
-        state_TD = model.run(model.checked([latest, *drafted]), cache, both(stats.look, tap) if drafted else tap)
+        state_TD = model.forward(np.array([latest, *drafted]), cache, both(stats.look, tap) if drafted else tap)
         logit_TV = model.head(state_TD)
         tap("result_output", logit_TV)
         verified_at = time.perf_counter()

@@ -75,7 +75,7 @@ def _layer(config: Config, i: int) -> dict[str, object]:
     ffn = {"n_ff": spec.ffn.n_ff}
     if isinstance(spec.ffn, MoeFfn):
         ffn |= {"n_expert": spec.ffn.n_expert, "n_expert_used": spec.ffn.n_used, "n_ff_expert": spec.ffn.n_ff_expert}
-    return {"layer": i, "kind": spec.kind.value, "n_head": spec.n_head, "n_kv": spec.n_kv, "head_dim": spec.head_dim,
+    return {"layer": i, "kind": spec.attention.value, "n_head": spec.n_head, "n_kv": spec.n_kv, "head_dim": spec.head_dim,
             "window": spec.window, "kv_from": spec.kv_from, "values_are_keys": spec.values_are_keys} | ffn
 
 

@@ -40,7 +40,7 @@ def hashed_run(model: Model, width: int) -> str:
     """The hash of one run, `width` rows in a call."""
     ids, cache, digest = token_ids(model.config.n_vocab, model.tokenizer.bos), model.new_cache(N_TOKENS), hashlib.sha256()
     for first in range(0, N_TOKENS, width):
-        digest.update(model.head(model.states(ids[first:first + width], cache)).astype("<f4").tobytes())
+        digest.update(model.head(model.prefill(ids[first:first + width], cache)).astype("<f4").tobytes())
     return digest.hexdigest()
 
 

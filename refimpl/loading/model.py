@@ -19,6 +19,7 @@ from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import Config, config_from_gguf, warn_of_unknown_keys
+from refimpl.model.tap import Look, no_tap, tap_of
 from refimpl.model.weights import Weights, prepare_weights, vocabulary_size, weights_from_gguf
 from refimpl.progress import Advance, Progress, silent
 from refimpl.text.tokenizer import Tokenizer
@@ -50,39 +51,41 @@ class Model:
         """Raises MemoryRefusal where there is no room for the keys and values of `n_ctx` tokens."""
         refuse_context_unless_it_fits(self.config, n_ctx, CHUNK, self.backend.kv_type, available(), self.file.path)
 
-    def states(self, ids: Sequence[int], cache: Cache, tap: gemma4.Tap = gemma4.no_tap,
-               progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
-        """Runs and commits `ids` after what the cache holds, chunk by chunk. Returns the final normed states, float32 (T, D).
+    def prefill(self, ids: Sequence[int], cache: Cache, tap: Look = no_tap, advance: Advance = lambda n: None) -> np.ndarray:
+        """Runs `ids` after what the cache holds, chunk by chunk, and commits them. Returns the final normed states, float32 (T, D).
 
-        `progress(n)` is told of every chunk of n tokens done.
+        `tap(name, array)` is called with every named value (model/tap.py), `advance(n)` after every chunk of n tokens.
         """
         ids_T = self.checked(ids)
         states = []
         for first in range(0, len(ids_T), cache.max_rows):
             part = ids_T[first:first + cache.max_rows]
-            states.append(self.run(part, cache, tap))
+            states.append(self.forward(part, cache, tap))
             cache.advance(len(part))
-            progress(len(part))
+            advance(len(part))
         return np.concatenate(states)
 
-    def run(self, ids_T: np.ndarray, cache: Cache, tap: gemma4.Tap = gemma4.no_tap) -> np.ndarray:
-        """The final normed states of checked `ids_T` after what the cache holds, float32 (T, D). Commits nothing: `cache.advance` does."""
+    def forward(self, ids_T: np.ndarray, cache: Cache, tap: Look = no_tap) -> np.ndarray:
+        """The final normed states of `ids_T` (as from `checked`) after what the cache holds, float32 (T, D).
+
+        Does not commit them: `cache.advance(n)` commits the first n.
+        """
         with self.backend.running():
-            return gemma4.forward(self.config, self.weights, self.backend, ids_T, cache, tap)
+            return gemma4.forward(self.config, self.weights, self.backend, ids_T, cache, tap_of(tap))
 
     def head(self, state_TD: np.ndarray) -> np.ndarray:
         """Logits of states, float32 (T, V)."""
         with self.backend.running():
             return gemma4.head(self.config, self.weights, self.backend, state_TD)
 
-    def logits(self, ids: Sequence[int], tap: gemma4.Tap = gemma4.no_tap) -> np.ndarray:
-        """float32 (T, V): the logits at every position of `ids`, from a fresh cache."""
-        logit_TV = self.head(self.states(ids, self.new_cache(), tap))
+    def logits(self, ids: Sequence[int], tap: Look = no_tap) -> np.ndarray:
+        """The logits at every position of `ids`, float32 (T, V), from an empty cache. `tap` as in `prefill`."""
+        logit_TV = self.head(self.prefill(ids, self.new_cache(), tap))
         tap("result_output", logit_TV)
         return logit_TV
 
     def checked(self, ids: Sequence[int]) -> np.ndarray:
-        """`ids` as an array. Raises ValueError for none at all, or one outside of the vocabulary."""
+        """`ids` as int64 (T,). Raises ValueError for an empty list or an id outside the vocabulary."""
         ids_T = np.asarray(ids)
         if ids_T.ndim != 1 or not len(ids_T) or ids_T.dtype.kind not in "iu":
             raise ValueError("expected a list of at least one token id")

@@ -1,11 +1,11 @@
-"""What a Gemma 4 model looks like, read from GGUF metadata. No defaults: a key that is missing is an error.
+"""The hyperparameters of a Gemma 4 model, read from GGUF metadata. No defaults: a key that is missing is an error.
 
 The dimension key. Arrays carry their shape as a suffix (`x_TD`), in these letters:
 
-    T tokens in this call      S keys in reach            D model width (n_embd)
+    T tokens in this call      S slots of a cache         D model width (n_embd)
     N query heads              K key/value heads          G query heads per key/value head, N / K
     H width of a head          R pairs rotated, H / 2     A all query heads together, N * H
-    F dense feed-forward width E experts                  X experts picked per token      M expert width
+    F dense feed-forward width E experts                  X experts used per token        M expert width
     P per-layer input width    L layers                   V vocabulary                    O output rows of a matrix
     Y bytes in a row           B blocks                   Q elements in a block
 """
@@ -22,8 +22,8 @@ from refimpl.formats.gguf import GGUFError
 ARCHITECTURE, DRAFTER_ARCHITECTURE = "gemma4", "gemma4-assistant"
 
 
-class Kind(Enum):
-    """How far a layer sees: a window of the latest positions, or everything."""
+class AttentionType(Enum):
+    """Which positions a layer attends to: a sliding window of the latest ones, or all."""
 
     SLIDING = "sliding"
     FULL = "full"
@@ -38,7 +38,7 @@ class DenseFfn:
 
 @dataclass(frozen=True)
 class MoeFfn:
-    """`n_used` of `n_expert` networks of width `n_ff_expert`, beside a dense one of width `n_ff` that every token uses."""
+    """Mixture of experts: `n_used` of `n_expert` networks of width `n_ff_expert`, and a dense one of width `n_ff` that every token uses."""
 
     n_ff: int
     n_expert: int
@@ -48,16 +48,16 @@ class MoeFfn:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer: what it sees and where its keys and values come from."""
+    """One layer: its attention, where its keys and values come from, its feed-forward network."""
 
     index: int
-    kind: Kind
+    attention: AttentionType
     n_head: int
     n_kv: int
     head_dim: int
-    window: int | None        # latest positions in sight, the query's own included; None: all of them
-    kv_from: int              # the layer (for a drafter: of its target) whose keys and values it reads
-    has_own_kv: bool          # does it make keys and values of its own? (then kv_from is its own index)
+    window: int | None        # number of visible positions, the query's own included; None: all
+    kv_from: int              # the layer (for a drafter: of its target) whose keys and values it attends to
+    has_own_kv: bool          # it has key and value projections (then kv_from is its own index)
     values_are_keys: bool     # no value projection: the values are the key projection, before the key's norm and rotation
     ffn: DenseFfn | MoeFfn
 
@@ -81,9 +81,9 @@ class Config:
         """Number of layers, L."""
         return len(self.layers)
 
-    def last_own(self, kind: Kind) -> int:
-        """The last layer of this kind that makes its own keys and values: donor of shared layers, and what a drafter reads."""
-        return max(layer.index for layer in self.layers if layer.kind is kind and layer.has_own_kv)
+    def last_own(self, attention: AttentionType) -> int:
+        """The last layer of this type that has its own keys and values: layers that share, and a drafter, attend to them."""
+        return max(layer.index for layer in self.layers if layer.attention is attention and layer.has_own_kv)
 
 
 _COMMON = {
@@ -101,7 +101,7 @@ KNOWN = {
 
 
 class Keys:
-    """The metadata of one architecture, with one clear line for everything that does not fit."""
+    """The metadata keys of one architecture. Everything that does not fit raises GGUFError with one clear line."""
 
     def __init__(self, metadata: Mapping[str, object], path, architecture: str):
         self.path, self.prefix = path, architecture + "."
@@ -111,19 +111,19 @@ class Keys:
         """Raises GGUFError saying `what`."""
         raise GGUFError(self.path, None, what)
 
-    def number(self, key: str, low: float, high: float, kind: type = int):
+    def number(self, key: str, low: float, high: float, number_type: type = int):
         """A required number within low..high."""
         if key not in self.values:
             self.fail(f"metadata key {self.prefix}{key} is missing")
         value = self.values[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not isinstance(value, int)):
-            self.fail(f"{self.prefix}{key} is {value!r}, expected one {kind.__name__}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (number_type is int and not isinstance(value, int)):
+            self.fail(f"{self.prefix}{key} is {value!r}, expected one {number_type.__name__}")
         if not low <= value <= high:
             self.fail(f"{self.prefix}{key} is {value}, expected {low} to {high}")
-        return kind(value)
+        return number_type(value)
 
     def per_layer(self, key: str, n_layer: int, low: int, high: int) -> list[int]:
-        """A number per layer, written as one for all or as an array."""
+        """A number per layer, from one number for all layers or an array."""
         value = self.values.get(key)
         if not isinstance(value, np.ndarray):
             return [self.number(key, low, high)] * n_layer
@@ -135,7 +135,7 @@ class Keys:
 
 
 def architecture_of(metadata: Mapping[str, object]) -> str | None:
-    """What the file says it is; None where it says nothing, or no text (an array does not even compare with one)."""
+    """The value of `general.architecture`; None where it is missing or no string."""
     value = metadata.get("general.architecture")
     return value if isinstance(value, str) else None
 
@@ -159,11 +159,11 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
     """Reads the configuration of a Gemma 4 text model. Raises GGUFError naming the key that is missing, malformed or contradicts
     another. Keys that are not in KNOWN are ignored (`unknown_keys`).
 
-    `tensor_names` tells what no key says: which layers have no value projection. Source: llama.cpp's converter (conversion/gemma.py).
+    `tensor_names` says what no key does: which layers have no value projection. Source: llama.cpp's converter (conversion/gemma.py).
     """
     architecture = architecture_of(metadata)
     if architecture == DRAFTER_ARCHITECTURE:
-        raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone; give its target as the model")
+        raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone: load its target as the model")
     if architecture != ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; refimpl runs {ARCHITECTURE} only")
     keys = Keys(metadata, path, ARCHITECTURE)
@@ -177,22 +177,22 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
     window = keys.number("attention.sliding_window", 1, 1 << 30)
     head_dim = head_dims(keys)
     n_expert = keys.number("expert_count", 0, big) if "expert_count" in keys.values else 0
-    kinds = [Kind.SLIDING if sliding else Kind.FULL for sliding in pattern]
+    attentions = [AttentionType.SLIDING if sliding else AttentionType.FULL for sliding in pattern]
 
     layers = []
-    for i, kind in enumerate(kinds):
+    for i, attention in enumerate(attentions):
         if n_head[i] % n_kv[i]:
             keys.fail(f"layer {i} has {n_head[i]} query heads, no multiple of its {n_kv[i]} key/value heads")
         kv_from = i
         if i >= n_layer - n_shared:
-            donors = [j for j in range(n_layer - n_shared) if kinds[j] is kind]
+            donors = [j for j in range(n_layer - n_shared) if attentions[j] is attention]
             if not donors:
-                keys.fail(f"layer {i} shares keys and values, but no {kind.value} layer before it makes any")
+                keys.fail(f"layer {i} shares keys and values, but no {attention.value} layer before it makes any")
             kv_from = donors[-1]
         has_values = f"blk.{i}.attn_v.weight" in tensor_names or f"blk.{i}.attn_qkv.weight" in tensor_names
         layers.append(LayerSpec(
-            index=i, kind=kind, n_head=n_head[i], n_kv=n_kv[i], head_dim=head_dim[kind],
-            window=window if kind is Kind.SLIDING else None, kv_from=kv_from, has_own_kv=kv_from == i,
+            index=i, attention=attention, n_head=n_head[i], n_kv=n_kv[i], head_dim=head_dim[attention],
+            window=window if attention is AttentionType.SLIDING else None, kv_from=kv_from, has_own_kv=kv_from == i,
             values_are_keys=kv_from == i and not has_values,
             ffn=_ffn(keys, i, n_ff[i], n_expert, tensor_names, n_layer)))
     return Config(
@@ -204,18 +204,18 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
         layers=tuple(layers))
 
 
-def head_dims(keys: Keys) -> dict[Kind, int]:
-    """The width of a head by kind of layer."""
-    return {Kind.FULL: _head_dim(keys, ""), Kind.SLIDING: _head_dim(keys, "_swa")}
+def head_dims(keys: Keys) -> dict[AttentionType, int]:
+    """The width of a head by attention type."""
+    return {AttentionType.FULL: _head_dim(keys, ""), AttentionType.SLIDING: _head_dim(keys, "_swa")}
 
 
 def base_of_sliding(keys: Keys) -> float:
-    """The base of the rotation in sliding layers. Files without the key mean 10,000, as llama.cpp reads them."""
+    """The RoPE base of sliding layers; 10,000 without the key, as in llama.cpp."""
     return keys.number("rope.freq_base_swa", 1.0, 1e12, float) if "rope.freq_base_swa" in keys.values else 10_000.0
 
 
 def _head_dim(keys: Keys, suffix: str) -> int:
-    """Keys, values and the rotation must have one width: Gemma 4 has no other form."""
+    """The width of a head. Keys, values and the rotation have the same one in Gemma 4."""
     width = keys.number(f"attention.key_length{suffix}", 2, 1 << 16)
     for other in (f"attention.value_length{suffix}", f"rope.dimension_count{suffix}"):
         if other in keys.values and keys.number(other, 2, 1 << 16) != width:

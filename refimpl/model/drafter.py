@@ -1,17 +1,17 @@
-"""The drafter: a small model that proposes what its target will say next (MTP, multi-token prediction).
+"""The forward pass of a drafter: a small model that proposes the target's next tokens (MTP, multi-token prediction).
 
-It has no keys and values of its own. Its queries look at those of the target, of its last sliding and its last full layer, which a far
-larger model has already worked out. In one step it takes
+It has no keys and values of its own: its queries attend to those of the target's last sliding and last full layer. The input of a step is
+the concatenation of
 
     the target's embedding of a token, times sqrt(C)          the token at position N - 1, which the target has not run yet
     a state of width C                                        the target's final normed state of position N - 2
 
-side by side, projects them to its own width D, runs four layers, and norms. From that normed state z come the logits of position N, and,
-projected back to width C, the state for the next step. The next step takes the token that was just proposed; the position of its query
-and the keys it sees stay the same, because the target has run no more.
+projected to the drafter's width D. Four layers and a norm give the state z, and z gives the logits of position N and, projected back to
+width C, the state for the next step, whose token is the one just proposed. The position of the query and the visible keys stay the same
+for all steps, since the target has run no further.
 
-transformers: Gemma4AssistantForCausalLM. Its own cache may still hold keys of rejected proposals; here, as in llama.cpp, a drafter
-sees exactly the positions that were committed, 0 to N - 2.
+transformers: Gemma4AssistantForCausalLM. There the cache may still hold keys of rejected draft tokens; here, as in llama.cpp, a drafter
+sees exactly the committed positions, 0 to N - 2.
 
 C in array names is the target's width, Z the number of centroids.
 """
@@ -26,9 +26,10 @@ from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.source import TensorSource
 from refimpl.model.backend import Backend
 from refimpl.model.cache import Cache
-from refimpl.model.config import Kind
+from refimpl.model.config import AttentionType
 from refimpl.model.drafter_config import DrafterConfig
-from refimpl.model.gemma4 import Tap, no_tap, run_layer
+from refimpl.model.gemma4 import Step, run_layer
+from refimpl.model.tap import Tap, no_tap
 from refimpl.model.weights import LayerWeights, Taker, layer_weights, rope_frequencies_of
 from refimpl.reference.ops import rope_angles
 
@@ -38,14 +39,14 @@ HEADS = ("dense", "centroid")
 
 @dataclass(frozen=True)
 class DenseHead:
-    """A row for every token of the vocabulary, or for the first ones: the earliest merges, which tend to be the commonest."""
+    """Logits of all tokens of the vocabulary, or of its first ones: the earliest merges, which tend to be the most frequent."""
 
     table_VD: Matrix
 
 
 @dataclass(frozen=True)
 class CentroidHead:
-    """The vocabulary in Z groups, each with a centroid: only the tokens of the `n_top` groups that look best are looked at.
+    """The vocabulary in Z groups, each with a centroid: logits of the tokens in the `n_top` groups with the highest-scoring centroids.
 
     `token_ZV`: the ids of each group, int64 (Z, V / Z). `table_ZVD`: their rows, group by group.
     """
@@ -65,12 +66,12 @@ class DrafterWeights:
     layers: tuple[LayerWeights, ...]
     norm_D: np.ndarray
     head: DenseHead | CentroidHead
-    rope_frequency_R: dict[Kind, np.ndarray]
+    rope_frequency_R: dict[AttentionType, np.ndarray]
     ignored: dict[str, str]
 
 
 def drafter_weights_from_gguf(file: TensorSource, config: DrafterConfig, head: str | int) -> DrafterWeights:
-    """Collects the weights of a drafter, as `weights_from_gguf` does; `head` is one of HEADS, or how many tokens a dense one has."""
+    """Collects the weights of a drafter, as `weights_from_gguf` does; `head` is one of HEADS, or the rows of a dense one."""
     take, trunk, ignored = Taker(file), config.trunk, {}
     weights = DrafterWeights(
         pre_projection_DC=take.matrix("nextn.pre_projection.weight", trunk.n_embd, 2 * config.n_target),
@@ -81,7 +82,7 @@ def drafter_weights_from_gguf(file: TensorSource, config: DrafterConfig, head: s
         rope_frequency_R=rope_frequencies_of(take, trunk),
         ignored=ignored)
     for name in (CENTROIDS, ORDERING, "rope_freqs.weight"):
-        take.ignore(name, "the dense head does not need it" if name != "rope_freqs.weight" else "no layer is a full one", ignored)
+        take.ignore(name, "the dense head does not need it" if name != "rope_freqs.weight" else "no layer has full attention", ignored)
     take.finish("a Gemma 4 drafter")
     return weights
 
@@ -95,7 +96,7 @@ def _centroid_head(take: Taker, config: DrafterConfig) -> CentroidHead:
     file, trunk = take.file, config.trunk
     info = file.tensors.get(CENTROIDS)
     if info is None or ORDERING not in file.tensors:
-        raise GGUFError(file.path, None, f"there is no centroid head in this file (tensors {CENTROIDS} and {ORDERING}); use the dense one")
+        raise GGUFError(file.path, None, f"this file has no centroid head (tensors {CENTROIDS} and {ORDERING}); use the dense one")
     n_centroid = info.shape[0]
     if trunk.n_vocab % n_centroid or config.n_top > n_centroid:
         raise GGUFError(file.path, info.offset, f"{n_centroid} centroids for {trunk.n_vocab} tokens, {config.n_top} of them looked into: "
@@ -109,38 +110,34 @@ def _centroid_head(take: Taker, config: DrafterConfig) -> CentroidHead:
     return CentroidHead(take.matrix(CENTROIDS, n_centroid, trunk.n_embd), token_ZV, grouped, config.n_top)
 
 
-Angles = dict[Kind, tuple[np.ndarray, np.ndarray]]
+Angles = dict[AttentionType, tuple[np.ndarray, np.ndarray]]
 
 
 def angles_at(weights: DrafterWeights, pos: int) -> Angles:
-    """The rotations of the query at `pos`, the same for all steps of a round."""
-    return {kind: rope_angles(np.array([pos]), frequency_R) for kind, frequency_R in weights.rope_frequency_R.items()}
+    """Cosines and sines of the query's rotation at `pos`, the same for all steps of a round."""
+    return {attention: rope_angles(np.array([pos]), frequency_R) for attention, frequency_R in weights.rope_frequency_R.items()}
 
 
-def step(config: DrafterConfig, weights: DrafterWeights, backend: Backend, embedding_C: np.ndarray, state_C: np.ndarray, angles: Angles,
-         cache: Cache, tap: Tap = no_tap) -> tuple[np.ndarray, np.ndarray]:
+def draft_step(config: DrafterConfig, weights: DrafterWeights, backend: Backend, embedding_C: np.ndarray, state_C: np.ndarray,
+               angles: Angles, cache: Cache, tap: Tap = no_tap) -> tuple[np.ndarray, np.ndarray]:
     """One step: (the normed state z (D,), the state for the next step (C,)).
 
-    `embedding_C` is the target's, scaled; `state_C` the target's final normed state, or the one of the step before. The cache is the
-    target's and is only read: its `length` is the position of the query.
+    `embedding_C` is the target's, scaled; `state_C` the target's final normed state, or the one of the previous step. The cache is the
+    target's and is only read; its `length` is the position of the query.
     """
     pos_T = np.array([cache.length])
-    both_TC = np.concatenate([embedding_C, state_C])[None]
-    tap("inp_xh", both_TC)
-    x_TD = backend.matmul(both_TC, weights.pre_projection_DC)
-    tap("pre_proj", x_TD)
+    step = Step(pos_T, pos_T, angles, cache, backend, config.trunk.norm_eps, tap)       # keys end before the query's own position
+    input_TC = tap("inp_xh", np.concatenate([embedding_C, state_C])[None])
+    x_TD = tap("pre_proj", backend.matmul(input_TC, weights.pre_projection_DC))
     for layer in weights.layers:
-        x_TD = run_layer(config.trunk, layer, backend, x_TD, None, angles[layer.spec.kind], pos_T, pos_T, cache, tap)
-        tap(f"l_out-{layer.spec.index}", x_TD)
-    z_TD = backend.rms_norm(x_TD, weights.norm_D, config.trunk.norm_eps)
-    tap("result_norm", z_TD)
-    state_TC = backend.matmul(z_TD, weights.post_projection_CD)
-    tap("h_nextn", state_TC)
+        x_TD = run_layer(layer, x_TD, None, step)
+    z_TD = tap("result_norm", backend.rms_norm(x_TD, weights.norm_D, step.eps))
+    state_TC = tap("h_nextn", backend.matmul(z_TD, weights.post_projection_CD))
     return z_TD[0], state_TC[0]
 
 
 def candidates(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> tuple[Sequence[int], np.ndarray]:
-    """(ids, logits) of the tokens that the head looks at: all of them, the first ones, or those of the best groups (transformers:
+    """(ids, logits) of the tokens that the head covers: all, the first ones, or those of the best groups (transformers:
     Gemma4AssistantMaskedEmbedder). No soft cap.
     """
     head = weights.head
@@ -153,13 +150,8 @@ def candidates(weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> tu
     return head.token_ZV[best_X].ravel(), logit_XV.ravel()
 
 
-def logits(config: DrafterConfig, weights: DrafterWeights, backend: Backend, z_D: np.ndarray) -> np.ndarray:
-    """Logits of the whole vocabulary, float32 (V,): those of tokens that are no candidates are 1 below the least candidate's."""
-    return spread(config, *candidates(weights, backend, z_D))
-
-
 def spread(config: DrafterConfig, id_K: Sequence[int], logit_K: np.ndarray) -> np.ndarray:
-    """The logits of candidates as those of the whole vocabulary."""
+    """Logits of the whole vocabulary, float32 (V,): 1 below the smallest candidate's for tokens that are no candidates."""
     logit_V = np.full(config.trunk.n_vocab, logit_K.min() - 1, np.float32)
     logit_V[np.asarray(id_K)] = logit_K
     return logit_V

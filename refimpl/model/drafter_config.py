@@ -1,4 +1,4 @@
-"""What a drafter looks like, read from the metadata of a `gemma4-assistant` file, and whether it fits its target.
+"""The hyperparameters of a drafter, read from the metadata of a `gemma4-assistant` file, and whether it fits its target.
 
 Source: llama.cpp's converter (conversion/gemma.py) and transformers' Gemma4AssistantConfig.
 """
@@ -10,24 +10,24 @@ from refimpl.formats.gguf import GGUFError
 from refimpl.model.config import (
     ARCHITECTURE,
     DRAFTER_ARCHITECTURE,
+    AttentionType,
     Config,
     DenseFfn,
     Keys,
-    Kind,
     LayerSpec,
     architecture_of,
     base_of_sliding,
     head_dims,
 )
 
-N_TOP = 32              # centroids that are looked into; all published drafters have 32 (transformers: centroid_intermediate_top_k)
+N_TOP = 32              # groups whose logits are computed; all published drafters have 32 (transformers: centroid_intermediate_top_k)
 
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """A drafter. `trunk` is a model of width D of its own, whose layers have no keys and values (`kv_from` is a layer of the target).
+    """A drafter. `trunk` is its own small model of width D, whose layers have no keys and values (`kv_from` is a layer of the target).
 
-    `n_target`: the target's width, C in array names. `n_top`: how many centroids a centroid head looks into.
+    `n_target`: the target's width, C in array names. `n_top`: of how many groups a centroid head computes logits.
     """
 
     trunk: Config
@@ -65,18 +65,18 @@ def drafter_config_from_gguf(metadata: Mapping[str, object], n_vocab: int, targe
 
     layers = []
     for i, sliding in enumerate(pattern):
-        kind = Kind.SLIDING if sliding else Kind.FULL
-        if not any(layer.kind is kind for layer in target.layers):
-            keys.fail(f"layer {i} reads the keys of a {kind.value} layer, and the target has none")
-        donor = target.layers[target.last_own(kind)]
+        attention = AttentionType.SLIDING if sliding else AttentionType.FULL
+        if not any(layer.attention is attention for layer in target.layers):
+            keys.fail(f"layer {i} reads the keys of a {attention.value} layer, and the target has none")
+        donor = target.layers[target.last_own(attention)]
         must_fit(f"{keys.prefix}attention.head_count_kv of layer {i}", n_kv[i], donor.n_kv)
-        must_fit(f"the width of a {kind.value} layer's keys", head_dim[kind], donor.head_dim)
+        must_fit(f"the width of a {attention.value} layer's keys", head_dim[attention], donor.head_dim)
         if donor.window is not None:
             must_fit(f"{keys.prefix}attention.sliding_window", window, donor.window)
         if n_head[i] % n_kv[i]:
             keys.fail(f"layer {i} has {n_head[i]} query heads, no multiple of the target's {n_kv[i]} key/value heads")
-        layers.append(LayerSpec(index=i, kind=kind, n_head=n_head[i], n_kv=n_kv[i], head_dim=head_dim[kind], window=donor.window,
-                                kv_from=donor.index, has_own_kv=False, values_are_keys=False, ffn=DenseFfn(n_ff[i])))
+        layers.append(LayerSpec(index=i, attention=attention, n_head=n_head[i], n_kv=n_kv[i], head_dim=head_dim[attention],
+                                window=donor.window, kv_from=donor.index, has_own_kv=False, values_are_keys=False, ffn=DenseFfn(n_ff[i])))
     trunk = Config(
         n_vocab=n_vocab, n_embd=keys.number("embedding_length", 1, big), n_ctx=keys.number("context_length", 1, 1 << 30), n_ple=0,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon", 0.0, 1.0, float), rope_base_sliding=base_of_sliding(keys),

@@ -1,6 +1,6 @@
-"""From the tensor names of a GGUF file to weights named by what they do. The only place that knows the file's names.
+"""From the tensor names of a GGUF file to weights named by their role. The only place that knows the file's names.
 
-Every tensor is either used, exactly once, or left out for a stated reason; anything else in the file is an error.
+Every tensor is either used, exactly once, or ignored for a stated reason; any other tensor in the file is an error.
 """
 
 from collections.abc import Callable, Collection
@@ -12,7 +12,7 @@ from refimpl.formats.gguf import GGUFError
 from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.quants.codecs import DEQUANTIZABLE
 from refimpl.formats.source import TensorSource
-from refimpl.model.config import Config, Kind, LayerSpec, MoeFfn
+from refimpl.model.config import AttentionType, Config, LayerSpec, MoeFfn
 from refimpl.reference.ops import rope_frequencies
 
 
@@ -27,7 +27,7 @@ class OwnKv:
 
 @dataclass(frozen=True)
 class SharedKv:
-    """A layer that reads the keys and values of another one and has none of its own."""
+    """A layer without keys and values, which attends to those of another layer."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MoeWeights:
 
 @dataclass(frozen=True)
 class PerLayerWeights:
-    """How a layer takes in its own embedding of the token (PLE; Gemma 3n)."""
+    """Per-layer embedding (PLE, from Gemma 3n): gate and projection of one layer."""
 
     gate_PD: Matrix
     projection_DP: Matrix
@@ -78,7 +78,7 @@ class PerLayerWeights:
 
 @dataclass(frozen=True)
 class NoPerLayer:
-    """A layer without per-layer input."""
+    """A model without per-layer embeddings."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class PerLayerEmbedding:
-    """The table of per-layer inputs, all layers of a token side by side, and what is mixed in from the main embedding."""
+    """The table of per-layer inputs, a row has those of all layers, and the projection of the main embedding that is added to them."""
 
     table_VLP: Matrix
     projection_LPD: Matrix
@@ -105,7 +105,7 @@ class PerLayerEmbedding:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model. In tied models `head_VD` is the embedding once more, in the form for products.
+    """All weights of a model. In tied models `head_VD` is the embedding, as the backend holds matrices.
 
     `ignored` maps tensor name -> reason.
     """
@@ -115,12 +115,12 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     norm_D: np.ndarray
     head_VD: Matrix
-    rope_frequency_R: dict[Kind, np.ndarray]
+    rope_frequency_R: dict[AttentionType, np.ndarray]
     ignored: dict[str, str]
 
 
 class Taker:
-    """Hands out tensors by name, checks their shapes, remembers which were used."""
+    """Hands out tensors by name, checks their shapes and types, keeps track of those that are unused."""
 
     def __init__(self, file: TensorSource):
         self.file, self.unused = file, dict(file.tensors)
@@ -154,22 +154,23 @@ class Taker:
         return self.matrix(name, size).read().float32()
 
     def ignore(self, name: str, reason: str, ignored: dict[str, str]):
-        """Leaves a tensor out, if it is there at all."""
+        """Marks a tensor, if the file has it, as ignored for `reason`."""
         if self.unused.pop(name, None) is not None:
             ignored[name] = reason
 
     def finish(self, what: str):
-        """Raises GGUFError if a tensor is left over."""
+        """Raises GGUFError if a tensor is neither used nor ignored."""
         if self.unused:
             name, info = next(iter(self.unused.items()))
-            raise GGUFError(self.file.path, info.offset, f"{len(self.unused)} unexpected tensors (first: {name}); not {what}?")
+            raise GGUFError(self.file.path, info.offset, f"{len(self.unused)} unexpected tensor{'s' if len(self.unused) > 1 else ''} "
+                            f"(first: {name}); not {what}?")
 
 
 def vocabulary_size(file: TensorSource) -> int:
-    """Rows of the embedding."""
+    """The number of tokens: rows of the embedding."""
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
-        raise GGUFError(file.path, None, "tensor token_embd.weight is missing or no matrix; this is no complete model")
+        raise GGUFError(file.path, None, "tensor token_embd.weight is missing or no matrix: not a complete model")
     return info.shape[0]
 
 
@@ -195,7 +196,7 @@ def weights_from_gguf(file: TensorSource, config: Config) -> Weights:
 
 
 def prepare_weights(weights: Weights, prepare: Callable[[Matrix], object]) -> Weights:
-    """Reads every matrix: those of products in the form `prepare` gives them, tables of which rows are looked up as stored."""
+    """Reads every matrix: those of products in the form `prepare` gives them, tables, whose rows are looked up, as stored."""
     embedding = weights.embedding_VD.read()
     tied = weights.head_VD is weights.embedding_VD
     per_layer = weights.per_layer
@@ -222,18 +223,18 @@ def prepare_matrices(weights, prepare: Callable[[Matrix], object]):
     return walk(weights)
 
 
-def rope_frequencies_of(take: Taker, config: Config) -> dict[Kind, np.ndarray]:
-    """The rotation's frequencies by kind of layer, from `rope_freqs.weight` and the bases."""
+def rope_frequencies_of(take: Taker, config: Config) -> dict[AttentionType, np.ndarray]:
+    """RoPE frequencies by attention type, from the bases and, for full layers, the divisors in `rope_freqs.weight`."""
     frequency = {}
     for layer in config.layers:
-        if layer.kind in frequency:
+        if layer.attention in frequency:
             continue
         n_pairs = layer.head_dim // 2
         divisor = np.ones(n_pairs, np.float32)
-        if layer.kind is Kind.FULL:
+        if layer.attention is AttentionType.FULL:
             divisor = take.vector("rope_freqs.weight", n_pairs)
-        base = config.rope_base_full if layer.kind is Kind.FULL else config.rope_base_sliding
-        frequency[layer.kind] = rope_frequencies(layer.head_dim, base, divisor)
+        base = config.rope_base_full if layer.attention is AttentionType.FULL else config.rope_base_sliding
+        frequency[layer.attention] = rope_frequencies(layer.head_dim, base, divisor)
     return frequency
 
 
@@ -248,7 +249,7 @@ def _per_layer_embedding(take: Taker, config: Config) -> PerLayerEmbedding | NoP
 
 
 def layer_weights(take: Taker, config: Config, spec: LayerSpec, ignored: dict[str, str]) -> LayerWeights:
-    """One layer, `blk.<index>.*`. What it leaves out goes into `ignored` with the reason."""
+    """One layer, `blk.<index>.*`. Tensors that it ignores go into `ignored` with the reason."""
     blk, d = f"blk.{spec.index}.", config.n_embd
     attention = _attention(take, spec, d, ignored)
     scale_name = blk + "layer_output_scale.weight"
@@ -282,7 +283,7 @@ def _attention(take: Taker, spec: LayerSpec, d: int, ignored: dict[str, str]) ->
     else:
         kv = SharedKv()
         for name in ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight"):
-            take.ignore(blk + name, f"layer {spec.index} reads the keys and values of layer {spec.kv_from}", ignored)
+            take.ignore(blk + name, f"layer {spec.index} attends to the keys and values of layer {spec.kv_from}", ignored)
     return AttentionWeights(
         norm_before_D=take.vector(blk + "attn_norm.weight", d),
         query_AD=query,

@@ -25,7 +25,7 @@ def model_bits(model: Model, ids: list[int], report=lambda n: None) -> float:
     while end < len(ids):
         hi = min(lo + WINDOW, len(ids) - 1)
         n_new = hi + 1 - end
-        state_TD = model.states(ids[lo:hi], model.new_cache())[-n_new:]
+        state_TD = model.prefill(ids[lo:hi], model.new_cache())[-n_new:]
         logit_TV = model.head(state_TD).astype(np.float64)
         top_T = logit_TV.max(axis=1)
         log_sum_T = top_T + np.log(np.exp(logit_TV - top_T[:, None]).sum(axis=1))

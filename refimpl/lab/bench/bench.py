@@ -75,10 +75,10 @@ class ModelEngine:
         """As in Engine."""
         cache = self.model.new_cache(self.n_ctx)
         if len(context):
-            self.model.states(context, cache)
+            self.model.prefill(context, cache)
         began = time.perf_counter()
         for call in [ids] if together else [[new] for new in ids]:
-            self.model.head(self.model.states(call, cache)[-1:])
+            self.model.head(self.model.prefill(call, cache)[-1:])
         return time.perf_counter() - began
 
 

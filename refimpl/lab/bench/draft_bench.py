@@ -120,7 +120,7 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
 def _run(model: Model, drafter: Drafter, depth, context, ids, plan: Plan, simulation, min_p, temperature, turn: int, stats) -> float:
     """Seconds for `plan.n_new` tokens behind the context."""
     cache = model.new_cache(len(context) + plan.n_new)
-    state_D = model.states(context, cache)[-1]
+    state_D = model.prefill(context, cache)[-1]
     sampler, rng = Sampler(Sampling(temperature=temperature, seed=turn), model.tokenizer.suppress), np.random.default_rng(turn)
     began = time.perf_counter()
     if depth is None:

@@ -19,7 +19,7 @@ from refimpl.lab.compare.background_writer import Behind, Memory
 from refimpl.lab.compare.trace import FORMAT, Trace, TraceError
 from refimpl.loading.model import CHUNK, Model
 from refimpl.model.cache import Cache
-from refimpl.model.gemma4 import Tap, no_tap
+from refimpl.model.tap import Look, no_tap, prefixed
 
 ALL_LOGITS_BELOW = 65_536                 # size of a vocabulary of which all logits are kept unless told
 TOP = 256                                 # how many of a larger one
@@ -32,8 +32,8 @@ class Recorder:
     `before` and `after` are taps that see a value of the prompt before its rows are taken and after, and may change it.
     """
 
-    def __init__(self, out: Behind | Memory, positions: Sequence[int], patterns: Sequence[str], top: int, before: Tap = no_tap,
-                 after: Tap = no_tap):
+    def __init__(self, out: Behind | Memory, positions: Sequence[int], patterns: Sequence[str], top: int, before: Look = no_tap,
+                 after: Look = no_tap):
         self.before, self.after = before, after
         self.out, self.positions, self.patterns, self.top = out, np.array(positions), list(patterns), top
         self._written, self._wanted = {}, {}
@@ -61,13 +61,10 @@ class Recorder:
                 self.put(name, rows, len(self.positions))
         self.after(name, value)
 
-    def tap_of(self, place: str) -> Tap:
-        """The tap for values of a draft step or a round: all rows at once."""
-        def tap(name: str, value: np.ndarray):
-            if self.wants(f"{place}.{name}"):
-                self._logits(f"{place}.{name}", value, len(value)) if name == "result_output" else self.put(
-                    f"{place}.{name}", value, len(value))
-        return tap
+    def whole(self, name: str, value: np.ndarray):
+        """A value of a draft step or a round, which is recorded with all its rows."""
+        if self.wants(name):
+            self._logits(name, value, len(value)) if name.endswith("result_output") else self.put(name, value, len(value))
 
     def logits(self, logit_TV: np.ndarray):
         """Logits of the prompt, of rows that are asked for."""
@@ -110,20 +107,20 @@ def record(model: Model, ids: Sequence[int], recorder: Recorder, *, drafter: Dra
         return
     before = _run(model, ids_T[:-1], cache, recorder, progress)
     if before is not None:
-        drafter.draft(int(ids_T[-1]), before, cache, draft_max, watch=lambda j: recorder.tap_of(f"draft{j}"))
+        drafter.draft(int(ids_T[-1]), before, cache, draft_max, tap=recorder.whole)
     state_D = _run(model, ids_T[-1:], cache, recorder, progress)
     if rounds:
         stats = DraftStats()
 
         def decide(drafted, chosen, end):
-            emitted, tap = accept(drafted, chosen, end), recorder.tap_of(f"round{stats.rounds}")
+            emitted, tap = accept(drafted, chosen, end), prefixed(recorder.whole, f"round{stats.rounds}.")
             tap("drafted", np.array(drafted))
             tap("emitted", np.array(emitted))
             return emitted
 
         for _ in speculative(model, _Watched(drafter, recorder, stats), cache, Sampler(Sampling(temperature=0.0), model.tokenizer.suppress),
                              state_D, rounds * (draft_max + 1) + 1, FixedDepth(draft_max), 0.0, stats, decide=decide,
-                             end=model.tokenizer.end_of_generation, watch=lambda r: recorder.tap_of(f"round{r}.verify")):
+                             end=model.tokenizer.end_of_generation, watch=lambda r: prefixed(recorder.whole, f"round{r}.verify.")):
             if stats.rounds == rounds:
                 break
 
@@ -135,8 +132,7 @@ class _Watched:
         self.drafter, self.recorder, self.stats = drafter, recorder, stats
 
     def draft(self, token, state_C, cache, n, min_p):
-        place = f"round{self.stats.rounds}"
-        return self.drafter.draft(token, state_C, cache, n, min_p, lambda j: self.recorder.tap_of(f"{place}.draft{j}"))
+        return self.drafter.draft(token, state_C, cache, n, min_p, prefixed(self.recorder.whole, f"round{self.stats.rounds}."))
 
 
 def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, progress: Callable[[int], None]) -> np.ndarray | None:
@@ -145,7 +141,7 @@ def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, prog
     for part in (ids_T[i:i + CHUNK] for i in range(0, len(ids_T), CHUNK)):
         first, n = cache.length, len(part)
         recorder.at(first, n)
-        state_TD = model.run(part, cache, recorder.tap)
+        state_TD = model.forward(part, cache, recorder.tap)
         for i, layer in cache.layers.items():
             slots = np.arange(first, first + n) % layer.n_slots
             for name, kept in ((f"cache_k-{i}", layer.k_SKH), (f"cache_v-{i}", layer.v_SKH)):
@@ -184,7 +180,7 @@ def facts_of(model: Model, prompt: str | None = None) -> dict[str, object]:
 
 
 def trace(model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None, tensors: Sequence[str] = ("*",),
-          logits: int | str | None = None, before: Tap = no_tap, after: Tap = no_tap, **drafting) -> Trace:
+          logits: int | str | None = None, before: Look = no_tap, after: Look = no_tap, **drafting) -> Trace:
     """A trace in memory, of all positions unless told. `before` and `after` as in Recorder."""
     kept = Memory()
     positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))

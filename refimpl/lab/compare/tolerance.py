@@ -37,7 +37,7 @@ from refimpl.lab.compare.record import trace
 from refimpl.lab.compare.trace import Trace, TraceError
 from refimpl.loading.model import Model, load
 from refimpl.model.backend import kernel_backend, reference_backend
-from refimpl.model.gemma4 import Tap, no_tap
+from refimpl.model.tap import Look, no_tap
 
 SAFETY = 5
 ROUNDOFF = {"exact": 2.0**-24, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "q8": 2.0**-11}
@@ -46,7 +46,7 @@ MEASURED_POSITIONS = 48
 SEEDS = (0, 1)
 
 
-def perturbing(roundoff: float, seed: int) -> Tap:
+def perturbing(roundoff: float, seed: int) -> Look:
     """A tap that moves every value as rounding would."""
     random = np.random.default_rng(seed)
 

@@ -45,7 +45,7 @@ class ModelSource:
 
     def rows(self, ids: Sequence[int], first: int) -> Iterator[np.ndarray]:
         """As in LogitSource."""
-        state_TD = self.model.states(ids, self.model.new_cache(len(ids)))[first:]
+        state_TD = self.model.prefill(ids, self.model.new_cache(len(ids)))[first:]
         for start in range(0, len(state_TD), self.size):
             yield self.model.head(state_TD[start:start + self.size])
 

@@ -8,7 +8,7 @@ import numpy as np
 from refimpl.files.synth import N_VOCAB, config_of, model_tensors
 from refimpl.loading.hf_names import gguf_metadata
 from refimpl.model.cache import cache_bytes
-from refimpl.model.config import Config, Kind, config_from_gguf
+from refimpl.model.config import AttentionType, Config, config_from_gguf
 
 HALF = np.dtype(np.float16)
 
@@ -19,9 +19,9 @@ def true_config(name: str) -> Config:
     return config_from_gguf(gguf_metadata(settings), dict(model_tensors(settings)), N_VOCAB, name)
 
 
-def only(config: Config, kind: Kind) -> Config:
+def only(config: Config, attention: AttentionType) -> Config:
     """The same model with the layers of one kind alone."""
-    return replace(config, layers=tuple(layer for layer in config.layers if layer.kind is kind))
+    return replace(config, layers=tuple(layer for layer in config.layers if layer.attention is attention))
 
 
 def without_sharing(config: Config) -> Config:
@@ -44,7 +44,8 @@ def savings(config: Config, n_ctx: int, max_rows: int) -> dict[str, int]:
 
 def by_kind(config: Config, n_ctx: int, max_rows: int) -> tuple[int, int]:
     """Bytes of a full cache in float16: of the full layers, and of the rings of the sliding ones."""
-    full, sliding = (cache_bytes(only(config, kind), n_ctx, max_rows, HALF) for kind in (Kind.FULL, Kind.SLIDING))
+    full, sliding = (cache_bytes(only(config, attention), n_ctx, max_rows, HALF)
+                     for attention in (AttentionType.FULL, AttentionType.SLIDING))
     return full, sliding
 
 
@@ -61,12 +62,12 @@ def layers_picture(configs: dict[str, Config]):
 
     from refimpl.lab.explain.show import BLUE, ORANGE, figure, legend, picture
 
-    colour = {Kind.SLIDING: ORANGE, Kind.FULL: BLUE}
+    colour = {AttentionType.SLIDING: ORANGE, AttentionType.FULL: BLUE}
     fig, axes = figure(9, 0.42 * len(configs) + 1.1)
     for row, config in enumerate(configs.values()):
         for layer in config.layers:
-            axes.add_patch(Rectangle((layer.index, row + 0.16), 0.72, 0.68, lw=1.2, ec=colour[layer.kind],
-                                     fc=colour[layer.kind] if layer.has_own_kv else "white"))
+            axes.add_patch(Rectangle((layer.index, row + 0.16), 0.72, 0.68, lw=1.2, ec=colour[layer.attention],
+                                     fc=colour[layer.attention] if layer.has_own_kv else "white"))
     most = max(config.n_layer for config in configs.values())
     axes.set(xlim=(-0.3, most), ylim=(len(configs), 0), xlabel="layer", yticks=np.arange(len(configs)) + 0.5, yticklabels=list(configs))
     axes.tick_params(length=0)

@@ -75,7 +75,7 @@ def run(model: Model, ids: Sequence[int], n_new: int, drafter: Drafter | Stubbor
         rounds.append(Round(list(drafted), emitted))
         return emitted
 
-    state_D = model.states(ids, cache)[-1]
+    state_D = model.prefill(ids, cache)[-1]
     began = time.perf_counter()
     tokens = plain(model, cache, witness, state_D) if drafter is None else speculative(
         model, drafter, cache, witness, state_D, n_new, depth, 0.0, DraftStats(), end=(), decide=decide)
@@ -122,14 +122,14 @@ def costs(model: Model, drafter: Drafter, ids: Sequence[int], turns: int = 15) -
     The quickest turn is the one that other programs on the machine disturbed least.
     """
     cache = model.new_cache(len(ids) + MOST + 1)
-    state_D, ids_T = model.states(ids, cache)[-1], model.checked(ids)
+    state_D, ids_T = model.prefill(ids, cache)[-1], model.checked(ids)
     verify: list[list[float]] = [[] for _ in range(MOST + 1)]
     draft: list[float] = []
     for turn in range(turns + 1):
         for n_draft, times in enumerate(verify):
             first = (turn * 7) % (len(ids) - MOST)
             began = time.perf_counter()
-            model.head(model.run(ids_T[first:first + n_draft + 1], cache))
+            model.head(model.forward(ids_T[first:first + n_draft + 1], cache))
             times.append(time.perf_counter() - began)
         began = time.perf_counter()
         drafter.draft(int(ids_T[-1]), state_D, cache, MOST)

@@ -61,7 +61,7 @@ def tapped(model: Model, texts: Sequence[Sequence[int]], names: Sequence[str]) -
     found: dict[str, list[np.ndarray]] = {}
     for ids in texts:
         rows: dict[str, list[np.ndarray]] = {}           # a long text runs in several calls
-        model.states(ids, model.new_cache(), tap=lambda name, value, rows=rows: rows.setdefault(name, []).append(value.copy())
+        model.prefill(ids, model.new_cache(), tap=lambda name, value, rows=rows: rows.setdefault(name, []).append(value.copy())
                      if name.rpartition("-")[0] in names else None)
         for name, parts in rows.items():
             found.setdefault(name, []).append(np.concatenate(parts)[1:])
