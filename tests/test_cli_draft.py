@@ -44,7 +44,7 @@ def test_a_drafter_from_a_file(files):
     (["--draft-max", "many"], "draft_max='many'"),
     (["--draft", "nowhere.gguf"], "nowhere.gguf"),
     (["--draft", "README.md"], "README.md"),
-    (["--draft-head", "centroid"], "there is no centroid head"),
+    (["--draft-head", "centroid"], "has no centroid head"),
     (["--draft-head", "other"], "expected 'dense', 'centroid' or a number"),
 ])
 def test_odd_arguments_get_one_line(more, words):

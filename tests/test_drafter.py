@@ -199,7 +199,7 @@ def test_odd_metadata_is_refused(tmp_path, pairs, monkeypatch, key, value, expec
     (lambda tensors: [(n, t, d[:7] if n == network.CENTROIDS else d) for n, t, d in tensors], "do not divide the vocabulary"),
     (lambda tensors: [(n, t, d[:2] if n == network.CENTROIDS else d) for n, t, d in tensors], "2 centroids for 300 tokens, 3 of them"),
     (lambda tensors: [(n, "F32", d.astype(np.float32)) if n == network.ORDERING else (n, t, d) for n, t, d in tensors], "reads I32, I64"),
-    (lambda tensors: [(n, t, d) for n, t, d in tensors if n != network.ORDERING], "there is no centroid head"),
+    (lambda tensors: [(n, t, d) for n, t, d in tensors if n != network.ORDERING], "has no centroid head"),
 ])
 def test_odd_tensors_are_refused(tmp_path, pairs, change, expected):
     model = reference(pairs["E2B"][2])
