@@ -67,7 +67,7 @@ BUGS = {
         "swapped halves"),
     "6-bit scales unpacked wrongly": Bug(q4_k.unpack_scales, "(third & low4) | ((first >> 2) & top2)", "third & low4", K_QUANTS,
         "inp_scaled"),
-    "expert halves read in the wrong order": Bug(weights._moe, "fused.rows(0, m)", "fused.rows(m, 2 * m)", MOE, "ffn_moe_out-0"),
+    "expert halves read in the wrong order": Bug(weights._moe, "fused.rows(0, m,", "fused.rows(m, 2 * m,", MOE, "ffn_moe_out-0"),
     # norms
     "norm before attention left out": Bug(gemma4.run_layer, "backend.rms_norm(x_TD, layer.attention.norm_before_D, eps)",
         "x_TD", MOE, "attn_norm-0", "skipped step"),
