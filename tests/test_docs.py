@@ -13,7 +13,7 @@ from refimpl.model import config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", "CHANGELOG.md", "NOTICE.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md", "tests/README.md",
-             "refimpl/tiny/README.md"]
+             "refimpl/tiny/README.md", "refimpl/lab/bench/README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -136,3 +136,13 @@ def test_the_letters_of_shapes_are_those_of_config():
 
 def test_numbers_of_known_bugs():
     assert f"right in {len(BUGS)} of {len(BUGS)}" in (ROOT / "tests/README.md").read_text()
+
+
+def test_speeds_in_the_readme_are_those_of_the_measurements():
+    def numbers(line):
+        return re.findall(r"\d+\.\d+", line)
+    measured = (ROOT / "refimpl/lab/bench/README.md").read_text().splitlines()
+    rows = [line for line in README.splitlines() if line.startswith("|") and " layers" in line]
+    assert len(rows) == 4
+    for row in rows:
+        assert any(set(numbers(row)) <= set(numbers(line)) for line in measured), row
