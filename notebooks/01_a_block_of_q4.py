@@ -184,8 +184,8 @@ speed_picture(rows)
 # how fast they are multiplied. The memory of that machine gives 34 GB a second, 17 to each of its two threads. Q4_K takes 4.5 bits a
 # weight, so that 30 billion weights a second arrive at a thread, and 40 could be multiplied: the memory is what it waits for. IQ3_S takes
 # 3.44 bits, so that 40 billion could arrive, and 10 can be multiplied: it waits for the arithmetic, and with a file a quarter smaller a
-# token takes three times as long. On a machine with few threads, choose a K type. Where a model does not fit otherwise, a codebook is what
-# there is.
+# token takes three times as long. So on a machine with few threads: a K type or, with 4 bits, IQ4_NL or IQ4_XS, whose table of 16 values
+# is one instruction. Where a model does not fit otherwise, a codebook is what there is.
 #
 # The table's third column says what this package does. It has kernels for the types that it holds with the bits of the file. All others
 # it can read: it holds them as 32-bit floats, which is simple and right, and neither small nor fast.
