@@ -67,7 +67,7 @@ def test_files_that_are_named_exist(name):
     """`room/file.py`, `file.py` and `python -m module` in code font."""
     text = (ROOT / name).read_text()
     known = {path.relative_to(ROOT).as_posix() for folder in ("refimpl", "tests", "notebooks") for path in (ROOT / folder).rglob("*")}
-    for named in re.findall(r"`([\w/]+\.(?:py|gguf|ipynb))`", text):
+    for named in re.findall(r"`([\w/]+\.py|[\w/]+/\w+\.(?:gguf|ipynb))`", text):
         assert any(path == named or path.endswith("/" + named) for path in known), f"{name} names {named}"
     for module in re.findall(r"python -m (refimpl[\w.]*)", text):
         path = module.replace(".", "/")
