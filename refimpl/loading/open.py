@@ -16,7 +16,7 @@ from refimpl.formats.quants.codecs import dequantize
 from refimpl.formats.source import TensorSource
 from refimpl.loading.config_json import is_drafter, is_tied, metadata_of
 from refimpl.loading.hf_names import gguf_name
-from refimpl.loading.tokenizer_json import vocabulary_metadata
+from refimpl.loading.tokenizer_json import has_vocabulary, vocabulary_metadata
 
 ROPE = "rope_freqs.weight"
 LANGUAGE = ("model.language_model.", "language_model.model.", "language_model.", "model.")
@@ -73,7 +73,7 @@ def open_directory(path: str | os.PathLike) -> RenamedCheckpoint:
     config, place = checkpoint.config, checkpoint.path / "config.json"
     drafter = is_drafter(config, place)
     metadata, rope = metadata_of(config, place)
-    if not drafter or (checkpoint.path / "tokenizer.json").exists():        # a drafter can do with its target's
+    if not drafter or has_vocabulary(checkpoint.path):        # a drafter can do with its target's
         metadata |= vocabulary_metadata(checkpoint.path, config)
     divisors = rope.astype("<f4").view(np.uint8)
     sources = {ROPE: _Source(TensorInfo(ROPE, "F32", rope.shape, divisors.nbytes, 0, 0), lambda: divisors)}
