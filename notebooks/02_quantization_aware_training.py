@@ -166,7 +166,7 @@ source(lattice.find_lattice, lattice._on_lattice)
 release = grids.W4A16.round(noisy).bfloat16().float().numpy()
 distance = grid.distance_of(release).described()
 table(["blocks on a lattice", "lost by finding it", "lost by the rule", "weights that the rule moves"],
-      [[f"{distance[key]:.2%}" for key in ("on_a_lattice", "lattice_rms", "rule_rms", "moved_by_rule")]])
+      [[f"{distance[key]:.2%}" for key in ("on_grid", "grid_rms", "rule_rms", "moved_by_rule")]])
 
 # %%
 source(q4_0.symmetric_codes)

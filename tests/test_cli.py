@@ -62,7 +62,9 @@ def test_prompt_from_standard_input_and_file(tmp_path):
 
 def test_inspect_for_people_and_programs(small):
     code, out, _ = run("inspect", "-m", small)
-    assert code == 0 and "sliding" in out and "parameters" in out and "memory" in out
+    assert code == 0 and "sliding" in out and "memory" in out and "fits this machine: yes" in out
+    assert "parameters" in out.splitlines()[2], "the summary comes first"
+    assert "gemma4.block_count" not in out and "gemma4.block_count = 6" in run("inspect", "-m", small, "--all")[1]
     described = json.loads(run("inspect", "-m", small, "--json", "-c", 100)[1])
     assert described["metadata"]["general.architecture"] == "gemma4" and len(described["layers"]) == 6
     assert described["memory"]["kv_bytes"] == sum(4 * (1 * 32 * 100 if i == 5 else 2 * 16 * 100) for i in range(6))

@@ -80,7 +80,7 @@ def test_names_that_are_offered(tmp_path):
 def test_inspect_shows_a_drafter_as_one(files):
     code, out, err = run("inspect", "-m", files[1])
     assert code == 0 and err == "" and "heads: dense" in out
-    assert "a drafter, for a target of width 64 and 300 pieces: give it with --draft" in out
+    assert "a drafter, for a target of width 64 and 300 tokens: give it with --draft" in out
     described = json.loads(run("inspect", "-m", files[1], "--json")[1])
     assert described["drafter"]["n_layer"] == 4 and described["drafter"]["n_embd"] == 48 and described["types"] and described["tensors"]
 

@@ -69,7 +69,7 @@ def test_directory_and_file_give_the_same_bits(tmp_path, shape, packed):
 def test_a_drafter_converted(tmp_path):
     drafter, target = random_drafter("E4B", n_centroid=20), reference(write_model(tmp_path / "m.gguf", random_model("E4B")))
     drafter.save_pretrained(tmp_path / "d")
-    with pytest.raises(CheckpointError, match="there is no tokenizer.json, without which no engine takes the file"):
+    with pytest.raises(CheckpointError, match="tokenizer.json is missing, and no engine loads a file without it"):
         convert(tmp_path / "d", tmp_path / "d.gguf")
     write_vocabulary(tmp_path / "d")
     convert(tmp_path / "d", tmp_path / "d.gguf")
@@ -252,7 +252,7 @@ def test_a_full_disk(tmp_path, packed_moe):
 
 def test_a_disk_known_to_be_too_small(tmp_path, packed_moe, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match="0.00 GB are to be written, 0.00 GB are free"):
+    with pytest.raises(OSError, match="0.00 GB are needed, 0.00 GB are free"):
         convert(packed_moe, tmp_path / "m.gguf")
 
 
@@ -273,14 +273,14 @@ def test_a_fault_in_the_middle_leaves_nothing_behind(tmp_path, packed_moe, monke
 
 
 @pytest.mark.parametrize(("source", "output", "kind", "expected"), [
-    ("folder", "there", "auto", "there: is a folder; give the name of the file to write"),
+    ("folder", "there", "auto", "there: is a folder; give the name of a file"),
     ("folder", "folder", "auto", "is a folder"),
-    ("folder", "folder/model.safetensors", "auto", "model.safetensors: is what is to be converted; give another name"),
-    ("file.gguf", "file.gguf", "auto", "file.gguf: is what is to be converted"),
-    ("file.gguf", "link.gguf", "auto", "link.gguf: is what is to be converted"),
-    ("s-00001-of-00002.gguf", "s-00002-of-00002.gguf", "auto", "s-00002-of-00002.gguf: is what is to be converted"),
+    ("folder", "folder/model.safetensors", "auto", "model.safetensors: is the input itself; give another name"),
+    ("file.gguf", "file.gguf", "auto", "file.gguf: is the input itself"),
+    ("file.gguf", "link.gguf", "auto", "link.gguf: is the input itself"),
+    ("s-00001-of-00002.gguf", "s-00002-of-00002.gguf", "auto", "s-00002-of-00002.gguf: is the input itself"),
     ("file.gguf", "nowhere/x.gguf", "auto", "nowhere/x.gguf: No such file or directory"),
-    ("file.gguf", "x.gguf", "Q9", "there is no type Q9; there are auto, BF16, F16"),
+    ("file.gguf", "x.gguf", "Q9", "unknown type 'Q9'; choose from auto, BF16, F16"),
     ("missing", "x.gguf", "auto", "missing: no such file"), ("there", "x.gguf", "auto", "config.json: no such file"),
 ])
 def test_senseless_orders_get_one_line(tmp_path, packed_moe, source, output, kind, expected):

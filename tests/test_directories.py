@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from shapes import SHAPES, oracle, prompt, random_drafter, random_model, reference, worst
 
 import refimpl
-from refimpl.files.inspect import as_text, describe
+from refimpl.cli.show.inspect import as_text
+from refimpl.files.inspect import describe
 from refimpl.formats.checkpoint import CheckpointError
 from refimpl.formats.matrix import stored_bytes
 from refimpl.formats.quants import w4a16

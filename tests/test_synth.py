@@ -24,6 +24,8 @@ from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import QUANTIZABLE
 from refimpl.loading.hf_names import fitting_type, gguf_metadata
 from refimpl.model.config import config_from_gguf
+from refimpl.text.chat import GEMMA4_TEMPLATE, encode_chat
+from refimpl.text.tokenizer import Tokenizer
 
 PARAMETERS = {"12B": 11.907e9, "26B-A4B": 25.233e9, "31B": 30.697e9}        # published: 11.91, 25.23 and 30.70 billion
 DRAFTER_PARAMETERS = {"E2B": 77.7e6, "E4B": 78.518e6, "12B": 422.86e6, "26B-A4B": 419.7e6, "31B": 469.5e6}
@@ -108,9 +110,16 @@ def test_vocabulary_has_gemmas_special_ids():
     assert pieces[2] == "<bos>" and pieces[106] == "<turn|>" and pieces[238] == "<0x00>" and pieces[493] == "<0xFF>"
 
 
+def test_a_model_can_chat_with_its_own_template_and_vocabulary():
+    metadata = vocabulary_metadata()
+    tokenizer = Tokenizer.from_metadata(metadata, "synthetic")
+    ids = encode_chat(tokenizer, GEMMA4_TEMPLATE, [{"role": "user", "content": "hello"}])
+    assert ids[0] == 2 and ids[1] == 105 and ids.count(106) == 1          # <bos><|turn>user ... <turn|> <|turn>model
+
+
 def test_wrong_names_are_refused(tmp_path):
-    for args, says in ((("9B",), "no shape 9B"), (("12B", "q3"), "no recipe q3"), (("12B", "google-q4_0", 49), "2 to 48"),
-                       (("12B-assistant", "google-q4_0", 2), "four layers")):
+    for args, says in ((("9B",), "unknown shape '9B'"), (("12B", "q3"), "unknown recipe 'q3'"), (("12B", "google-q4_0", 49), "2 to 48"),
+                       (("12B-assistant", "google-q4_0", 2), "always has four layers")):
         with pytest.raises(ValueError, match=says):
             synthesise(args[0], tmp_path / "x.gguf", *args[1:])
     assert not list(tmp_path.iterdir()) and len(shape_names()) == 10 and len(RECIPES) == 8
@@ -146,5 +155,7 @@ def test_two_layers_of_the_26b_run_within_4_gb(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     print(f"\n{path.stat().st_size / 1e9:.2f} GB file: {result}")
+    with open_gguf(path) as file:
+        assert file.metadata["tokenizer.chat_template"] == GEMMA4_TEMPLATE
     assert result["new"] == 2 and result["head"] == "Q6_K"
     assert result["peak_bytes"] < 4e9

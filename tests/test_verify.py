@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from directories import save
-from shapes import random_model
+from shapes import random_model, write_model
 
+from refimpl.cli.show.verify import as_text
 from refimpl.files import reproducibility as selftest
 from refimpl.files import verify as module
-from refimpl.files.verify import as_text, check_structure, compare_runs, not_finite, verify
+from refimpl.files.verify import check_metadata, check_structure, compare_runs, not_finite, verify
 from refimpl.formats.gguf import open_gguf
 from refimpl.formats.quants.blocks import BLOCKS, bytes_of
 from refimpl.kernels.machine.isa import BEST, ISA, ORDER
@@ -81,9 +82,9 @@ def test_damage_is_named_by_tensor_and_block(tmp_path, tensor, row, number, patc
     info = open_gguf(path).tensors[tensor]
     at = info.offset + row * info.row_bytes + number * BLOCKS[info.type].n_bytes
     assert f"{path}: tensor {tensor} ({info.type}): 1 of " in line and says in line
-    assert line.endswith(f"the first at block {number} of row {row}, byte {at}"), line
-    assert not result["ok"] and states(result) == {"structure": "ok", "sha256": "ok", "numbers": "FAILED", "same bits": "left out",
-                                                   "known bits": "left out"}
+    assert line.endswith(f"the first in block {number} of row {row}, byte {at}"), line
+    assert not result["ok"] and states(result) == {"structure": "ok", "metadata": "ok", "sha256": "ok", "numbers": "FAILED",
+                                                   "same bits": "left out", "known bits": "left out"}
 
 
 def test_truncated_missing_and_other_files_are_one_line_each(tmp_path):
@@ -105,11 +106,20 @@ def test_a_tensor_with_no_place_is_found(tmp_path):
     assert check.state == "FAILED" and "blk.3.ffn_up.weight is missing" in check.findings[0] and file is not None
 
 
+def test_a_key_that_this_version_does_not_know_is_named_and_refused_by_strict(tmp_path):
+    path = write_model(tmp_path / "future.gguf", random_model("12B"), extra={"gemma4.future.trick": 1, "gemma4x.other": 2})
+    for strict, state in ((False, "ok"), (True, "FAILED")):
+        check = check_metadata(open_gguf(path), strict)
+        assert check.state == state and "gemma4.future.trick" in check.summary and "gemma4x" not in check.summary
+        assert len(check.findings) == 1 and "gemma4.future.trick is not a key this version knows" in check.findings[0]
+    assert check_metadata(open_gguf(BUILT_IN), True).state == "ok"
+
+
 def test_hash_is_held_against_a_given_one():
     assert states(verify(None, sha256=[DIGEST.upper()], run=False))["sha256"] == "ok"
     result = verify(None, sha256=["0" * 64], run=False)
     assert not result["ok"] and DIGEST in findings(result)[0] and "expected " + "0" * 64 in findings(result)[0]
-    assert "2 given for a model of 1 files" in findings(verify(None, sha256=[DIGEST] * 2, run=False))[0]
+    assert "2 hashes given for a model of 1 files" in findings(verify(None, sha256=[DIGEST] * 2, run=False))[0]
     assert DIGEST in as_text(verify(None, run=False))
 
 
@@ -162,46 +172,47 @@ def test_built_in_model_has_the_known_bits():
 
 def test_a_process_of_its_own_runs_under_the_set_it_is_given():
     said = []
-    selftest.elsewhere(None, BEST, [("q8", 1, 80)], said.append)
+    selftest.run_in_process(None, BEST, [("q8", 1, 80)], said.append)
     runs = [what["run"] for what in said if "run" in what]
     assert said[-1] == {"end": True} and [(run["isa"], run["threads"], run["sha256"]) for run in runs] == [(BEST, 1, selftest.KNOWN["q8"])]
 
 
 def test_a_process_that_fails_says_why(tmp_path):
     said = []
-    selftest.elsewhere(tmp_path / "nothing.gguf", BEST, [("q8", 1, 80)], said.append)
+    selftest.run_in_process(tmp_path / "nothing.gguf", BEST, [("q8", 1, 80)], said.append)
     assert len(said) == 1 and "no such file" in said[0]["error"]
     said.clear()
-    selftest.elsewhere(None, "nonsense", [("q8", 1, 80)], said.append)
+    selftest.run_in_process(None, "nonsense", [("q8", 1, 80)], said.append)
     assert len(said) == 1 and "REFIMPL_ISA=nonsense" in said[0]["error"]
 
 
 def played(change):
     """check_runs with every process played: the known hashes, but for what `change` makes of a run."""
-    def elsewhere(path, isa, combinations, told):
+    def run_in_process(path, isa, combinations, receive):
         for arithmetic, threads, rows in combinations:
-            told({"run": change({"isa": isa, "arithmetic": arithmetic, "threads": threads, "rows": rows,
+            receive({"run": change({"isa": isa, "arithmetic": arithmetic, "threads": threads, "rows": rows,
                                  "sha256": selftest.KNOWN[arithmetic]})})
-    return elsewhere
+    return run_in_process
 
 
 def test_other_bits_are_named_by_where_they_came_from(monkeypatch):
-    monkeypatch.setattr(selftest, "elsewhere", played(lambda run: run | ({"sha256": "0"} if run["rows"] == 2 and run["arithmetic"] == "q8"
-                                                                         else {})))
+    def change(run):
+        return run | ({"sha256": "0"} if (run["rows"], run["arithmetic"]) == (2, "q8") else {})
+    monkeypatch.setattr(selftest, "run_in_process", played(change))
     same, known = module.check_runs(None, 3)
     assert same.findings == [f"q8: other bits on {BEST}, threads 3, 2 rows a call than on {BEST}, threads 3, 1 rows a call"]
     assert same.state == "FAILED" and known.state == "ok"
-    monkeypatch.setattr(selftest, "elsewhere", played(lambda run: run | {"sha256": "0"}))
+    monkeypatch.setattr(selftest, "run_in_process", played(lambda run: run | {"sha256": "0"}))
     same, known = module.check_runs(None, 3)
     assert same.state == "ok" and known.state == "FAILED" and len(known.findings) == 2
     assert module.check_runs(Path("other.gguf"), 3)[1].state == "left out"
 
 
 def test_the_plan_has_every_width_number_of_threads_and_set(monkeypatch):
-    monkeypatch.setattr(selftest, "elsewhere", played(lambda run: run))
+    monkeypatch.setattr(selftest, "run_in_process", played(lambda run: run))
     same, known = module.check_runs(None, 5)
     isas = ", ".join(reversed(ORDER[:ORDER.index(BEST) + 1]))
-    assert f"runs: {isas}; threads: 5, 1, 2; rows a call: 1, 2, 5, 16, 80" in same.said and known.state == "ok"
+    assert f"runs: {isas}; threads: 5, 1, 2; rows a call: 1, 2, 5, 16, 80" in same.summary and known.state == "ok"
     assert compare_runs([], False)[0].state == "ok"
 
 

@@ -9,7 +9,8 @@ from shapes import opened, pattern, prompt, random_drafter, random_model, refere
 from test_cli import run
 
 import refimpl
-from refimpl.files.inspect import as_text, describe
+from refimpl.cli.show.inspect import as_text
+from refimpl.files.inspect import describe
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS, fields_of
 from refimpl.formats.quants.codecs import DEQUANTIZABLE, dequantize
@@ -206,7 +207,7 @@ def test_the_command_line_says_so(files):
     code, out, err = run("generate", "-m", files[0], "-p", "a", "-n", 2)
     assert code == 0 and err.count("note: there are no kernels for ") == 1 and "first token_embd.weight" in err and "refimpl convert" in err
     described = describe(files[0], 64)
-    assert "held as float32, 4 bytes a weight, which is counted" in as_text(described)
+    assert "held as float32, 4 bytes a weight (counted above)" in as_text(described)
     assert described["memory"]["weight_bytes"] == describe(files[1], 64)["memory"]["weight_bytes"]
     assert "no kernels" not in as_text(describe(files[1], 64))
 

@@ -1,6 +1,5 @@
 """Commands about files: inspect, convert and synth."""
 
-import contextlib
 import json
 import signal
 import sys
@@ -25,23 +24,27 @@ from refimpl.cli.app import (
 def inspect(
     model: ModelPath = None,
     ctx: Context = None,
-    grid: Annotated[bool, typer.Option("--grid", help="of float weights instead: do they lie on the Q4_0 grid, and what would the usual "
-                                       "conversion lose?")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="all metadata keys, too")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="for float weights instead: are they on the Q4_0 quantization grid, and what would "
+                                       "the usual conversion lose?")] = False,
     as_json: Json = False,
 ):
-    """Show what is in a file: metadata, layers, tensor types and sizes, and the memory it will need."""
+    """Show what a file is, whether it fits this machine, its layers and weight types."""
     if grid:
-        from refimpl.files.qat_grid import as_text, describe_grid
+        from refimpl.cli.show.inspect import grid_text
+        from refimpl.files.qat_grid import describe_grid
 
         if ctx is not None or model is None:
             raise typer.BadParameter("--grid wants a file of float weights (-m), and no -c")
-        with contextlib.ExitStack() as stack:
-            described = describe_grid(fetched(model), lambda total: stack.enter_context(bar("tensors", total)))
+        described = describe_grid(fetched(model), bar)
+        text = grid_text(described)
     else:
-        from refimpl.files.inspect import as_text, describe
+        from refimpl.cli.show.inspect import as_text
+        from refimpl.files.inspect import describe
 
         described = describe(fetched(model), ctx)
-    write((json.dumps(described) if as_json else as_text(described)) + "\n")
+        text = as_text(described, everything)
+    write((json.dumps(described) if as_json else text) + "\n")
 
 
 @app.command()
@@ -53,14 +56,12 @@ def convert(
     as_json: Json = False,
 ):
     """Write a Hugging Face directory as a GGUF file, or a GGUF file with other types."""
+    from refimpl.cli.show.table import size
     from refimpl.files.convert import convert as run
-    from refimpl.files.inspect import size
 
     source = fetched(model)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # as Ctrl-C: the half-written file goes
-    with contextlib.ExitStack() as stack:
-        done = run(source, output, kind if kind == "auto" else kind.upper(),
-                   begin=lambda total: stack.enter_context(bar("MB converted", total, 10**6)))
+    done = run(source, output, kind if kind == "auto" else kind.upper(), progress=bar)
     types = ", ".join(f"{n} {block}" for block, n in done["types"].items())
     write((json.dumps(done) if as_json else f"{done['output']}: {size(done['bytes'])}, tensors: {types}") + "\n")
 
@@ -77,5 +78,4 @@ def synth(
     """Write a file of a true shape with random contents, to measure speed and memory with."""
     from refimpl.files.synth import synthesise
 
-    with contextlib.ExitStack() as stack:
-        synthesise(shape, output, recipe, layers, seed, begin=lambda total: stack.enter_context(bar("MB written", total, 10**6)))
+    synthesise(shape, output, recipe, layers, seed, progress=bar)

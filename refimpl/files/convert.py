@@ -1,11 +1,11 @@
 """From a Hugging Face directory, or a GGUF file, to a GGUF file with other types.
 
 Types, by `--type`:
-    auto      nothing is rounded: bfloat16 is BF16, float16 F16, float32 F32, W4A16 Q4_0 with its codes and scales
+    auto      nothing is rounded: bfloat16 becomes BF16, float16 F16, float32 F32, W4A16 Q4_0 with its codes and scales
     F32, F16, BF16, Q8_0    every matrix
-    the rest  every matrix but embeddings (token_embd, per_layer_token_embd, output): Q6_K, as in Google's files and llama.cpp's
-always: vectors (norms, scales) and the router F32; per_layer_model_proj is never quantized; rows that are no whole number of blocks fall
-back as in llama.cpp (Q4_K to Q5_0, Q6_K to Q8_0, others to F16). Q4_0 finds the grid that quantization-aware training left in the numbers
+    others    every matrix but the embeddings (token_embd, per_layer_token_embd, output), which become Q6_K as in Google's files
+Always: vectors (norms, scales) and the router are F32; per_layer_model_proj is never quantized; a row that is not a whole number of blocks
+falls back as in llama.cpp (Q4_K to Q5_0, Q6_K to Q8_0, others to F16). Q4_0 recovers the scales of quantization-aware training
 (files/recover_scales.py).
 
 What differs from llama.cpp's converter (convert_hf_to_gguf.py of llama-cpp-python 0.3.36), tensors and keys being equal otherwise
@@ -13,14 +13,14 @@ What differs from llama.cpp's converter (convert_hf_to_gguf.py of llama-cpp-pyth
     general.*            name is the folder's, as it is. No size_label, basename, finetune, version, licence, tags: it guesses them from the
                          folder's name, and takes them from README.md
     feed_forward_length, attention.head_count_kv    one number where all layers have the same; it writes an array for some models
-    tokenizer.ggml.token_type    pieces that tokenizer.json calls special are control pieces even where tokenizer_config.json does not
+    tokenizer.ggml.token_type    tokens that tokenizer.json calls special are control tokens even where tokenizer_config.json does not
                          name them; it takes those for text
-    tokenizer.ggml.eot_token_id, eom_token_id       from generation_config.json's eos_token_id, for pieces that no reader knows by name
+    tokenizer.ggml.eot_token_id, eom_token_id       from generation_config.json's eos_token_id, for tokens that no reader knows by name
     tokenizer.ggml.suppress_tokens                  for every model with them; it reads them for gemma4_unified only
-    tokenizer.chat_template    chat_template.jinja goes before the one in tokenizer_config.json, as in transformers
+    tokenizer.chat_template    chat_template.jinja takes precedence over the one in tokenizer_config.json, as in transformers
     config.json with both forms of the full layers' sizes (loading/config_json.py)      per_layer_config counts, as in transformers
-    drafters             masked_embd_centroids, masked_embd_ordering and the key masked_embd_top_k are kept; other engines pass over them
-    experts stored one by one    are stacked; it does not know the form
+    drafters             masked_embd_centroids, masked_embd_ordering and the key masked_embd_top_k are kept; other engines ignore them
+    experts stored one by one    are stacked; it does not know this form
     types                it writes F32, F16, BF16 and Q8_0; float32 matrices become F16 by its `auto`
 """
 
@@ -29,12 +29,12 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from refimpl.files.recover_scales import quantize_q4_0_on_lattice
+from refimpl.files.recover_scales import quantize_q4_0_on_grid
 from refimpl.formats.checkpoint import CheckpointError
 from refimpl.formats.gguf import GGUFError, TensorInfo
 from refimpl.formats.gguf_writer import PLAIN_TYPES, Deferred, write_gguf
@@ -43,6 +43,7 @@ from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize
 from refimpl.formats.source import TensorSource, releasing
 from refimpl.loading.hf_names import fitting_type, stays_float32
 from refimpl.loading.open import open_model
+from refimpl.progress import Advance, Progress, silent
 
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 FLOATS = ("F32", "F16", "BF16")
@@ -57,20 +58,20 @@ def kinds() -> list[str]:
 
 
 def convert(path: str | os.PathLike, output: str | os.PathLike, kind: str = "auto",
-            begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None) -> dict[str, object]:
+            progress: Progress = silent) -> dict[str, object]:
     """Writes the model or drafter at `path` to the GGUF file `output`; `kind` is one of `kinds()`. Returns what was written.
 
-    One tensor after the other: memory for the largest of them as it is written. The file appears under its name when it is complete, and
-    not at all if anything fails. `begin(bytes in all)` returns a function that is told of the bytes read.
+    Converts one tensor at a time, so that memory holds only the largest of them. The file appears under its name when it is complete, and
+    not at all if anything fails.
 
-    Raises GGUFError for what cannot be read, ValueError for a kind or output that makes no sense, OSError when writing fails.
+    Raises GGUFError for what cannot be read, ValueError for an unknown `kind` or an unusable output, OSError when writing fails.
     """
     if kind not in kinds():
-        raise ValueError(f"there is no type {kind}; there are {', '.join(kinds())}")
+        raise ValueError(f"unknown type {kind!r}; choose from {', '.join(kinds())}")
     file, output = open_model(path), Path(output)
     _check_output(file, output)
     if file.path.is_dir() and "tokenizer.ggml.tokens" not in file.metadata:
-        raise CheckpointError(file.path, None, "there is no tokenizer.json, without which no engine takes the file: copy it and "
+        raise CheckpointError(file.path, None, "tokenizer.json is missing, and no engine loads a file without it: copy it and "
                               "tokenizer_config.json from the drafter's model")
     types = {name: type_of(kind, info) for name, info in file.tensors.items()}
     for name, info in file.tensors.items():
@@ -79,9 +80,10 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, kind: str = "aut
     n_bytes = sum(math.prod(info.shape[:-1]) * BLOCKS[types[name]].row_bytes(info.shape[-1]) for name, info in file.tensors.items())
     free = shutil.disk_usage(output.absolute().parent).free if output.absolute().parent.is_dir() else n_bytes
     if free < n_bytes:
-        raise OSError(errno.ENOSPC, f"{n_bytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free", os.fspath(output))
-    step = releasing(file, begin(file.n_bytes))
-    write_gguf(output, metadata_for(file, types), [_deferred(file, info, types[name], step) for name, info in file.tensors.items()])
+        raise OSError(errno.ENOSPC, f"{n_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", os.fspath(output))
+    with progress("MB converted", file.n_bytes, 10**6) as advance:
+        advance = releasing(file, advance)
+        write_gguf(output, metadata_for(file, types), [_deferred(file, info, types[name], advance) for name, info in file.tensors.items()])
     return {"output": str(output), "bytes": output.stat().st_size, "tensors": len(types), "types": dict(Counter(types.values())),
             "converted": sum(types[name] != info.type for name, info in file.tensors.items())}
 
@@ -112,20 +114,20 @@ def metadata_for(file: TensorSource, types: Mapping[str, str]) -> dict[str, obje
 
 def _check_output(file: TensorSource, output: Path):
     if output.is_dir():
-        raise ValueError(f"{output}: is a folder; give the name of the file to write")
+        raise ValueError(f"{output}: is a folder; give the name of a file")
     if output.exists() and any(os.path.samefile(output, part) for part in file.files()):
-        raise ValueError(f"{output}: is what is to be converted; give another name")
+        raise ValueError(f"{output}: is the input itself; give another name")
 
 
-def _deferred(file: TensorSource, info: TensorInfo, block: str, step: Callable[[int], None]) -> tuple[str, str, Deferred]:
-    """A tensor for write_gguf, read and converted when its turn has come."""
+def _deferred(file: TensorSource, info: TensorInfo, block: str, advance: Advance) -> tuple[str, str, Deferred]:
+    """A tensor for write_gguf, read and converted when it is written."""
     def make() -> np.ndarray:
         raw = file.raw(info.name)
         if block == info.type:
-            step(info.n_bytes)
+            advance(info.n_bytes)
             return raw.view(PLAIN_TYPES.get(block, "uint8")).reshape(shape)
         if block == "I32":
-            step(info.n_bytes)
+            advance(info.n_bytes)
             return raw.view("<i8").astype(np.int32).reshape(shape)
         rows = raw.reshape(-1, raw.shape[-1])
         out = np.empty((len(rows), BLOCKS[block].row_bytes(info.shape[-1])), np.uint8)
@@ -133,8 +135,8 @@ def _deferred(file: TensorSource, info: TensorInfo, block: str, step: Callable[[
         for first in range(0, len(rows), n_rows):
             part = rows[first:first + n_rows]
             x = dequantize(part, info.type)
-            out[first:first + n_rows] = quantize_q4_0_on_lattice(x) if block == "Q4_0" else quantize(x, block)
-            step(part.nbytes)
+            out[first:first + n_rows] = quantize_q4_0_on_grid(x) if block == "Q4_0" else quantize(x, block)
+            advance(part.nbytes)
         return out.view(PLAIN_TYPES.get(block, "uint8")).reshape(shape)
 
     dtype = np.dtype(PLAIN_TYPES.get(block, "uint8"))

@@ -1,7 +1,7 @@
-"""What is in a Gemma 4 file or directory, as plain data and as text. Reads no weights (of a W4A16 directory, the scales)."""
+"""What is in a Gemma 4 file or directory, as plain data. Reads no weights, except the scales of a W4A16 directory."""
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, arc
 from refimpl.model.drafter import CENTROIDS
 from refimpl.model.weights import vocabulary_size, weights_from_gguf
 
-LONG = 16           # array entries shown
+LONG = 16           # entries of a longer array that are kept
 
 
 def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[str, object]:
@@ -47,7 +47,7 @@ def _contents(file: TensorSource) -> dict[str, object]:
 
 
 def _drafter(file: TensorSource) -> dict[str, object]:
-    """What can be said of a drafter without its target."""
+    """What a drafter is, as far as it shows without its target."""
     keys = Keys(file.metadata, file.path, DRAFTER_ARCHITECTURE)
     big = 1 << 20
     return {"n_vocab": vocabulary_size(file), "n_embd": keys.number("embedding_length", 1, big),
@@ -56,7 +56,7 @@ def _drafter(file: TensorSource) -> dict[str, object]:
 
 
 def _memory(file: TensorSource, config: Config, n_ctx: int) -> dict[str, object]:
-    """As the kernels hold it, with keys and values in float16. Of a file that this version cannot load: the weights as they are."""
+    """As held for the kernels, with keys and values in float16; the weights as in the file where this version cannot load it."""
     from refimpl.kernels.machine.tiles import held_bytes  # here: it takes a third of a second
 
     half = np.dtype(np.float16)
@@ -75,7 +75,7 @@ def _layer(config: Config, i: int) -> dict[str, object]:
     ffn = {"n_ff": spec.ffn.n_ff}
     if isinstance(spec.ffn, MoeFfn):
         ffn |= {"n_expert": spec.ffn.n_expert, "n_expert_used": spec.ffn.n_used, "n_ff_expert": spec.ffn.n_ff_expert}
-    return {"layer": i, "kind": spec.attention.value, "n_head": spec.n_head, "n_kv": spec.n_kv, "head_dim": spec.head_dim,
+    return {"layer": i, "attention": spec.attention.value, "n_head": spec.n_head, "n_kv": spec.n_kv, "head_dim": spec.head_dim,
             "window": spec.window, "kv_from": spec.kv_from, "values_are_keys": spec.values_are_keys} | ffn
 
 
@@ -88,54 +88,13 @@ def _types(file: TensorSource) -> dict[str, dict[str, int]]:
 
 
 def _plain(value):
-    """JSON can hold it: long arrays are cut, with their length."""
+    """As JSON can hold it; long arrays are cut to their first entries and their length."""
     if isinstance(value, float):
         return float(f"{value:.7g}")            # a float32 in the file
     if isinstance(value, (str, int)):
         return value
     head = [entry.item() if isinstance(entry, np.generic) else entry for entry in value[:LONG]]
     return head if len(value) <= LONG else {"length": len(value), "first": head}
-
-
-def as_text(described: dict[str, object]) -> str:
-    """The same for people."""
-    form = f"GGUF v{described['gguf_version']}" if "gguf_version" in described else f"{described['safetensors_files']} safetensors files"
-    lines = [f"{described['path']}: {form}, {size(described['file_bytes'])}", ""]
-    for key, value in described["metadata"].items():
-        shown = f"{value['length']} entries, first {value['first'][:4]}" if isinstance(value, dict) else repr(value)
-        lines.append(f"  {key} = {shown if len(shown) <= 100 else shown[:97] + '...'}")
-    if "drafter" in described:
-        drafter = described["drafter"]
-        lines += ["", f"a drafter, for a target of width {drafter['n_target']} and {drafter['n_vocab']} pieces: give it with --draft", "",
-                  f"{drafter['n_parameters']:,} parameters, {drafter['n_layer']} layers of width {drafter['n_embd']}, heads: "
-                  f"{' and '.join(drafter['heads'])}", ""]
-        return "\n".join(lines + _type_lines(described))
-    model = described["model"]
-    lines += ["", f"{model['n_parameters']:,} parameters, {model['n_layer']} layers of width {model['n_embd']}, "
-              f"{model['n_vocab']} pieces, context {model['n_ctx']}", "",
-              "layer  kind     heads  kv  width  window  keys from  feed-forward"]
-    for layer in described["layers"]:
-        source = "own" if layer["kv_from"] == layer["layer"] else str(layer["kv_from"])
-        source += ", = values" if layer["values_are_keys"] and source == "own" else ""
-        ffn = str(layer["n_ff"])
-        if "n_expert" in layer:
-            ffn += f" + {layer['n_expert_used']} of {layer['n_expert']} experts of {layer['n_ff_expert']}"
-        lines.append(f"{layer['layer']:>5}  {layer['kind']:<7}  {layer['n_head']:>5}  {layer['n_kv']:>2}  {layer['head_dim']:>5}  "
-                     f"{layer['window'] or 'all':>6}  {source:<9}  {ffn}")
-    lines += ["", *_type_lines(described)]
-    memory = described["memory"]
-    lines += ["", f"memory: weights {size(memory['weight_bytes'])}, keys and values {size(memory['kv_bytes'])} for a full context of "
-              f"{memory['n_ctx']} (-c sets another), {size(memory['buffer_bytes'])} to compute in; {size(memory['free_bytes'])} free"]
-    if memory["held_as_float32"]:
-        types = ", ".join(f"{kind} ({n} tensors)" for kind, n in memory["held_as_float32"].items())
-        lines.append(f"there are no kernels for {types}: held as float32, 4 bytes a weight, which is counted")
-    return "\n".join(lines)
-
-
-def _type_lines(described: dict[str, object]) -> list[str]:
-    ignored = Counter(described.get("ignored", {}).values())
-    lines = [f" ignored: {n:>4} tensors, {reason}" for reason, n in ignored.items()]
-    return lines + [f"{name:>8}: {entry['tensors']:>4} tensors, {size(entry['bytes'])}" for name, entry in described["types"].items()]
 
 
 def size(n_bytes: int) -> str:

@@ -1,14 +1,14 @@
-"""A short run, hashed: the same on any number of threads, with any number of rows in a call, and on every instruction set.
+"""A short run, hashed: the same for any number of threads, any number of rows in a call, and every instruction set.
 
-A process of its own for each instruction set, as it is chosen at import; the process is this file, run as a module. It tells what it does
-in lines of JSON: `{"compiling": isa}` when kernels must be compiled first, `{"run": {...}}` for every run, `{"error": "one line"}`.
+Each instruction set needs a process of its own, because it is chosen at import; that process runs this file as a module. It reports in
+lines of JSON: `{"compiling": isa}` before kernels are compiled, `{"run": {...}}` for every run, `{"error": "one line"}`, `{"end": true}`.
 
-What is hashed: SHA-256 of the logits at all of N_TOKENS positions, float32, little-endian. What equal hashes show: for the types and
+What is hashed: SHA-256 of the logits at all N_TOKENS positions, float32, little-endian. What equal hashes show: for the weight types and
 layers of this file, over these tokens, this machine's kernels (its processor, compiler, thread library, NumPy and mathematical library)
-compute the same numbers whatever is asked of them together, and, where the hash is the one in KNOWN, the numbers of the machine on which
-that was taken (x86-64 with AVX-512, and under all four instruction sets there). What they do not show: that the numbers are right (the
-tests compare with transformers); other types of weights, lengths, or drafters; and nothing of the reference, whose sums NumPy orders as
-it likes, so that other machines may give it other bits.
+compute the same numbers however the work is split; and, where the hash is the one in KNOWN, the numbers of the machine that recorded it
+(x86-64 with AVX-512, under all four instruction sets). What they do not show: that the numbers are right (the tests compare with
+transformers); other weight types, lengths, or drafters; and nothing about the reference, whose sums NumPy orders as it likes, so that
+its bits differ between machines.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 from refimpl.kernels.machine.threads import prepare
 from refimpl.loading.model import Model, load
 
-N_TOKENS = 80                       # past the window of the built-in model; divisible by all of WIDTHS
+N_TOKENS = 80                       # past the window of the built-in model; divisible by all WIDTHS
 WIDTHS = (1, 2, 5, 16, N_TOKENS)    # rows a call
 KNOWN = {"q8": "75c6c9e935d09cdea8e1a4227df32bae84b49acc36873ed5be5c09d768f59535",
          "exact": "6c2f88657bb367d1a49a057ea04341e7c9c506523c5f732dee340564915a7122"}
@@ -32,7 +32,7 @@ KNOWN = {"q8": "75c6c9e935d09cdea8e1a4227df32bae84b49acc36873ed5be5c09d768f59535
 
 
 def token_ids(n_vocab: int, bos: int) -> list[int]:
-    """N_TOKENS ids that need no tokenizer and no random numbers."""
+    """N_TOKENS ids, made without a tokenizer or random numbers."""
     return [bos, *((31 * i * i + 17 * i + 5) % n_vocab for i in range(1, N_TOKENS))]
 
 
@@ -63,8 +63,8 @@ def plan(isas: Sequence[str], threads: int) -> dict[str, list[tuple[str, int, in
             for i, isa in enumerate(isas)}
 
 
-def elsewhere(path: Path | None, isa: str, combinations: Sequence[tuple[str, int, int]], told: Callable[[dict], None]):
-    """Does `runs` in a process of its own under `isa`, `told` of every line. NumPy's own vector code is off under "portable"."""
+def run_in_process(path: Path | None, isa: str, combinations: Sequence[tuple[str, int, int]], receive: Callable[[dict], None]):
+    """Does `runs` in a new process under `isa`; `receive` gets every message. "portable" turns NumPy's own vector code off, too."""
     most = max(threads for _, threads, _ in combinations)
     environment = os.environ | {"REFIMPL_ISA": isa, "NUMBA_NUM_THREADS": str(max(most, os.cpu_count() or 1))}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent.parent), os.environ.get("PYTHONPATH")]))
@@ -75,35 +75,35 @@ def elsewhere(path: Path | None, isa: str, combinations: Sequence[tuple[str, int
         try:
             finished = False
             for line in process.stdout:
-                told(said := json.loads(line))
-                finished = "end" in said or "error" in said
-            words = process.stderr.read().strip().splitlines()
+                receive(message := json.loads(line))
+                finished = "end" in message or "error" in message
+            last_words = process.stderr.read().strip().splitlines()
         except BaseException:
             process.kill()
             raise
     if not finished:
-        told({"error": f"the process ended (status {process.returncode}): {words[-1] if words else 'it did not say why'}"})
+        receive({"error": f"the process ended (status {process.returncode}): {last_words[-1] if last_words else 'no message'}"})
 
 
 def main(request: str):
-    """The process."""
+    """Runs in the new process."""
     from refimpl.kernels.machine.isa import ISA
     from refimpl.kernels.machine.jit import announce
 
-    def tell(**what: object):
-        sys.stdout.write(json.dumps(what) + "\n")
+    def send(**message: object):
+        sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
 
     path, combinations = json.loads(request)
     prepare(max(threads for _, threads, _ in combinations))
-    announce(lambda kernel, weight_types: tell(compiling=ISA))
+    announce(lambda kernel, weight_types: send(compiling=ISA))
     try:
         for run in runs(None if path is None else Path(path), combinations):
-            tell(run=run)
+            send(run=run)
     except Exception as e:
-        tell(error=" ".join(f"{e}".split()))
+        send(error=" ".join(f"{e}".split()))
     else:
-        tell(end=True)
+        send(end=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Files with the true shapes of the Gemma 4 models and drafters, and random contents: to measure speed and memory without the weights.
+"""Files with the true shapes of the Gemma 4 models and drafters and random weights: to measure speed and memory without a download.
 
-Dimensions are those of the published checkpoints. The contents have a realistic scale, and every tensor repeats a few random rows, so
-that a 14 GB file is made in about the time that the disk takes.
+Dimensions are those of the published checkpoints. The weights have a realistic scale, and every tensor repeats a few random rows, so that
+a 14 GB file is written as fast as the disk allows. Models carry a chat template, so that `chat` runs on them (and answers nonsense).
 """
 
 import itertools
 import math
 import os
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from refimpl.formats.quants.codecs import quantize
 from refimpl.loading.hf_names import fitting_type, gguf_metadata, rope_divisors, stays_float32, under
 from refimpl.model.config import DRAFTER_ARCHITECTURE
 from refimpl.model.drafter import CENTROIDS, ORDERING
+from refimpl.progress import Progress, silent
+from refimpl.text.chat import GEMMA4_TEMPLATE
 
 N_VOCAB = 262_144
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -46,24 +48,24 @@ RECIPES = ("google-q4_0", "unsloth-q4_0", "q4_k_m", *UNIFORM)
 
 
 def shape_names() -> list[str]:
-    """All shapes there are: the models, and `NAME-assistant` for their drafters."""
+    """All shapes: the models, and `NAME-assistant` for their drafters."""
     return [*SHAPES, *(f"{name}-assistant" for name in DRAFTERS)]
 
 
 def config_of(name: str, n_layer: int | None = None) -> dict[str, object]:
     """The configuration of a model, in transformers' keys, cut to its first `n_layer` layers (the last of them full).
 
-    Where layers share keys and values, the same share of the layers that are left does. Raises ValueError for an unknown name or a number
+    Where layers share keys and values, the same share of the remaining layers does. Raises ValueError for an unknown name or a number
     of layers that is not 2 to the model's own.
     """
     if name not in SHAPES:
-        raise ValueError(f"there is no shape {name}; there are {', '.join(shape_names())}")
+        raise ValueError(f"unknown shape {name!r}; choose from {', '.join(shape_names())}")
     settings, n_sliding, whole, n_kv_full = SHAPES[name]
     n_layer = whole if n_layer is None else n_layer
     if not 2 <= n_layer <= whole:
-        raise ValueError(f"{n_layer} layers: {name} can have 2 to {whole}")
+        raise ValueError(f"n_layer={n_layer}: {name} can be cut to 2 to {whole} layers")
     kinds = [FULL if i % (n_sliding + 1) == n_sliding or i == n_layer - 1 else SLIDING for i in range(n_layer)]
-    # about the same share of layers without keys of their own, and a full layer the last that has them: llama.cpp counts on that
+    # about the same share of layers without own keys; the last one that has them is a full layer, as llama.cpp expects
     n_own = n_layer - settings["num_kv_shared_layers"] * n_layer // whole
     n_shared = n_layer - min(n_layer, -(-n_own // (n_sliding + 1)) * (n_sliding + 1))
     full = {"head_dim": 512, "num_key_value_heads": n_kv_full}
@@ -148,7 +150,7 @@ def drafter_metadata(name: str) -> dict[str, object]:
 
 
 def recipe_type(recipe: str, name: str, shape: tuple[int, ...], n_layer: int) -> str:
-    """The block type of a tensor under a recipe: as the files in circulation have it, or one type throughout."""
+    """The block type of a tensor under a recipe: as in published files, or one type throughout."""
     if name == ORDERING:
         return "I32"
     if stays_float32(name, shape):
@@ -185,36 +187,35 @@ def random_tensor(name: str, shape: tuple[int, ...], block: str, rng: np.random.
 
 
 def vocabulary_metadata() -> dict[str, object]:
-    """262,144 pieces with Gemma's special ids in their places: control pieces, bytes from 238 on, then a, b, ..., aa, ab, ..."""
+    """262,144 tokens with Gemma's special ids in their places: control tokens, bytes from 238 on, then a, b, ..., aa, ab, ..."""
     special = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", 105: "<|turn>", 106: "<turn|>", 107: "\n"}
     special |= {238 + b: f"<0x{b:02X}>" for b in range(256)} | {494: "\u2581"}
     words = itertools.chain.from_iterable(map("".join, itertools.product(string.ascii_lowercase, repeat=n)) for n in itertools.count(1))
-    pieces = [special[i] if i in special else f"<unused{i}>" if i < 494 else next(words) for i in range(N_VOCAB)]
+    tokens = [special[i] if i in special else f"<unused{i}>" if i < 494 else next(words) for i in range(N_VOCAB)]
     types = np.ones(N_VOCAB, np.int32)
     types[5:238], types[238:494], types[107], types[3], types[[0, 1, 2, 4, 105, 106]] = 5, 6, 1, 2, 3
     return {
-        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.scores": np.full(N_VOCAB, -1000, np.float32), "tokenizer.ggml.bos_token_id": 2,
         "tokenizer.ggml.eos_token_id": 106, "tokenizer.ggml.unknown_token_id": 3, "tokenizer.ggml.padding_token_id": 0,
         "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.ggml.merges": [f"{word[:-1]} {word[-1]}" for word in pieces[495:] if len(word) > 1]}
+        "tokenizer.ggml.merges": [f"{word[:-1]} {word[-1]}" for word in tokens[495:] if len(word) > 1]}
 
 
 def synthesise(name: str, path: str | os.PathLike, recipe: str = "google-q4_0", n_layer: int | None = None, seed: int = 0,
-               begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n_bytes: None):
+               progress: Progress = silent):
     """Writes a file of the shape `name` (see `shape_names`) with types by `recipe` (see RECIPES), cut to `n_layer` layers.
 
-    `begin(bytes in all)` returns a function that is told of the bytes written. Raises ValueError for an unknown name, recipe or number of
-    layers; OSError when writing fails, and then leaves nothing behind.
+    Raises ValueError for an unknown name, recipe or number of layers; OSError when writing fails, and then leaves no file.
     """
     if recipe not in RECIPES:
-        raise ValueError(f"there is no recipe {recipe}; there are {', '.join(RECIPES)}")
+        raise ValueError(f"unknown recipe {recipe!r}; choose from {', '.join(RECIPES)}")
     target = name.removesuffix("-assistant")
     if name == target or target not in DRAFTERS:
         config = config_of(name, n_layer)
         shapes, metadata, layers = list(model_tensors(config)), gguf_metadata(config), len(config["layer_types"])
     elif n_layer is not None:
-        raise ValueError("a drafter has four layers, it cannot be cut")
+        raise ValueError("n_layer: a drafter always has four layers")
     else:
         shapes, metadata, layers = list(drafter_tensors(target)), drafter_metadata(target), 4
     rng = np.random.default_rng(seed)
@@ -222,4 +223,7 @@ def synthesise(name: str, path: str | os.PathLike, recipe: str = "google-q4_0", 
     tensors = [(tensor, types[tensor], random_tensor(tensor, shape, types[tensor], rng)) for tensor, shape in shapes]
     n_bytes = sum(math.prod(shape[:-1]) * BLOCKS[types[tensor]].row_bytes(shape[-1]) for tensor, shape in shapes)
     about = {"general.name": f"synthetic {name}, random contents", "general.quantization_version": 2}
-    write_gguf(path, metadata | about | vocabulary_metadata(), tensors, begin(n_bytes))
+    if name == target:
+        about["tokenizer.chat_template"] = GEMMA4_TEMPLATE
+    with progress("MB written", n_bytes, 10**6) as advance:
+        write_gguf(path, metadata | about | vocabulary_metadata(), tensors, advance)

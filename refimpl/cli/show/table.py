@@ -23,3 +23,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     out = io.StringIO()
     Console(file=out, width=WIDE, color_system=None, markup=False, highlight=False, emoji=False).print(drawn)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people, in powers of 1000 as disks are sold."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.2f} {unit}"
+    return f"{n_bytes} B"

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from refimpl.files.qat_grid import distance_of
-from refimpl.files.recover_scales import quantize_q4_0_on_lattice
+from refimpl.files.recover_scales import quantize_q4_0_on_grid
 from refimpl.formats.quants.codecs import dequantize, quantize
 from refimpl.tiny.training.grids import GRIDS
 from refimpl.tiny.training.optimiser import is_quantized
 from refimpl.tiny.training.qat import CORE, parse_arguments, prepare_held_out, state_file
 
-CONVERSIONS = {"naive": lambda x: quantize(x, "Q4_0"), "lattice": quantize_q4_0_on_lattice}
+CONVERSIONS = {"naive": lambda x: quantize(x, "Q4_0"), "lattice": quantize_q4_0_on_grid}
 RULE, LEAST_SQUARES = "Q4_0 by the rule", "Q4_0 by least squares"
 
 
