@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,10 @@ def test_speeds_in_the_readme_are_those_of_the_measurements():
     assert len(rows) == 4
     for row in rows:
         assert any(set(numbers(row)) <= set(numbers(line)) for line in measured), row
+
+
+def test_licences_and_types_go_along_with_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [pattern for pattern in project["license-files"] if not list(ROOT.glob(pattern))] == []
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in (ROOT / "LICENSES/PSF-2.0.txt").read_text()
+    assert (ROOT / "refimpl/py.typed").exists()
