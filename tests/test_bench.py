@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from cli import assert_one_line, run
 from shapes import opened, random_model, write_model
-from test_cli import assert_one_line, run
 
 from refimpl.kernels.machine.isa import ORDER
 from refimpl.lab.bench import bandwidth

@@ -1,36 +1,17 @@
-"""The command line as a user meets it: a process, its output, its exit status."""
+"""The command line as a user meets it: its output, its complaints, its exit status."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import ROOT, assert_one_line, process, run
 from shapes import random_model, tokenizer_metadata, write_model
 
 import refimpl
 from refimpl.formats.gguf_writer import write_gguf
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*args, stdin=None, env=None, cwd=ROOT):
-    """(exit status, standard output, standard error)"""
-    done = subprocess.run([sys.executable, "-m", "refimpl", *map(str, args)], input=stdin, capture_output=True, cwd=cwd, timeout=120,
-                          env={**os.environ, "NO_COLOR": "1", **(env or {})})
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-def assert_one_line(result, status: int, *says: str):
-    code, out, err = result
-    assert code == status, (code, err)
-    lines = [line for line in err.strip().splitlines() if not line.startswith("compiling kernels")]     # said where this is the first use
-    assert out == "" and len(lines) == 1 and "Traceback" not in err, err
-    for words in says:
-        assert words in err, err
 
 
 @pytest.fixture(scope="module")
@@ -177,4 +158,4 @@ def test_a_warning_is_a_note_of_one_line(small, tmp_path):
 def test_it_needs_no_writable_folder(tmp_path):
     """Nothing is written anywhere: an unwritable home or cache folder changes nothing."""
     env = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
-    assert run("generate", "-p", "def ", "-n", 2, env=env)[0] == 0
+    assert process("generate", "-p", "def ", "-n", 2, env=env)[0] == 0

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from cli import assert_one_line, run
 from shapes import random_drafter, random_model, write_drafter, write_model
-from test_cli import assert_one_line, run
 
 from refimpl.decode.drafter import beside
 

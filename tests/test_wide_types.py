@@ -5,8 +5,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from cli import run
 from shapes import opened, pattern, prompt, random_drafter, random_model, reference, worst, write_drafter, write_model
-from test_cli import run
 
 import refimpl
 from refimpl.cli.show.inspect import as_text

@@ -27,21 +27,27 @@ def _root(context: typer.Context, version: Annotated[bool, typer.Option("--versi
 
 
 def main():
-    """Runs the command line. Whatever goes wrong becomes one line on standard error."""
-    warnings.showwarning = lambda message, *place: errors.print(f"note: {message}")
-    try:
-        status = app(standalone_mode=False)
-        sys.stdout.flush()
-        sys.exit(status or 0)
-    except BrokenPipeError:
-        abandon_output()
-        sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except typer.Exit as e:
-        sys.exit(e.exit_code)
-    except Exception as e:
-        sys.exit(complain(e))
+    """Runs the command line of this process."""
+    sys.exit(status())
+
+
+def status(args: list[str] | None = None) -> int:
+    """Runs `refimpl ARGS`, by default those of this process. Returns the exit status; whatever goes wrong is one line on standard error."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place: errors.print(f"note: {message}")
+        try:
+            code = app(args, prog_name="refimpl", standalone_mode=False)
+            sys.stdout.flush()
+            return code or 0
+        except BrokenPipeError:
+            abandon_output()
+            return 1
+        except (KeyboardInterrupt, typer.Abort):
+            return 130
+        except typer.Exit as e:
+            return e.exit_code
+        except Exception as e:
+            return complain(e)
 
 
 def complain(e: Exception) -> int:

@@ -1,7 +1,7 @@
 """What all commands share: the options that several have, output, progress, loading."""
 
 import contextlib
-import itertools
+import functools
 import os
 import sys
 from pathlib import Path
@@ -75,19 +75,26 @@ def bar(what: str, total: int, unit: int = 1):
         yield lambda n: progress.advance(task, n / unit)
 
 
+_compiled = [0]         # kernels compiled since `tell_of_compiling`
+
+
 def tell_of_compiling():
     """Says on standard error that kernels are being compiled, when they are: at the first use on a machine."""
+    _compiled[0] = 0
+    _listen()
+
+
+@functools.cache
+def _listen():
     from refimpl.kernels.machine.isa import ISA
     from refimpl.kernels.machine.jit import announce
 
-    count = itertools.count(1)
-
     def tell(name: str, weight_types: tuple[str, ...]):
-        n = next(count)
-        if n == 1:
-            errors.print(f"compiling kernels for {ISA}, once on this machine (up to a minute)")
+        _compiled[0] += 1
+        if _compiled[0] == 1:
+            errors.print(f"compiling kernels for {ISA} (first use on this machine of {' '.join(weight_types) or name}; up to a minute)")
         if errors.is_terminal:
-            errors.print(f"  {n}: {' '.join((name, *weight_types))}")
+            errors.print(f"  {_compiled[0]}: {' '.join((name, *weight_types))}")
     announce(tell)
 
 
