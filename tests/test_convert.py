@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cli import COMMAND, run
 from directories import save, save_w4a16, write_vocabulary
 from shapes import COMMON, SHAPES, V, prompt, random_drafter, random_model, reference, write_model
 
@@ -220,15 +221,11 @@ def test_memory_stays_far_below_the_size(tmp_path, large, kind):
     assert int(done.stdout) < 0.25 * n_bytes, f"{int(done.stdout) / 1e6:.0f} MB of {n_bytes / 1e6:.0f}"
 
 
-def command(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "refimpl", "convert", *map(str, arguments)], capture_output=True, text=True, **options)
-
-
 def test_the_command(tmp_path, packed_moe):
-    done = command(packed_moe, "-o", tmp_path / "m.gguf", "--type", "q8_0")
-    assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path}/m.gguf: ") and "Q8_0" in done.stdout and done.stderr == ""
-    done = command(packed_moe, "-o", tmp_path / "n.gguf", "--json")
-    assert json.loads(done.stdout)["types"] == {"F32": 80, "BF16": 1, "Q4_0": 59}
+    status, out, err = run("convert", packed_moe, "-o", tmp_path / "m.gguf", "--type", "q8_0")
+    assert status == 0 and out.startswith(f"{tmp_path}/m.gguf: ") and "Q8_0" in out and err == ""
+    status, out, err = run("convert", packed_moe, "-o", tmp_path / "n.gguf", "--json")
+    assert json.loads(out)["types"] == {"F32": 80, "BF16": 1, "Q4_0": 59}
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -245,7 +242,8 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, large, name, status):
 
 
 def test_a_full_disk(tmp_path, packed_moe):
-    done = command(packed_moe, "-o", tmp_path / "m.gguf", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    done = subprocess.run([*COMMAND, "convert", packed_moe, "-o", tmp_path / "m.gguf"], capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
     assert done.returncode == 1 and not list(tmp_path.iterdir())
     assert done.stderr.startswith(f"refimpl: {tmp_path}/m.gguf: cannot be written, the disk is full (") and done.stderr.count("\n") == 1
 
@@ -290,6 +288,6 @@ def test_senseless_orders_get_one_line(tmp_path, packed_moe, source, output, kin
     (tmp_path / "link.gguf").symlink_to(tmp_path / "file.gguf")
     write_split(tmp_path, tmp_path / "file.gguf")
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    done = command(tmp_path / source, "-o", tmp_path / output, "--type", kind)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and expected in done.stderr and not done.stdout
+    status, out, err = run("convert", tmp_path / source, "-o", tmp_path / output, "--type", kind)
+    assert status == 1 and err.count("\n") == 1 and expected in err and not out
     assert before == sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))

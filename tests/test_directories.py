@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from cli import run
 from directories import QUANTIZATION, change_json, multimodal, pack, save, save_w4a16, scales_of, unpack, write_vocabulary
 from safetensors.torch import load_file, save_file
 from shapes import SHAPES, oracle, prompt, random_drafter, random_model, reference, worst
@@ -218,8 +217,8 @@ def test_inspect_shows_what_is_ignored(tmp_path):
 
 def test_the_command_inspects_a_directory(tmp_path):
     folder = save(tmp_path / "m", random_model("12B"))
-    done = subprocess.run([sys.executable, "-m", "refimpl", "inspect", "-m", folder, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["model"]["n_layer"] == 6, done.stderr
+    status, out, err = run("inspect", "-m", folder, "--json")
+    assert status == 0 and json.loads(out)["model"]["n_layer"] == 6, err
 
 
 # ---- vocabulary and generation

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cli
 import numpy as np
 import pytest
 
@@ -288,9 +288,7 @@ def test_damaged_runs_are_refused(text, tmp_path):
 # ---- the command
 
 def run(*args):
-    done = subprocess.run([sys.executable, "-m", "refimpl", "eval", *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=120,
-                          env={**os.environ, "NO_COLOR": "1"})
-    return done.returncode, done.stdout, done.stderr
+    return cli.run("eval", *args)
 
 
 def test_the_command_line_refuses_what_makes_no_sense(text, tmp_path):

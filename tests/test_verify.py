@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import cli
 import numpy as np
 import pytest
 from directories import save
@@ -22,7 +20,6 @@ from refimpl.formats.quants.blocks import BLOCKS, bytes_of
 from refimpl.kernels.machine.isa import BEST, ISA, ORDER
 from refimpl.loading.model import BUILT_IN
 
-ROOT = Path(__file__).parent.parent
 DIGEST = hashlib.sha256(BUILT_IN.read_bytes()).hexdigest()
 FLOATS = [(name, field) for name, block in BLOCKS.items() for field, kind, _ in block.fields
           if np.dtype(kind).kind == "f" or name == "BF16"]
@@ -220,9 +217,7 @@ def test_the_plan_has_every_width_number_of_threads_and_set(monkeypatch):
 
 def test_command_line(tmp_path):
     def run(*args):
-        done = subprocess.run([sys.executable, "-m", "refimpl", "verify", *map(str, args)], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, "NO_COLOR": "1"}, timeout=120)
-        return done.returncode, done.stdout, done.stderr
+        return cli.run("verify", *args)
     code, out, err = run("--no-run", "--json", "--sha256", DIGEST)
     assert code == 0 and json.loads(out)["ok"] and err == ""
     path = damaged(tmp_path, "blk.2.attn_q.weight", 5, 1, np.float16(np.nan).tobytes())

@@ -60,8 +60,11 @@ def convert(
     from refimpl.files.convert import convert as run
 
     source = fetched(model)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # as Ctrl-C: the half-written file goes
-    done = run(source, output, kind if kind == "auto" else kind.upper(), progress=bar)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # as Ctrl-C: the half-written file goes
+    try:
+        done = run(source, output, kind if kind == "auto" else kind.upper(), progress=bar)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     types = ", ".join(f"{n} {block}" for block, n in done["types"].items())
     write((json.dumps(done) if as_json else f"{done['output']}: {size(done['bytes'])}, tensors: {types}") + "\n")
 
