@@ -1,4 +1,4 @@
-"""Models from a Hugging Face hub: `hf:owner/name[@revision][:type or file]` wherever a path to a model may stand.
+"""Models from a Hugging Face hub: `hf:owner/name[@revision][:type or file]` wherever a path to a model is taken.
 
     hf:google/gemma-4-E4B-it-qat-q4_0-gguf          the repository's GGUF file
     hf:unsloth/gemma-4-E4B-it-GGUF:Q4_K_M           of several, the one of this type (as llama.cpp's -hf: in any case)
@@ -6,17 +6,16 @@
     hf:google/gemma-4-E4B-it-assistant@main         a repository without GGUF: the folder with config.json and safetensors
 
 With several GGUF files and no type: Q4_0 where the repository's name says qat, else Q4_K_M, and a refusal that lists them where that does
-not leave exactly one. Drafters and image parts (mmproj, mtp, assistant, imatrix in the name) are not counted, unless a drafter is asked for
-or nothing else is there. A local file whose name starts with hf: is ./hf:name.
+not leave exactly one. Drafters and image parts (mmproj, mtp, assistant, imatrix in the name) do not count, unless a drafter is asked for or
+there is nothing else. A local file whose name starts with hf: is ./hf:name.
 
-Files lie in huggingface_hub's own cache, which other programs share; its environment variables hold (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE,
-HF_ENDPOINT). It resumes a download that breaks off while it runs (one that was stopped begins anew), and compares sizes; that the bytes
-are those the repository lists is checked here, by SHA-256, once for each file.
+Files are in huggingface_hub's own cache, shared with other programs, and its environment variables apply (HF_HOME, HF_TOKEN,
+HF_HUB_OFFLINE, HF_ENDPOINT). It resumes a download that breaks off while it runs (a stopped one starts again), and compares sizes. Whether
+the bytes are those that the repository lists is checked here, by SHA-256, once for each file.
 """
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refimpl.formats.gguf import GGUFError
+from refimpl.formats.hashing import file_hash
 from refimpl.loading.hub_files import HubError, chosen
 
 PREFIX = "hf:"
@@ -34,13 +34,12 @@ ADDRESS = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^
                      r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+\.gguf))?)?")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?:@[^:/]+)?(?::[^/]+)?")            # owner/name[@revision][:type or file]
 SHA256 = re.compile("[0-9a-f]{64}")
-CHUNK_BYTES = 1 << 20
 TIMEOUT = 20                            # seconds until a server that does not answer counts as out of reach
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file of a repository, as the hub lists it. Nothing but the name is known of one that is only in the cache."""
+    """A file of a repository, as the hub lists it. Of one that is only in the cache, nothing but the name is known."""
 
     name: str
     size: int | None = None
@@ -49,7 +48,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Listing:
-    """The files of one revision; `folder`: where they lie, if the hub could not be asked."""
+    """The files of one revision; `folder`: where they are in the cache, if the hub could not be asked."""
 
     repo: str
     revision: str
@@ -63,7 +62,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def local(path: str | os.PathLike, drafter: bool = False) -> Path:
-    """The file or folder that `path` names, downloaded first if it starts with `hf:`; for a drafter, files named like one come first.
+    """The file or folder that `path` names, downloaded first if it starts with `hf:`. For a drafter, files named like one come first.
 
     Raises HubError if it cannot be downloaded; nothing incomplete or wrong stays in the cache. Raises GGUFError for a path that does not
     exist and looks like a repository or its address.
@@ -121,23 +120,20 @@ def _list(spec: str, repo: str, revision: str) -> _Listing:
 
 
 def _cached(repo: str, revision: str) -> _Listing | None:
-    """What the cache holds of a revision."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    """The files of a revision that are in the cache; None where there are none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        repos = scan_cache_dir().repos
-    except (CacheNotFound, OSError):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
         return None
-    for found in (r for known in repos if (known.repo_type, known.repo_id) == ("model", repo) for r in known.revisions):
-        if revision in found.refs or revision == found.commit_hash:
-            names = [file.file_path.relative_to(found.snapshot_path).as_posix() for file in found.files]
-            return _Listing(repo, revision, {name: _File(name) for name in names}, found.snapshot_path) if names else None
-    return None
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return _Listing(repo, revision, {name: _File(name) for name in names}, folder) if names else None
 
 
 def _refuse_a_full_disk(spec: str, listing: _Listing, names: list[str]):
-    """Before a download of gigabytes, not after it. What a file may share with an older revision is in the folder of blobs."""
+    """Before a download of gigabytes, not after it. Files that an older revision has too are in the folder of blobs."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -165,7 +161,7 @@ def _fetch(spec: str, listing: _Listing, file: _File) -> Path:
 
 
 def _check(spec: str, file: _File, path: Path):
-    """Compares SHA-256 once, and notes in the repository's folder that it was right, with the file's size and time. Deletes a wrong one."""
+    """Compares the SHA-256 once, and notes in the repository's folder that it was right, with size and time. Deletes a wrong file."""
     blob, wanted = Path(os.path.realpath(path)), file.sha256 or listed_sha256(path)
     if wanted is None:                                          # a small file, which git keeps itself
         return
@@ -175,7 +171,8 @@ def _check(spec: str, file: _File, path: Path):
         if mark.read_text() == seen:
             return
     if _sha256(blob, file.name) != wanted:
-        _delete(path)
+        for file_or_link in (path, blob):
+            file_or_link.unlink(missing_ok=True)
         raise HubError(f"{spec}: {file.name}: its SHA-256 is not the one that the repository lists, so it was deleted; try again")
     with contextlib.suppress(OSError):                          # a cache that cannot be written to: checked again next time
         mark.parent.mkdir(exist_ok=True)
@@ -183,24 +180,11 @@ def _check(spec: str, file: _File, path: Path):
 
 
 def _sha256(path: Path, name: str) -> str:
+    """With a bar, as for the download."""
     from huggingface_hub.utils import tqdm
 
-    digest = hashlib.sha256()
-    with open(path, "rb") as source, tqdm(total=path.stat().st_size, desc=f"checking {name}", unit="B", unit_scale=True, disable=None,
-                                          leave=False) as progress:
-        while data := source.read(CHUNK_BYTES):
-            digest.update(data)
-            progress.update(len(data))
-    return digest.hexdigest()
-
-
-def _delete(path: Path):
-    """A file of the cache, and what it links to."""
-    while path.is_symlink():
-        target = path.parent / os.readlink(path)
-        path.unlink()
-        path = target
-    path.unlink(missing_ok=True)
+    with tqdm(total=path.stat().st_size, desc=f"checking {name}", unit="B", unit_scale=True, disable=None, leave=False) as progress:
+        return file_hash(path, progress.update)
 
 
 # What went wrong -----------------------------------------------------------------------------------------------------------
@@ -208,7 +192,7 @@ def _delete(path: Path):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without huggingface_hub's log lines: an error becomes one line of ours, and bars show themselves on a terminal only."""
+    """Without huggingface_hub's log lines: an error becomes one line of ours, and bars are shown on a terminal only."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -232,7 +216,7 @@ def _offline(error: BaseException) -> bool:
 
 
 def _out_of_reach(error: BaseException) -> bool:
-    """No answer, or one that only says that the hub has troubles of its own."""
+    """No answer, or one that only reports the hub's own troubles."""
     status = _status(error)
     libraries = ("httpx", "httpx2", "requests", "urllib3")
     return status >= 500 if status is not None else isinstance(error, ConnectionError) or any(

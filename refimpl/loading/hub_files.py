@@ -5,17 +5,17 @@ import re
 PART = re.compile(r"(?P<start>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 DRAFTER = re.compile(r"mtp|assistant", re.IGNORECASE)
-DIRECTORY = re.compile(r"[^/]+\.(json|safetensors)|(chat_template|tokenizer)[^/]*")     # of a repository without GGUF: what is needed
+DIRECTORY = re.compile(r"[^/]+\.(json|safetensors)|(chat_template|tokenizer)[^/]*")     # of a repository without GGUF: the files needed
 
 
 class HubError(OSError):
-    """A model that cannot be had from the hub. One line: what was asked for, what is wrong, what helps."""
+    """A model that cannot be downloaded. One line: what was asked for, what is wrong, what helps."""
 
 
 def chosen(spec: str, names: list[str], what: str | None, drafter: bool, place: str) -> list[str]:
     """The files to fetch, of `names`: all parts of a GGUF file, the first one first, or what a folder needs.
 
-    `what`: the type or file after the colon; `place`: whose files these are, for messages. Raises HubError for none or several.
+    `what`: the type or file after the colon; `place`: where these files are, for messages. Raises HubError for none or several.
     """
     models = sorted(name for name in names if name.lower().endswith(".gguf") and _part(name)[0] == 1)
     if what is not None and what.lower().endswith(".gguf"):
@@ -41,7 +41,7 @@ def chosen(spec: str, names: list[str], what: str | None, drafter: bool, place: 
 
 
 def _counted(models: list[str], drafter: bool) -> list[str]:
-    """Without what is no language model, and drafters only if one is wanted; where nothing is left, everything."""
+    """Without files that are no language model, and drafters only if one is wanted; if nothing is left, all of them."""
     candidates = [name for name in models if not NO_MODEL.search(_base(name))] or models
     return [name for name in candidates if bool(DRAFTER.search(_base(name))) == drafter] or candidates
 
