@@ -1,4 +1,4 @@
-"""What this machine lets the process have: cores, their quota, memory. Imports nothing of the package."""
+"""What this process may use of the machine: cores, CPU quota, memory. Imports nothing of the package."""
 
 import contextlib
 import ctypes
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
-OWN_MAPPING, KEPT = 128 << 20, 256 << 20        # bytes from which on an array is mapped by itself; freed bytes at the heap's end that stay
+OWN_MAPPING, KEPT = 128 << 20, 256 << 20        # arrays from this size have a mapping of their own; freed bytes kept at the end of the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # malloc.h
 
 
 # ---- cores
 
 def default_threads(root: Path = ROOT) -> int:
-    """Physical cores that this process may run on, or what its control group's quota allows if that is less; at least 1.
+    """Physical cores that this process may run on, or the quota of its control group if that is less; at least 1.
 
-    A quota of 2.5 cores counts as 2: threads that wait for one which ran out of its share would use up the share of all.
+    A quota of 2.5 cores counts as 2: a third thread would be stopped halfway through its period, and all others would wait for it.
     """
     return max(1, math.floor(min(physical_cores(usable_cpus(), root), cpu_quota(root))))
 
@@ -34,7 +34,7 @@ def usable_cpus() -> set[int]:
 
 
 def physical_cores(cpus: set[int], root: Path = ROOT) -> int:
-    """How many cores these logical CPUs make up. Where the system does not tell which share one: at most the cores of the machine."""
+    """Physical cores of these logical CPUs. Where the system does not say which CPUs share a core: at most the cores of the machine."""
     cores = set()
     for cpu in cpus:
         folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
@@ -48,7 +48,7 @@ def physical_cores(cpus: set[int], root: Path = ROOT) -> int:
 
 
 def cpu_quota(root: Path = ROOT) -> float:
-    """CPUs' worth of time that the control groups grant, infinite without a limit. The tightest of the group and those around it counts."""
+    """The CPU quota of the control groups in cores, infinite without a limit: the smallest one of the group and its ancestors."""
     quotas = [math.inf]
     for folder in control_groups("cpu", root):
         both = (read(folder / "cpu.max") or "").split() or [read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us")]
@@ -59,10 +59,10 @@ def cpu_quota(root: Path = ROOT) -> float:
 
 
 def control_groups(controller: str, root: Path = ROOT) -> list[Path]:
-    """Folders of the control groups that limit this process in `controller`, innermost first; none outside of Linux.
+    """Folders of the control groups of this process for `controller`, innermost first; none outside of Linux.
 
-    Both versions: a group of version 2 has all controllers, version 1 has a tree for each. Seen from inside of a container, the group's
-    path may be one of the host, of which only the part below the mount's own root is there.
+    Version 2 has one tree for all controllers, version 1 a tree for each. In a container the group's path may be the host's, of which
+    only the part below the root of the mount exists.
     """
     folders = []
     for line in (read(root / "proc/self/cgroup") or "").splitlines():
@@ -78,7 +78,7 @@ def control_groups(controller: str, root: Path = ROOT) -> list[Path]:
 
 
 def _mounts(root: Path) -> Iterator[tuple[str, str, str, list[str]]]:
-    """(type, folder of the file system that is mounted, where, options) of the control group trees."""
+    """(type, folder that is mounted, where, options) of the control group file systems."""
     for line in (read(root / "proc/self/mountinfo") or "").splitlines():
         before, _, after = line.partition(" - ")
         if after.startswith("cgroup"):
@@ -96,9 +96,9 @@ def read(path: Path) -> str | None:
 # ---- memory
 
 def available(root: Path = ROOT) -> int:
-    """Bytes that this process can still take: what the machine has left, or its control groups allow if that is less.
+    """Bytes that this process can still allocate: what is free on the machine, or left of its control groups' limits if that is less.
 
-    File pages count as free, also those of the groups: the system takes them back when it needs them. Swap does not count.
+    Cached file pages count as free, in the groups too: the system drops them when it needs memory. Swap does not count.
     """
     meminfo = _numbers(root / "proc/meminfo")
     if "MemAvailable:" in meminfo:
@@ -119,13 +119,13 @@ def available(root: Path = ROOT) -> int:
 
 
 def keep_freed_memory():
-    """Has the C library keep what was freed, up to KEPT bytes, so that a layer's arrays come to lie where those of the layer before lay.
+    """Has glibc keep up to KEPT freed bytes, so that a layer's arrays reuse the memory of the layer before.
 
-    By default (GNU's) they go back to the system and come back page by page, filled with zeros: 3 to 5 % of the time of a prompt. Other
-    systems are left alone, and so is a process that was told otherwise (MALLOC_..., GLIBC_TUNABLES in its environment).
+    By default it returns them to the system and gets them back page by page, filled with zeros: 3 to 5 % of the time of a prompt. Does
+    nothing with other C libraries, or if MALLOC_... or GLIBC_TUNABLES are in the environment.
     """
-    told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not told else None
+    configured = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not configured else None
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
         mallopt(M_TRIM_THRESHOLD, KEPT)

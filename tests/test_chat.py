@@ -79,7 +79,7 @@ def test_a_rendered_prompt_becomes_control_tokens():
     tokenizer = Tokenizer.from_metadata(open_gguf(BUILT_IN).metadata, BUILT_IN)
     ids = tokenizer.encode(render_chat(GEMMA4_TEMPLATE, HI, **TOKENS), special=True, bos=False)
     assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
-    assert [tokenizer.piece(i) for i in ids if tokenizer.piece(i).startswith("<")] == [
+    assert [tokenizer.token(i) for i in ids if tokenizer.token(i).startswith("<")] == [
         "<bos>", "<|turn>", "<turn|>", "<|turn>", "<|channel>", "<channel|>"]
 
 

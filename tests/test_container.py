@@ -301,8 +301,8 @@ BAD = {
                          37, "array of arrays"),
     "array-element-type-13": (with_key(array_key("k", 13, count=1, raw=bytes(8))), 37, "found 13"),
     "value-type-13": (with_key(key("k", 13, bytes(8))), 33, "found 13"),
-    "duplicate-key": (gguf([key("k", U8, 1), key("k", U8, 2)]), HEADER + 14, "'k' stands twice"),
-    "duplicate-tensor": (with_tensors(tensor("w", [8]), tensor("w", [8], offset=32)), HEADER + 33, "'w' stands twice"),
+    "duplicate-key": (gguf([key("k", U8, 1), key("k", U8, 2)]), HEADER + 14, "'k' is in the file twice"),
+    "duplicate-tensor": (with_tensors(tensor("w", [8]), tensor("w", [8], offset=32)), HEADER + 33, "'w' is in the file twice"),
     **{f"alignment-{a}": (with_tensors(tensor("w", [8]), keys=[key("general.alignment", U32, a)]), 49, "power of two up to 65536")
        for a in (0, 3, 131072, 2**31)},
     "alignment-of-another-type": (with_key(key("general.alignment", U8, 32)), 49, "uint32"),
@@ -526,7 +526,7 @@ def test_split_written_by_gguf_py(tmp_path):
     ("part missing", "X-00002-of-00003.gguf"), ("part cut", "X-00003-of-00003.gguf"), ("renamed", "-00001-of-00003.gguf"),
     ("same part twice", "expected split.no = 1, found 2"), ("other count in a part", "expected split.count = 3, found 4"),
     ("other count in the name", "split.count says that the model has 4 parts"),
-    ("tensor in two parts", "'a' stands in an earlier part"), ("total wrong", "expected 5 tensors in all parts"),
+    ("tensor in two parts", "'a' is in an earlier part"), ("total wrong", "expected 5 tensors in all parts"),
     ("no keys", "found no such key"), ("part without keys", "found no such key"), ("no total", "as split.tensors.count"),
     ("count a bool", "as split.count"),
 ])

@@ -333,7 +333,7 @@ def test_absurd_vocabularies_encode_in_time_that_goes_with_the_text(what):
 @pytest.mark.parametrize("pieces, merges, kind, says", [
     (["a" * 257], [], 4, "more than 256 characters"), (["a" * 257], [], 3, "more than 256 characters"),
     ([f"{i}" for i in range(1 << 19)], [], 1, "expected at most 524288"), (["a"], ["a a"] * ((1 << 20) + 1), 1, "expected at most 1048576"),
-    (["a"], ["a zq"], 1, "unknown piece 'zq'"), (["a"], ["a a"], 1, "unknown piece 'aa'"), (["a"], ["a" * 10**6], 1, "is not two pieces")])
+    (["a"], ["a zq"], 1, "unknown token 'zq'"), (["a"], ["a a"], 1, "unknown token 'aa'"), (["a"], ["a" * 10**6], 1, "is not two tokens")])
 def test_vocabularies_beyond_the_limits_are_refused(pieces, merges, kind, says):
     with pytest.raises(refimpl.TokenizerError, match=says) as caught:
         tokenizer_of(pieces, merges, kind)

@@ -122,7 +122,7 @@ def test_this_machine_has_some():
 # ---- and where the two do not meet
 
 def test_one_line_says_what_is_needed_and_what_helps():
-    need = Need(weights=14 * GB, cache=6 * GB, buffers=GB // 2, n_ctx=200_000, widened={})
+    need = Need(weights=14 * GB, cache=6 * GB, buffers=GB // 2, n_ctx=200_000, held_as_float32={})
     refuse_unless_it_fits(need, need.total, "x.gguf")
     with pytest.raises(MemoryRefusal) as refusal:
         refuse_unless_it_fits(need, need.total - 1, "x.gguf")

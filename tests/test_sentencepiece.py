@@ -90,7 +90,7 @@ def test_a_whole_text(pair):
 def test_special_tokens_are_where_they_were(pair):
     theirs, ours = pair
     assert (ours.bos, ours.eos, ours.n_vocab) == (theirs.bos_id(), theirs.eos_id(), theirs.vocab_size()) and not ours.warnings
-    assert [ours.piece(i) for i in range(ours.n_vocab)] == [theirs.id_to_piece(i) for i in range(ours.n_vocab)]
+    assert [ours.token(i) for i in range(ours.n_vocab)] == [theirs.id_to_piece(i) for i in range(ours.n_vocab)]
     turn = theirs.piece_to_id("<|turn>")
     assert ours.encode("<|turn>user", special=True)[:2] == [ours.bos, turn] and turn not in ours.encode("<|turn>user")
     assert ours.decode([turn, *theirs.encode("x")]) == "<|turn>x"

@@ -91,7 +91,7 @@ def test_encodes_and_decodes_as_hugging_face(name, text):
         ids = tokenizer.encode(text, special=special, bos=False)
         assert ids == hf_encode(hf, text, special)
         # markers that a file keeps visible are special to Hugging Face and would be left out by it
-        kept_visible = any(tokenizer.piece(i) in VISIBLE and "|" in tokenizer.piece(i) for i in ids) and name == "visible"
+        kept_visible = any(tokenizer.token(i) in VISIBLE and "|" in tokenizer.token(i) for i in ids) and name == "visible"
         for shown in (True,) if kept_visible else (False, True):
             assert tokenizer.decode(ids, special=shown) == hf.decode(ids, skip_special_tokens=not shown)
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace(SPACE, " ")
@@ -114,8 +114,8 @@ def test_stream_equals_decode_equals_the_rule(ids, special):
     """Any ids at all: byte runs are UTF-8, a stray byte is one U+FFFD, hidden pieces do not end a run."""
     visible = [i for i in ids if special or i not in hidden_ids()]
     expected = ""
-    for is_byte, run in itertools.groupby(visible, key=lambda i: TOKENIZER.piece(i).startswith("<0x")):
-        pieces = [TOKENIZER.piece(i) for i in run]
+    for is_byte, run in itertools.groupby(visible, key=lambda i: TOKENIZER.token(i).startswith("<0x")):
+        pieces = [TOKENIZER.token(i) for i in run]
         if is_byte:
             text = bytes(int(piece[3:5], 16) for piece in pieces).decode("utf-8", "surrogateescape")
             expected += "".join(MARK if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
@@ -127,7 +127,7 @@ def test_stream_equals_decode_equals_the_rule(ids, special):
 
 
 def hidden_ids():
-    return {i for i in range(TOKENIZER.n_vocab) if TOKENIZER.piece(i) in (*CONTROL, *MARKERS)}
+    return {i for i in range(TOKENIZER.n_vocab) if TOKENIZER.token(i) in (*CONTROL, *MARKERS)}
 
 
 def test_stream_gives_a_character_when_its_last_byte_comes_and_not_before():
@@ -152,7 +152,7 @@ def test_bos_special_pieces_and_attributes():
     assert (TOKENIZER.n_vocab, TOKENIZER.bos, TOKENIZER.eos) == (len(vocab), vocab["<bos>"], vocab["<eos>"])
     assert TOKENIZER.encode("") == [vocab["<bos>"]] and TOKENIZER.encode("", bos=False) == []
     assert TOKENIZER.warnings == () and TOKENIZER.suppress == ()
-    assert TOKENIZER.piece(vocab["<|turn>"]) == "<|turn>"
+    assert TOKENIZER.token(vocab["<|turn>"]) == "<|turn>"
     assert TOKENIZER.encode("<|turn>", special=True, bos=False) == [vocab["<|turn>"]]
     assert vocab["<|turn>"] not in TOKENIZER.encode("<|turn>", bos=False)
     assert TOKENIZER.decode([vocab["<|turn>"], vocab["a"]]) == "a"
@@ -160,7 +160,7 @@ def test_bos_special_pieces_and_attributes():
 
 
 def test_end_of_generation_is_llama_cpps():
-    ends = {TOKENIZER.piece(i) for i in TOKENIZER.end_of_generation}
+    ends = {TOKENIZER.token(i) for i in TOKENIZER.end_of_generation}
     assert ends == {"<eos>", "<turn|>", "<|tool_response>"}
     metadata = dict(PAIRS["tiny"][2])
     vocab = PLAIN.get_vocab()
@@ -171,7 +171,7 @@ def test_end_of_generation_is_llama_cpps():
                  "tokenizer.ggml.eos_token_id": vocab["<turn|>"], "tokenizer.ggml.suppress_tokens": np.array([7, 9], np.int32)}
     del metadata["tokenizer.ggml.scores"]
     tokenizer = Tokenizer.from_metadata(metadata, "x")
-    assert {tokenizer.piece(i) for i in tokenizer.end_of_generation} == ends | {"<|tool>"}
+    assert {tokenizer.token(i) for i in tokenizer.end_of_generation} == ends | {"<|tool>"}
     assert tokenizer.eos == vocab["<turn|>"] and tokenizer.suppress == (7, 9)
     assert vocab["<|tool_response>"] not in tokenizer.encode("<|tool_response>")
     assert tokenizer.decode([vocab["<|tool_response>"]]) == ""
@@ -185,7 +185,7 @@ def test_refuses_text_that_is_none(bad, words):
 
 @pytest.mark.parametrize("bad", [-1, TOKENIZER.n_vocab, 10**30, 1.5, "1", None])
 def test_refuses_ids_outside_the_vocabulary(bad):
-    for call in (lambda: TOKENIZER.decode([bad]), lambda: TOKENIZER.piece(bad), lambda: TOKENIZER.stream().push(bad)):
+    for call in (lambda: TOKENIZER.decode([bad]), lambda: TOKENIZER.token(bad), lambda: TOKENIZER.stream().push(bad)):
         with pytest.raises(ValueError, match="token id"):
             call()
 
@@ -310,11 +310,11 @@ BAD_FILES = {
     "model an array": (changed("model", lambda _: np.array([], np.int32)), "only 'gemma4'"),
     "short scores": (changed("scores", lambda s: s[:-2]), "scores for"),
     "no merges": (without("merges"), "merges is missing"),
-    "merge of one piece": (changed("merges", lambda m: [*m, "ab"]), "is not two pieces"),
-    "merge of three pieces": (changed("merges", lambda m: [*m, "a b c"]), "is not two pieces"),
-    "merge of nothing": (changed("merges", lambda m: [*m, "a "]), "is not two pieces"),
-    "merge of an unknown piece": (changed("merges", lambda m: [*m, "a zqzq"]), "unknown piece 'zqzq'"),
-    "merge to an unknown piece": (changed("merges", lambda m: [*m, "# é"]), "unknown piece '#é'"),
+    "merge of one piece": (changed("merges", lambda m: [*m, "ab"]), "is not two tokens"),
+    "merge of three pieces": (changed("merges", lambda m: [*m, "a b c"]), "is not two tokens"),
+    "merge of nothing": (changed("merges", lambda m: [*m, "a "]), "is not two tokens"),
+    "merge of an unknown piece": (changed("merges", lambda m: [*m, "a zqzq"]), "unknown token 'zqzq'"),
+    "merge to an unknown piece": (changed("merges", lambda m: [*m, "# é"]), "unknown token '#é'"),
     "malformed byte": (replaced("<0x0A>", "<0x-1>"), "'<0x0A>'"),
     "byte in lower case": (replaced("<0xAB>", "<0xab>"), "'<0xAB>'"),
     "extra byte": (changed("token_type", lambda t: np.where(np.arange(len(t)) == 300, 6, t)), "has type byte but is"),

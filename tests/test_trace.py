@@ -126,7 +126,7 @@ def test_damage_is_noticed(model, tmp_path):
     write_trace(path, model, IDS, tensors=["l_out-*"])
     data = bytearray(path.read_bytes())
     path.write_bytes(data[:-100])
-    with pytest.raises(CheckpointError, match="do not lie at bytes"):
+    with pytest.raises(CheckpointError, match="are not at bytes"):
         open_trace(path)
     data[-10] ^= 1
     path.write_bytes(data)

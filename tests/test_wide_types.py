@@ -138,7 +138,7 @@ def test_the_same_bits_as_the_weights_in_float32(files):
         for part in (SAMPLE[:1], SAMPLE[1:6], SAMPLE[6:]):
             states.append(ours.prefill(part, cache))
         assert np.array_equal(ours.head(np.concatenate(states)), logits)
-        assert set(ours.widened) == set(MIXED) & set(WIDE)
+        assert set(ours.held_as_float32) == set(MIXED) & set(WIDE)
 
 
 def test_kernels_and_reference_agree_as_on_float32_files(files):
@@ -146,7 +146,7 @@ def test_kernels_and_reference_agree_as_on_float32_files(files):
     error, usual = (worst(refimpl.load(path, arithmetic="exact").logits(SAMPLE), reference(path).logits(SAMPLE)) for path in files)
     print(f"\n{error:.1e} of the largest logit, {usual:.1e} with float32 weights")
     assert error < 1e-4 and error <= 2 * usual
-    assert reference(mixed).widened == {}
+    assert reference(mixed).held_as_float32 == {}
     assert np.array_equal(reference(mixed, weights="quantized").logits(SAMPLE), reference(plain, weights="quantized").logits(SAMPLE))
     assert np.array_equal(reference(mixed, arithmetic="q8").logits(SAMPLE), reference(plain, arithmetic="q8").logits(SAMPLE))
 
@@ -160,15 +160,15 @@ def need_of(path, *context):
 
 def test_four_bytes_a_weight_are_counted(files):
     mixed, plain = (need_of(path, 64, 8, np.float32) for path in files)
-    assert mixed.weights == plain.weights and not plain.widened
+    assert mixed.weights == plain.weights and not plain.held_as_float32
     model = refimpl.load(files[0], arithmetic="exact")
-    assert model.widened == mixed.widened
+    assert model.held_as_float32 == mixed.held_as_float32
     file = opened(files[0])[0]
-    for kind, names in mixed.widened.items():
+    for kind, names in mixed.held_as_float32.items():
         for name in names:
             stored = name if name in file.tensors else re.sub("_(gate|up)_exps", "_gate_up_exps", name)
             assert file.tensors[stored].type == kind
-    assert "per_layer_token_embd.weight" not in sum(mixed.widened.values(), [])        # only looked up in
+    assert "per_layer_token_embd.weight" not in sum(mixed.held_as_float32.values(), [])        # only looked up in
 
 
 def test_an_embedding_that_is_only_looked_up_in_stays_as_it_is(tmp_path):
@@ -178,7 +178,7 @@ def test_an_embedding_that_is_only_looked_up_in_stays_as_it_is(tmp_path):
         return [*tensors, ("output.weight", "F32", dequantize(head, "IQ2_XS"))]
     path = write_model(tmp_path / "untied.gguf", wide_model("26B-A4B"), "F32", change=untied)
     model = refimpl.load(path, arithmetic="exact")
-    assert model.weights.embedding_VD.type == "IQ2_XS" and "token_embd.weight" not in model.widened["IQ2_XS"]
+    assert model.weights.embedding_VD.type == "IQ2_XS" and "token_embd.weight" not in model.held_as_float32["IQ2_XS"]
     assert worst(model.logits(SAMPLE), reference(path).logits(SAMPLE)) < 1e-4
 
 

@@ -113,10 +113,10 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
     m = refimpl.load(path, backend=backend, arithmetic=arithmetic, threads=threads, n_ctx=n_ctx, progress=bar)
     for warning in m.tokenizer.warnings:
         errors.print(f"note: {warning}")
-    if m.widened:
-        from refimpl.loading.memory import about_widened
+    if m.held_as_float32:
+        from refimpl.loading.memory import about_float32
 
-        errors.print(f"note: {about_widened(m.widened, m.file.path)}")
+        errors.print(f"note: {about_float32(m.held_as_float32, m.file.path)}")
     if m.backend.name == "kernels":
         from refimpl.kernels.machine.isa import ISA
         from refimpl.kernels.machine.threads import layer, slow_layer_warning

@@ -62,10 +62,10 @@ def _memory(file: TensorSource, config: Config, n_ctx: int) -> dict[str, object]
     half = np.dtype(np.float16)
     try:
         need = needed(weights_from_gguf(file, config), config, n_ctx, CHUNK, half, held_bytes)
-        weight_bytes, widened = need.weights, need.widened
+        weight_bytes, held_as_float32 = need.weights, need.held_as_float32
     except GGUFError:
-        weight_bytes, widened = file.n_bytes, {}
-    return {"n_ctx": n_ctx, "weight_bytes": weight_bytes, "held_as_float32": {kind: len(names) for kind, names in widened.items()},
+        weight_bytes, held_as_float32 = file.n_bytes, {}
+    return {"n_ctx": n_ctx, "weight_bytes": weight_bytes, "held_as_float32": {kind: len(names) for kind, names in held_as_float32.items()},
             "kv_bytes": cache_bytes(config, n_ctx, CHUNK, half),
             "buffer_bytes": buffer_bytes(config, CHUNK), "free_bytes": available()}
 

@@ -138,7 +138,7 @@ def is_packed(config: dict[str, object], place: Path) -> bool:
 
 
 def read_json(path: Path, remedy: str = "expected a Hugging Face directory with config.json and safetensors") -> dict[str, object]:
-    """The object in a JSON file. Raises CheckpointError for anything else, with a `remedy` where there is no such file."""
+    """The object in a JSON file. Raises CheckpointError for anything else; if there is no such file, the message ends with `remedy`."""
     try:
         if path.exists() and not path.is_file():                # opening a pipe would wait for ever
             raise CheckpointError(path, None, "expected a JSON file, found no regular file")

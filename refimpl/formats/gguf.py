@@ -8,12 +8,12 @@
 A string is a u64 length and that many bytes. An array value is: element type u32 | length u64 | elements. All numbers are
 little-endian. Versions 2 and 3 have the same layout.
 
-The file is treated as hostile. Nothing is believed before it is compared with the bytes that are there: any input either opens
-or raises `GGUFError`, in time linear in the size of the file, and with memory for a small multiple of it. What no check can
-help against is another program that cuts the file while it is mapped.
+The file is treated as hostile. Nothing in it is trusted before it is compared with the bytes that are there: any input either opens
+or raises `GGUFError`, in time linear in the size of the file, and with memory for a small multiple of it. No check helps
+against another program that truncates the file while it is mapped.
 
 Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md. Where we are stricter (overlaps, zero
-dimensions, nested arrays, bool bytes, upper bounds), the reason stands at the check.
+dimensions, nested arrays, bool bytes, upper bounds), the reason is at the check.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ class GGUFError(Exception):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and how to read it. `shape` is in NumPy's order: the last axis is a contiguous row (ggml's ne0)."""
+    """Where a tensor is and how to read it. `shape` is in NumPy's order: the last axis is a contiguous row (ggml's ne0)."""
 
     name: str
     type: str                   # of the blocks, such as "Q4_0": a key of blocks.BLOCKS
@@ -93,7 +93,7 @@ class StringArray(Sequence):
     """
 
     def __init__(self, key: str, blob: bytes, starts: np.ndarray):
-        """`starts` (n + 1,) int64: where each string starts in `blob`; its u64 length stands in the 8 bytes before."""
+        """`starts` (n + 1,) int64: where each string starts in `blob`; its u64 length is in the 8 bytes before."""
         self._key, self._blob, self._starts = key, blob, starts
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ class GGUFFile:
     """
 
     def __init__(self, parts: "list[_Part]"):
-        """Joins parts that have been read. Raises GGUFError when a tensor stands in two of them."""
+        """Joins parts that have been read. Raises GGUFError when a tensor is in two of them."""
         self.path, self.version, self.metadata = parts[0].path, parts[0].version, MappingProxyType(parts[0].metadata)
         self.n_bytes = sum(len(part.mapping) for part in parts)
         self.format, self.facts = f"GGUF {self.version}", {"gguf_version": self.version, "file_bytes": self.n_bytes}
@@ -144,7 +144,7 @@ class GGUFFile:
         for part in parts:
             for name, info in part.tensors.items():
                 if name in self.tensors:
-                    raise GGUFError(part.path, None, f"tensor {_shown(name)} stands in an earlier part too; "
+                    raise GGUFError(part.path, None, f"tensor {_shown(name)} is in an earlier part too; "
                                                      "the parts do not belong together")
                 self.tensors[name] = info
         self._parts: list[_Part] | None = parts
@@ -160,14 +160,14 @@ class GGUFFile:
     def release_all(self) -> None:
         """Tells the system that the file's pages are not wanted in memory for now; reading them again works. Best effort."""
         for part in self._open_parts():
-            let_go(part.mapping, 0, len(part.mapping))
+            release_pages(part.mapping, 0, len(part.mapping))
 
     def files(self) -> list[Path]:
         """The file, or all parts of a split model, in order. Raises ValueError after `close`."""
         return [part.path for part in self._open_parts()]
 
     def close(self) -> None:
-        """Lets go of the files. Views from `raw` stay valid; the last of them takes the mapping with it."""
+        """Closes the files. Views from `raw` stay valid; the mapping goes with the last of them."""
         parts, self._parts = self._parts or [], None
         for part in parts:
             part.close()
@@ -234,7 +234,7 @@ class _Part:
 
 
 class _Cursor:
-    """A place in a mapped file. Every read is checked against the bytes left, and moves on."""
+    """A position in a mapped file. Every read is checked against the bytes left, and advances it."""
 
     def __init__(self, path: Path, mapping: mmap.mmap):
         self.path, self.mapping, self.at, self.text_bytes = path, mapping, 0, 0
@@ -321,7 +321,7 @@ def _read_part(path: Path, number: int) -> _Part:
             at = cursor.at
             key = cursor.name(MAX_KEY_CHARS, f"key {i + 1} of {n_keys}")
             if key in metadata:
-                raise GGUFError(path, at, f"key {_shown(key)} stands twice in the file")
+                raise GGUFError(path, at, f"key {_shown(key)} is in the file twice")
             at, type_id = cursor.at, cursor.u32(f"the type of {_shown(key)}")
             metadata[key] = _read_value(cursor, key, type_id, at)
             if key == "general.alignment":
@@ -354,8 +354,8 @@ def view(mapping: mmap.mmap, info: TensorInfo) -> np.ndarray:
     return np.frombuffer(mapping, np.uint8, info.n_bytes, info.offset).reshape(*info.shape[:-1], info.row_bytes)
 
 
-def let_go(mapping: mmap.mmap, first: int, n_bytes: int) -> None:
-    """Tells the system that these pages are not wanted any more. A hint: where it is refused, nothing is lost."""
+def release_pages(mapping: mmap.mmap, first: int, n_bytes: int) -> None:
+    """Tells the system that these pages are not wanted in memory for now. A hint: where it is refused, nothing is lost."""
     if hasattr(mapping, "madvise"):                         # not on Windows
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_DONTNEED, first, n_bytes)
@@ -364,7 +364,7 @@ def let_go(mapping: mmap.mmap, first: int, n_bytes: int) -> None:
 def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
     magic = cursor.take(4, "the magic number")
     if magic != b"GGUF":
-        remedy = "; a Git LFS pointer stands in for the model: run `git lfs pull`" if magic == b"vers" else ""
+        remedy = "; this is a Git LFS pointer to the model: run `git lfs pull`" if magic == b"vers" else ""
         raise GGUFError(cursor.path, 0, f"expected a GGUF file, which starts with b'GGUF', found {magic}{remedy}")
     version = cursor.u32("the version")
     if version not in VERSIONS:
@@ -378,7 +378,7 @@ def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
     for kind in ("tensors", "keys"):
         counts.append(cursor.u64(f"the number of {kind}"))
         if counts[-1] > MAX_RECORDS:
-            raise GGUFError(cursor.path, cursor.at - 8, f"expected at most {MAX_RECORDS} {kind}, found a number of {counts[-1]}")
+            raise GGUFError(cursor.path, cursor.at - 8, f"expected at most {MAX_RECORDS} {kind}, found {counts[-1]}")
     n_tensors, n_keys = counts
     left = len(cursor.mapping) - cursor.at
     if n_tensors * MIN_TENSOR_BYTES + n_keys * MIN_KEY_BYTES > left:
@@ -437,14 +437,14 @@ def _read_tensor_record(cursor: _Cursor, what: str, part: int) -> tuple[int, Ten
 
 
 def _place(cursor: _Cursor, records: list[tuple[int, TensorInfo]], alignment: int) -> dict[str, TensorInfo]:
-    """Tensors by name, with offsets counted from the start of the file, once they are known to lie in it side by side."""
+    """Tensors by name, with offsets counted from the start of the file, after checking that they are inside of it and do not overlap."""
     path, size = cursor.path, len(cursor.mapping)
     data_start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
     for at, info in records:
         shown, start = _shown(info.name), data_start + info.offset
         if info.name in tensors:
-            raise GGUFError(path, at, f"tensor {shown} stands twice in the file")
+            raise GGUFError(path, at, f"tensor {shown} is in the file twice")
         if info.offset % alignment:
             raise GGUFError(path, at, f"expected an offset that is a multiple of the alignment {alignment} for tensor {shown}, "
                                       f"found {info.offset}")
@@ -470,7 +470,7 @@ def _text(raw: bytes, key: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A name from the file as it may stand in a message: quoted, on one line, not longer than a line."""
+    """A name from the file for a message: quoted, on one line, shortened."""
     text = repr(value) if not isinstance(value, str) else repr(value[:81])
     return text if len(text) <= 80 else text[:77] + "..."
 

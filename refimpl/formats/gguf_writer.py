@@ -1,9 +1,9 @@
 """Writing GGUF files, for tests, synthetic models and the models that ship with the package.
 
-The bytes are laid down by `gguf.GGUFWriter`, on purpose not by code of ours: a file that our reader can read is then also one
-that llama.cpp's own tools agree on. `gguf` is slow to import, so nothing but this module imports it.
+The bytes are written by `gguf.GGUFWriter`, not by code of ours: so a file that our reader reads is one that llama.cpp's own tools
+agree on. `gguf` is slow to import, so only this module imports it.
 
-Source: the GGUF specification (see container.py) and gguf 0.19, `gguf_writer.py`.
+Source: the GGUF specification (see gguf.py) and gguf 0.19, `gguf_writer.py`.
 """
 
 import math
@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from refimpl.formats.gguf import MAX_ALIGNMENT, MAX_DIMS, MAX_NAME_BYTES
 
-# Types whose elements NumPy has. All others are handed over as the raw bytes of their rows.
+# Types that NumPy has. All others are passed as the raw bytes of their rows.
 PLAIN_TYPES = {"F32": "float32", "F16": "float16", "F64": "float64", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 NUMBER_TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64", "bool")
 INT_RANGES = {name: np.iinfo(name.lower()) for name in ("UINT32", "INT32", "UINT64", "INT64")}
@@ -26,14 +26,14 @@ INT_RANGES = {name: np.iinfo(name.lower()) for name in ("UINT32", "INT32", "UINT
 
 @dataclass(frozen=True)
 class Deferred:
-    """An array that is made when its turn to be written has come, so that a file may be larger than memory."""
+    """An array that is made only when it is written, so that a file may be larger than memory."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
 
     def array(self) -> np.ndarray:
-        """The array. Raises ValueError when it is not what was promised."""
+        """The array. Raises ValueError when its shape or dtype is not the one announced."""
         array = np.ascontiguousarray(self.make())
         if array.shape != self.shape or array.dtype != self.dtype:
             raise ValueError(f"expected an array {self.dtype} {self.shape}, found {array.dtype} {array.shape}")
@@ -52,9 +52,9 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, object], tensors:
                 NumPy array (1-D) or scalar -> what its dtype says
               "general.alignment", if present, is also obeyed.
     tensors   (name, type, array) in file order. float32 for "F32", float16 for "F16", and so on for F64 and I8 to I64; for
-              quantized types and "BF16" the raw bytes of the rows, uint8 `(*shape[:-1], row_bytes)`. Arrays are held until they
-              are written; a `Deferred` is made then and let go of.
-    progress  is told the bytes of every tensor written.
+              quantized types and "BF16" the raw bytes of the rows, uint8 `(*shape[:-1], row_bytes)`. Arrays are kept until they
+              are written; a `Deferred` is made then and dropped.
+    progress  progress(n) after every tensor of n bytes.
 
     Raises ValueError for what the format, or our own reader, would refuse: an empty array, a list of mixed types, an alignment
     that is no power of two up to 65536, a name of 64 bytes or more, no dimension or more than four, an empty tensor, a dtype that

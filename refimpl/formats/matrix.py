@@ -1,4 +1,4 @@
-"""A weight matrix as it lies in a file: rows of blocks, dequantized on request."""
+"""A weight matrix as it is in a file: rows of blocks, dequantized on request."""
 
 import math
 from collections.abc import Callable
@@ -84,5 +84,5 @@ class StoredMatrix:
 
 
 def stored_bytes(matrix: Matrix | StoredMatrix) -> int:
-    """Bytes of a matrix as it lies in the file: `Backend.held` of the reference."""
+    """Bytes of a matrix as it is in the file: `Backend.held` of the reference."""
     return matrix.n_bytes

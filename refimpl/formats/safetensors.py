@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.formats.gguf import MAX_DIMS, GGUFError, TensorInfo, let_go, map_file, view
+from refimpl.formats.gguf import MAX_DIMS, GGUFError, TensorInfo, map_file, release_pages, view
 
 TYPES = {"F32": ("F32", 4), "F16": ("F16", 2), "BF16": ("BF16", 2), "I64": ("I64", 8), "I32": ("I32", 4)}
 CODES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", np.dtype("<i8"): "I64", np.dtype("<i4"): "I32"}
@@ -38,7 +38,7 @@ class CheckpointError(GGUFError):
 class TensorFile:
     """An open file.
 
-    metadata  what stands under "__metadata__": str -> str
+    metadata  the strings under "__metadata__": str -> str
     tensors   name -> TensorInfo, in the header's order
     n_bytes   size of the file
     """
@@ -69,14 +69,14 @@ class TensorFile:
 
     def release_all(self) -> None:
         """Tells the system that the file's pages are not wanted in memory for now. Best effort."""
-        let_go(self._mapping, 0, len(self._mapping))
+        release_pages(self._mapping, 0, len(self._mapping))
 
 
 class TensorWriter:
-    """Writes a file under a temporary name, which becomes `path` with `finish`, or is gone where a `with` block ends without it.
+    """Writes a file under a temporary name; `finish` renames it to `path`, and a `with` block that ends without it deletes it.
 
-    Tensors may come in pieces, row after row, several tensors in turn: `add` makes room for one, `write` fills it. The header stands
-    at the front, so room for it is kept: at most `header_bytes`, the rest is spaces.
+    Tensors may be written row by row, several in turn: `add` makes room for one, `write` fills it. The header is at the front, so room
+    is kept for it: at most `header_bytes`, padded with spaces.
     """
 
     def __init__(self, path: str | os.PathLike, header_bytes: int):
@@ -126,7 +126,7 @@ class TensorWriter:
         return self
 
     def __exit__(self, *error: object):
-        """Leaves nothing behind where `finish` was not reached."""
+        """Deletes the temporary file if `finish` was not reached."""
         with contextlib.suppress(OSError):      # closing writes what is left, for which there may be no room
             self._file.close()
         self._temporary.unlink(missing_ok=True)
@@ -175,7 +175,7 @@ def _tensors(path: Path, header: Mapping[str, object], first: int, size: int, pa
         block, item = TYPES[dtype]
         if end - begin != math.prod(shape) * item or end > size - first:
             cut = ": the file is cut off, download it again" if end > size - first else ""
-            raise CheckpointError(path, 8, f"tensor {name!r}: {shape} of {dtype} do not lie at bytes {begin} to {end} "
+            raise CheckpointError(path, 8, f"tensor {name!r}: {shape} of {dtype} are not at bytes {begin} to {end} "
                                   f"of {size - first}{cut}")
         tensors[name] = TensorInfo(name, block, shape, end - begin, first + begin, part)
         ends.append((begin, end, name))
@@ -193,6 +193,6 @@ def _parsed(raw: bytes) -> object:
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if len(entries := dict(pairs)) != len(pairs):
-            raise ValueError("a name stands in it twice")
+            raise ValueError("a name is in it twice")
         return entries
     return json.loads(raw.decode("utf-8"), object_pairs_hook=once)

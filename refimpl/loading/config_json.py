@@ -1,6 +1,6 @@
 """`config.json` of a Hugging Face directory as the metadata of a GGUF file.
 
-Two forms are in use for what full layers have of their own: `global_head_dim` and `num_global_key_value_heads` (files as published), and
+There are two forms of the sizes of full layers: `global_head_dim` and `num_global_key_value_heads` (files as published), and
 `per_layer_config` (as transformers 5.22 saves it). Where a file has both, `per_layer_config` counts, as in transformers; llama.cpp's
 converter takes the other.
 
@@ -19,7 +19,7 @@ from refimpl.model.config import ARCHITECTURE, DRAFTER_ARCHITECTURE
 MODELS = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 DRAFTERS = ("gemma4_assistant", "gemma4_unified_assistant")
 FULL, SLIDING = "full_attention", "sliding_attention"
-# What the classes take for a key that is not there. Sizes are not among them: a file without one is damaged.
+# The classes' defaults. Sizes have none here: a file without one is damaged.
 DEFAULTS = {
     "use_double_wide_mlp": False, "final_logit_softcapping": None, "enable_moe_block": False, "num_kv_shared_layers": 0,
     "attention_k_eq_v": False, "attention_bias": False, "hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": None,
@@ -37,9 +37,9 @@ def is_drafter(config: Mapping[str, object], place: Path) -> bool:
 
 
 def metadata_of(config: Mapping[str, object], place: Path) -> tuple[dict[str, object], np.ndarray]:
-    """(`gemma4.*` or `gemma4-assistant.*` keys, the divisors that are `rope_freqs.weight`) of the config.json at `place`.
+    """(`gemma4.*` or `gemma4-assistant.*` keys, `rope_freqs.weight`) of the config.json at `place`.
 
-    Raises CheckpointError naming what is missing, senseless, or beyond what this version computes.
+    Raises CheckpointError naming what is missing, malformed or not supported.
     """
     drafter = is_drafter(config, place)
     architecture = DRAFTER_ARCHITECTURE if drafter else ARCHITECTURE
@@ -60,15 +60,15 @@ def metadata_of(config: Mapping[str, object], place: Path) -> tuple[dict[str, ob
 
 
 def is_tied(config: Mapping[str, object]) -> bool:
-    """Is the head the embedding once more?"""
+    """Is the head the embedding (tied)?"""
     return bool(config.get("tie_word_embeddings", True))
 
 
 def with_per_layer_config(text: Mapping[str, object]) -> dict[str, object]:
-    """`text_config` with all that gguf_metadata reads, and what its full layers have of their own under `per_layer_config`."""
+    """`text_config` with defaults filled in, and the sizes of its full layers under `per_layer_config`."""
     text = DEFAULTS | dict(text)
     if text.get("model_type") == "gemma4_unified_text":
-        text.setdefault("hidden_size_per_layer_input", 0)       # that class has no such thing
+        text.setdefault("hidden_size_per_layer_input", 0)       # that class has no such setting
     if text["rope_parameters"] is None:
         text["rope_parameters"] = DEFAULTS["rope_parameters"]
     if text.get("per_layer_config") is None:
@@ -80,21 +80,21 @@ def with_per_layer_config(text: Mapping[str, object]) -> dict[str, object]:
 
 
 def _refuse_what_is_not_computed(text: Mapping[str, object], place: Path):
-    """Settings that transformers knows and no published Gemma 4 has: refused, for the result would be another."""
+    """Refuses settings of transformers' that no published Gemma 4 has and the forward pass does not have either."""
     def require(holds: bool, what: str):
         if not holds:
-            raise CheckpointError(place, None, f"{what}, which no Gemma 4 model has and this version does not compute")
+            raise CheckpointError(place, None, f"unsupported {what}")
 
     kinds, rope, own = text["layer_types"], text["rope_parameters"], text["per_layer_config"]
-    require(text["hidden_activation"] == "gelu_pytorch_tanh", f"hidden_activation is {text['hidden_activation']!r}")
-    require(not text["attention_bias"], "attention_bias is true")
-    require(text["use_bidirectional_attention"] != "all", "use_bidirectional_attention is 'all'")
+    require(text["hidden_activation"] == "gelu_pytorch_tanh", f"hidden_activation {text['hidden_activation']!r}")
+    require(not text["attention_bias"], "attention_bias true")
+    require(text["use_bidirectional_attention"] != "all", "use_bidirectional_attention 'all'")
     require(len(kinds) == text["num_hidden_layers"] and set(kinds) <= {FULL, SLIDING} and kinds[-1] == FULL,
-            f"layer_types are not {text['num_hidden_layers']} times {SLIDING} or {FULL}, the last {FULL}")
-    require(rope[FULL]["rope_type"] == "proportional", f"rope_type of full layers is {rope[FULL]['rope_type']!r}")
+            f"layer_types: expected {text['num_hidden_layers']} entries of {SLIDING} or {FULL}, ending in {FULL}")
+    require(rope[FULL]["rope_type"] == "proportional", f"rope_type of full layers {rope[FULL]['rope_type']!r}")
     require(rope[SLIDING]["rope_type"] == "default" and rope[SLIDING].get("partial_rotary_factor", 1.0) == 1.0,
-            "the rotation of sliding layers is partial or not the default one")
+            "rotation of sliding layers: expected rope_type default, not partial")
     full = {i for i, kind in enumerate(kinds) if kind == FULL}
     require(set(map(int, own)) == full and len({layer["head_dim"] for layer in own.values()}) == 1
             and all(set(layer) <= {"head_dim", "num_key_value_heads"} for layer in own.values()),
-            "per_layer_config is not head_dim (one for all) and num_key_value_heads of the full layers")
+            "per_layer_config: expected head_dim (one for all) and num_key_value_heads of the full layers")

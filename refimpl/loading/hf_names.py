@@ -1,6 +1,6 @@
 """From transformers' configuration and tensor names to a Gemma 4 GGUF file: what llama.cpp's converter does, for arrays in memory.
 
-Used to export the models we train and the random ones that the tests compare with transformers.
+Used for Hugging Face directories, to export the models we train, and for the random ones that the tests compare with transformers.
 """
 
 import re
@@ -106,7 +106,7 @@ def gguf_metadata(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def under(architecture: str, keys: Mapping[str, object]) -> dict[str, object]:
-    """Metadata of a file of this architecture: its name, and its keys behind it."""
+    """Metadata of a file of this architecture: its name, and its keys with that prefix."""
     return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -122,9 +122,9 @@ def drafter_metadata(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def rope_divisors(head_dim: int, rotated_share: float) -> np.ndarray:
-    """`rope_freqs.weight`, float32 (head_dim / 2,): 1 for the pairs that full layers rotate, 1e30 for those that stand still.
+    """`rope_freqs.weight`, float32 (head_dim / 2,): 1 for the pairs that full layers rotate, 1e30 for the others.
 
-    Raises ValueError for what is no width of a head, or no share.
+    Raises ValueError for an impossible width or share.
     """
     if type(head_dim) is not int or not 2 <= head_dim <= 1 << 16 or not 0 <= rotated_share <= 1:
         raise ValueError(f"expected a head of 2 to 65536 and a rotated share of 0 to 1, found {head_dim} and {rotated_share}")

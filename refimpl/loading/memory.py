@@ -27,14 +27,14 @@ class MemoryRefusal(ValueError):
 class Need:
     """Bytes that a model takes: its weights, the keys and values of a context of `n_ctx` tokens, and what a computation needs besides.
 
-    `widened`: type -> names of the tensors that take more than in the file, because they are held as float32.
+    `held_as_float32`: type -> names of the tensors that take more than in the file, because they are held as float32.
     """
 
     weights: int
     cache: int
     buffers: int
     n_ctx: int
-    widened: Mapping[str, list[str]]
+    held_as_float32: Mapping[str, list[str]]
 
     @property
     def without_context(self) -> int:
@@ -72,9 +72,9 @@ def weight_bytes(weights: object, held: Callable[[Matrix | StoredMatrix], int],
     return total, dict(larger)
 
 
-def about_widened(widened: Mapping[str, list[str]], path) -> str:
-    """What it means that these tensors (`Need.widened`) are held as float32, and what helps; one line."""
-    parts = [f"{kind} ({len(names)} tensor{'s' if len(names) > 1 else ''}, first {names[0]})" for kind, names in widened.items()]
+def about_float32(held_as_float32: Mapping[str, list[str]], path) -> str:
+    """What it means that these tensors (`Need.held_as_float32`) are held as float32, and what helps; one line."""
+    parts = [f"{kind} ({len(names)} tensor{'s' if len(names) > 1 else ''}, first {names[0]})" for kind, names in held_as_float32.items()]
     return (f"there are no kernels for {', '.join(parts)}: held as float32, 4 bytes a weight, and multiplied in exact arithmetic; "
             f"`refimpl convert {path} --type Q4_K` writes a file without them, smaller in memory and faster")
 
@@ -116,8 +116,8 @@ def refuse_unless_it_fits(need: Need, have: int, path):
     helps = "the weights alone are too much: a smaller file helps"
     if need.without_context <= have:
         helps = "a smaller context (-c) helps"
-    elif need.widened:
-        helps = about_widened(need.widened, path)
+    elif need.held_as_float32:
+        helps = about_float32(need.held_as_float32, path)
     raise MemoryRefusal(f"{path}: needs {_gb(need.total)} (weights {_gb(need.weights)}, {_gb(need.cache)} for a context of {need.n_ctx} "
                         f"tokens, {_gb(need.buffers)} to compute in), this machine has {_gb(have)} free; {helps}")
 

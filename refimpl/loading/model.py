@@ -25,7 +25,7 @@ from refimpl.progress import Advance, Progress, silent
 from refimpl.text.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
-FIRST_CONTEXT = 4096                      # tokens of context that `load` makes sure of unless it is told how many there will be
+FIRST_CONTEXT = 4096                      # tokens of context that `load` checks memory for by default
 CHUNK = 512                               # rows of a prompt in one call
 KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weights="auto"` holds in memory
 
@@ -34,9 +34,9 @@ class Model:
     """A Gemma 4 text model. `load` makes one."""
 
     def __init__(self, file: TensorSource, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend,
-                 widened: Mapping[str, list[str]]):
+                 held_as_float32: Mapping[str, list[str]]):
         self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
-        self.widened = widened      # type -> names of the tensors that are held as float32 because the kernels do not read them
+        self.held_as_float32 = held_as_float32      # type -> names of tensors that the kernels cannot read as stored
 
     @property
     def name(self) -> str:
@@ -103,7 +103,7 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
     backend     "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread)
     arithmetic  "q8": activations are quantized to 8 bits before they are multiplied with quantized weights, as in ggml (default of the
                 kernels). "exact": float32 throughout (default of the reference). Weights of types without integer arithmetic here (IQ1 to
-                IQ3, TQ, NVFP4, ...) are multiplied exactly in both, and the kernels hold them as float32 (`Model.widened` names them).
+                IQ3, TQ, NVFP4, ...) are multiplied exactly in both, and the kernels hold them as float32 (`Model.held_as_float32`).
     weights     how the reference holds them: "quantized", as in the mapped file, dequantized at each use; "float32", dequantized once,
                 for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the arithmetic allows it
     n_ctx       how many tokens of context to make sure of memory for; by default 4,096, or the model's own context where it is smaller.
@@ -138,16 +138,16 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
         n_ctx = min(FIRST_CONTEXT if n_ctx is None else n_ctx, config.n_ctx)
         need = needed(stored, config, n_ctx, CHUNK, functions.kv_type, functions.held)
         refuse_unless_it_fits(need, available(), file.path)
-        widened = need.widened
+        held_as_float32 = need.held_as_float32
     else:
         hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
-        functions, widened = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix), {}
+        functions, held_as_float32 = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix), {}
     with functions.running(), progress("MB loaded", file.n_bytes, 10**6) as advance:
         matrices = prepare_weights(stored, with_progress(functions.prepare, file, advance))
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
-        raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} pieces, the embedding {config.n_vocab} rows")
-    return Model(file, config, matrices, tokenizer, functions, widened)
+        raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} tokens, the embedding {config.n_vocab} rows")
+    return Model(file, config, matrices, tokenizer, functions, held_as_float32)
 
 
 def with_progress(prepare: Callable[[Matrix], object], file: TensorSource, advance: Advance) -> Callable[[Matrix], object]:

@@ -1,4 +1,4 @@
-"""Hugging Face directories under the names of GGUF files, so that everything behind them is the same."""
+"""Opens models: GGUF files, and Hugging Face directories under the names of GGUF files, so that everything after is the same for both."""
 
 import math
 import os
@@ -62,18 +62,18 @@ class RenamedCheckpoint:
 
 
 def open_model(path: str | os.PathLike) -> TensorSource:
-    """A model or a drafter: a GGUF file, or a Hugging Face directory. Raises GGUFError for anything else."""
+    """Opens a model or drafter: a GGUF file or a Hugging Face directory. Raises GGUFError for anything else."""
     return open_directory(path) if os.path.isdir(path) else open_gguf(path)
 
 
 def open_directory(path: str | os.PathLike) -> RenamedCheckpoint:
-    """A model or a drafter from its directory. Raises CheckpointError, naming file and key or tensor, for anything else."""
+    """Opens the Hugging Face directory of a model or drafter. Raises CheckpointError, naming file and key or tensor, for anything else."""
     ignored: dict[str, str] = {}
     checkpoint = open_checkpoint(path, lambda name: not _is_of_others(name, ignored))
     config, place = checkpoint.config, checkpoint.path / "config.json"
     drafter = is_drafter(config, place)
     metadata, rope = metadata_of(config, place)
-    if not drafter or has_vocabulary(checkpoint.path):        # a drafter can do with its target's
+    if not drafter or has_vocabulary(checkpoint.path):        # a drafter may use its target's
         metadata |= vocabulary_metadata(checkpoint.path, config)
     divisors = rope.astype("<f4").view(np.uint8)
     sources = {ROPE: _Source(TensorInfo(ROPE, "F32", rope.shape, divisors.nbytes, 0, 0), lambda: divisors)}
@@ -87,7 +87,7 @@ def open_directory(path: str | os.PathLike) -> RenamedCheckpoint:
         else:
             ours = _ours(name, theirs, checkpoint, drafter)
             if ours in sources:
-                raise CheckpointError(checkpoint.path, None, f"tensor {ours} is there twice, the second time as {theirs!r}")
+                raise CheckpointError(checkpoint.path, None, f"tensor {ours} is there twice, again as {theirs!r}")
             sources[ours] = _as_it_is(checkpoint, theirs, ours)
     for ours, members in experts.items():
         sources[ours] = _stacked(checkpoint, ours, members)
@@ -95,7 +95,7 @@ def open_directory(path: str | os.PathLike) -> RenamedCheckpoint:
 
 
 def open_drafter(path: str | os.PathLike) -> TensorSource:
-    """As open_model. Raises CheckpointError for the directory of anything else."""
+    """As open_model; raises CheckpointError for a directory that is not a drafter's."""
     if os.path.isdir(path):
         place = Path(path) / "config.json"
         config = read_json(place)
@@ -105,7 +105,7 @@ def open_drafter(path: str | os.PathLike) -> TensorSource:
 
 
 def _is_of_others(name: str, ignored: dict[str, str]) -> bool:
-    """Does the tensor belong to the parts that see or hear? Says so in `ignored`."""
+    """Does the tensor belong to the image or audio part? Adds it to `ignored` with that reason."""
     part = name.removeprefix("model.").split(".")[0]
     if part in OTHERS:
         ignored[name] = f"belongs to the part that {OTHERS[part]}; refimpl reads text"
@@ -119,7 +119,7 @@ def _ours(name: str, theirs: str, checkpoint: Checkpoint, drafter: bool) -> str:
         return gguf_name(name)
     except KeyError:
         kind = "drafter" if drafter else "model"
-        raise CheckpointError(checkpoint.path, None, f"tensor {theirs!r} is none of a Gemma 4 {kind}") from None
+        raise CheckpointError(checkpoint.path, None, f"tensor {theirs!r} is not one of a Gemma 4 {kind}") from None
 
 
 def _as_it_is(checkpoint: Checkpoint, theirs: str, ours: str) -> _Source:

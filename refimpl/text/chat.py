@@ -1,4 +1,4 @@
-"""Conversations to prompts: renders the chat template a GGUF file carries, which is a program by a stranger.
+"""Conversations to prompts: renders the chat template of a model file, which is a program by a stranger.
 
 Rules of transformers (utils/chat_template_utils.py), so that a template means the same here: Jinja's immutable sandbox with
 trim_blocks and lstrip_blocks, loop controls, `{% generation %}`, a tojson that does not escape HTML, raise_exception,
@@ -9,7 +9,7 @@ thirty times need no forbidden name, and a filter that counts steps or sizes fro
 template runs in a child process with a limit on processor time, memory and output, set before the template is even compiled
 (Jinja folds constants while compiling). The child is a fresh interpreter that imports Jinja and nothing of ours; it costs about
 0.1 s per rendering. Templates known by their SHA-256 (our own, and Google's as found in llama.cpp) run in this process. Windows
-has no such limits on a process, macOS none that works for memory: there the wall clock is what stops a runaway.
+has no such limits on a process, macOS none that works for memory: there only the wall clock stops a runaway.
 """
 
 import hashlib
@@ -101,7 +101,7 @@ def render_chat(template: str | None, messages: list[dict], *, bos_token: str, e
     """The prompt for `messages` (dicts with "role" and "content") by `template` (the file's tokenizer.chat_template).
 
     `thinking` is passed as `enable_thinking`, the name Gemma's template reads. Encode the result with `special=True, bos=False`;
-    text in a message which spells a control piece becomes that piece then (`encode_chat` keeps it text).
+    text in a message that spells a control token then becomes that token (`encode_chat` keeps it text).
     Raises ChatError: no template, malformed messages, an error in or from the template, more time, memory or output than allowed.
     """
     if not isinstance(template, str) or not template.strip():
@@ -130,28 +130,28 @@ def render_chat(template: str | None, messages: list[dict], *, bos_token: str, e
 
 
 def encode_chat(tokenizer: "Tokenizer", template: str | None, messages: list[dict], *, thinking: bool = False) -> list[int]:
-    """Token ids of the prompt for `messages`, in which text that spells a control piece (`<|turn>`) stays text.
+    """Token ids of the prompt for `messages`, in which text that spells a control token (`<|turn>`) stays text.
 
-    Such text is cut by a character that no message has, before the template runs, and the pieces between the cuts are encoded apart.
+    Before the template runs, such text is cut by a character that is in no message; what is between the cuts is encoded separately.
     Raises ChatError as `render_chat` does.
     """
     texts = "".join(str(message.get("content")) for message in messages) + (template or "")
     seam = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in texts)
     messages = [{**message, "content": _cut(message.get("content"), tokenizer.markers, seam)} for message in messages]
-    prompt = render_chat(template, messages, bos_token=tokenizer.piece(tokenizer.bos), eos_token=tokenizer.piece(tokenizer.eos),
+    prompt = render_chat(template, messages, bos_token=tokenizer.token(tokenizer.bos), eos_token=tokenizer.token(tokenizer.eos),
                          thinking=thinking)
     return [i for part in prompt.split(seam) for i in tokenizer.encode(part, special=True, bos=False)]
 
 
 def _cut(text: object, markers: Iterable[str], seam: str) -> object:
-    """`text` with `seam` behind the first character of everything that spells a marker; what is no text stays as it is.
+    """`text` with `seam` after the first character of everything that spells a marker. Anything but a string is returned unchanged.
 
     Looks at every length that markers have (at most 256), not at every marker: a hostile file has a hundred thousand of them.
     """
     markers = frozenset(markers)
     if not isinstance(text, str) or not markers:
         return text
-    heads, lengths = re.escape("".join({piece[0] for piece in markers})), {len(piece) for piece in markers}
+    heads, lengths = re.escape("".join({marker[0] for marker in markers})), {len(marker) for marker in markers}
     ends = [at + 1 for at in (match.start() for match in re.finditer(f"[{heads}]", text))
             if any(text[at:at + n] in markers for n in lengths)]
     return seam.join(text[first:end] for first, end in zip([0, *ends], [*ends, len(text)]))
@@ -186,13 +186,13 @@ def _reply(request: str) -> dict[str, str]:
     """Renders a request: {"text": ...} or {"error": ...}. Runs in either process."""
     request = json.loads(request)  # also what makes sure that a template sees plain types and nothing of the caller's
     try:
-        pieces, n_chars = [], 0
-        for piece in _compiled(request["template"]).generate(**request["variables"]):
-            pieces.append(piece)
-            n_chars += len(piece)
+        chunks, n_chars = [], 0
+        for chunk in _compiled(request["template"]).generate(**request["variables"]):
+            chunks.append(chunk)
+            n_chars += len(chunk)
             if n_chars > MAX_OUTPUT_CHARS:
                 return {"error": f"the prompt grows beyond {MAX_OUTPUT_CHARS} characters"}
-        return {"text": "".join(pieces)}
+        return {"text": "".join(chunks)}
     except MemoryError:
         return {"error": f"rendering needs more than {MEMORY_BYTES >> 20} MiB of memory"}
     except Exception as error:  # a template can raise anything

@@ -1,18 +1,18 @@
 """Text to token ids and back, from the vocabulary inside a Gemma 4 GGUF file.
 
 Gemma 4's tokenizer is a byte-pair encoding over characters: every space is written U+2581, the merges run over the whole text
-(no words are split off first), and a character that has no piece falls back to the pieces `<0x00>`..`<0xFF>` of its UTF-8
+(no words are split off first), and a character that has no token falls back to the tokens `<0x00>`..`<0xFF>` of its UTF-8
 bytes. The merging itself is done by the Hugging Face `tokenizers` library, from which the file's vocabulary came; what is ours
 is reading and checking the file, and decoding.
 
 What follows whom:
-- A piece of type user-defined always matches in the text; a control piece (`<bos>`, `<|turn>`) only when `special=True`. So do markers
+- A token of type user-defined always matches in the text; a control token (`<bos>`, `<|turn>`) only when `special=True`. So do markers
   of a conversation that converters type user-defined to keep them visible (`<|channel>`): they are special where they come from.
-- A piece that ends generation counts as control whatever the file says (`<|tool_response>` is marked user-defined): as llama.cpp.
-- llama.cpp cuts the text at runs of newlines before merging, Hugging Face does not. The two differ only if a piece mixes
-  newlines with other characters or if a run of newlines has a piece that its merges do not reach; among Gemma 4's 262,144 pieces
+- A token that ends generation counts as control whatever the file says (`<|tool_response>` is marked user-defined): as llama.cpp.
+- llama.cpp cuts the text at runs of newlines before merging, Hugging Face does not. The two differ only if a token mixes
+  newlines with other characters or if a run of newlines has a token that its merges do not reach; among Gemma 4's 262,144 tokens
   there is neither.
-- `decode` keeps the valid characters of a run of byte pieces and writes one U+FFFD for each stray byte; Hugging Face turns the
+- `decode` keeps the valid characters of a run of byte tokens and writes one U+FFFD for each stray byte; Hugging Face turns the
   whole run into U+FFFD as soon as one byte is stray. Keeping them is what allows text to be streamed.
 - U+2581 in the text comes back as a space: the encoding cannot tell the two apart (the same in both).
 """
@@ -31,16 +31,16 @@ BOM = "\ufeff"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Values of tokenizer.ggml.token_type (0, undefined, is taken as normal)."""
 
-# Twice what Gemma 4 has: a piece takes many times its bytes in memory, so these keep a hostile file's within a gigabyte.
-MAX_PIECES, MAX_MERGES = 1 << 19, 1 << 20
+# Twice what Gemma 4 has: a token takes many times its bytes in memory, so these keep a hostile file's within a gigabyte.
+MAX_TOKENS, MAX_MERGES = 1 << 19, 1 << 20
 MAX_ADDED_CHARS = 256
-"""Of a piece that is looked for in the text before merging; Gemma 4's longest has 31."""
+"""Of a token that is looked for in the text before merging; Gemma 4's longest has 31."""
 
-END_PIECES = ("<eos>", "<turn|>", "<|tool_response>")
+END_TOKENS = ("<eos>", "<turn|>", "<|tool_response>")
 """Pieces that end generation whatever ids the metadata names. `</s>` is not among them: in Gemma 4 it is an HTML tag."""
 
-# Google's QAT files of July 2026 dropped the byte order mark at the start of three pieces, so that each repeats another
-# (llama.cpp issue 25739 shows the collisions). damaged id: (the id it collides with, the piece it should be)
+# Google's QAT files of July 2026 dropped the byte order mark at the start of three tokens, so that each repeats another
+# (llama.cpp issue 25739 shows the collisions). damaged id: (the id it collides with, the token it should be)
 LOST_BOM = {135260: (715, BOM + "//"), 140291: (8510, BOM + "<?"), 208867: (236865, BOM + "#")}
 
 
@@ -52,20 +52,20 @@ class Tokenizer:
     """Encodes text and decodes ids. Made by `Tokenizer.from_metadata`.
 
     Attributes: `n_vocab`; `bos`, `eos` (ids); `end_of_generation` (ids after which generation stops); `suppress` (ids the file
-    says must never be sampled); `markers` (pieces that structure a conversation, such as `<|turn>`); `warnings` (one line each: what
+    says must never be sampled); `markers` (tokens that structure a conversation, such as `<|turn>`); `warnings` (one line each: what
     was wrong with the file and what was done about it).
     """
 
-    def __init__(self, pieces: list[str], bpe: BPE, *, visible: list[int], control: frozenset[int], bytes_: dict[int, int],
+    def __init__(self, tokens: list[str], bpe: BPE, *, visible: list[int], control: frozenset[int], bytes_: dict[int, int],
                  bos: int, eos: int, end_of_generation: frozenset[int], suppress: tuple[int, ...], warnings: tuple[str, ...]):
         """Takes checked parts; `from_metadata` does the checking."""
-        self.n_vocab = len(pieces)
+        self.n_vocab = len(tokens)
         self.bos, self.eos = bos, eos
         self.end_of_generation, self.suppress, self.warnings = end_of_generation, suppress, warnings
-        self.markers = tuple(pieces[i] for i in [*sorted(control), *(i for i in visible if pieces[i][0] == "<" and "|" in pieces[i])])
-        self._pieces, self._control, self._bytes = pieces, control, bytes_
+        self.markers = tuple(tokens[i] for i in [*sorted(control), *(i for i in visible if tokens[i][0] == "<" and "|" in tokens[i])])
+        self._tokens, self._control, self._bytes = tokens, control, bytes_
         # Two front ends over one model (the model is shared, not copied): which added tokens they match is the difference.
-        everywhere = [pieces[i] for i in visible if pieces[i] not in self.markers]
+        everywhere = [tokens[i] for i in visible if tokens[i] not in self.markers]
         self._plain = _encoder(bpe, everywhere, [])
         self._marked = _encoder(bpe, everywhere, self.markers)
 
@@ -74,47 +74,47 @@ class Tokenizer:
         """The tokenizer of a GGUF file, from its metadata (the `tokenizer.ggml.*` keys). `name` is the file, for messages.
 
         Raises TokenizerError if a key is missing, malformed or contradicts another. Known damage is repaired and listed in
-        `warnings`. Takes about a second for Gemma 4's 262,144 pieces and 514,906 merges.
+        `warnings`. Takes about a second for Gemma 4's 262,144 tokens and 514,906 merges.
         """
         file = _Reader(metadata, name)
         model = metadata.get("tokenizer.ggml.model")
         file.require(isinstance(model, str) and model == "gemma4", f"tokenizer.ggml.model is {model!r}; only 'gemma4' is supported")
-        pieces, types = file.strings("tokens", MAX_PIECES), file.integers("token_type")
-        file.require(pieces, "tokenizer.ggml.tokens is empty")
-        file.require(len(types) == len(pieces), f"{len(types)} token types for {len(pieces)} tokens")
+        tokens, types = file.strings("tokens", MAX_TOKENS), file.integers("token_type")
+        file.require(tokens, "tokenizer.ggml.tokens is empty")
+        file.require(len(types) == len(tokens), f"{len(types)} token types for {len(tokens)} tokens")
         file.require(bool(np.isin(types, range(7)).all()), "a token type is not one of 0..6")
         if (scores := metadata.get("tokenizer.ggml.scores")) is not None:
             file.require(hasattr(scores, "__len__"), "tokenizer.ggml.scores is not an array")
-            file.require(len(scores) == len(pieces), f"{len(scores)} scores for {len(pieces)} tokens")
-        warnings, damaged = [], _restore_lost_bom(pieces)
+            file.require(len(scores) == len(tokens), f"{len(scores)} scores for {len(tokens)} tokens")
+        warnings, damaged = [], _restore_lost_bom(tokens)
         if damaged:
             warnings.append(f"{name}: tokens {damaged} lost their byte order mark and repeat other tokens (a known defect of "
                             "Google's QAT files); restored")
-        id_of = dict(zip(reversed(pieces), range(len(pieces) - 1, -1, -1)))  # reversed: of equal pieces the first id stays
-        if len(id_of) != len(pieces):
-            i = next(i for i, piece in enumerate(pieces) if id_of[piece] != i)
-            warnings.append(f"{name}: {len(pieces) - len(id_of)} tokens repeat an earlier one (first: token {i} repeats "
-                            f"{id_of[pieces[i]]}, {pieces[i]!r}); text is encoded with the first")
-        bytes_ = _byte_pieces(file, pieces, types, id_of)
+        id_of = dict(zip(reversed(tokens), range(len(tokens) - 1, -1, -1)))  # reversed: of equal tokens the first id stays
+        if len(id_of) != len(tokens):
+            i = next(i for i, token in enumerate(tokens) if id_of[token] != i)
+            warnings.append(f"{name}: {len(tokens) - len(id_of)} tokens repeat an earlier one (first: token {i} repeats "
+                            f"{id_of[tokens[i]]}, {tokens[i]!r}); text is encoded with the first")
+        bytes_ = _byte_tokens(file, tokens, types, id_of)
         bpe = _byte_pair_encoding(file, id_of, damaged, warnings)
 
         bos, eos = file.token_id("bos"), file.token_id("eos")
         for kind in ("bos", "eos"):
             file.require(file.token_id(kind) is not None, f"tokenizer.ggml.{kind}_token_id is missing")
         named = {file.token_id(kind) for kind in ("eos", "eot", "eom")} - {None}
-        ends = frozenset(named | {id_of[piece] for piece in END_PIECES if piece in id_of})
+        ends = frozenset(named | {id_of[token] for token in END_TOKENS if token in id_of})
         control = frozenset(np.flatnonzero((types == CONTROL) | (types == UNKNOWN)).tolist()) | ends | {bos}
         visible = [i for i in np.flatnonzero(types == USER_DEFINED).tolist() if i not in control]
-        file.require(all(pieces[i] for i in (*visible, *control)), "a control or user-defined token is an empty string")
-        file.require(all(len(pieces[i]) <= MAX_ADDED_CHARS for i in (*visible, *control)),
+        file.require(all(tokens[i] for i in (*visible, *control)), "a control or user-defined token is an empty string")
+        file.require(all(len(tokens[i]) <= MAX_ADDED_CHARS for i in (*visible, *control)),
                      f"a control or user-defined token has more than {MAX_ADDED_CHARS} characters")
-        return cls(pieces, bpe, visible=visible, control=control, bytes_=bytes_, bos=bos, eos=eos, end_of_generation=ends,
+        return cls(tokens, bpe, visible=visible, control=control, bytes_=bytes_, bos=bos, eos=eos, end_of_generation=ends,
                    suppress=file.suppressed(), warnings=tuple(warnings))
 
     def encode(self, text: str, *, special: bool = False, bos: bool = True) -> list[int]:
         """Token ids of `text`. Raises ValueError if it is not a str that UTF-8 can hold.
 
-        `special`: control pieces written in the text (`<|turn>`) become their ids; without it they are ordinary characters.
+        `special`: control tokens written in the text (`<|turn>`) become their ids; without it they are ordinary characters.
         `bos`: put the BOS id in front. Gemma needs it, and llama.cpp does it even where the file says not to; leave it off
         for a rendered chat template, which writes `<bos>` itself.
         """
@@ -129,7 +129,7 @@ class Tokenizer:
         return [self.bos, *ids] if bos else ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Text of `ids`. Control pieces are left out unless `special`. Raises ValueError for an id outside the vocabulary.
+        """Text of `ids`. Control tokens are left out unless `special`. Raises ValueError for an id outside the vocabulary.
 
         `decode(encode(text)) == text` for every text without U+2581.
         """
@@ -138,29 +138,29 @@ class Tokenizer:
 
     def stream(self, *, special: bool = False) -> "StreamDecoder":
         """A decoder that takes one id at a time."""
-        return StreamDecoder(self._pieces, self._bytes, frozenset() if special else self._control)
+        return StreamDecoder(self._tokens, self._bytes, frozenset() if special else self._control)
 
-    def piece(self, token_id: int) -> str:
-        """The piece as the vocabulary spells it (`▁the`, `<0x0A>`, `<|turn>`)."""
-        return self._pieces[_checked(token_id, self.n_vocab)]
+    def token(self, token_id: int) -> str:
+        """The token as the vocabulary spells it (`▁the`, `<0x0A>`, `<|turn>`)."""
+        return self._tokens[_checked(token_id, self.n_vocab)]
 
 
 class StreamDecoder:
     """Decodes ids one by one; the texts returned, joined, equal `Tokenizer.decode`. Each call costs the same."""
 
-    def __init__(self, pieces: list[str], bytes_: dict[int, int], hidden: frozenset[int]):
-        """`bytes_`: id -> byte for byte pieces; `hidden`: ids that have no text."""
-        self._pieces, self._bytes, self._hidden = pieces, bytes_, hidden
+    def __init__(self, tokens: list[str], bytes_: dict[int, int], hidden: frozenset[int]):
+        """`bytes_`: id -> byte for byte tokens; `hidden`: ids that have no text."""
+        self._tokens, self._bytes, self._hidden = tokens, bytes_, hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")("refimpl.one_mark_per_byte")
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes: empty while the bytes of a character are still coming."""
-        token_id = _checked(token_id, len(self._pieces))
+        token_id = _checked(token_id, len(self._tokens))
         if token_id in self._hidden:
             return ""
         if (byte := self._bytes.get(token_id)) is not None:
             return self._utf8.decode(bytes((byte,)))
-        return self.finish() + self._pieces[token_id].replace(SPACE, " ")
+        return self.finish() + self._tokens[token_id].replace(SPACE, " ")
 
     def finish(self) -> str:
         """What was still held back: U+FFFD for each byte of a character that was never completed."""
@@ -183,42 +183,42 @@ def _checked(token_id: int, n_vocab: int) -> int:
 def _encoder(bpe: BPE, visible: list[str], control: list[str]) -> _Encoder:
     encoder = _Encoder(bpe)
     encoder.normalizer = normalizers.Replace(" ", SPACE)
-    # normalized=False: matched in the text as written, so a piece with U+2581 in it does not match spaces
-    encoder.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in visible])
-    encoder.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
+    # normalized=False: matched in the text as written, so a token with U+2581 in it does not match spaces
+    encoder.add_tokens([AddedToken(token, normalized=False, special=False) for token in visible])
+    encoder.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     return encoder
 
 
-def _restore_lost_bom(pieces: list[str]) -> list[int]:
-    """Repairs `pieces` in place; returns the ids repaired. Afterwards "//", "<?" and "#" belong to ids 715, 8510 and 236865."""
-    damaged = [i for i, (twin, piece) in LOST_BOM.items()
-               if max(i, twin) < len(pieces) and pieces[i] == pieces[twin] == piece.removeprefix(BOM)]
+def _restore_lost_bom(tokens: list[str]) -> list[int]:
+    """Repairs `tokens` in place; returns the ids repaired. Afterwards "//", "<?" and "#" belong to ids 715, 8510 and 236865."""
+    damaged = [i for i, (twin, token) in LOST_BOM.items()
+               if max(i, twin) < len(tokens) and tokens[i] == tokens[twin] == token.removeprefix(BOM)]
     for i in damaged:
-        pieces[i] = LOST_BOM[i][1]
+        tokens[i] = LOST_BOM[i][1]
     return damaged
 
 
-def _byte_pieces(file: "_Reader", pieces: list[str], types: np.ndarray, id_of: dict[str, int]) -> dict[int, int]:
+def _byte_tokens(file: "_Reader", tokens: list[str], types: np.ndarray, id_of: dict[str, int]) -> dict[int, int]:
     """Id -> byte. All 256 must exist: with one missing, a character made of it could not be encoded."""
     byte_of = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    missing = [piece for piece in byte_of if piece not in id_of]
+    missing = [token for token in byte_of if token not in id_of]
     file.require(not missing, f"{len(missing)} of the 256 byte tokens are missing, first {missing[:1]}")
     for i in np.flatnonzero(types == BYTE).tolist():
-        file.require(pieces[i] in byte_of, f"token {i} has type byte but is {pieces[i]!r}, not '<0x00>'..'<0xFF>'")
-    repeated = {i: byte_of[pieces[i]] for i in np.flatnonzero(types == BYTE).tolist()}
-    return repeated | {id_of[piece]: byte for piece, byte in byte_of.items()}
+        file.require(tokens[i] in byte_of, f"token {i} has type byte but is {tokens[i]!r}, not '<0x00>'..'<0xFF>'")
+    repeated = {i: byte_of[tokens[i]] for i in np.flatnonzero(types == BYTE).tolist()}
+    return repeated | {id_of[token]: byte for token, byte in byte_of.items()}
 
 
 def _byte_pair_encoding(file: "_Reader", id_of: dict[str, int], damaged: list[int], warnings: list[str]) -> BPE:
     merges = [tuple(merge.split(" ", 2)) for merge in file.strings("merges", MAX_MERGES)]
-    if damaged:  # the same hand that dropped byte order marks from the pieces may have dropped them from the merges
+    if damaged:  # the same hand that dropped byte order marks from the tokens may have dropped them from the merges
         merges = [(BOM, merge[1]) if len(merge) == 2 and not merge[0] else merge for merge in merges]
         usable = [merge for merge in merges if _merge_fault(merge, id_of) is None]
         if len(usable) != len(merges):
             warnings.append(f"{file.name}: {len(merges) - len(usable)} merges refer to missing tokens; left out")
         merges = usable
     unknown = file.token_id("unknown")  # never used while all byte tokens exist; given because the original has it
-    options = {} if unknown is None else {"unk_token": file.piece(unknown)}
+    options = {} if unknown is None else {"unk_token": file.token(unknown)}
     try:
         return BPE(id_of, merges, byte_fallback=True, fuse_unk=True, **options)
     except Exception as error:  # the library's own words do not say which merge; looking for it only now costs nothing before
@@ -230,9 +230,9 @@ def _byte_pair_encoding(file: "_Reader", id_of: dict[str, int], damaged: list[in
 
 def _merge_fault(merge: tuple[str, ...], id_of: dict[str, int]) -> str | None:
     if len(merge) != 2 or not all(merge):
-        return "is not two pieces with a space between them"
-    unknown = [piece for piece in (*merge, "".join(merge)) if piece not in id_of]
-    return f"refers to the unknown piece {unknown[0][:100]!r}" if unknown else None
+        return "is not two tokens with a space between them"
+    unknown = [token for token in (*merge, "".join(merge)) if token not in id_of]
+    return f"refers to the unknown token {unknown[0][:100]!r}" if unknown else None
 
 
 class _Reader:
@@ -281,7 +281,7 @@ class _Reader:
         key = "tokenizer.ggml.suppress_tokens"
         return tuple(self._in_range(key, i) for i in self.integers("suppress_tokens")) if key in self.metadata else ()
 
-    def piece(self, token_id: int) -> str:
+    def token(self, token_id: int) -> str:
         return self.metadata["tokenizer.ggml.tokens"][token_id]
 
     def _in_range(self, key: str, value: object) -> int:

@@ -138,5 +138,5 @@ def _second_halves(i: int, document: Document, n_ctx: int, bos: int) -> list[Win
 def bytes_of(ids: np.ndarray, tokenizer: Tokenizer, token_type_V: np.ndarray) -> int:
     """Bytes of text that these tokens stand for, in UTF-8."""
     distinct, times = np.unique(ids, return_counts=True)
-    sizes = [1 if token_type_V[i] == BYTE else len(tokenizer.piece(i).replace(SPACE, " ").encode()) for i in distinct.tolist()]
+    sizes = [1 if token_type_V[i] == BYTE else len(tokenizer.token(i).replace(SPACE, " ").encode()) for i in distinct.tolist()]
     return int(np.dot(times, sizes))
