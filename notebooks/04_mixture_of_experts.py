@@ -33,7 +33,7 @@ from refimpl.tiny.evaluate import model_bits
 # the classes `Gemma4TextRouter` and `Gemma4TextExperts` of transformers. Choosing and running are two functions here:
 
 # %%
-source(moe.choose, moe.run_experts)
+source(moe.route, moe.run_experts)
 
 # %% [markdown]
 # Around them: the router reads the residual stream behind a norm without a weight, the experts read it behind a norm of their own,

@@ -60,7 +60,7 @@ def test_no_folder_to_keep_them_in(tmp_path, name):
     assert run(tmp_path / name)[1] == run(tmp_path / name)[1] != []
 
 
-def test_a_piece_for_one_row_is_one_for_several():
+def test_a_function_of_one_row_becomes_one_of_several():
     """Tuples hold a value for each row; everything else is shared. Compiled as in plain Python."""
     @per_row
     def moved(place, step, factor):
@@ -75,7 +75,7 @@ def test_compiling_is_announced_with_the_weight_types():
     w, found = tiled(matrix("Q4_0", 1, 32), 1), []
     announce(lambda kernel, weight_types: found.append((kernel, weight_types)))
     # compiled here, however full the cache is
-    njit(matmul.multiply.py_func, parallel=True)(matmul.Q8["Q4_0"], w.raw[0], rows(1, 32), np.empty((1, 1), np.float32), 1)
+    njit(matmul.multiply.py_func, parallel=True)(matmul.FORMATS["q8"]["Q4_0"], w.raw[0], rows(1, 32), np.empty((1, 1), np.float32), 1)
     njit(ops.capped_numbers.py_func)(np.ones(16, np.float32), 1.0, np.ones(16, np.float32), 1)
     assert found == [("multiply", ("Q4_0",)), ("capped_numbers", ())]
 

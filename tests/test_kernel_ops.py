@@ -6,6 +6,7 @@ import pytest
 from kernel_cases import WIDTHS, angles, normal, ops_cases
 
 from refimpl.kernels import ops
+from refimpl.kernels.machine import threads
 from refimpl.kernels.machine.intrinsics import address, at, load_f32, store_f32
 from refimpl.kernels.machine.vecmath import exp16, gelu16, tanh16
 from refimpl.reference import ops as reference
@@ -82,13 +83,13 @@ def test_gelu():
     assert np.array_equal(gelu(edges), np.array([0, 20, 3e38, np.inf, 0, 0, 0, np.nan], np.float32), equal_nan=True)
 
 
-@pytest.mark.parametrize("word, compiled", [(exp16, exp), (tanh16, tanh), (gelu16, gelu)])
-def test_elementary_functions_in_plain_python(word, compiled):
+@pytest.mark.parametrize("function, compiled", [(exp16, exp), (tanh16, tanh), (gelu16, gelu)])
+def test_elementary_functions_in_plain_python(function, compiled):
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.standard_normal(16 * 40) * 2.0 ** rng.integers(-20, 8, 16 * 40), [0.0, -0.0, np.inf, -np.inf] * 4])
     x = x.astype(np.float32)
     with np.errstate(all="ignore"):
-        slow = np.concatenate([word(v) for v in x.reshape(-1, 16)])
+        slow = np.concatenate([function(v) for v in x.reshape(-1, 16)])
     assert np.array_equal(compiled(x).view(np.uint32), slow.view(np.uint32))
 
 
@@ -157,7 +158,7 @@ def test_kernels_in_plain_python(monkeypatch):
     for name, function, arguments in ops_cases():
         if name in compiled:
             assert np.array_equal(function(*arguments), compiled[name]), name
-    monkeypatch.setattr(ops, "MANY", 1)             # the loop over threads as well
+    monkeypatch.setattr(threads, "MANY", 1)             # the loop over threads as well
     for name, function, arguments in ops_cases():
         if name.endswith((" 17", " 34")):
             assert np.array_equal(function(*arguments), compiled[name]), name

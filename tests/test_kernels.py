@@ -17,14 +17,17 @@ from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.kernels.machine import intrinsics as simd
 from refimpl.kernels.machine import jit
-from refimpl.kernels.machine import unpack as kinds
 from refimpl.kernels.machine.intrinsics import address
 from refimpl.kernels.machine.tiles import tiled, units
+from refimpl.kernels.machine.unpack import FORMATS, codes
+from refimpl.kernels.matmul_chosen import matmul_chosen
 
-PAIRS = ("matmul", "attention", "moe", "ops")
+HERE, PAIRS = Path(jit.__file__).parent.parent, ("matmul", "attention", "moe", "matmul_chosen", "ops", "activations")
 NO_TWIN = {         # functions of the reference that have none, and why
-    "ops.gelu": "only inside `gated`", "ops.softmax": "only inside `attend` and `choose`", "ops.fma": "a word of simd.py",
+    "ops.gelu": "only inside `gated`", "ops.softmax": "only inside `attend` and `route`", "ops.fma": "an intrinsic",
     "ops.rope_frequencies": "once per model", "ops.rope_angles": "once per call", "matmul.integer_parts": "the reference's own unpacking",
+    "attention.visible_slots": "part of `attend`", "attention.attend_one": "part of `attend`",
+    "activations.quantize_activations": "part of the products, whose bits are those of the reference",
 }
 
 
@@ -33,15 +36,15 @@ def twins(name: str):
 
 
 def functions(module) -> dict:
-    """Public functions that a module defines and Python calls."""
+    """Public functions that a module defines and Python calls: not those that are parts of kernels."""
     return {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__
-            and not name.startswith("_")}
+            and not name.startswith("_") and f not in jit.PARTS}
 
 
 @contextlib.contextmanager
 def as_plain_python(called: set):
     """Every kernel replaced by its Python source, whose calls are noted."""
-    kept, modules = [], [importlib.import_module(f"refimpl.kernels.{name}") for name in (*PAIRS, "tiles")]
+    kept, modules = [], [importlib.import_module(f"refimpl.kernels.{name}") for name in (*PAIRS, "machine.tiles")]
     for name, dispatcher in jit.KERNELS.items():
         def plain(*args, name=name, source=dispatcher.py_func):
             called.add(name)
@@ -70,36 +73,33 @@ def product_case(name: str, block: str, n_tok: int, n_out: int, width: int):
     return ours, (x, tiled(w, 1)), theirs, (x, w), bound
 
 
-def experts_case(name: str, block: str, down: str, n_tok: int, width: int = 256, n_hidden: int = 64, n_expert: int = 6):
+def experts_case(arithmetic: str, block: str, down: str, n_tok: int, width: int = 256, n_hidden: int = 64, n_expert: int = 6):
     """Expert 1 gets nobody; with an odd seed all tokens go to experts 0 and 2."""
     kernels, reference = twins("moe")
-    ours, theirs = (getattr(module, name) for module in twins("matmul"))
     rng = np.random.default_rng(n_tok)
     id_TX = np.stack([rng.permutation([0, 2, 3, 4, 5])[:2] if n_tok % 2 == 0 else np.array([0, 2]) for _ in range(n_tok)] or
                      [np.zeros(2, np.int64)])[:n_tok].astype(np.int64)
     weight_TX, x = rng.uniform(0.1, 1, (n_tok, 2)).astype(np.float32), rows(n_tok, width)
     gate, up, back = (matrix(t, n_expert, *shape, seed=i) for i, (t, shape) in enumerate(
         ((block, (n_hidden, width)), (block, (n_hidden, width)), (down, (width, n_hidden)))))
-    return (lambda *a: kernels.run_experts(ours, *a), (x, id_TX, weight_TX, *(tiled(m, 1) for m in (gate, up, back))),
-            lambda *a: reference.run_experts(theirs, *a), (x, id_TX, weight_TX, gate, up, back), 2e-5)
+    return (kernels.run_experts, (arithmetic, x, id_TX, weight_TX, *(tiled(m, 1) for m in (gate, up, back))),
+            reference.run_experts, (arithmetic, x, id_TX, weight_TX, gate, up, back), 2e-5)
 
 
-def chosen_case(name: str, block: str, n_tok: int, n_out: int = 20, width: int = 256, n_expert: int = 5):
+def chosen_case(arithmetic: str, block: str, n_tok: int, n_out: int = 20, width: int = 256, n_expert: int = 5):
     """Products with 3 of 5 matrices for each row; one of them twice."""
-    kernels, reference = twins("moe")
-    ours, theirs = (getattr(module, name) for module in twins("matmul"))
+    kernels, reference = twins("matmul_chosen")
     id_TX = np.tile([4, 0, 4], (n_tok, 1)).astype(np.int64) if n_tok else np.empty((0, 3), np.int64)
     w, x = matrix(block, n_expert, n_out, width), rows(n_tok, width)
-    bound = 0 if name == "matmul_q8" and block in INTEGER else 1e-5
-    return (lambda *a: kernels.matmul_chosen(ours, *a), (x, id_TX, tiled(w, 1)),
-            lambda *a: reference.matmul_chosen(theirs, *a), (x, id_TX, w), bound)
+    bound = 0 if arithmetic == "q8" and block in INTEGER else 1e-5
+    return kernels.matmul_chosen, (arithmetic, x, id_TX, tiled(w, 1)), reference.matmul_chosen, (arithmetic, x, id_TX, w), bound
 
 
-def choose_case(n_tok: int, n_expert: int, n_used: int):
+def route_case(n_tok: int, n_expert: int, n_used: int):
     kernels, reference = twins("moe")
     logit = np.round(rows(n_tok, n_expert), 1)              # rounded, so that there are ties
     scale = np.random.default_rng(0).uniform(0.5, 1.5, n_expert).astype(np.float32)
-    return kernels.choose, (logit, n_used, scale), reference.choose, (logit, n_used, scale), 1e-6
+    return kernels.route, (logit, n_used, scale), reference.route, (logit, n_used, scale), 1e-6
 
 
 def attend_case(n_tok: int, n_head: int, n_kv: int, dim: int, slots: int, pos: int, window: int, dtype=np.float32):
@@ -126,13 +126,12 @@ TABLE = {
     "matmul_q8 F16 odd width": (product_case, "matmul_q8", "F16", 5, 17, 1),
     "matmul_q8 Q4_0 one block": (product_case, "matmul_q8", "Q4_0", 2, 3, 32),
     **{f"run_experts {name} {block} {down} {n_tok} tokens": (experts_case, name, block, down, n_tok)
-       for name, block, down in (("matmul_q8", "Q4_0", "Q4_0"), ("matmul_q8", "Q4_K", "Q8_0"), ("matmul_q8", "Q2_K", "MXFP4"),
-                                 ("matmul", "Q4_0", "Q4_0"))
+       for name, block, down in (("q8", "Q4_0", "Q4_0"), ("q8", "Q4_K", "Q8_0"), ("q8", "Q2_K", "MXFP4"), ("exact", "Q4_0", "Q4_0"))
        for n_tok in (0, 1, 7, 8)},
     **{f"matmul_chosen {name} {block} {n_tok} rows": (chosen_case, name, block, n_tok)
-       for name, block in (("matmul_q8", "Q4_0"), ("matmul", "Q6_K"), ("matmul_q8", "F32")) for n_tok in (0, 1, 3)},
-    "choose": (choose_case, 5, 16, 3), "choose all": (choose_case, 1, 4, 4), "choose one of one": (choose_case, 2, 1, 1),
-    "choose 8 of 128": (choose_case, 9, 128, 8), "choose more than 16": (choose_case, 2, 40, 20), "choose nothing": (choose_case, 0, 4, 2),
+       for name, block in (("q8", "Q4_0"), ("exact", "Q6_K"), ("q8", "F32")) for n_tok in (0, 1, 3)},
+    "route": (route_case, 5, 16, 3), "route all": (route_case, 1, 4, 4), "route one of one": (route_case, 2, 1, 1),
+    "route 8 of 128": (route_case, 9, 128, 8), "route more than 16": (route_case, 2, 40, 20), "route nothing": (route_case, 0, 4, 2),
     "attend ring": (attend_case, 3, 4, 2, 16, 40, 100, 17), "attend one": (attend_case, 1, 2, 1, 32, 8, 3, 4),
     "attend full": (attend_case, 9, 4, 1, 16, 200, 150, 10**6), "attend half": (attend_case, 5, 2, 2, 16, 90, 130, 64, np.float16),
     "rms_norm": (ops_case, "rms_norm", X3, rows(1, 33)[0], 1e-6),
@@ -182,13 +181,13 @@ def test_random_bytes_are_the_weights_that_the_reference_sees(block):
 
 
 @pytest.mark.parametrize("block", INTEGER)
-def test_no_integer_is_larger_than_the_kind_says(block):
-    """On AVX2 they are added up in 16 bits where that is small enough for all of them."""
-    kind = kinds.Q8[block]
-    tile = np.random.default_rng(0).integers(0, 256, kind.n_bytes, dtype=np.uint8)
-    found = [kinds.levels(kind, address(tile), s, g) for s in range(kind.n_sub) for g in range(kind.per_sub // 4)]
-    assert max(q.max() for q in found) == kind.top
-    largest = np.full(64, min(kind.top, 31), np.uint8)
+def test_no_code_is_larger_than_the_format_says(block):
+    """On AVX2 products are added up in 16 bits where codes are small enough for that."""
+    fmt = FORMATS["q8"][block]
+    tile = np.random.default_rng(0).integers(0, 256, fmt.n_bytes, dtype=np.uint8)
+    found = [codes(fmt, address(tile), s, g) for s in range(fmt.n_sub) for g in range(fmt.per_sub // 4)]
+    assert max(q.max() for q in found) == fmt.max_code
+    largest = np.full(64, min(fmt.max_code, 31), np.uint8)
     x = np.full(16, -127, np.int8)
     assert (simd.dot16(np.zeros(16, np.int32), *[largest] * 4, address(x)) == 16 * -127 * int(largest[0])).all()
 
@@ -211,8 +210,8 @@ SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1
          "matmul_q8 MXFP4 1x1x256", "matmul MXFP4 1x1x256", "matmul IQ4_XS 1x1x256", "matmul Q3_K 1x1x256", "matmul Q2_K 1x1x256",
          "matmul_q8 Q4_K 6x16x256", "matmul_q8 Q5_K 1x1x256", "matmul_q8 Q6_K 6x16x256", "matmul Q4_0 1x1x256", "matmul Q6_K 1x1x256",
          "matmul Q5_K 1x1x256", "matmul BF16 6x16x256", "matmul_q8 F16 odd width", "matmul F32 odd width",
-         "run_experts matmul_q8 Q4_0 Q4_0 1 tokens", "matmul_chosen matmul_q8 Q4_0 1 rows", "matmul_chosen matmul Q6_K 1 rows",
-         "choose", "choose more than 16", "attend ring", "attend half", "attend full", "rms_norm", "rms_norm of one",
+         "run_experts q8 Q4_0 Q4_0 1 tokens", "matmul_chosen q8 Q4_0 1 rows", "matmul_chosen exact Q6_K 1 rows",
+         "route", "route more than 16", "attend ring", "attend half", "attend full", "rms_norm", "rms_norm of one",
          "rms_normalise", "gated", "rotate", "softcap")
 
 
@@ -233,16 +232,18 @@ def test_compiled_and_as_plain_python():
 
 
 def test_every_kernel_has_its_twin():
+    """The same files, and in them the same functions with the same parameters, every one of them in the table."""
+    files = {folder: {path.stem for path in folder.glob("*.py")} for folder in (HERE, HERE.parent / "reference")}
+    assert set(files[HERE]) == set(files[HERE.parent / "reference"]) == {"__init__", *PAIRS}
     for name in PAIRS:
         kernels, reference = (functions(module) for module in twins(name))
-        for function, source in reference.items():
-            if f"{name}.{function}" in NO_TWIN:
-                assert function not in kernels
-                continue
-            assert function in kernels, f"{name}.{function} has no kernel"
-            assert list(inspect.signature(source).parameters) == list(inspect.signature(kernels[function]).parameters), f"{name}.{function}"
+        without = {function for function in reference if f"{name}.{function}" in NO_TWIN}
+        assert set(kernels) == set(reference) - without, name
+        for function, kernel in kernels.items():
+            ours, theirs = (list(inspect.signature(f).parameters) for f in (kernel, reference[function]))
+            assert ours == theirs, f"{name}.{function}"
             assert any(key.split()[0] == function for key in TABLE), f"{name}.{function} is not in the table"
-
+    assert set(NO_TWIN) <= {f"{name}.{function}" for name in PAIRS for function in functions(list(twins(name))[1])}
 
 
 # ---- the same bits however the work is cut up
@@ -265,14 +266,14 @@ def test_any_rows_and_threads_give_the_same_bits(name, block):
 
 @pytest.mark.parametrize("block", ["Q4_0", "Q6_K"])
 def test_experts_in_any_rows_and_threads(block):
-    moe, matmul = (importlib.import_module(f"refimpl.kernels.{name}") for name in ("moe", "matmul"))
+    moe = next(twins("moe"))
     rng = np.random.default_rng(0)
     n_hidden = 288 if block == "Q4_0" else 256
     shapes = (n_hidden, 256), (n_hidden, 256), (256, n_hidden)
     gate, up, down = (tiled(matrix(block, 12, *shape, seed=i), 2) for i, shape in enumerate(shapes))
     x, id_TX = rows(40, 256), np.stack([rng.permutation(12)[:4] for _ in range(40)])
     weight = rng.uniform(0.1, 1, (40, 4)).astype(np.float32)
-    run = lambda part: moe.run_experts(matmul.matmul_q8, x[part], id_TX[part], weight[part], gate, up, down)        # noqa: E731
+    run = lambda part: moe.run_experts("q8", x[part], id_TX[part], weight[part], gate, up, down)        # noqa: E731
     whole = run(slice(None))
     for step in (1, 7):
         assert same(np.concatenate([run(slice(i, i + step)) for i in range(0, 40, step)]), whole)
@@ -287,9 +288,8 @@ def test_experts_in_any_rows_and_threads(block):
 @pytest.mark.parametrize("ids", [np.array([[0, 5]]), np.array([[-1, 0]]), np.array([0, 1]), np.array([[0, 1]], np.int32),
                                  np.zeros((2, 1), int)])
 def test_ids_of_chosen_matrices_are_checked(ids):
-    moe, matmul = (importlib.import_module(f"refimpl.kernels.{name}") for name in ("moe", "matmul"))
     with pytest.raises(ValueError, match="ids"):
-        moe.matmul_chosen(matmul.matmul, rows(1, 256), ids, tiled(matrix("Q4_0", 5, 20, 256), 1))
+        matmul_chosen("exact", rows(1, 256), ids, tiled(matrix("Q4_0", 5, 20, 256), 1))
 
 
 def test_threads_have_room_of_their_own():
@@ -301,8 +301,7 @@ def test_threads_have_room_of_their_own():
 
     def results():
         return np.concatenate([product(x, w).ravel() for product in (matmul.matmul, matmul.matmul_q8)]
-                              + [moe.run_experts(product, x, id_TX, weight, gate, up, down).ravel()
-                                 for product in (matmul.matmul, matmul.matmul_q8)])
+                              + [moe.run_experts(arithmetic, x, id_TX, weight, gate, up, down).ravel() for arithmetic in FORMATS])
     before = numba.get_num_threads()
     try:
         numba.set_num_threads(1)
@@ -339,18 +338,18 @@ def test_arguments_are_checked_before_compiled_code_sees_them():
     with pytest.raises(ValueError, match="one matrix"):
         matmul.matmul(x, experts)
     for bad in (np.full((2, 2), 4), np.full((2, 2), -1)):
-        with pytest.raises(ValueError, match="expert ids must be 0 to 3"):
-            moe.run_experts(matmul.matmul, x, bad, weight, experts, experts, experts)
+        with pytest.raises(ValueError, match="ids must be 0 to 3"):
+            moe.run_experts("exact", x, bad, weight, experts, experts, experts)
     with pytest.raises(ValueError, match="do not fit together"):
-        moe.run_experts(matmul.matmul, x, ids, weight, experts, experts, tiled(matrix("Q4_0", 4, 32, 64), 1))
+        moe.run_experts("exact", x, ids, weight, experts, experts, tiled(matrix("Q4_0", 4, 32, 64), 1))
     with pytest.raises(ValueError, match="of 2 tokens"):
-        moe.run_experts(matmul.matmul, x, ids[:1], weight[:1], experts, experts, experts)
+        moe.run_experts("exact", x, ids[:1], weight[:1], experts, experts, experts)
     with pytest.raises(ValueError, match="1 to 4 experts"):
-        moe.choose(rows(1, 4), 5, np.ones(4, np.float32))
+        moe.route(rows(1, 4), 5, np.ones(4, np.float32))
 
 
 @pytest.mark.parametrize("cases", [
-    "(matmul_q8 and Q4_0 and one block) or odd or choose or rms_norm or gated or rotate or softcap or half",
+    "(matmul_q8 and Q4_0 and one block) or odd or route or rms_norm or gated or rotate or softcap or half",
     pytest.param("block or odd or tokens and Q4_0 and not Q4_K or attend or 5x40x512 and Q6_K", marks=pytest.mark.exhaustive)])
 def test_array_accesses_stay_in_bounds(cases):
     """Part of the table again in a process where Numba checks every index. (Addresses are checked in plain Python, above.)"""

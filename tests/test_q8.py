@@ -10,7 +10,7 @@ from shapes import prompt, random_model, reference, worst, write_model
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import dequantize, quantize
-from refimpl.reference.activations import round_activations
+from refimpl.reference.activations import quantize_activations
 from refimpl.reference.matmul import FloatMinimum, IntegerMinimum, integer_parts, matmul, matmul_q8
 from refimpl.reference.ops import fma
 
@@ -97,9 +97,9 @@ def test_plain_weights_stay_exact():
 def test_zero_rows_and_halves():
     x = np.zeros((2, 64), np.float32)
     x[1, :3] = 127, 0.5, 1.5                 # scale 1: halves go to even
-    r = round_activations(x, "Q4_0")
+    r = quantize_activations(x, "Q4_0")
     assert not r.q_TBQ[0].any() and not r.d_TB[0].any() and r.q_TBQ[1, 0, :3].tolist() == [127, 0, 2] and r.d_TB[1].tolist() == [1, 0]
-    assert not round_activations(np.zeros((1, 256), np.float32), "Q4_K").d_TB.any()
+    assert not quantize_activations(np.zeros((1, 256), np.float32), "Q4_K").d_TB.any()
 
 
 def test_fma_rounds_once():

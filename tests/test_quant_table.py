@@ -8,7 +8,7 @@ import pytest
 from refimpl.formats.quants.blocks import BLOCKS, fields_of
 from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize, quantize
 from refimpl.formats.quants.k.q4_k import unpack_scales
-from refimpl.kernels.machine.unpack import SHAPES
+from refimpl.kernels.machine.unpack import LAYOUTS
 from refimpl.lab.explain import block_pictures, quant_table
 from refimpl.lab.explain.block_bits import bit_owners, number_of
 from refimpl.lab.explain.ggml import ggml_quantize
@@ -22,8 +22,8 @@ def test_every_type_is_a_row():
     assert set(ROWS) == set(DEQUANTIZABLE)
     assert [row.bits for row in ROWS.values()] == sorted(row.bits for row in ROWS.values())
     assert ROWS["Q4_0"].bits == ROWS["Q4_0"].held_bits == 4.5 and (ROWS["IQ2_XS"].bits, ROWS["IQ2_XS"].held_bits) == (2.3125, 32)
-    assert all(row.held_bits == (row.bits if row.type in SHAPES else 32) for row in ROWS.values())
-    assert all(math.isnan(row.decode) == math.isnan(row.prompt) == (row.type not in SHAPES) for row in ROWS.values())
+    assert all(row.held_bits == (row.bits if row.type in LAYOUTS else 32) for row in ROWS.values())
+    assert all(math.isnan(row.decode) == math.isnan(row.prompt) == (row.type not in LAYOUTS) for row in ROWS.values())
     assert all(math.isnan(row.normal) == (row.type not in QUANTIZABLE) for row in ROWS.values())
 
 

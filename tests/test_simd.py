@@ -1,4 +1,4 @@
-"""Every word of the vector vocabulary: the compiled body against its NumPy meaning, bit for bit, on every instruction set here."""
+"""Every intrinsic: the compiled body against its NumPy reference, bit for bit, on every instruction set here."""
 
 from fractions import Fraction
 
@@ -8,9 +8,9 @@ from exact import rounded_once
 from numba import njit, types
 
 from refimpl.kernels.machine import intrinsics as simd
-from refimpl.kernels.machine import isa as words
+from refimpl.kernels.machine import isa
 from refimpl.kernels.machine.intrinsics import address, at
-from refimpl.kernels.machine.isa import ORDER, WORDS, F32x16, I32x16, Pointer, U8x64
+from refimpl.kernels.machine.isa import INTRINSICS, ORDER, F32x16, I32x16, Pointer, U8x64
 
 EDGES = {
     U8x64: [np.full(64, b, np.uint8) for b in (0, 1, 15, 16, 127, 128, 129, 240, 255)],
@@ -22,7 +22,7 @@ LOAD = {U8x64: "load_u8", F32x16: "load_f32"}
 INTEGERS = {"shift": range(8), "mask": (1, 3, 15, 255), "j": range(4), "group": range(8), "n": range(17),
             "first": np.array([0x0706050403020100, -0x7E0102F304F5F607, -1]),
             "last": np.array([0x0F0E0D0C0B0A0908, -2**63, 2**63 - 1, 0x1122334455667788])}
-DOMAIN = {      # what a word does not promise to take is left out
+DOMAIN = {      # what an intrinsic does not promise to take is left out
     "dot4": lambda total, weights, activations: (total, np.minimum(weights, 128), activations),
     "dot16": lambda total, w0, w1, w2, w3, activations: (total, *(np.minimum(w, 31) for w in (w0, w1, w2, w3)), activations),
     "round_to_i32": lambda v: (np.clip(np.nan_to_num(v), -2.0**22, 2.0**22),),
@@ -34,7 +34,7 @@ SPLAT = {types.int32: "splat_i32", types.float32: "splat_f32"}
 
 @njit
 def load_i32(pointer):
-    """Loads int32 lanes by adding the four bytes up: there is no word for it, kernels never need one."""
+    """Loads int32 lanes by adding the four bytes up: there is no intrinsic for it, kernels never need one."""
     total = simd.splat_i32(np.int32(0))
     for k in (24, 16, 8, 0):
         total = simd.add_i32(simd.mul_i32(total, simd.splat_i32(np.int32(256))), simd.load_u8_as_i32(at(pointer, 16 * (k // 8))))
@@ -46,12 +46,12 @@ def planes(v: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(v.view(np.uint8).reshape(16, 4).T)
 
 
-def arguments(name: str, word, rng):
-    """Values for a word's parameters: random ones, then edges."""
-    names = word.meaning.__code__.co_varnames[:len(word.parameters)]
+def arguments(name: str, intrinsic, rng):
+    """Values for an intrinsic's parameters: random ones, then edges."""
+    names = intrinsic.reference.__code__.co_varnames[:len(intrinsic.parameters)]
     for trial in range(120):
         values = []
-        for i, (kind, arg) in enumerate(zip(word.parameters, names)):
+        for i, (kind, arg) in enumerate(zip(intrinsic.parameters, names)):
             if kind in EDGES and trial >= 60:
                 value = EDGES[kind][(trial * (i + 1) + i) % len(EDGES[kind])]
             elif kind is U8x64:
@@ -60,7 +60,7 @@ def arguments(name: str, word, rng):
                 value = rng.integers(-2**31, 2**31, 16).astype(np.int32)
             elif kind is F32x16:
                 value = (rng.standard_normal(16) * 2.0 ** rng.integers(-60, 60, 16)).astype(np.float32)
-            elif kind is words.Address:
+            elif kind is isa.Address:
                 value = rng.integers(0, 256, 80, dtype=np.uint8) if trial < 60 else np.full(80, (0, 127, 128, 255)[trial % 4], np.uint8)
             elif kind is types.intp:
                 value = INTEGERS[arg][trial % len(INTEGERS[arg])] if arg in INTEGERS else int(rng.integers(0, 9))
@@ -74,41 +74,41 @@ def arguments(name: str, word, rng):
         yield values
 
 
-def compiled(name: str, word):
-    """A compiled function that takes arrays and numbers, applies the word and stores its result (if it has one)."""
+def compiled(name: str, intrinsic):
+    """A compiled function that takes arrays and numbers, applies the intrinsic and stores its result (if it has one)."""
     takes, body = [], []
-    for i, kind in enumerate(word.parameters):
+    for i, kind in enumerate(intrinsic.parameters):
         takes.append(f"a{i}")
         if kind is I32x16:
             body.append(f"v{i} = load_i32(address(a{i}))")
         elif kind in LOAD:
             body.append(f"v{i} = simd.{LOAD[kind]}(address(a{i}))")
         else:
-            body.append(f"v{i} = address(a{i})" if kind is words.Address else f"v{i} = a{i}")
+            body.append(f"v{i} = address(a{i})" if kind is isa.Address else f"v{i} = a{i}")
     call = f"simd.{name}({', '.join(f'v{i}' for i in range(len(takes)))})"
-    if word.result in SPLAT:
-        call = f"simd.{SPLAT[word.result]}({call})"
-    store = {types.int32: "store_i32", types.float32: "store_f32", **STORE}.get(word.result)
+    if intrinsic.result in SPLAT:
+        call = f"simd.{SPLAT[intrinsic.result]}({call})"
+    store = {types.int32: "store_i32", types.float32: "store_f32", **STORE}.get(intrinsic.result)
     body.append(f"simd.{store}(address(out), {call})" if store else call)
     scope = {"simd": simd, "address": address, "load_i32": load_i32}
     exec(f"def f({', '.join([*takes, 'out'])}):\n    " + "\n    ".join(body), scope)
     return njit(scope["f"])
 
 
-PLAIN = [name for name, word in WORDS.items() if word.result in STORE or word.result in SPLAT]
-WRITERS = [name for name, word in WORDS.items() if word.result is types.void and name != "prefetch"]
+PLAIN = [name for name, intrinsic in INTRINSICS.items() if intrinsic.result in STORE or intrinsic.result in SPLAT]
+WRITERS = [name for name, intrinsic in INTRINSICS.items() if intrinsic.result is types.void and name != "prefetch"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_compiled_word_has_the_bits_of_its_meaning(name):
-    word, rng = WORDS[name], np.random.default_rng(0)
-    function = compiled(name, word)
-    for values in arguments(name, word, rng):
+def test_compiled_intrinsic_has_the_bits_of_its_reference(name):
+    intrinsic, rng = INTRINSICS[name], np.random.default_rng(0)
+    function = compiled(name, intrinsic)
+    for values in arguments(name, intrinsic, rng):
         out = np.zeros(64, np.uint8)
-        function(*(planes(v) if kind is I32x16 else v for kind, v in zip(word.parameters, values)), out)
+        function(*(planes(v) if kind is I32x16 else v for kind, v in zip(intrinsic.parameters, values)), out)
         with np.errstate(all="ignore"):
-            want = word.meaning(*(Pointer(v, 0) if kind is words.Address else v for kind, v in zip(word.parameters, values)))
-            want = np.full(16, want) if word.result in SPLAT else want
+            want = intrinsic.reference(*(Pointer(v, 0) if kind is isa.Address else v for kind, v in zip(intrinsic.parameters, values)))
+            want = np.full(16, want) if intrinsic.result in SPLAT else want
         got = out.view(want.dtype)
         same = got.view(np.uint8) == want.view(np.uint8)
         nan = np.repeat(np.isnan(want), 4) if want.dtype == np.float32 else False       # any NaN is as good as another
@@ -116,13 +116,13 @@ def test_compiled_word_has_the_bits_of_its_meaning(name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_compiled_word_writes_what_its_meaning_writes(name):
-    word, rng = WORDS[name], np.random.default_rng(0)
-    function = compiled(name, word)
-    for values in arguments(name, word, rng):
-        slow = [v.copy() if kind is words.Address else v for kind, v in zip(word.parameters, values)]
-        word.meaning(*(Pointer(v, 0) if kind is words.Address else v for kind, v in zip(word.parameters, slow)))
-        function(*(planes(v) if kind is I32x16 else v for kind, v in zip(word.parameters, values)), np.zeros(1))
+def test_compiled_intrinsic_writes_what_its_reference_writes(name):
+    intrinsic, rng = INTRINSICS[name], np.random.default_rng(0)
+    function = compiled(name, intrinsic)
+    for values in arguments(name, intrinsic, rng):
+        slow = [v.copy() if kind is isa.Address else v for kind, v in zip(intrinsic.parameters, values)]
+        intrinsic.reference(*(Pointer(v, 0) if kind is isa.Address else v for kind, v in zip(intrinsic.parameters, slow)))
+        function(*(planes(v) if kind is I32x16 else v for kind, v in zip(intrinsic.parameters, values)), np.zeros(1))
         assert np.array_equal(values[0], slow[0]), (name, values[1:])
 
 
@@ -132,7 +132,7 @@ def test_half_precision_of_every_half_and_all_around():
     middle = (halves[:-1] + halves[1:]) / np.float32(2)
     values = np.concatenate([halves, middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(0))])
     values = np.resize(np.concatenate([values, -values]), (len(values) // 8 + 1) * 16).reshape(-1, 16)
-    rounded = compiled("round_f16", WORDS["round_f16"])
+    rounded = compiled("round_f16", INTRINSICS["round_f16"])
     for v in values:
         out = np.zeros(16, np.float32)
         rounded(v, out)
@@ -140,18 +140,18 @@ def test_half_precision_of_every_half_and_all_around():
 
 
 def test_every_exponent_of_e8m0():
-    load, every = compiled("load_e8m0", WORDS["load_e8m0"]), np.arange(256, dtype=np.uint8)
+    load, every = compiled("load_e8m0", INTRINSICS["load_e8m0"]), np.arange(256, dtype=np.uint8)
     for e in every.reshape(16, 16):
         out = np.zeros(16, np.float32)
         load(np.resize(e, 64), out)
         assert out.tolist() == [2.0 ** (int(i) - 128) for i in e]
 
 
-def test_every_word_is_tested():
+def test_every_intrinsic_is_tested():
     apart = {"at", "prefetch"}           # the first is used by every other test, the second does nothing
-    assert set(WORDS) == set(PLAIN) | set(WRITERS) | apart
-    for word in WORDS.values():
-        assert "every" in word.bodies or set(ORDER) - set(word.bodies) <= {"avxvnni"}, word.meaning.__name__
+    assert set(INTRINSICS) == set(PLAIN) | set(WRITERS) | apart
+    for intrinsic in INTRINSICS.values():
+        assert "every" in intrinsic.bodies or set(ORDER) - set(intrinsic.bodies) <= {"avxvnni"}, intrinsic.reference.__name__
 
 
 def rows16(tile, n_blocks, x, step, out):
@@ -206,9 +206,9 @@ def test_fused_multiply_add_rounds_once():
             assert r == rounded_once(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)))
 
 
-def test_fused_multiply_add_meaning_and_compiled_where_rounding_twice_would_show():
+def test_fused_multiply_add_in_numpy_and_compiled_where_rounding_twice_would_show():
     """Products that lie exactly halfway between two float32, and a summand far below that decides; and results among the denormals."""
-    fused = compiled("fma", WORDS["fma"])
+    fused = compiled("fma", INTRINSICS["fma"])
     x = np.float32(1 + 2**-12)              # x * x = 1 + 2^-11 + 2^-24, half a step above a float32
     for sign in (1, -1):
         for tiny in (2.0**-60, -(2.0**-60), 0.0, 2.0**-140):
@@ -232,10 +232,10 @@ def test_fused_multiply_add_meaning_and_compiled_where_rounding_twice_would_show
 
 def test_choice_of_instruction_set():
     full = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"), True)
-    assert words.best_isa(full) == "avx512" and words.best_isa(full | {"avx512vnni": False}) == "avx2" and words.best_isa({}) == "portable"
-    assert words.best_isa(full | {"avx512vl": False, "avxvnni": True}) == "avxvnni"
-    assert words.chosen_isa(None, "avx2") == words.chosen_isa("", "avx2") == "avx2" and words.chosen_isa("portable", "avx512") == "portable"
+    assert isa.best_isa(full) == "avx512" and isa.best_isa(full | {"avx512vnni": False}) == "avx2" and isa.best_isa({}) == "portable"
+    assert isa.best_isa(full | {"avx512vl": False, "avxvnni": True}) == "avxvnni"
+    assert isa.chosen_isa(None, "avx2") == isa.chosen_isa("", "avx2") == "avx2" and isa.chosen_isa("portable", "avx512") == "portable"
     with pytest.raises(ValueError, match="expected one of avx512, avxvnni, avx2, portable"):
-        words.chosen_isa("sse", "avx512")
+        isa.chosen_isa("sse", "avx512")
     with pytest.raises(ValueError, match="this machine has avx2 at most"):
-        words.chosen_isa("avx512", "avx2")
+        isa.chosen_isa("avx512", "avx2")

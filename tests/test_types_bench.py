@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from refimpl.formats.quants.codecs import QUANTIZABLE
-from refimpl.kernels.machine.unpack import SHAPES
+from refimpl.kernels.machine.unpack import LAYOUTS
 from refimpl.lab.bench import types_bench as module
 from refimpl.lab.bench.types_bench import errors, in_turn, measure_types
 
@@ -16,7 +16,7 @@ def test_rows_hold_size_speed_and_error(monkeypatch):
     monkeypatch.setattr(module, "matmul_q8", lambda x, w: made.append((w.type, len(x), w.shape)))
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
     rows = measure_types(threads=(1,), repetitions=2, decode_bytes=1 << 20, prompt_rows=32)
-    assert [row["type"] for row in rows] == list(SHAPES) and {"Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"} <= set(SHAPES)
+    assert [row["type"] for row in rows] == list(LAYOUTS) and {"Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"} <= set(LAYOUTS)
     by_type = {row["type"]: row for row in rows}
     assert {name: by_type[name]["bits"] for name in ("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "F16")} == {
         "Q2_K": 2.625, "Q3_K": 3.4375, "IQ4_NL": 4.5, "IQ4_XS": 4.25, "MXFP4": 4.25, "F16": 16}

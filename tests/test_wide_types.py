@@ -17,14 +17,14 @@ from refimpl.formats.quants.codecs import DEQUANTIZABLE, dequantize
 from refimpl.host import available
 from refimpl.kernels.machine import tiles
 from refimpl.kernels.machine.tiles import held_bytes, tiled
-from refimpl.kernels.machine.unpack import SHAPES
+from refimpl.kernels.machine.unpack import LAYOUTS
 from refimpl.kernels.matmul import matmul, matmul_q8
 from refimpl.loading.memory import MemoryRefusal, needed
 from refimpl.model.weights import weights_from_gguf
 from refimpl.reference.matmul import matmul as matmul_by_hand
 from refimpl.reference.matmul import matmul_q8 as matmul_q8_by_hand
 
-WIDE = sorted(DEQUANTIZABLE - set(SHAPES))
+WIDE = sorted(DEQUANTIZABLE - set(LAYOUTS))
 MIXED = ("IQ3_S", "IQ2_XXS", "Q4_0", "IQ1_M", "IQ2_S", "TQ1_0", "IQ3_XXS", "NVFP4", "IQ1_S", "IQ2_XS", "TQ2_0", "Q1_0", "Q8_K")
 SAMPLE = prompt(20)
 

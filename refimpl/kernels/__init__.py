@@ -1,1 +1,1 @@
-"""The reference's twins in Numba, file by file and function by function. May import formats and kernels/machine; never reference."""
+"""The reference's twins in Numba: the same files, functions and signatures. May import formats and kernels/machine; never reference."""

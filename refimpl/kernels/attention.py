@@ -129,12 +129,12 @@ def plan(first_T, end_T, n_slots, n_head, n_kv, head_dim, n):
 
 # ---- few queries and a chunk: scores
 
-def load(pointer, like):
+def _load_numbers(pointer, like):
     """16 numbers of the cache, as float32."""
     return load_f16(pointer) if like.dtype == np.uint16 else load_f32(pointer)
 
 
-@overload(load, jit_options=INLINE)
+@overload(_load_numbers, jit_options=INLINE)
 def _load(pointer, like):
     if like is types.uint16:
         return lambda pointer, like: load_f16(pointer)
@@ -167,7 +167,7 @@ def _parts_2(w, q0, q1, k0, k1, out):
     a00 = a01 = a10 = a11 = splat_f32(ZERO)
     ahead, step = w.note[w.thread, AHEAD], w.note[w.thread, STEP]
     for d in range(w.head_dim // LANES):
-        key0, key1 = load(at(k0, LANES * w.size * d), w.like), load(at(k1, LANES * w.size * d), w.like)
+        key0, key1 = _load_numbers(at(k0, LANES * w.size * d), w.like), _load_numbers(at(k1, LANES * w.size * d), w.like)
         prefetch(at(k0, ahead))
         prefetch(at(k1, ahead))
         ahead += step
@@ -186,8 +186,8 @@ def _parts_4(w, q0, q1, q2, q3, k0, k1, k2, k3, out):
     a20 = a21 = a22 = a23 = a30 = a31 = a32 = a33 = splat_f32(ZERO)
     ahead, step = w.note[w.thread, AHEAD], w.note[w.thread, STEP]
     for d in range(w.head_dim // LANES):
-        key0, key1 = load(at(k0, LANES * w.size * d), w.like), load(at(k1, LANES * w.size * d), w.like)
-        key2, key3 = load(at(k2, LANES * w.size * d), w.like), load(at(k3, LANES * w.size * d), w.like)
+        key0, key1 = _load_numbers(at(k0, LANES * w.size * d), w.like), _load_numbers(at(k1, LANES * w.size * d), w.like)
+        key2, key3 = _load_numbers(at(k2, LANES * w.size * d), w.like), _load_numbers(at(k3, LANES * w.size * d), w.like)
         prefetch(at(k0, ahead))
         prefetch(at(k1, ahead))
         prefetch(at(k2, ahead))
@@ -280,7 +280,7 @@ def _values_2(w, first, last, low, high):
         a00, a01, a10, a11 = load_f32(sum0), load_f32(at(sum0, 4 * (d - c))), load_f32(sum1), load_f32(at(sum1, 4 * (d - c)))
         for j in range(low, high):
             value = _value(w, j)
-            value0, value1 = load(at(value, w.size * c), w.like), load(at(value, w.size * d), w.like)
+            value0, value1 = _load_numbers(at(value, w.size * c), w.like), _load_numbers(at(value, w.size * d), w.like)
             prefetch(at(value, ahead))
             w0, w1 = splat_from(at(weight0, 4 * j)), splat_from(at(weight1, 4 * j))
             a00, a01, a10, a11 = fma(w0, value0, a00), fma(w0, value1, a01), fma(w1, value0, a10), fma(w1, value1, a11)
@@ -308,8 +308,8 @@ def _values_4(w, first, last, low, high):
         a30, a31, a32, a33 = _sums(state3, c), _sums(state3, d), _sums(state3, e), _sums(state3, f)
         for j in range(low, high):
             value = _value(w, j)
-            value0, value1 = load(at(value, w.size * c), w.like), load(at(value, w.size * d), w.like)
-            value2, value3 = load(at(value, w.size * e), w.like), load(at(value, w.size * f), w.like)
+            value0, value1 = _load_numbers(at(value, w.size * c), w.like), _load_numbers(at(value, w.size * d), w.like)
+            value2, value3 = _load_numbers(at(value, w.size * e), w.like), _load_numbers(at(value, w.size * f), w.like)
             prefetch(at(value, ahead))
             prefetch(at(value, ahead + 2 * step))
             x = splat_from(at(weight0, 4 * j))
@@ -431,7 +431,7 @@ def _span(w, t0, t1, kv0, kv1, first, end, follows):
 
 
 @register_jitable(error_model="numpy")
-def spans_of_thread(w, t0, t1, rows, heads, n):
+def _spans_of_thread(w, t0, t1, rows, heads, n):
     """Does one of n shares of the spans of rows t0..t1-1. They are shared out in order, and by how many positions they have."""
     total = 0
     for t in range(t0, t1, rows):
@@ -449,7 +449,7 @@ def spans_of_thread(w, t0, t1, rows, heads, n):
 
 
 @register_jitable(error_model="numpy")
-def merge_spans(w, t, head, out):
+def _merge_spans(w, t, head, out):
     """The spans of a query, in order, and from them the weighted mean."""
     state = at(w.state, _place_of_state(w, t, head, w.first_T[t] // SPAN))
     largest, total = load_f32(at(state, LARGEST)), load_f32(at(state, WEIGHT))
@@ -481,7 +481,7 @@ def attend_rows(q_TNH, k_SKH, v_SKH, first_T, end_T, rows, wave, heads, state, b
             w = Work(q, k, v, like, size, first_T, end_T, n_slots, n_kv, n_head, head_dim, states, t0, n_spans,
                      at(buffers, 4 * BUFFER * thread), at(buffers, 4 * BUFFER * thread + 16 * CHUNK), note_NX, thread)
             if step % 2 == 0:
-                spans_of_thread(w, t0, t1, rows, heads, n)
+                _spans_of_thread(w, t0, t1, rows, heads, n)
             else:
                 for i in range(thread * (t1 - t0) * n_head // n, (thread + 1) * (t1 - t0) * n_head // n):
-                    merge_spans(w, t0 + i // n_head, i % n_head, at(out, 4 * head_dim * (t0 * n_head + i)))
+                    _merge_spans(w, t0 + i // n_head, i % n_head, at(out, 4 * head_dim * (t0 * n_head + i)))

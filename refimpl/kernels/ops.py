@@ -1,13 +1,14 @@
-"""The small functions between the matrix products, as kernels: the twins of reference/ops.py.
+"""The small functions between the matrix products: norms, activation, soft cap, rotation.
 
-What becomes of a row does not depend on the rows that come with it. Squares are summed in 4 vectors of 16 lanes, in turn, then across
-these and at last across lanes. Decoding calls these functions hundreds of times for one row, so that threads come in only where there is
-much to do.
+A row's result does not depend on the other rows of the call. Squares are summed into 4 vectors of 16 lanes in turn, then across the
+vectors, then across lanes. Decoding calls these functions hundreds of times a token with one row, so they use threads only for large
+arrays.
 """
 
 import numpy as np
 from numba import prange
 
+from refimpl.kernels.machine.checks import mismatch
 from refimpl.kernels.machine.intrinsics import (
     add_f32,
     address,
@@ -26,21 +27,10 @@ from refimpl.kernels.machine.intrinsics import (
 )
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import inline, kernel
-from refimpl.kernels.machine.threads import current
+from refimpl.kernels.machine.threads import threads_for
 from refimpl.kernels.machine.vecmath import gelu16, tanh16
 
-MANY = 1 << 15              # numbers from which on threads share the work; one thread does as many in 5 to 20 us
 ZERO, ONE = np.float32(0), np.float32(1)
-
-
-def threads_for(size: int) -> int:
-    """How many threads to use for this many numbers."""
-    return 1 if size < MANY else current()
-
-
-def refuse(*arrays: np.ndarray):
-    """Raises ValueError and tells types and shapes."""
-    raise ValueError("expected float32 arrays that fit each other, got " + ", ".join(f"{a.dtype} {a.shape}" for a in arrays))
 
 
 @inline
@@ -61,14 +51,14 @@ def _store(pointer, v, n):
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. transformers: Gemma4RMSNorm (the weight is not 1 + w)."""
     if x.dtype != np.float32 or weight.dtype != np.float32 or weight.ndim != 1 or weight.shape != x.shape[-1:]:
-        refuse(x, weight)
+        raise mismatch(x, weight)
     return _norm(x, weight, True, eps)
 
 
 def rms_normalise(x: np.ndarray, eps: float) -> np.ndarray:
-    """The norm without a weight, as used on values and in front of the router."""
+    """The norm without a weight: used on values, and before the router."""
     if x.dtype != np.float32 or not x.ndim:
-        refuse(x)
+        raise mismatch(x)
     return _norm(x, x, False, eps)
 
 
@@ -103,7 +93,7 @@ def _norm_part(x, weight, weighted, eps, width, out, first, end):
 
 @kernel(parallel=True)
 def norm_rows(x, weight, weighted, eps, width, out, n):
-    """Either norm of the rows of `width` numbers in x, on n threads."""
+    """Either norm of x's rows of `width` numbers, on n threads."""
     a, b, to, n_rows = address(x), address(weight), address(out), x.size // width
     if n == 1:
         _norm_part(a, b, weighted, eps, width, to, 0, n_rows)
@@ -113,12 +103,12 @@ def norm_rows(x, weight, weighted, eps, width, out, n):
             _norm_part(a, b, weighted, eps, width, to, thread * n_rows // n, (thread + 1) * n_rows // n)
 
 
-# ---- number by number
+# ---- elementwise
 
 def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """gelu(gate) * up: what a gated feed-forward network does between its matrices."""
+    """gelu(gate) * up: what a gated feed-forward network computes between its matrices."""
     if gate.dtype != np.float32 or up.dtype != np.float32 or gate.shape != up.shape:
-        refuse(gate, up)
+        raise mismatch(gate, up)
     out = np.empty(gate.size, np.float32)
     gated_numbers(gate.ravel(), up.ravel(), out, threads_for(out.size))
     return out.reshape(gate.shape)
@@ -144,9 +134,9 @@ def gated_numbers(gate, up, out, n):
 
 
 def softcap(x: np.ndarray, cap: float) -> np.ndarray:
-    """cap * tanh(x / cap): squeezes logits into (-cap, cap). Gemma 2 (arXiv:2408.00118), section 2."""
+    """cap * tanh(x / cap): limits logits to (-cap, cap). Gemma 2 (arXiv:2408.00118), section 2."""
     if x.dtype != np.float32:
-        refuse(x)
+        raise mismatch(x)
     out = np.empty(x.size, np.float32)
     capped_numbers(x.ravel(), float(cap), out, threads_for(out.size))
     return out.reshape(x.shape)
@@ -175,10 +165,10 @@ def capped_numbers(x, cap, out, n):
 # ---- rotation
 
 def rotate(x_TNH: np.ndarray, cos_TR: np.ndarray, sin_TR: np.ndarray) -> np.ndarray:
-    """Rotates pair (x[r], x[r + R]) of each head by its angle: NeoX pairing, halves and not neighbours."""
+    """Rotates each head's pairs (x[r], x[r + R]) by their angles: NeoX pairing, halves and not neighbours."""
     if (x_TNH.dtype != np.float32 or cos_TR.dtype != np.float32 or sin_TR.dtype != np.float32 or x_TNH.ndim != 3 or x_TNH.shape[2] % 2
             or cos_TR.shape != sin_TR.shape or cos_TR.shape != (x_TNH.shape[0], x_TNH.shape[2] // 2)):
-        refuse(x_TNH, cos_TR, sin_TR)
+        raise mismatch(x_TNH, cos_TR, sin_TR)
     out = np.empty(x_TNH.size, np.float32)
     if out.size:
         rotate_heads(x_TNH.ravel(), cos_TR.ravel(), sin_TR.ravel(), x_TNH.shape[1], x_TNH.shape[2] // 2, out, threads_for(out.size))
@@ -187,7 +177,7 @@ def rotate(x_TNH: np.ndarray, cos_TR: np.ndarray, sin_TR: np.ndarray) -> np.ndar
 
 @inline
 def _rotated_part(x, cos, sin, n_head, n_pairs, out, first, end):
-    """Heads first..end-1, counted through all rows."""
+    """Heads first..end-1, counted across all rows."""
     for head in range(first, end):
         angle, pairs = 4 * n_pairs * (head // n_head), 8 * n_pairs * head
         for r in range(0, n_pairs, LANES):

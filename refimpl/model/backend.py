@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -13,52 +14,77 @@ from refimpl.host import keep_freed_memory
 ARITHMETIC = ("q8", "exact")
 
 
-@dataclass(frozen=True)
-class Backend:
-    """The functions, what keys and values are kept in, and how a matrix is held.
+class Prepared(Protocol):
+    """A weight matrix in the form that a backend multiplies with: a Matrix for the reference, Tiles for the kernels."""
 
-    `prepare(matrix)` gives a matrix of the file the form that `matmul`, `run_experts` and `matmul_chosen` take; `held(matrix)` is how many
-    bytes that takes. All calls belong inside `running()`.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, D), or (E, O, D) for experts."""
+
+    @property
+    def type(self) -> str:
+        """The weight type, such as "Q4_0"."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory held."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The functions, the type of keys and values in the cache, and how a matrix is held.
+
+    `prepare(matrix)` turns a matrix of the file into what `matmul`, `run_experts` and `matmul_chosen` take; `held(matrix)` is how many
+    bytes that needs. All calls belong inside `running()`.
     """
 
     name: str
     arithmetic: str
     threads: int
-    matmul: Callable
-    attend: Callable
-    choose: Callable
-    run_experts: Callable
-    matmul_chosen: Callable
-    rms_norm: Callable
-    rms_normalise: Callable
-    gated: Callable
-    rotate: Callable
-    softcap: Callable
+    matmul: Callable[[np.ndarray, Prepared], np.ndarray]
+    attend: Callable[..., np.ndarray]
+    route: Callable[..., tuple[np.ndarray, np.ndarray]]
+    run_experts: Callable[..., np.ndarray]
+    matmul_chosen: Callable[[np.ndarray, np.ndarray, Prepared], np.ndarray]
+    rms_norm: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+    rms_normalise: Callable[[np.ndarray, float], np.ndarray]
+    gated: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    rotate: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    softcap: Callable[[np.ndarray, float], np.ndarray]
     kv_type: np.dtype
-    prepare: Callable[[Matrix], object]
+    prepare: Callable[[Matrix], Prepared]
     held: Callable[[Matrix], int]
     running: Callable[[], AbstractContextManager]
 
 
 def reference_backend(arithmetic: str, prepare: Callable[[Matrix], Matrix]) -> Backend:
     """NumPy, in "exact" or "q8" arithmetic; keys and values in float32."""
-    from refimpl.reference import attention, matmul, moe, ops
+    from refimpl.reference import attention, matmul, matmul_chosen, moe, ops
 
-    product = {"exact": matmul.matmul, "q8": matmul.matmul_q8}[arithmetic]
-    return Backend("reference", arithmetic, 1, product, attention.attend, moe.choose, partial(moe.run_experts, product),
-                   partial(moe.matmul_chosen, product), ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap,
-                   np.dtype(np.float32), prepare, stored_bytes, nullcontext)
+    return Backend(name="reference", arithmetic=arithmetic, threads=1, kv_type=np.dtype(np.float32), prepare=prepare, held=stored_bytes,
+                   running=nullcontext, **_functions(arithmetic, attention, matmul, matmul_chosen, moe, ops))
 
 
 def kernel_backend(arithmetic: str, threads: int) -> Backend:
-    """Numba on `threads` threads. Keys and values are kept in float16 for "q8", in float32 for "exact"."""
-    from refimpl.kernels import attention, matmul, moe, ops
+    """Numba on `threads` threads. Keys and values are float16 for "q8", float32 for "exact"."""
+    from refimpl.kernels import attention, matmul, matmul_chosen, moe, ops
     from refimpl.kernels.machine import tiles
     from refimpl.kernels.machine.threads import running
 
     keep_freed_memory()
-    product, kv_type = {"exact": (matmul.matmul, np.float32), "q8": (matmul.matmul_q8, np.float16)}[arithmetic]
-    return Backend("kernels", arithmetic, threads, product, attention.attend, moe.choose, partial(moe.run_experts, product),
-                   partial(moe.matmul_chosen, product), ops.rms_norm, ops.rms_normalise, ops.gated, ops.rotate, ops.softcap,
-                   np.dtype(kv_type),
-                   partial(tiles.tiled, n_threads=threads), tiles.held_bytes, partial(running, threads))
+    kv_type = {"exact": np.float32, "q8": np.float16}[arithmetic]
+    return Backend(name="kernels", arithmetic=arithmetic, threads=threads, kv_type=np.dtype(kv_type),
+                   prepare=partial(tiles.tiled, n_threads=threads), held=tiles.held_bytes, running=partial(running, threads),
+                   **_functions(arithmetic, attention, matmul, matmul_chosen, moe, ops))
+
+
+def _functions(arithmetic: str, attention, matmul, matmul_chosen, moe, ops) -> dict[str, Callable]:
+    """The functions of a Backend, from the five modules of the reference or of the kernels."""
+    return {
+        "matmul": {"exact": matmul.matmul, "q8": matmul.matmul_q8}[arithmetic],
+        "matmul_chosen": partial(matmul_chosen.matmul_chosen, arithmetic),
+        "attend": attention.attend,
+        "route": moe.route,
+        "run_experts": partial(moe.run_experts, arithmetic),
+        "rms_norm": ops.rms_norm, "rms_normalise": ops.rms_normalise, "gated": ops.gated, "rotate": ops.rotate, "softcap": ops.softcap,
+    }

@@ -148,7 +148,7 @@ def moe_ffn(w: MoeWeights, n_used: int, x_TD: np.ndarray, normed_TD: np.ndarray,
 
     router_in_TD = backend.rms_normalise(x_TD, eps) * w.router_scale_D * np.float32(x_TD.shape[1] ** -0.5)
     logit_TE = tap("ffn_moe_logits", backend.matmul(router_in_TD, w.router_ED))
-    id_TX, weight_TX = backend.choose(logit_TE, n_used, w.expert_scale_E)
+    id_TX, weight_TX = backend.route(logit_TE, n_used, w.expert_scale_E)
     id_TX, weight_TX = tap("ffn_moe_topk", id_TX), tap("ffn_moe_weights", weight_TX)
 
     expert_in_TD = tap("ffn_norm_2", backend.rms_norm(x_TD, w.norm_before_experts_D, eps))

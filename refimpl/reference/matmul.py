@@ -1,6 +1,6 @@
-"""The product of activations with a weight matrix: where nearly all the time and all the bytes go.
+"""The product of activations with a weight matrix: nearly all of the time and of the bytes.
 
-Twice: `exact`, with weights as float32; and `q8`, with both sides as integers inside a block, as ggml computes.
+In two arithmetics: "exact", with weights dequantized to float32; and "q8", with integers on both sides inside a block, as ggml computes.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from refimpl.formats.quants.k.q3_k import codes_q3_k, scales_q3_k
 from refimpl.formats.quants.k.q4_k import codes_q4_k, unpack_scales
 from refimpl.formats.quants.k.q5_k import codes_q5_k
 from refimpl.formats.quants.k.q6_k import codes_q6_k
-from refimpl.reference.activations import round_activations
+from refimpl.reference.activations import quantize_activations
 from refimpl.reference.ops import fma
 
 
 def matmul(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
     """y[t, o] = sum over d of x[t, d] * w[o, d]. float32 (T, D) and a Matrix of (O, D) -> float32 (T, O).
 
-    The weights are dequantized chunk by chunk and forgotten again, so that a matrix larger than memory could be used.
-    einsum without `optimize` adds each row up in the same order however many rows there are; BLAS does not.
+    Weights are dequantized chunk by chunk, so the matrix may be larger than memory.
+    einsum without `optimize` sums each row in the same order however many rows there are; BLAS does not.
     """
     y_TO = np.empty((x_TD.shape[0], w_OD.shape[0]), np.float32)
     for first, end in w_OD.row_chunks():
@@ -35,15 +35,15 @@ def matmul(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
 
 
 def matmul_q8(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
-    """The same product with activations rounded to 8 bits (see activations.py). Weights of F16, BF16 and F32, and of types for which there
-    is no integer arithmetic here (IQ1 to IQ3, TQ, NVFP4, ...: not in LEVELS), stay with `matmul`.
+    """The same product with activations quantized to 8 bits (activations.py). Weights without integer arithmetic (F32, F16, BF16, and types
+    that are not in CODES: IQ1 to IQ3, TQ, NVFP4, ...) are multiplied by `matmul`.
 
-    Inside a block everything is an integer and exact; the blocks of a row are added in order, each with one fused multiply-add (two
-    where the type has a minimum). (ggml fuses and orders as its vector width suggests.)
+    Inside a block everything is an integer and exact; the blocks of a row are added in order, each with one fused multiply-add (two where
+    the type has a minimum). (In ggml, fusing and order depend on the vector width.)
     """
-    if w_OD.type not in LEVELS:
+    if w_OD.type not in CODES:
         return matmul(x_TD, w_OD)
-    x = round_activations(x_TD, w_OD.type)
+    x = quantize_activations(x_TD, w_OD.type)
     y_TO = np.empty((x_TD.shape[0], w_OD.shape[0]), np.float32)
     for first, end in w_OD.row_chunks():
         w = integer_parts(w_OD.rows(first, end))
@@ -60,6 +60,9 @@ def matmul_q8(x_TD: np.ndarray, w_OD: Matrix) -> np.ndarray:
     return y_TO
 
 
+MATMUL = {"exact": matmul, "q8": matmul_q8}         # by arithmetic
+
+
 @dataclass(frozen=True)
 class NoMinimum:
     """w = d * q."""
@@ -67,7 +70,7 @@ class NoMinimum:
 
 @dataclass(frozen=True)
 class IntegerMinimum:
-    """w = d * q - dmin * low, `low` an integer of the sub-block."""
+    """w = d * q - dmin * low, `low` an integer for each sub-block."""
 
     low_OBQ: np.ndarray
     dmin_OB: np.ndarray
@@ -82,14 +85,14 @@ class FloatMinimum:
 
 @dataclass(frozen=True)
 class IntegerParts:
-    """A matrix as integers (int32, sub-block scales already in them), the scales of its blocks (float32), and its minimums."""
+    """A matrix as integers (int32, with the sub-block scales multiplied in), the scales of its blocks (float32), and its minimums."""
 
     q_OBQ: np.ndarray
     d_OB: np.ndarray
     minimum: NoMinimum | IntegerMinimum | FloatMinimum
 
 
-LEVELS = {"Q4_0": codes_q4_0, "Q4_1": codes_q4_1, "Q5_0": codes_q5_0, "Q5_1": codes_q5_1, "Q8_0": lambda blocks: blocks["qs"],
+CODES = {"Q4_0": codes_q4_0, "Q4_1": codes_q4_1, "Q5_0": codes_q5_0, "Q5_1": codes_q5_1, "Q8_0": lambda blocks: blocks["qs"],
           "Q2_K": codes_q2_k, "Q3_K": codes_q3_k, "Q4_K": codes_q4_k, "Q5_K": codes_q5_k, "Q6_K": codes_q6_k,
           "IQ4_NL": values_iq4, "IQ4_XS": values_iq4, "MXFP4": values_mxfp4}
 # of the sub-blocks of a superblock; scales alone, or scales and minimums
@@ -99,9 +102,9 @@ SCALES_AND_MINIMUMS = {"Q2_K": scales_q2_k, "Q4_K": lambda blocks: unpack_scales
 
 
 def integer_parts(w_OD: Matrix) -> IntegerParts:
-    """A quantized matrix taken apart. Formulas: formats/."""
+    """Splits a quantized matrix into integers, scales and minimums. Formulas: formats/quants/."""
     blocks = fields_of(w_OD.raw, BLOCKS[w_OD.type])
-    q_OBQ = LEVELS[w_OD.type](blocks).astype(np.int32)
+    q_OBQ = CODES[w_OD.type](blocks).astype(np.int32)
     d_OB = scales_mxfp4(blocks) if w_OD.type == "MXFP4" else blocks["d"].astype(np.float32)
     if w_OD.type in ("Q4_1", "Q5_1"):
         return IntegerParts(q_OBQ, d_OB, FloatMinimum(blocks["m"].astype(np.float32)))
@@ -114,5 +117,5 @@ def integer_parts(w_OD: Matrix) -> IntegerParts:
 
 
 def _spread(part_OBS: np.ndarray, q_OBQ: np.ndarray) -> np.ndarray:
-    """A number of each sub-block, for each of its weights."""
+    """A number for each sub-block, repeated for its weights."""
     return np.repeat(part_OBS.astype(np.int32), q_OBQ.shape[-1] // part_OBS.shape[-1], axis=-1)

@@ -1,6 +1,6 @@
-"""The small functions between the matrix products: norms, rotation, activation, softmax. They exist once, for all backends.
+"""The small functions between the matrix products: norms, activation, softmax, soft cap, rotation.
 
-float32 in, float32 out, and every constant is made float32 before it meets an array: in NumPy 2 a float64 scalar is contagious.
+float32 in, float32 out. Every constant becomes float32 before it meets an array: in NumPy 2 a float64 scalar makes the result float64.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def rms_normalise(x: np.ndarray, eps: float) -> np.ndarray:
-    """The norm without a weight, as used on values and in front of the router."""
+    """The norm without a weight: used on values, and before the router."""
     mean_square = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
     return x * (mean_square + np.float32(eps)) ** np.float32(-0.5)
 
@@ -24,18 +24,18 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """gelu(gate) * up: what a gated feed-forward network does between its matrices."""
+    """gelu(gate) * up: what a gated feed-forward network computes between its matrices."""
     return gelu(gate) * up
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """exp(x) / sum(exp(x)) over the last axis, the maximum taken out first. -inf gets weight 0."""
+    """exp(x) / sum(exp(x)) over the last axis, the maximum subtracted first. -inf gets weight 0."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True, dtype=np.float32)
 
 
 def softcap(x: np.ndarray, cap: float) -> np.ndarray:
-    """cap * tanh(x / cap): squeezes logits into (-cap, cap). Gemma 2 (arXiv:2408.00118), section 2."""
+    """cap * tanh(x / cap): limits logits to (-cap, cap). Gemma 2 (arXiv:2408.00118), section 2."""
     return np.tanh(x / np.float32(cap)) * np.float32(cap)
 
 
@@ -73,7 +73,7 @@ def rope_angles(pos_T: np.ndarray, frequency_R: np.ndarray) -> tuple[np.ndarray,
 
 
 def rotate(x_TNH: np.ndarray, cos_TR: np.ndarray, sin_TR: np.ndarray) -> np.ndarray:
-    """Rotates pair (x[r], x[r + R]) of each head by its angle: NeoX pairing, halves and not neighbours."""
+    """Rotates each head's pairs (x[r], x[r + R]) by their angles: NeoX pairing, halves and not neighbours."""
     n_pairs = x_TNH.shape[-1] // 2
     a, b = x_TNH[..., :n_pairs], x_TNH[..., n_pairs:]
     cos, sin = cos_TR[:, None], sin_TR[:, None]

@@ -1,4 +1,1 @@
-"""What the kernels are made of: instruction sets, intrinsics, compiling, threads, weights in tiles.
-
-May import formats and host; no twins.
-"""
+"""What the twins are built from: instruction sets, intrinsics, compilation, threads, weights in tiles. May import formats and host."""

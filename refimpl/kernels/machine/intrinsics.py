@@ -1,11 +1,11 @@
-"""A small vector vocabulary for Numba: words that a kernel uses like ordinary functions and that stay in registers.
+"""SIMD intrinsics for Numba: functions that compile to a few vector instructions.
 
-Every word is defined by its NumPy body, which is its meaning: a kernel called as plain Python runs on these bodies (slowly, with every
-access checked against the array it points into). In a kernel compiled by Numba each word becomes a few instructions, chosen for the
-instruction set `ISA` (words.py). All bodies of a word give the same bits. Integers are exact, every float word is correctly rounded IEEE
-arithmetic lane by lane, and a multiply-add is fused only where `fma` is written.
+Each is defined by its NumPy body, the reference: a kernel called as plain Python runs on these (slowly, with every access checked against
+the array it points into). In a compiled kernel an intrinsic becomes a few instructions of the instruction set `ISA` (isa.py), and its
+vectors stay in registers. All bodies give the same bits: integers are exact, every float intrinsic is correctly rounded IEEE arithmetic
+lane by lane, and a multiply-add is fused only where `fma` is written.
 
-A vector is one of three types. `U8x64` holds 64 bytes: 16 lanes of 4. `I32x16` and `F32x16` hold 16 lanes.
+There are three vector types: `U8x64` holds 64 bytes, as 16 lanes of 4; `I32x16` and `F32x16` hold 16 lanes.
 """
 
 from functools import partial
@@ -32,19 +32,19 @@ from refimpl.kernels.machine.isa import (
     U8x64,
     by_halves,
     call,
+    intrinsic,
     lanes,
     load,
     part,
     splat,
     store,
-    word,
 )
 
 # ---- memory
 
 def address(array: np.ndarray) -> Pointer:
-    """Where a contiguous array's bytes begin. Numba frees an array behind the last line that names it, so take the address where it is
-    used, in the body of a parallel loop too. (A slice there would count references across threads, this does not.)
+    """Where a contiguous array's bytes begin. Numba frees an array after the last line that names it, so take the address where it is
+    used, in the body of a parallel loop too. (A slice there would count references across threads; this does not.)
     """
     return Pointer(array.reshape(-1).view(np.uint8), 0)
 
@@ -59,19 +59,19 @@ def _address_of(context, builder, sig, args):
     return builder.bitcast(context.make_array(sig.args[0])(context, builder, args[0]).data, BYTE.as_pointer())
 
 
-@word(Address, Address, types.intp, every=lambda builder, pointer, n_bytes: builder.gep(pointer, [n_bytes]))
+@intrinsic(Address, Address, types.intp, every=lambda builder, pointer, n_bytes: builder.gep(pointer, [n_bytes]))
 def at(pointer, n_bytes):
     """The address `n_bytes` further on."""
     return Pointer(pointer.data, pointer.offset + n_bytes)
 
 
-@word(U8x64, Address, every=lambda builder, pointer: load(builder, pointer, U8x64.llvm))
+@intrinsic(U8x64, Address, every=lambda builder, pointer: load(builder, pointer, U8x64.llvm))
 def load_u8(pointer):
     """64 bytes."""
     return pointer.span(64).copy()
 
 
-@word(F32x16, Address, every=lambda builder, pointer: load(builder, pointer, F32x16.llvm))
+@intrinsic(F32x16, Address, every=lambda builder, pointer: load(builder, pointer, F32x16.llvm))
 def load_f32(pointer):
     """16 float32."""
     return pointer.span(64).copy().view(np.float32)
@@ -82,7 +82,7 @@ def _half_hardware(builder, pointer):
 
 
 def _half_from_bits(builder, h):
-    """In integers (without F16C LLVM would call a library that need not be there): moves the fields, mends the exponent by a product."""
+    """In integers (without F16C LLVM would call a library that need not exist): moves the fields and corrects the exponent by a product."""
     magnitude = builder.and_(h, lanes(0x7FFF))
     moved = builder.shl(magnitude, lanes(13))
     number = builder.bitcast(builder.fmul(builder.bitcast(moved, F32x16.llvm), ir.Constant(F32x16.llvm, [2.0 ** 112] * LANES)), I32x16.llvm)
@@ -96,19 +96,19 @@ def _half_portable(builder, pointer):
     return _half_from_bits(builder, builder.zext(load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm))
 
 
-@word(F32x16, Address, avx512=_half_hardware, avx2=_half_hardware, portable=_half_portable)
+@intrinsic(F32x16, Address, avx512=_half_hardware, avx2=_half_hardware, portable=_half_portable)
 def load_f16(pointer):
     """16 float16, as float32. Exact."""
     return pointer.span(32).copy().view(np.float16).astype(np.float32)
 
 
-@word(I32x16, Address, every=lambda builder, pointer: builder.zext(load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm))
+@intrinsic(I32x16, Address, every=lambda builder, pointer: builder.zext(load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm))
 def load_u8_as_i32(pointer):
     """16 unsigned bytes, each as an int32 lane."""
     return pointer.span(16).astype(np.int32)
 
 
-@word(I32x16, Address, every=lambda builder, pointer: builder.sext(load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm))
+@intrinsic(I32x16, Address, every=lambda builder, pointer: builder.sext(load(builder, pointer, ir.VectorType(BYTE, LANES)), I32x16.llvm))
 def load_i8_as_i32(pointer):
     """16 signed bytes, each as an int32 lane."""
     return pointer.span(16).view(np.int8).astype(np.int32)
@@ -121,25 +121,25 @@ def _load_e8m0(builder, pointer):
     return builder.bitcast(builder.select(builder.icmp_signed("<", e, lanes(2)), denormal, normal), F32x16.llvm)
 
 
-@word(F32x16, Address, every=_load_e8m0)
+@intrinsic(F32x16, Address, every=_load_e8m0)
 def load_e8m0(pointer):
     """16 unsigned bytes e, each as 2^(e - 128). Exact; the first two are denormal."""
     return np.ldexp(np.float32(1), pointer.span(16).astype(np.int32) - 128)
 
 
-@word(types.void, Address, F32x16, every=store)
+@intrinsic(types.void, Address, F32x16, every=store)
 def store_f32(pointer, v):
     """Writes 16 float32."""
     pointer.span(64)[:] = v.view(np.uint8)
 
 
-@word(types.void, Address, I32x16, every=store)
+@intrinsic(types.void, Address, I32x16, every=store)
 def store_i32(pointer, v):
     """Writes 16 int32."""
     pointer.span(64)[:] = v.view(np.uint8)
 
 
-@word(types.void, Address, U8x64, every=store)
+@intrinsic(types.void, Address, U8x64, every=store)
 def store_u8(pointer, v):
     """Writes 64 bytes."""
     pointer.span(64)[:] = v
@@ -161,13 +161,13 @@ def _store_part(builder, pointer, v, n):
     call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), v, pointer, INT(1), _inside(builder, n))
 
 
-@word(F32x16, Address, types.intp, every=_load_part)
+@intrinsic(F32x16, Address, types.intp, every=_load_part)
 def load_f32_part(pointer, n):
-    """n float32 (at most 16), and zeros behind them."""
+    """n float32 (at most 16), then zeros."""
     return np.append(pointer.span(4 * n).copy().view(np.float32), np.zeros(LANES - n, np.float32))
 
 
-@word(types.void, Address, F32x16, types.intp, every=_store_part)
+@intrinsic(types.void, Address, F32x16, types.intp, every=_store_part)
 def store_f32_part(pointer, v, n):
     """Writes the first n lanes (at most 16)."""
     pointer.span(4 * n)[:] = v[:n].view(np.uint8)
@@ -178,15 +178,16 @@ def _load_bf16(builder, pointer):
     return builder.bitcast(builder.shl(raw, lanes(16)), F32x16.llvm)
 
 
-@word(F32x16, Address, every=_load_bf16)
+@intrinsic(F32x16, Address, every=_load_bf16)
 def load_bf16(pointer):
     """16 bfloat16, as float32. Exact."""
     return (pointer.span(32).copy().view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _to_half_portable(builder, v):
-    """In integers. Above the smallest normal half: round the 13 bits off by adding just under half of them, and one more when odd.
-    Below: adding 0.5 lets the float adder round at the right place."""
+    """In integers. Above the smallest normal half: rounds 13 bits off by adding just under half of their range, and one more when odd.
+    Below: adding 0.5 lets the float adder round at the right place.
+    """
     raw = builder.bitcast(v, I32x16.llvm)
     magnitude = builder.and_(raw, lanes(0x7FFFFFFF))
     odd = builder.and_(builder.lshr(magnitude, lanes(13)), lanes(1))
@@ -204,7 +205,8 @@ def _to_half_hardware(builder, v):
     return builder.fptrunc(v, ir.VectorType(HALF, LANES))
 
 
-@word(types.void, Address, I32x16, every=lambda builder, pointer, v: store(builder, pointer, builder.trunc(v, ir.VectorType(BYTE, LANES))))
+@intrinsic(types.void, Address, I32x16,
+           every=lambda builder, pointer, v: store(builder, pointer, builder.trunc(v, ir.VectorType(BYTE, LANES))))
 def store_i8(pointer, v):
     """Writes the low byte of every lane."""
     pointer.span(16)[:] = v.astype(np.uint32).astype(np.uint8)
@@ -215,27 +217,28 @@ def _copy(n_bytes: int):
     return lambda builder, to, source: store(builder, to, builder.load(builder.bitcast(source, kind.as_pointer()), align=1))
 
 
-@word(types.void, Address, Address, every=_copy(1))
+@intrinsic(types.void, Address, Address, every=_copy(1))
 def copy1(to, source):
     """Copies a byte."""
     to.span(1)[:] = source.span(1)
 
 
-@word(types.void, Address, Address, every=_copy(2))
+@intrinsic(types.void, Address, Address, every=_copy(2))
 def copy2(to, source):
     """Copies 2 bytes."""
     to.span(2)[:] = source.span(2)
 
 
-@word(types.void, Address, Address, every=_copy(4))
+@intrinsic(types.void, Address, Address, every=_copy(4))
 def copy4(to, source):
     """Copies 4 bytes."""
     to.span(4)[:] = source.span(4)
 
 
-@word(types.void, Address, every=lambda builder, pointer: call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, INT(0), INT(2), INT(1)))
+@intrinsic(types.void, Address,
+           every=lambda builder, pointer: call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, INT(0), INT(2), INT(1)))
 def prefetch(pointer):
-    """Says that this address will be read soon. It need not be a valid one."""
+    """Hints that this address will be read soon. It need not be valid."""
 
 
 # ---- bytes
@@ -246,7 +249,7 @@ def _bytes(builder, byte):
 
 
 def _bits(builder, v, shift, mask):
-    """By lanes of 32 bits, there is no shift of bytes; the mask takes out what comes over from the next byte."""
+    """By lanes of 32 bits, there is no shift of bytes; the mask clears what comes over from the next byte."""
     shifted = builder.lshr(builder.bitcast(v, I32x16.llvm), splat(builder, builder.trunc(shift, INT)))
     kept = builder.and_(mask, builder.lshr(mask.type(255), shift))
     return builder.bitcast(builder.and_(shifted, _bytes(builder, kept)), U8x64.llvm)
@@ -258,13 +261,13 @@ def _or_shifted(builder, a, b, shift):
     return builder.or_(a, builder.bitcast(builder.and_(shifted, _bytes(builder, kept)), U8x64.llvm))
 
 
-@word(U8x64, U8x64, types.intp, types.intp, every=_bits)
+@intrinsic(U8x64, U8x64, types.intp, types.intp, every=_bits)
 def bits(v, shift, mask):
     """(v >> shift) & mask, byte by byte; shift 0 to 7."""
     return (v >> np.uint8(shift)) & np.uint8(mask)
 
 
-@word(U8x64, U8x64, U8x64, types.intp, every=_or_shifted)
+@intrinsic(U8x64, U8x64, U8x64, types.intp, every=_or_shifted)
 def or_shifted(a, b, shift):
     """a | (b << shift), byte by byte; shift 0 to 7. Bits shifted out are lost."""
     return a | (b << np.uint8(shift)).astype(np.uint8)
@@ -276,7 +279,7 @@ def _fifth_bits(builder, bits_of_32, group):
     return builder.bitcast(builder.shl(builder.and_(spread, lanes(0x01010101)), lanes(4)), U8x64.llvm)
 
 
-@word(U8x64, U8x64, types.intp, every=_fifth_bits)
+@intrinsic(U8x64, U8x64, types.intp, every=_fifth_bits)
 def fifth_bits(bits_of_32, group):
     """Byte j of lane r: 16 if bit 4 * group + j of the lane (32 bits, one for each weight of a block) is set, else 0; group 0 to 7."""
     lane = bits_of_32.view(np.uint32) >> np.uint32(4 * group)
@@ -309,7 +312,7 @@ def _look_up_portable(builder, v, first, last):
     return entries[0]
 
 
-@word(U8x64, U8x64, types.intp, types.intp, avx512=_look_up_avx512, avx2=_look_up_avx2, portable=_look_up_portable)
+@intrinsic(U8x64, U8x64, types.intp, types.intp, avx512=_look_up_avx512, avx2=_look_up_avx2, portable=_look_up_portable)
 def look_up(v, first, last):
     """Entry v[i] (0 to 15) of a table of 16 bytes, byte by byte. `first` holds entries 0 to 7, from its low bits up, `last` the others."""
     return np.array([first, last], np.int64).view(np.uint8)[v]
@@ -320,15 +323,15 @@ def _byte_of_lane(builder, v, j):
     return builder.and_(shifted, lanes(255))
 
 
-@word(I32x16, U8x64, types.intp, every=_byte_of_lane)
+@intrinsic(I32x16, U8x64, types.intp, every=_byte_of_lane)
 def byte_of_lane(v, j):
     """Byte j (0 to 3) of every lane, as a number of 0 to 255."""
     return v.reshape(LANES, 4)[:, j].astype(np.int32)
 
 
-@word(U8x64, U8x64, every=lambda builder, v: builder.xor(v, ir.Constant(U8x64.llvm, [128] * 64)))
+@intrinsic(U8x64, U8x64, every=lambda builder, v: builder.xor(v, ir.Constant(U8x64.llvm, [128] * 64)))
 def plus_128(v):
-    """Signed bytes, 128 higher: unsigned ones."""
+    """Signed bytes plus 128, as unsigned bytes."""
     return v ^ np.uint8(128)
 
 
@@ -353,35 +356,35 @@ def _dot4_avxvnni(builder, total, weights, activations):
 
 def _dot4_avx2(builder, total, weights, activations):
     four = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32))
-    ones, words = ir.Constant(ir.VectorType(SHORT, 16), [1] * 16), ir.VectorType(SHORT, 16)
+    ones, shorts = ir.Constant(ir.VectorType(SHORT, 16), [1] * 16), ir.VectorType(SHORT, 16)
 
     def half(w):
-        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, w, four)
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, w, four)
         return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), pairs, ones)
     return builder.add(total, by_halves(builder, half, weights))
 
 
 def _pairs_portable(builder, total, a, b):
     """Adds the products of 16-bit neighbours, in the form that LLVM knows as multiply-and-add-pairs on SSE2 and Arm."""
-    words = ir.VectorType(SHORT, 2 * LANES)
-    nothing = ir.Constant(words, ir.Undefined)
+    shorts = ir.VectorType(SHORT, 2 * LANES)
+    nothing = ir.Constant(shorts, ir.Undefined)
     for k in (0, 1):
         index = ir.Constant(I32x16.llvm, list(range(k, 2 * LANES, 2)))
-        low_or_high = (builder.shuffle_vector(builder.bitcast(v, words), nothing, index) for v in (a, b))
+        low_or_high = (builder.shuffle_vector(builder.bitcast(v, shorts), nothing, index) for v in (a, b))
         total = builder.add(total, builder.mul(*(builder.sext(v, I32x16.llvm) for v in low_or_high)))
     return total
 
 
 def _dot4_portable(builder, total, weights, activations):
-    words, eight = ir.VectorType(SHORT, 2 * LANES), ir.Constant(ir.VectorType(SHORT, 2 * LANES), [8] * 32)
-    w, x = builder.bitcast(weights, words), builder.bitcast(_four(builder, activations), words)
-    low, low_x = builder.and_(w, ir.Constant(words, [255] * 32)), builder.ashr(builder.shl(x, eight), eight)      # bytes 0 and 2
+    shorts, eight = ir.VectorType(SHORT, 2 * LANES), ir.Constant(ir.VectorType(SHORT, 2 * LANES), [8] * 32)
+    w, x = builder.bitcast(weights, shorts), builder.bitcast(_four(builder, activations), shorts)
+    low, low_x = builder.and_(w, ir.Constant(shorts, [255] * 32)), builder.ashr(builder.shl(x, eight), eight)      # bytes 0 and 2
     total = _pairs_portable(builder, total, low, low_x)
     return _pairs_portable(builder, total, builder.lshr(w, eight), builder.ashr(x, eight))                         # 1 and 3
 
 
-@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2,
-      portable=_dot4_portable)
+@intrinsic(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2,
+           portable=_dot4_portable)
 def dot4(total, weights, activations):
     """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights of at most 128, int8 activations.
 
@@ -392,20 +395,20 @@ def dot4(total, weights, activations):
 
 
 def _dot4_wide_avx2(builder, total, weights, activations):
-    """With both sides as 16-bit words."""
-    words, ints = ir.VectorType(SHORT, 16), ir.VectorType(INT, 8)
-    four = builder.sext(builder.bitcast(_four(builder, activations, 4), ir.VectorType(BYTE, 16)), words)
+    """With both sides as int16."""
+    shorts, ints = ir.VectorType(SHORT, 16), ir.VectorType(INT, 8)
+    four = builder.sext(builder.bitcast(_four(builder, activations, 4), ir.VectorType(BYTE, 16)), shorts)
 
     def quarter(w):         # 16 weights: 4 lanes, as 8 sums of pairs
-        return call(builder, "llvm.x86.avx2.pmadd.wd", ints, builder.zext(w, words), four)
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ints, builder.zext(w, shorts), four)
     pairs = by_halves(builder, lambda half: by_halves(builder, quarter, half), weights)
     even, odd = (ir.Constant(I32x16.llvm, list(range(k, 32, 2))) for k in (0, 1))
     nothing = ir.Constant(pairs.type, ir.Undefined)
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
 
 
-@word(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_wide_avx2,
-      portable=_dot4_portable)
+@intrinsic(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_wide_avx2,
+           portable=_dot4_portable)
 def dot4_wide(total, weights, activations):
     """As `dot4`, with weights of the full range of a byte, 0 to 255."""
     x = activations.span(4).view(np.int8).astype(np.int32)
@@ -422,21 +425,21 @@ def _by_dot4(dot4):
 
 
 def _dot16_avx2(builder, total, *weights_and_activations):
-    """Sums of pairs are added up in 16 bits: one widening for four products."""
+    """Sums of pairs are added up in 16 bits: one conversion to 32 bits for four products."""
     *weights, activations = weights_and_activations
-    words, ones = ir.VectorType(SHORT, 16), ir.Constant(ir.VectorType(SHORT, 16), [1] * 16)
+    shorts, ones = ir.VectorType(SHORT, 16), ir.Constant(ir.VectorType(SHORT, 16), [1] * 16)
     places = [builder.gep(activations, [ir.IntType(64)(4 * k)]) for k in range(4)]
     fours = [builder.bitcast(_four(builder, place, 8), ir.VectorType(BYTE, 32)) for place in places]
 
     def half(*weights):
-        pairs = [call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, w, four) for w, four in zip(weights, fours)]
+        pairs = [call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, w, four) for w, four in zip(weights, fours)]
         sums = builder.add(builder.add(pairs[0], pairs[1]), builder.add(pairs[2], pairs[3]))
         return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), sums, ones)
     return builder.add(total, by_halves(builder, half, *weights))
 
 
-@word(I32x16, I32x16, U8x64, U8x64, U8x64, U8x64, Address, avx512=_by_dot4(_dot4_avx512), avxvnni=_by_dot4(_dot4_avxvnni),
-      avx2=_dot16_avx2, portable=_by_dot4(_dot4_portable))
+@intrinsic(I32x16, I32x16, U8x64, U8x64, U8x64, U8x64, Address, avx512=_by_dot4(_dot4_avx512), avxvnni=_by_dot4(_dot4_avxvnni),
+           avx2=_dot16_avx2, portable=_by_dot4(_dot4_portable))
 def dot16(total, w0, w1, w2, w3, activations):
     """Four `dot4` in a row, w0 with activations 0 to 3, w1 with 4 to 7, ...: unsigned weights of at most 31.
 
@@ -455,8 +458,8 @@ def _dot2_of(name: str, lanes: int):
 
 def _dot2_avx2(builder, total, a, b):
     def half(a, b):
-        words = ir.VectorType(SHORT, 16)
-        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), builder.bitcast(a, words), builder.bitcast(b, words))
+        shorts = ir.VectorType(SHORT, 16)
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), builder.bitcast(a, shorts), builder.bitcast(b, shorts))
     return builder.add(total, by_halves(builder, half, a, b))
 
 
@@ -464,8 +467,8 @@ def _dot2_avxvnni(builder, total, a, b):
     return by_halves(builder, partial(_dot2_of("llvm.x86.avx512.vpdpwssd.256", 8), builder), total, a, b)
 
 
-@word(I32x16, I32x16, I32x16, I32x16, avx512=_dot2_of("llvm.x86.avx512.vpdpwssd.512", LANES), avxvnni=_dot2_avxvnni, avx2=_dot2_avx2,
-      portable=_pairs_portable)
+@intrinsic(I32x16, I32x16, I32x16, I32x16, avx512=_dot2_of("llvm.x86.avx512.vpdpwssd.512", LANES), avxvnni=_dot2_avxvnni, avx2=_dot2_avx2,
+           portable=_pairs_portable)
 def dot2(total, a, b):
     """total + a_low * b_low + a_high * b_high for every lane, modulo 2^32: a lane of a and of b is two int16, the low one first."""
     products = a.view(np.int16).astype(np.int32) * b.view(np.int16).astype(np.int32)
@@ -474,37 +477,37 @@ def dot2(total, a, b):
 
 # ---- lanes
 
-@word(I32x16, types.int32, every=splat)
+@intrinsic(I32x16, types.int32, every=splat)
 def splat_i32(x):
     """x in every lane."""
     return np.full(LANES, x, np.int32)
 
 
-@word(F32x16, types.float32, every=splat)
+@intrinsic(F32x16, types.float32, every=splat)
 def splat_f32(x):
     """x in every lane."""
     return np.full(LANES, x, np.float32)
 
 
-@word(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.add(a, b))
+@intrinsic(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.add(a, b))
 def add_i32(a, b):
     """a + b, modulo 2^32."""
     return a + b
 
 
-@word(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.mul(a, b))
+@intrinsic(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.mul(a, b))
 def mul_i32(a, b):
     """a * b, modulo 2^32."""
     return a * b
 
 
-@word(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.sub(a, b))
+@intrinsic(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.sub(a, b))
 def sub_i32(a, b):
     """a - b, modulo 2^32."""
     return a - b
 
 
-@word(I32x16, I32x16, types.intp, every=lambda builder, v, n: builder.shl(v, splat(builder, builder.trunc(n, INT))))
+@intrinsic(I32x16, I32x16, types.intp, every=lambda builder, v, n: builder.shl(v, splat(builder, builder.trunc(n, INT))))
 def shift_left(v, n):
     """v * 2^n, modulo 2^32; n of 0 to 31."""
     return (v.view(np.uint32) << np.uint32(n)).view(np.int32)
@@ -514,7 +517,7 @@ def _field(builder, v, shift, mask):
     return builder.and_(builder.lshr(v, splat(builder, builder.trunc(shift, INT))), splat(builder, builder.trunc(mask, INT)))
 
 
-@word(I32x16, I32x16, types.intp, types.intp, every=_field)
+@intrinsic(I32x16, I32x16, types.intp, types.intp, every=_field)
 def field_i32(v, shift, mask):
     """(v >> shift) & mask for every lane, read as unsigned; shift 0 to 31."""
     return ((v.view(np.uint32) >> np.uint32(shift)) & np.uint32(mask)).view(np.int32)
@@ -535,25 +538,25 @@ def _fold(v, combine):
     return v[0]
 
 
-@word(types.int32, I32x16, every=_folded(lambda builder, a, b: builder.add(a, b)))
+@intrinsic(types.int32, I32x16, every=_folded(lambda builder, a, b: builder.add(a, b)))
 def sum_i32(v):
     """The sum of all lanes, modulo 2^32."""
     return np.int32(_fold(v, np.add))
 
 
-@word(F32x16, I32x16, every=lambda builder, v: builder.sitofp(v, F32x16.llvm))
+@intrinsic(F32x16, I32x16, every=lambda builder, v: builder.sitofp(v, F32x16.llvm))
 def to_f32(v):
     """int32 to float32, rounded to nearest even."""
     return v.astype(np.float32)
 
 
-@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fadd(a, b))
+@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fadd(a, b))
 def add_f32(a, b):
     """a + b."""
     return a + b
 
 
-@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fmul(a, b))
+@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fmul(a, b))
 def mul_f32(a, b):
     """a * b."""
     return a * b
@@ -567,7 +570,7 @@ def _fma_portable(builder, a, b, c):
     """In float64, because without FMA in hardware LLVM would call a slow function 16 times.
 
     Rounding the float64 sum again is harmless unless it lies halfway between two float32, or is so small that float32 keeps fewer bits of
-    it. Only then comes the long way, which is the meaning below.
+    it. Only then comes the long way, which is the reference below.
     """
     a, b, c = (builder.fpext(v, F64x16) for v in (a, b, c))
     product = builder.fmul(a, b)
@@ -603,7 +606,7 @@ def _rounded_to_odd(builder, product, total, c):
     return builder.bitcast(builder.select(to_odd, stepped, raw), F64x16)
 
 
-@word(F32x16, F32x16, F32x16, F32x16, avx512=_fma_hardware, avx2=_fma_hardware, portable=_fma_portable)
+@intrinsic(F32x16, F32x16, F32x16, F32x16, avx512=_fma_hardware, avx2=_fma_hardware, portable=_fma_portable)
 def fma(a, b, c):
     """a * b + c, rounded once.
 
@@ -620,27 +623,28 @@ def fma(a, b, c):
         return np.where(to_odd, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(np.float32)
 
 
-@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fsub(a, b))
+@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fsub(a, b))
 def sub_f32(a, b):
     """a - b."""
     return a - b
 
 
-@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fdiv(a, b))
+@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fdiv(a, b))
 def div_f32(a, b):
     """a / b."""
     with np.errstate(all="ignore"):
         return a / b
 
 
-@word(F32x16, F32x16, every=lambda builder, v: call(builder, "llvm.sqrt.v16f32", F32x16.llvm, v))
+@intrinsic(F32x16, F32x16, every=lambda builder, v: call(builder, "llvm.sqrt.v16f32", F32x16.llvm, v))
 def sqrt_f32(v):
     """The square root."""
     with np.errstate(all="ignore"):
         return np.sqrt(v)
 
 
-@word(F32x16, F32x16, every=lambda builder, v: builder.bitcast(builder.and_(builder.bitcast(v, I32x16.llvm), lanes(0x7FFFFFFF)), v.type))
+@intrinsic(F32x16, F32x16,
+           every=lambda builder, v: builder.bitcast(builder.and_(builder.bitcast(v, I32x16.llvm), lanes(0x7FFFFFFF)), v.type))
 def abs_f32(v):
     """The magnitude."""
     return np.abs(v)
@@ -650,19 +654,19 @@ def _where_less(builder, a, b, x, y):
     return builder.select(builder.fcmp_ordered("<", a, b), x, y)
 
 
-@word(F32x16, F32x16, F32x16, F32x16, F32x16, every=_where_less)
+@intrinsic(F32x16, F32x16, F32x16, F32x16, F32x16, every=_where_less)
 def where_less(a, b, x, y):
-    """x where a < b, y elsewhere (so too where a or b is no number)."""
+    """x where a < b, y elsewhere (also where a or b is NaN)."""
     return np.where(a < b, x, y)
 
 
-@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: _where_less(builder, a, b, b, a))
+@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: _where_less(builder, a, b, b, a))
 def max_f32(a, b):
     """b where a < b, else a."""
     return np.where(a < b, b, a)
 
 
-@word(F32x16, F32x16, F32x16, every=lambda builder, a, b: _where_less(builder, b, a, b, a))
+@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: _where_less(builder, b, a, b, a))
 def min_f32(a, b):
     """b where b < a, else a."""
     return np.where(b < a, b, a)
@@ -674,7 +678,7 @@ def _round_to_i32(builder, v):
     return builder.fptosi(builder.fsub(builder.fadd(v, magic), magic), I32x16.llvm)
 
 
-@word(I32x16, F32x16, every=_round_to_i32)
+@intrinsic(I32x16, F32x16, every=_round_to_i32)
 def round_to_i32(v):
     """The nearest integer, halves to even; |v| at most 2^22."""
     return np.rint(v).astype(np.int32)
@@ -684,7 +688,7 @@ def _power_of_two(builder, n):
     return builder.bitcast(builder.shl(builder.add(n, lanes(127)), lanes(23)), F32x16.llvm)
 
 
-@word(F32x16, I32x16, every=_power_of_two)
+@intrinsic(F32x16, I32x16, every=_power_of_two)
 def power_of_two(n):
     """2^n for n of -126 to 127; 0 for -127 and infinite for 128."""
     return ((n + np.int32(127)) << np.int32(23)).view(np.float32)
@@ -698,14 +702,14 @@ def _half_and_back_portable(builder, v):
     return _half_from_bits(builder, builder.zext(_to_half_portable(builder, v), I32x16.llvm))
 
 
-@word(F32x16, F32x16, avx512=_half_and_back, avx2=_half_and_back, portable=_half_and_back_portable)
+@intrinsic(F32x16, F32x16, avx512=_half_and_back, avx2=_half_and_back, portable=_half_and_back_portable)
 def round_f16(v):
     """Rounded to float16, nearest even; still held as float32."""
     with np.errstate(over="ignore"):
         return v.astype(np.float16).astype(np.float32)
 
 
-@word(types.float32, F32x16, every=_folded(lambda builder, a, b: builder.fadd(a, b)))
+@intrinsic(types.float32, F32x16, every=_folded(lambda builder, a, b: builder.fadd(a, b)))
 def sum_f32(v):
     """The sum of all lanes: first lane i + lane i + 8 for every i below 8, then of those i + 4, and so on."""
     return np.float32(_fold(v, np.add))
@@ -715,7 +719,7 @@ def _larger(builder, a, b):
     return builder.select(builder.fcmp_ordered("<", a, b), b, a)
 
 
-@word(types.float32, F32x16, every=_folded(_larger))
+@intrinsic(types.float32, F32x16, every=_folded(_larger))
 def largest_f32(v):
     """The largest of all lanes (in the order of `sum_f32`, with `max_f32`)."""
     return np.float32(_fold(v, lambda a, b: np.where(a < b, b, a)))
@@ -726,14 +730,14 @@ def _add_pairs(builder, a, b):
     return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
 
 
-@word(F32x16, F32x16, F32x16, every=_add_pairs)
+@intrinsic(F32x16, F32x16, F32x16, every=_add_pairs)
 def add_pairs(a, b):
     """The sums of neighbours: of lanes 2i and 2i + 1 of a, then of b. Four rounds of it turn 16 vectors into the vector of their sums."""
     both = np.append(a, b)
     return both[0::2] + both[1::2]
 
 
-@word(F32x16, Address, every=lambda builder, pointer: splat(builder, load(builder, pointer, FLOAT)))
+@intrinsic(F32x16, Address, every=lambda builder, pointer: splat(builder, load(builder, pointer, FLOAT)))
 def splat_from(pointer):
     """One float32 in memory, in every lane."""
     return np.full(LANES, pointer.span(4).view(np.float32)[0])

@@ -1,11 +1,11 @@
-"""How a word of the vector vocabulary (simd.py) is made: the vector types, the choice of an instruction set, and `word`.
+"""Defines intrinsics and picks the instruction set: the vector types, `intrinsic`, and what its emitters share.
 
     avx512     512-bit registers, `vpdpbusd` (AVX-512 VNNI)
     avxvnni    256-bit registers, `vpdpbusd` (AVX-VNNI, or AVX-512 VNNI at half the width)
     avx2       256-bit registers, `vpmaddubsw` and `vpmaddwd`
-    portable   plain vector IR, whatever the machine makes of it
+    portable   plain vector IR; LLVM picks the instructions
 
-The best one that the machine has is taken; `REFIMPL_ISA` forces a lower one and is read at import.
+The best one of the machine is used; the environment variable `REFIMPL_ISA` forces a lower one. It is read at import.
 """
 
 import os
@@ -26,7 +26,7 @@ BYTE, SHORT, INT, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), i
 ORDER = ("portable", "avx2", "avxvnni", "avx512")
 NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), "avxvnni": ("avx2", "fma", "f16c", "avxvnni"),
          "avx2": ("avx2", "fma", "f16c"), "portable": ()}
-TARGETS = {             # what LLVM may use under a forced set; `avxvnni` is forced on machines with AVX-512, which need not have the other
+TARGETS = {             # what LLVM may use under a forced set; machines with AVX-512 need not have AVX-VNNI itself
     "avxvnni": ("x86-64-v3", "+avx2,+fma,+f16c,+avx512vl,+avx512vnni"),
     "avx2": ("x86-64-v3", "+avx2,+fma,+f16c"),
     "portable": ("x86-64", ""),
@@ -34,12 +34,12 @@ TARGETS = {             # what LLVM may use under a forced set; `avxvnni` is for
 
 
 def best_isa(features) -> str:
-    """The highest instruction set whose needs are among the host's features (LLVM's names -> bool)."""
+    """The highest instruction set that the host's features (LLVM's names -> bool) allow."""
     return next(isa for isa in reversed(ORDER) if all(features.get(need, False) for need in NEEDS[isa]))
 
 
 def chosen_isa(wanted: str | None, best: str) -> str:
-    """`wanted` (REFIMPL_ISA), or the best. Raises ValueError for a name there is none of, or one this machine cannot run."""
+    """`wanted` (REFIMPL_ISA), or the best. Raises ValueError for an unknown name, or one that this machine cannot run."""
     if not wanted:
         return best
     if wanted not in ORDER:
@@ -52,7 +52,7 @@ def chosen_isa(wanted: str | None, best: str) -> str:
 BEST = best_isa(llvm.get_host_cpu_features())
 ISA = chosen_isa(os.environ.get("REFIMPL_ISA"), BEST)
 if ISA != BEST and llvm.get_process_triple().startswith("x86_64"):
-    # so that nothing around the words uses more than the forced set either
+    # the code around the intrinsics stays within the forced set too
     numba.config.CPU_NAME, numba.config.CPU_FEATURES = TARGETS[ISA]
 
 
@@ -74,11 +74,11 @@ class _VectorModel(PrimitiveModel):
 
 U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
 Address = types.CPointer(types.uint8)
-F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside of words only
+F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside intrinsics only
 
 
 class Pointer:
-    """An address in plain Python: an array's bytes and a place in them. Reading or writing outside of them raises IndexError."""
+    """An address in plain Python: an array's bytes and an offset. Reading or writing outside the array raises IndexError."""
 
     def __init__(self, data: np.ndarray, offset: int):
         self.data, self.offset = data, offset
@@ -90,43 +90,42 @@ class Pointer:
         return self.data[self.offset:self.offset + n_bytes]
 
 
-# ---- defining words
+# ---- defining intrinsics
 
 @dataclass(frozen=True)
-class Word:
-    """A word: its meaning, its types, and which instruction sets have a body of their own."""
+class Intrinsic:
+    """Its Python reference, its types, and the emitters of LLVM code by instruction set."""
 
-    meaning: Callable
+    reference: Callable
     result: types.Type
     parameters: tuple[types.Type, ...]
     bodies: dict[str, Callable]
 
 
-WORDS: dict[str, Word] = {}
+INTRINSICS: dict[str, Intrinsic] = {}
 
 
-def word(result: types.Type, *parameters: types.Type, **bodies: Callable):
-    """Makes a word of a NumPy function. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each instruction set.
-
-    `avxvnni` has those of `avx2` but for its own.
+def intrinsic(result: types.Type, *parameters: types.Type, **bodies: Callable):
+    """Makes an intrinsic of a NumPy function, its reference. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each
+    instruction set, where `avxvnni` falls back to `avx2`.
     """
 
-    def define(meaning: Callable) -> Callable:
+    def define(reference: Callable) -> Callable:
         emit = bodies.get(ISA) or bodies.get("avx2" if ISA == "avxvnni" else "every") or bodies["every"]
         takes = signature(result, *parameters)
 
-        @type_callable(meaning)
+        @type_callable(reference)
         def typing(context):        # Numba reads the number of parameters off the function
             return (lambda: takes, lambda a: takes, lambda a, b: takes, lambda a, b, c: takes, lambda a, b, c, d: takes,
                     lambda a, b, c, d, e: takes, lambda a, b, c, d, e, f: takes)[len(parameters)]
 
-        @lower_builtin(meaning, *parameters)
+        @lower_builtin(reference, *parameters)
         def lowering(context, builder, sig, args):
             value = emit(builder, *args)
             return context.get_dummy_value() if value is None else value
 
-        WORDS[meaning.__name__] = Word(meaning, result, parameters, bodies)
-        return meaning
+        INTRINSICS[reference.__name__] = Intrinsic(reference, result, parameters, bodies)
+        return reference
     return define
 
 

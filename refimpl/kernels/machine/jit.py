@@ -5,6 +5,7 @@ kept in a folder (cache_folder.py) for the next process. `inline` is for their p
 """
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from refimpl.kernels.machine.isa import ISA
 
 FOLDER = open_folder(ISA)               # None: nothing is kept
 KERNELS: dict[str, object] = {}         # everything that `kernel` made, by module and name
+PARTS: set[Callable] = set()            # the functions that kernels are composed of
 INLINE = {"forceinline": True, "error_model": "numpy"}
 
 
@@ -83,13 +85,34 @@ class _Cache(FunctionCache):
 
 
 def inline(function) -> Callable:
-    """Compiles a piece of a kernel into whoever uses it. Called from Python it stays plain Python."""
+    """Makes a function part of every kernel that uses it. Called from Python it stays plain Python."""
+    PARTS.add(function)
     return register_jitable(**INLINE)(function)
 
 
+def by_format(bodies: dict[str, Callable] | Callable) -> Callable:
+    """Gives a declared function a body for each weight format, its first argument: inlined in a kernel, called in plain Python.
+
+    `bodies` is a table by weight type, or a function of the WeightFormat; the declaration has the signature, a docstring and no body.
+    """
+    body_of = bodies if callable(bodies) else lambda fmt: bodies[fmt.type]
+
+    def define(declared):
+        @functools.wraps(declared)
+        def chosen(fmt, *args):
+            return body_of(fmt)(fmt, *args)
+
+        @overload(chosen, jit_options=INLINE, strict=False)
+        def _chosen(fmt, *args):
+            return body_of(fmt.format)
+        PARTS.add(chosen)
+        return chosen
+    return define
+
+
 def per_row(function) -> Callable:
-    """Makes a piece that is written for one row a piece for several: what is a tuple holds a value for each row, and so does the result."""
-    piece = inline(function)
+    """Makes a function of one row a function of several: a tuple among the arguments has a value for each row, and so has the result."""
+    part = inline(function)
 
     def several(*args):
         n = next(len(a) for a in args if type(a) is tuple)
@@ -97,10 +120,10 @@ def per_row(function) -> Callable:
 
     @overload(several, jit_options=INLINE)
     def _several(*args):
-        held = [isinstance(a, types.UniTuple) for a in args]
+        is_tuple = [isinstance(a, types.UniTuple) for a in args]
         n = next(a.count for a in args if isinstance(a, types.UniTuple))
-        calls = ("piece(" + ", ".join(f"args[{k}][{i}]" if held[k] else f"args[{k}]" for k in range(len(args))) + ")," for i in range(n))
-        return eval(f"lambda *args: ({' '.join(calls)})", {"piece": piece})
+        calls = ("part(" + ", ".join(f"args[{k}][{i}]" if is_tuple[k] else f"args[{k}]" for k in range(len(args))) + ")," for i in range(n))
+        return eval(f"lambda *args: ({' '.join(calls)})", {"part": part})
 
     several.__name__ = function.__name__
     several.__doc__ = function.__doc__
@@ -115,7 +138,7 @@ class _Listener(event.Listener):
         self.depth += 1
         function = what.data["dispatcher"].py_func
         if self.depth == 1 and (function.__module__ or "").startswith("refimpl."):
-            self.tell(function.__name__, tuple(dict.fromkeys(t.type_name for t in what.data["args"] if hasattr(t, "type_name"))))
+            self.tell(function.__name__, tuple(dict.fromkeys(t.weight_type for t in what.data["args"] if hasattr(t, "weight_type"))))
 
     def on_end(self, what):
         self.depth -= 1

@@ -1,8 +1,8 @@
-"""How many threads compute, and what keeps out of their way.
+"""How many threads compute.
 
-The threads are Numba's. It starts them once in the life of a process, at the first parallel step, and every computation then takes as many
-of them as it is told. Two of them on one core share its arithmetic and its cache, so that the default is one for each physical core which
-the process may use. Threads of a linear algebra library would compete for the same cores: inside of `running` it has one.
+Numba starts its threads once a process, at the first parallel step; each computation then uses as many of them as it asks for. Two threads
+on one core share its arithmetic units and caches, so the default is one for each physical core that the process may use. Threads of a
+linear algebra library would compete for the same cores: inside `running` it has one.
 """
 
 import contextlib
@@ -14,21 +14,21 @@ from threadpoolctl import LibController, ThreadpoolController
 
 from refimpl.host import default_threads
 
-SPIN = "5000"               # turns (about 0.1 ms) that a thread which has nothing to do waits awake; see `prepare`
-MOST = 256                  # an OpenMP runtime ends the process when it cannot start a thread: nobody gets near that by mistake
+SPIN = "5000"               # turns (about 0.1 ms) that an idle thread spins before it sleeps; see `prepare`
+MOST = 256                  # an OpenMP runtime ends the process when it cannot start a thread; this limit stays far below
+MANY = 1 << 15              # numbers from which on a small kernel uses threads; one thread takes 5 to 20 us for as many
 
 
 # ---- Numba's threads
 
 def prepare(threads: int | None = None) -> int:
-    """How many threads to compute with: `threads`, or for None `default_threads` (and no more than Numba has or was told to have).
+    """How many threads to compute with: `threads`, or `default_threads` for None (but at most Numba's own number).
 
-    Numba starts as many as there are CPUs in sight; where more are wanted, and none has been started, it is told to start more. Raises
-    ValueError for a number that is not 1 to 256, or for more than have been started.
+    Numba starts one thread for each CPU it sees. Where more are wanted and none has been started yet, it is made to start more. Raises
+    ValueError for a number outside of 1 to 256, or for more than have been started.
 
-    Before that it makes GNU's OpenMP wait awake for a shorter time (unless GOMP_SPINCOUNT is set already): by default a waiting thread
-    keeps its core for milliseconds. Measured on 2 cores, a token of 36 ms: no difference; but with one other program busy 75 ms instead of
-    140 to 570.
+    Also shortens how long idle threads of GNU's OpenMP spin (unless GOMP_SPINCOUNT is set): by default milliseconds, during which they keep
+    their core. Measured on 2 cores with tokens of 36 ms: no difference alone, but 75 instead of 140 to 570 ms beside one busy program.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
     import numba
@@ -43,7 +43,7 @@ def prepare(threads: int | None = None) -> int:
         if getattr(parallel, "_is_initialized", True) or not all(hasattr(parallel, name) for name in inner):
             raise ValueError(f"threads={threads}: this process has {numba.config.NUMBA_NUM_THREADS} already and cannot get more; "
                              f"set NUMBA_NUM_THREADS={threads} before it starts")
-        # copied from the setting when Numba was imported, but used only when the threads are started
+        # a copy of the setting from when Numba was imported, used when the threads are started
         numba.config.NUMBA_NUM_THREADS = parallel.NUM_THREADS = threads
         parallel.snt_check = parallel.gen_snt_check()
     return threads
@@ -51,26 +51,26 @@ def prepare(threads: int | None = None) -> int:
 
 @contextlib.contextmanager
 def running(n: int):
-    """Inside of it parallel kernels run on `n` threads and linear algebra on one. Can be nested, and entered by several Python threads.
+    """Inside, parallel kernels run on `n` threads and linear algebra on one. Can be nested, and entered by several Python threads.
 
-    Takes about 10 microseconds. With the threading layer "workqueue", in which two parallel regions at once end the process, a second
-    Python thread waits here until the first has left.
+    Takes about 10 microseconds. With the threading layer "workqueue", where two concurrent parallel regions end the process, a second
+    Python thread waits until the first has left.
     """
     import numba
 
-    before, told = numba.get_num_threads(), getattr(_here, "n", None)
+    before, outer = numba.get_num_threads(), getattr(_here, "n", None)
     numba.set_num_threads(n)
     _here.n = n
     try:
         with _alone if numba.threading_layer() == "workqueue" else contextlib.nullcontext(), _one_blas_thread:
             yield
     finally:
-        _here.n = told
+        _here.n = outer
         numba.set_num_threads(before)
 
 
 def current() -> int:
-    """How many threads a parallel kernel gets now: as `running` says, else as Numba says (who takes 0.7 us to say it, 60 times a token)."""
+    """How many threads a parallel kernel gets now: those of `running`, else Numba's number (a lookup of 0.7 us, 60 times a token)."""
     n = getattr(_here, "n", None)
     if n is None:
         import numba
@@ -79,8 +79,13 @@ def current() -> int:
     return n
 
 
+def threads_for(size: int) -> int:
+    """How many threads a small kernel uses for this many numbers."""
+    return 1 if size < MANY else current()
+
+
 def layer() -> str:
-    """What Numba runs its threads with: "tbb", "omp" or "workqueue". Starts them. Raises ValueError where there is none at all."""
+    """Numba's threading layer: "tbb", "omp" or "workqueue". Starts the threads. Raises ValueError where there is none."""
     import numba
 
     numba.get_num_threads()
@@ -88,15 +93,15 @@ def layer() -> str:
 
 
 def slow_layer_warning() -> str | None:
-    """One line about a slow threading layer, None where it is a good one. Starts the threads."""
+    """One line about a slow threading layer, None for a fast one. Starts the threads."""
     if layer() != "workqueue":
         return None
-    return ("Numba runs its threads with 'workqueue', which takes about 80 us to begin a parallel step where others take 1 us, and lets "
+    return ("Numba uses the threading layer 'workqueue', which takes about 80 us to start a parallel step (others: 1 us) and lets "
             "only one Python thread compute at a time; install an OpenMP runtime (libgomp1, on macOS libomp) or the Python package tbb")
 
 
 class _OneBlasThread:
-    """The limit belongs to the whole process: the first one in sets it, the last one out takes it back."""
+    """The limit holds for the whole process: the first to enter sets it, the last to leave restores it."""
 
     def __init__(self):
         self.lock, self.inside, self.before = threading.Lock(), 0, []
@@ -117,13 +122,13 @@ class _OneBlasThread:
     def set(self, numbers):
         for library, threads in numbers:
             library.set_num_threads(threads)
-            if hasattr(library, "clear_controlling_thread"):        # else threadpoolctl 3.8 heeds none but the first thread to set one
+            if hasattr(library, "clear_controlling_thread"):        # else threadpoolctl 3.8 ignores all threads but the first to set one
                 library.clear_controlling_thread()
 
 
 @functools.cache
 def _libraries() -> list[LibController]:
-    """The linear algebra that has been loaded. Finding out takes milliseconds."""
+    """The linear algebra libraries that are loaded. Finding out takes milliseconds."""
     return ThreadpoolController().select(user_api="blas").lib_controllers
 
 

@@ -1,13 +1,13 @@
 """The innermost loops: one tile of 16 weight rows times 1, 4 or 8 rows of activations.
 
-A lane is a weight row throughout, so nothing is ever summed across lanes. A row's blocks are added in order, each with one fused
-multiply-add (two where the type has a minimum): the same bits for one row as for several, which share every load and every unpacking.
+A lane is a weight row throughout, so nothing is summed across lanes. A row's blocks are added in order, each with one fused multiply-add
+(two where the type has a minimum). So a row gets the same bits whether it is multiplied alone or together with others, which share every
+load and every unpacking.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import overload
 
 from refimpl.kernels.machine.intrinsics import (
     add_f32,
@@ -32,17 +32,17 @@ from refimpl.kernels.machine.intrinsics import (
     to_f32,
 )
 from refimpl.kernels.machine.isa import ISA, LANES
-from refimpl.kernels.machine.jit import INLINE, inline, per_row
-from refimpl.kernels.machine.unpack import EXACT, column_of, levels, low_of, lows_of, scale_of, scale_of_block
+from refimpl.kernels.machine.jit import by_format, inline, per_row
+from refimpl.kernels.machine.unpack import FORMATS, block_scale, codes, load_floats, sub_minimum, sub_minimum_pair, sub_scale
 
-FLOATS = EXACT["F32"]
+F32 = FORMATS["exact"]["F32"]
 ZERO_I, ZERO_F = np.int32(0), np.float32(0)
-SPARE = 2                           # rows of results that `rows` may write beyond the last
-EIGHT = ISA == "avx512"             # sums of eight rows stay in registers: others have half as many, of half the size
+SPARE = 2                           # rows of results that `multiply_tile` may write beyond the last
+EIGHT = ISA == "avx512"             # sums of eight rows stay in registers; other sets have half as many registers, of half the size
 
 
-class Rounded(NamedTuple):
-    """Rows of activations as the kernels take them: in float32, and rounded to 8 bits (see activations.py `space`)."""
+class Activations(NamedTuple):
+    """Rows of activations in float32, and quantized to 8 bits (see `allocate_quantized` in kernels/activations.py)."""
 
     x_TD: np.ndarray
     q_TD: np.ndarray
@@ -51,149 +51,138 @@ class Rounded(NamedTuple):
     m_TB: np.ndarray
 
 
-def _dot_small(kind, total, w0, w1, w2, w3, activations):
+def _dot_up_to_31(fmt, total, w0, w1, w2, w3, activations):
     return dot16(total, w0, w1, w2, w3, activations)
 
 
-def _dot_middle(kind, total, w0, w1, w2, w3, activations):
+def _dot_up_to_128(fmt, total, w0, w1, w2, w3, activations):
     total = dot4(dot4(total, w0, activations), w1, at(activations, 4))
     return dot4(dot4(total, w2, at(activations, 8)), w3, at(activations, 12))
 
 
-def _dot_large(kind, total, w0, w1, w2, w3, activations):
+def _dot_up_to_255(fmt, total, w0, w1, w2, w3, activations):
     total = dot4_wide(dot4_wide(total, w0, activations), w1, at(activations, 4))
     return dot4_wide(dot4_wide(total, w2, at(activations, 8)), w3, at(activations, 12))
 
 
-def _dot_for(kind):
-    return _dot_small if kind.top <= 31 else _dot_middle if kind.top <= 128 else _dot_large
-
-
-def dot(kind, total, w0, w1, w2, w3, activations):
-    """Adds the products of 16 weights with 16 activations; how, depends on how large the kind's integers are."""
-    return _dot_for(kind)(kind, total, w0, w1, w2, w3, activations)
-
-
-@overload(dot, jit_options=INLINE)
-def _dot(kind, total, w0, w1, w2, w3, activations):
-    return _dot_for(kind.kind)
+@by_format(lambda fmt: _dot_up_to_31 if fmt.max_code <= 31 else _dot_up_to_128 if fmt.max_code <= 128 else _dot_up_to_255)
+def dot(fmt, total, w0, w1, w2, w3, activations):
+    """Adds the products of 16 codes with 16 activations."""
 
 
 @inline
-def fetch(place, n_bytes, ahead):
-    """Asks for `n_bytes` that lie `ahead` bytes further on; for nothing where `ahead` is 0."""
+def prefetch_range(place, n_bytes, ahead):
+    """Prefetches `n_bytes` that begin `ahead` bytes further on; nothing where `ahead` is 0."""
     if ahead:
         for line in range(0, n_bytes, 64):
             prefetch(at(place, ahead + line))
 
 
-# ---- what a row needs of its own
+# ---- for every row of a tuple
 
 @per_row
-def row_of(q, width, r):
+def row_address(q, width, r):
     """Where row r begins."""
     return at(q, width * r)
 
 
 @per_row
-def nothing(r, zero):
+def zeros(r, zero):
     """Zero for every row."""
     return zero
 
 
 @per_row
-def zero_of(kind, x, r, s):
-    """What the dot product of row r over sub-block s (counted through the row) starts from, to take the zero point out."""
-    return splat_i32(x.sum_TS[r, s]) if kind.zero else splat_i32(ZERO_I)
+def initial_dot(fmt, x, r, s):
+    """Where row r's dot product over sub-block s (counted through the row) starts: at what the zero point has to contribute."""
+    return splat_i32(x.sum_TS[r, s]) if fmt.zero_point else splat_i32(ZERO_I)
 
 
 @per_row
-def dots(kind, n, w0, w1, w2, w3, q, c):
-    """Adds the products of 16 weights with columns c.. of the row at q."""
-    return dot(kind, n, w0, w1, w2, w3, at(q, c))
+def add_dot(fmt, total, w0, w1, w2, w3, q, c):
+    """Adds the products of 16 codes with columns c, c + 1, ... of the row at q."""
+    return dot(fmt, total, w0, w1, w2, w3, at(q, c))
 
 
 @per_row
-def times(n, scale, dots):
-    """n + scale * dots."""
-    return add_i32(n, mul_i32(scale, dots))
+def scale_add(total, scale, dots):
+    """total + scale * dots."""
+    return add_i32(total, mul_i32(scale, dots))
 
 
 @per_row
-def times_sums(n, lows, x, r, pair):
-    """Adds the minimums of two sub-blocks, times the sums of row r's numbers there."""
-    return dot2(n, lows, splat_i32(x.sum_TS[r, pair]))
+def add_minimum_pair(total, minimums, x, r, pair):
+    """Adds the minimums of two sub-blocks, times the sums of row r's activations there."""
+    return dot2(total, minimums, splat_i32(x.sum_TS[r, pair]))
 
 
 @per_row
-def scaled(x, r, b, d, n, total):
-    """Adds a block's integers, times its scale and that of row r's block b, to the row's sum."""
-    return fma(mul_f32(d, splat_f32(x.d_TB[r, b])), to_f32(n), total)
+def add_block(x, r, b, scale, dots, total):
+    """Adds a block's integer sum, times its scale and that of row r's block b."""
+    return fma(mul_f32(scale, splat_f32(x.d_TB[r, b])), to_f32(dots), total)
 
 
 @per_row
-def minimum_small(x, r, b, m, total):
-    """Adds the minimum of block b, times the sum of the row's numbers there."""
-    return fma(splat_f32(x.m_TB[r, b]), m, total)
+def add_block_minimum(x, r, b, minimum, total):
+    """Adds the float minimum of block b, times the sum of row r's activations there."""
+    return fma(splat_f32(x.m_TB[r, b]), minimum, total)
 
 
 @per_row
-def minimum_large(x, r, b, m, low, total):
-    """Takes off the minimums of block b's sub-blocks: `low` of them, in units of m."""
-    return fma(mul_f32(m, splat_f32(-x.d_TB[r, b])), to_f32(low), total)
+def subtract_minimums(x, r, b, scale, minimums, total):
+    """Subtracts the integer minimums of a superblock's sub-blocks (their sum, weighted with the activations), in units of `scale`."""
+    return fma(mul_f32(scale, splat_f32(-x.d_TB[r, b])), to_f32(minimums), total)
 
 
 @per_row
-def column(x, r, c, weights, total):
+def add_column(x, r, c, weights, total):
     """Adds column c."""
     return fma(weights, splat_f32(x.x_TD[r, c]), total)
 
 
 # ---- a tile times the rows in the tuple r
 
-def _small(kind, tile, n_blocks, x, r, ahead, out):
-    """Blocks of 32 under one scale."""
-    q, total = row_of(address(x.q_TD), 32 * n_blocks, r), nothing(r, splat_f32(ZERO_F))
+def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
+    q, total = row_address(address(x.q_TD), 32 * n_blocks, r), zeros(r, splat_f32(ZERO_F))
     for b in range(n_blocks):
-        block = at(tile, b * kind.n_bytes)
-        fetch(block, kind.n_bytes, ahead)
-        n = zero_of(kind, x, r, b)
+        block = at(tile, b * fmt.n_bytes)
+        prefetch_range(block, fmt.n_bytes, ahead)
+        dots = initial_dot(fmt, x, r, b)
         for g in range(0, 8, 4):
-            n = dots(kind, n, levels(kind, block, 0, g), levels(kind, block, 0, g + 1), levels(kind, block, 0, g + 2),
-                     levels(kind, block, 0, g + 3), q, 32 * b + 4 * g)
-        total = scaled(x, r, b, scale_of_block(kind, block), n, total)
-        if kind.has_minimum:
-            total = minimum_small(x, r, b, load_f16(at(block, kind.minimum)), total)
+            dots = add_dot(fmt, dots, codes(fmt, block, 0, g), codes(fmt, block, 0, g + 1), codes(fmt, block, 0, g + 2),
+                           codes(fmt, block, 0, g + 3), q, 32 * b + 4 * g)
+        total = add_block(x, r, b, block_scale(fmt, block), dots, total)
+        if fmt.has_minimum:
+            total = add_block_minimum(x, r, b, load_f16(at(block, fmt.minimum)), total)
     _store(out, total)
 
 
-def _large(kind, tile, n_blocks, x, r, ahead, out):
-    """Blocks of 256 with integer scales in their sub-blocks."""
-    q, total = row_of(address(x.q_TD), 256 * n_blocks, r), nothing(r, splat_f32(ZERO_F))
+def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
+    q, total = row_address(address(x.q_TD), 256 * n_blocks, r), zeros(r, splat_f32(ZERO_F))
     for b in range(n_blocks):
-        block, n = at(tile, b * kind.n_bytes), nothing(r, splat_i32(ZERO_I))
-        for s in range(kind.n_sub):
-            fetch(at(block, s * (kind.n_bytes // kind.n_sub)), kind.n_bytes // kind.n_sub, ahead)
-            found = zero_of(kind, x, r, kind.n_sub * b + s)
-            for g in range(0, kind.per_sub // 4, 4):
-                found = dots(kind, found, levels(kind, block, s, g), levels(kind, block, s, g + 1), levels(kind, block, s, g + 2),
-                             levels(kind, block, s, g + 3), q, 256 * b + kind.per_sub * s + 4 * g)
-            n = times(n, scale_of(kind, block, s), found)
-        total = scaled(x, r, b, scale_of_block(kind, block), n, total)
-        if kind.has_minimum:
-            low = nothing(r, splat_i32(ZERO_I))
-            for pair in range(kind.n_sub // 2):
-                low = times_sums(low, lows_of(kind, block, 2 * pair), x, r, kind.n_sub // 2 * b + pair)
-            total = minimum_large(x, r, b, load_f16(at(block, kind.minimum)), low, total)
+        block, scaled = at(tile, b * fmt.n_bytes), zeros(r, splat_i32(ZERO_I))
+        for s in range(fmt.n_sub):
+            prefetch_range(at(block, s * (fmt.n_bytes // fmt.n_sub)), fmt.n_bytes // fmt.n_sub, ahead)
+            dots = initial_dot(fmt, x, r, fmt.n_sub * b + s)
+            for g in range(0, fmt.per_sub // 4, 4):
+                dots = add_dot(fmt, dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
+                               codes(fmt, block, s, g + 3), q, 256 * b + fmt.per_sub * s + 4 * g)
+            scaled = scale_add(scaled, sub_scale(fmt, block, s), dots)
+        total = add_block(x, r, b, block_scale(fmt, block), scaled, total)
+        if fmt.has_minimum:
+            minimums = zeros(r, splat_i32(ZERO_I))
+            for pair in range(fmt.n_sub // 2):
+                minimums = add_minimum_pair(minimums, sub_minimum_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
+            total = subtract_minimums(x, r, b, load_f16(at(block, fmt.minimum)), minimums, total)
     _store(out, total)
 
 
-def _plain(kind, tile, n_blocks, x, r, ahead, out):
-    """Floats: a block is one column."""
-    total = nothing(r, splat_f32(ZERO_F))
+def _floats(fmt, tile, n_blocks, x, r, ahead, out):
+    """A block is one column."""
+    total = zeros(r, splat_f32(ZERO_F))
     for c in range(n_blocks):
-        fetch(at(tile, c * kind.n_bytes), kind.n_bytes, ahead)
-        total = column(x, r, c, column_of(kind, at(tile, c * kind.n_bytes)), total)
+        prefetch_range(at(tile, c * fmt.n_bytes), fmt.n_bytes, ahead)
+        total = add_column(x, r, c, load_floats(fmt, at(tile, c * fmt.n_bytes)), total)
     _store(out, total)
 
 
@@ -203,114 +192,94 @@ def _store(out, total):
         store_f32(at(out, 4 * LANES * i), total[i])
 
 
-# ---- quantized weights in exact arithmetic: made float32 first, a tile at a time
+TIMES = {"block": _blocks, "superblock": _superblocks, "float": _floats}
 
-def _widen_small(kind, block, out):
-    d = scale_of_block(kind, block)
+
+@by_format(lambda fmt: TIMES[fmt.family])
+def tile_times_rows(fmt, tile, n_blocks, x, r, ahead, out):
+    """A tile times the rows of x (Activations) that the tuple r names: 16 float32 for each to `out`."""
+
+
+# ---- exact arithmetic with quantized weights: a tile is dequantized before it is multiplied
+
+def _dequantize_block(fmt, block, out):
+    scale = block_scale(fmt, block)
     for g in range(8):
-        w = levels(kind, block, 0, g)
+        w = codes(fmt, block, 0, g)
         for j in range(4):
-            value = mul_f32(d, to_f32(sub_i32(byte_of_lane(w, j), splat_i32(np.int32(kind.zero)))))
-            if kind.has_minimum:
-                value = add_f32(value, load_f16(at(block, kind.minimum)))
+            value = mul_f32(scale, to_f32(sub_i32(byte_of_lane(w, j), splat_i32(np.int32(fmt.zero_point)))))
+            if fmt.has_minimum:
+                value = add_f32(value, load_f16(at(block, fmt.minimum)))
             store_f32(at(out, 64 * (4 * g + j)), value)
 
 
-def _widen_large(kind, block, out):
-    for s in range(kind.n_sub):
-        scale = mul_f32(scale_of_block(kind, block), to_f32(scale_of(kind, block, s)))
-        for g in range(kind.per_sub // 4):
-            w = levels(kind, block, s, g)
+def _dequantize_superblock(fmt, block, out):
+    for s in range(fmt.n_sub):
+        scale = mul_f32(block_scale(fmt, block), to_f32(sub_scale(fmt, block, s)))
+        for g in range(fmt.per_sub // 4):
+            w = codes(fmt, block, s, g)
             for j in range(4):
-                value = mul_f32(scale, to_f32(sub_i32(byte_of_lane(w, j), splat_i32(np.int32(kind.zero)))))
-                if kind.has_minimum:
-                    value = sub_f32(value, mul_f32(load_f16(at(block, kind.minimum)), to_f32(low_of(kind, block, s))))
-                store_f32(at(out, 64 * (kind.per_sub * s + 4 * g + j)), value)
+                value = mul_f32(scale, to_f32(sub_i32(byte_of_lane(w, j), splat_i32(np.int32(fmt.zero_point)))))
+                if fmt.has_minimum:
+                    value = sub_f32(value, mul_f32(load_f16(at(block, fmt.minimum)), to_f32(sub_minimum(fmt, block, s))))
+                store_f32(at(out, 64 * (fmt.per_sub * s + 4 * g + j)), value)
 
 
-WIDEN = {"small": _widen_small, "large": _widen_large}
+DEQUANTIZE = {"block": _dequantize_block, "superblock": _dequantize_superblock}
 
 
-def widen(kind, block, out):
-    """A block of 16 rows as float32, column after column of 64 bytes: the values of formats/, bit for bit."""
-    WIDEN[kind.family](kind, block, out)
+@by_format(lambda fmt: DEQUANTIZE[fmt.family])
+def dequantize_block(fmt, block, out):
+    """A block of 16 rows as float32, column after column of 64 bytes: the values of formats/quants, bit for bit."""
 
 
-@overload(widen, jit_options=INLINE)
-def _widen(kind, block, out):
-    return WIDEN[kind.kind.family]
+# ---- a tile times any number of rows
 
-
-# ---- a tile times any rows
-
-SOME = {"small": _small, "large": _large, "plain": _plain}
-
-
-def some(kind, tile, n_blocks, x, r, ahead, out):
-    """The rows of the activations `x` (a Rounded) that the tuple r names, times a tile: 16 float32 for each to `out`."""
-    SOME[kind.family](kind, tile, n_blocks, x, r, ahead, out)
-
-
-@overload(some, jit_options=INLINE)
-def _some(kind, tile, n_blocks, x, r, ahead, out):
-    return SOME[kind.kind.family]
-
-
-def _eights(kind, tile, n_blocks, x, row_P, first, end, ahead, out):
+def _batches_of_8(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
     p = first
     while p + 7 <= end:
         r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3], row_P[p + 4], row_P[p + 5], row_P[p + 6], row_P[min(p + 7, end - 1)])
-        some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
+        tile_times_rows(fmt, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
         p, ahead = p + 8, 0
     return p
 
 
-def _no_eights(kind, tile, n_blocks, x, row_P, first, end, ahead, out):
+def _no_batches(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
     return first
 
 
-def eights(kind, tile, n_blocks, x, row_P, first, end, ahead, out):
-    """As many rows as can be taken in eights; returns the first of the others. None where registers are few, or eight win nothing."""
-    return (_eights if EIGHT and kind.integer else _no_eights)(kind, tile, n_blocks, x, row_P, first, end, ahead, out)
-
-
-@overload(eights, jit_options=INLINE)
-def _eights_of(kind, tile, n_blocks, x, row_P, first, end, ahead, out):
-    return _eights if EIGHT and kind.kind.integer else _no_eights
+@by_format(lambda fmt: _batches_of_8 if EIGHT and fmt.integer else _no_batches)
+def batches_of_8(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
+    """Multiplies rows eight at a time where that is faster, and returns the first row that is left."""
 
 
 @inline
-def _rows_as_stored(kind, tile, n_blocks, x, row_P, first, end, wide, out):
-    """The first pass over the tile asks for the next one, which has come when the last is done. A single pass leaves that to the processor,
-    but where the fields of a block are read here and there it does not see the pattern.
+def _multiply_stored(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
+    """The first pass over the tile prefetches the next tile, which has arrived when the last pass ends. A single pass leaves that to the
+    processor, unless the fields of a block are scattered, a pattern that the processor does not recognise.
     """
-    ahead = n_blocks * kind.n_bytes if end - first > 1 or kind.scattered else 0
-    p = eights(kind, tile, n_blocks, x, row_P, first, end, ahead, out)
+    ahead = n_blocks * fmt.n_bytes if end - first > 1 or fmt.scattered else 0
+    p = batches_of_8(fmt, tile, n_blocks, x, row_P, first, end, ahead, out)
     if p > first:
         ahead = 0
     while p + 2 <= end:
         r = (row_P[p], row_P[p + 1], row_P[min(p + 2, end - 1)], row_P[min(p + 3, end - 1)])
-        some(kind, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
+        tile_times_rows(fmt, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
         p, ahead = p + 4, 0
     if p < end:
-        some(kind, tile, n_blocks, x, (row_P[p],), ahead, at(out, 4 * LANES * (p - first)))
+        tile_times_rows(fmt, tile, n_blocks, x, (row_P[p],), ahead, at(out, 4 * LANES * (p - first)))
 
 
-def _rows_widened(kind, tile, n_blocks, x, row_P, first, end, wide, out):
+def _multiply_dequantized(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
     for b in range(n_blocks):
-        widen(kind, at(tile, b * kind.n_bytes), at(wide, 64 * kind.elements * b))
-    _rows_as_stored(FLOATS, wide, n_blocks * kind.elements, x, row_P, first, end, wide, out)
+        dequantize_block(fmt, at(tile, b * fmt.n_bytes), at(floats, 64 * fmt.elements * b))
+    _multiply_stored(F32, floats, n_blocks * fmt.elements, x, row_P, first, end, floats, out)
 
 
-def rows(kind, tile, n_blocks, x, row_P, first, end, wide, out):
-    """Rows row_P[first..end-1] of the activations times a tile: 16 float32 for each to `out`, one after the other. There must be room for
-    SPARE more: where two, three or seven are left, the last is computed again, which costs less than another pass over the tile.
+@by_format(lambda fmt: _multiply_dequantized if fmt.dequantized else _multiply_stored)
+def multiply_tile(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
+    """A tile times rows row_P[first..end-1] of x: 16 float32 for each to `out`, one after the other.
 
-    `wide` is room for the tile as float32 (where arithmetic is exact and the weights are quantized).
+    `out` needs space for SPARE more rows: where two, three or seven are left, the last is computed again, which costs less than another
+    pass over the tile. `floats` is space for the tile in float32 (used where `fmt.dequantized`).
     """
-    (_rows_widened if kind.widened else _rows_as_stored)(kind, tile, n_blocks, x, row_P, first, end, wide, out)
-
-
-@overload(rows, jit_options=INLINE)
-def _rows(kind, tile, n_blocks, x, row_P, first, end, wide, out):
-    return _rows_widened if kind.kind.widened else _rows_as_stored

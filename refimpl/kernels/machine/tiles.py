@@ -1,20 +1,19 @@
 """How the kernels hold a weight matrix: 16 rows side by side, so that a lane of a vector is a row.
 
-    in the file: row by row                     a tile: the same bytes, dealt out unit by unit to 16 rows
+    in the file: row by row                     a tile: the same bytes, 16 rows interleaved unit by unit
     row 0   | block 0 | block 1 | ...           block 0 | unit 0: row 0, row 1 .. row 15 | unit 1: row 0 .. | ...
     row 1   | block 0 | block 1 | ...           block 1 | ...
     ...                                         ...
 
-A unit is as many bytes of a block as a kernel takes from a row at once: 2 for a float16 scale, 1 for the scale of MXFP4 and for the small
-scales of sub-blocks, 4 for everything else (4 bytes hold the weights that one integer dot instruction multiplies). A tile is exactly as
-large as its rows were; the last tile of a matrix is filled up with zeros.
+A unit is what a kernel reads of a row at once: 2 bytes for a float16 scale, 1 for the scale of MXFP4 and for the small scales of
+sub-blocks, 4 for everything else (the weights that one integer dot instruction multiplies). A tile has as many bytes as its rows; the last
+tile of a matrix is padded with zeros.
 
-A type that no kernel reads (IQ1 to IQ3, TQ, NVFP4, ...: all that can be decoded and is not in kinds.py) is held as tiles of F32, 4 bytes a
-weight, dequantized a few rows at a time on the way: then everything works with it, in exact arithmetic, and it gains neither memory nor
-speed from its few bits.
+A type without kernels (IQ1 to IQ3, TQ, NVFP4, ...: every type that can be decoded and is not in unpack.py) is dequantized on loading and
+held as tiles of F32, 4 bytes a weight: everything works with it, in exact arithmetic, but it saves neither memory nor time.
 
-Why not in place: a kernel for Q4_0 that gathers the same 4 bytes of 16 rows from where they lie in the file read 6 GB/s, this one 28 GB/s
-with one thread and 33 with two (all that the machine has). The rearranging itself does 3 GB/s a thread.
+Why not in place: a kernel for Q4_0 that gathers the same 4 bytes of 16 rows from the file's layout reads 6 GB/s, this one 28 GB/s with one
+thread and 33 with two (all that the machine has). Interleaving runs at 3 GB/s a thread.
 """
 
 import math
@@ -29,7 +28,7 @@ from refimpl.formats.quants.codecs import dequantize
 from refimpl.kernels.machine.intrinsics import address, at, copy1, copy2, copy4
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import kernel
-from refimpl.kernels.machine.unpack import SHAPES
+from refimpl.kernels.machine.unpack import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Tiles:
 def units(block: Block) -> np.ndarray:
     """(offset in the block, bytes) of every unit, int64 (U, 2)."""
     found, offset = [], 0
-    for name, kind, count in block.fields:
-        n_bytes = np.dtype(kind).itemsize * count
+    for name, dtype, count in block.fields:
+        n_bytes = np.dtype(dtype).itemsize * count
         step = 1 if name.startswith("scales") else min(4, n_bytes)
         found += [(offset + u, step) for u in range(0, n_bytes, step)]
         offset += n_bytes
@@ -58,19 +57,19 @@ def units(block: Block) -> np.ndarray:
 
 
 def held_type(type_name: str) -> str:
-    """The type in which `tiled` holds weights of this one: the same where there are kernels for it, else F32."""
-    return type_name if type_name in SHAPES else "F32"
+    """The type in which `tiled` holds weights: their own where there are kernels for it, else F32."""
+    return type_name if type_name in LAYOUTS else "F32"
 
 
 def held_bytes(matrix: Matrix) -> int:
-    """Bytes that a matrix takes in tiles (but for the zeros of its last one)."""
-    return matrix.n_bytes if matrix.type in SHAPES else 4 * math.prod(matrix.shape)
+    """Bytes that a matrix takes in tiles (without the padding of its last tile)."""
+    return matrix.n_bytes if matrix.type in LAYOUTS else 4 * math.prod(matrix.shape)
 
 
 def tiled(matrix: Matrix, n_threads: int) -> Tiles:
-    """The same weights in tiles, of `held_type`. Reads the matrix once and writes it once; beside both, it takes CHUNK_BYTES at most.
+    """The same weights in tiles of `held_type`. Needs at most CHUNK_BYTES of memory beside the matrix and the tiles.
 
-    Raises UnsupportedType (a ValueError) for a type that cannot be decoded either.
+    Raises UnsupportedType (a ValueError) for a type that cannot be decoded.
     """
     raw = matrix.raw if matrix.raw.ndim == 3 else matrix.raw[None]
     n_expert, n_rows, _ = raw.shape
@@ -85,13 +84,13 @@ def tiled(matrix: Matrix, n_threads: int) -> Tiles:
         for tile in range(0, n_tiles, step):
             rows = raw[e, LANES * tile:LANES * (tile + step)]
             rows = np.ascontiguousarray(rows) if block.name == matrix.type else dequantize(rows, matrix.type).view(np.uint8)
-            deal_rows(rows, block.n_bytes, units(block), out[e, tile:tile + step], n_threads)
+            interleave_rows(rows, block.n_bytes, units(block), out[e, tile:tile + step], n_threads)
     return Tiles(out, block.name, matrix.shape)
 
 
 @kernel(parallel=True)
-def deal_rows(source, block_bytes, unit_U2, out, n):
-    """Deals the blocks of `source` (uint8, rows) out into the tiles of `out`."""
+def interleave_rows(source, block_bytes, unit_U2, out, n):
+    """Interleaves 16 rows of blocks: `source`, uint8 (rows, bytes), into the tiles of `out`, on n threads."""
     n_rows, row_bytes = source.shape
     n_tiles, tile_bytes = out.shape
     rows, tiles = address(source), address(out)

@@ -13,7 +13,7 @@ from refimpl.formats.quants.codecs import QUANTIZABLE, dequantize, quantize
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.threads import running
 from refimpl.kernels.machine.tiles import Tiles, tiled
-from refimpl.kernels.machine.unpack import SHAPES
+from refimpl.kernels.machine.unpack import LAYOUTS
 from refimpl.kernels.matmul import matmul_q8
 from refimpl.progress import silent
 
@@ -22,7 +22,7 @@ WIDTH = 4096                # weights in a row
 N_TOK = 512                 # rows of a prompt
 
 
-def measure_types(types: Sequence[str] = tuple(SHAPES), *, threads: Sequence[int] = (1, 2), repetitions: int = 9,
+def measure_types(types: Sequence[str] = tuple(LAYOUTS), *, threads: Sequence[int] = (1, 2), repetitions: int = 9,
                   decode_bytes: int = 256 << 20, prompt_rows: int = 1024, seed: int = 0,
                   progress: Callable[..., AbstractContextManager] = silent) -> list[dict[str, object]]:
     """A row for each type, in `q8` arithmetic: {type, bits (a weight), and for each number n of threads
@@ -35,9 +35,9 @@ def measure_types(types: Sequence[str] = tuple(SHAPES), *, threads: Sequence[int
     Speeds are medians of `repetitions` runs, Q4_0 and the type in turn; a ratio is the median of those of neighbouring runs. A product is
     run once before it counts. Raises ValueError for a type without kernels. `progress` as in bench.py.
     """
-    missing = [name for name in types if name not in SHAPES]
+    missing = [name for name in types if name not in LAYOUTS]
     if missing:
-        raise ValueError(f"there are no kernels for {', '.join(missing)}; there are for {', '.join(SHAPES)}")
+        raise ValueError(f"there are no kernels for {', '.join(missing)}; there are for {', '.join(LAYOUTS)}")
     rng, table = np.random.default_rng(seed), []
     one, many = (rng.standard_normal((n, WIDTH), dtype=np.float32) for n in (1, N_TOK))
     base = _matrix(BASE, decode_bytes, rng), _matrix(BASE, _bytes(BASE, prompt_rows), rng)
