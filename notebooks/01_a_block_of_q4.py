@@ -14,12 +14,10 @@ from refimpl.formats.gguf import open_gguf
 from refimpl.formats.quants import blocks
 from refimpl.formats.quants.basic import q4_0
 from refimpl.formats.quants.codecs import dequantize, quantize
-from refimpl.formats.quants.iq import codebooks as grids
-from refimpl.formats.quants.iq import iq2
+from refimpl.formats.quants.iq import codebooks, iq2
 from refimpl.formats.quants.k import q4_k
 from refimpl.lab.explain import quant_table
-from refimpl.lab.explain.block_bits import number_of
-from refimpl.lab.explain.block_pictures import bits_picture, error_picture, kernels_picture, speed_picture, weights_picture
+from refimpl.lab.explain.blocks import bits_picture, error_picture, kernels_picture, number_of, speed_picture, weights_picture
 from refimpl.lab.explain.show import source, table
 from refimpl.loading.model import BUILT_IN
 
@@ -134,7 +132,8 @@ levels = d * steps[:, :1] * np.arange(16) - dmin * steps[:, 1:]
 weights_picture(x[:64], dequantize(large, "Q4_K")[:64], levels, "Two sub-blocks of Q4_K")
 
 # %% [markdown]
-# Nothing says which scale, minimum and integers are best for given weights. The package searches for them (`search.affine_search`);
+# Nothing says which scale, minimum and integers are best for given weights. The package searches for them
+# (`affine_search` in `refimpl/formats/quants/search.py`);
 # llama.cpp's search is another one, with nearly the same error.
 #
 # ## All types
@@ -167,10 +166,10 @@ error_picture(rows)
 # weights together, to one of 256 vectors, and keeps eight bits of index and the signs. Here are the first four vectors:
 
 # %%
-grids.codebook("IQ2_XXS", iq2.LEVELS)[:4].astype(int)
+codebooks.codebook("IQ2_XXS", iq2.MAGNITUDES)[:4].astype(int)
 
 # %%
-source(iq2.dequantize_iq2_xxs, grids.with_parity, grids.signed_steps)
+source(iq2.dequantize_iq2_xxs, codebooks.with_parity, codebooks.signed_steps)
 
 # %% [markdown]
 # The list must be looked up for every eight weights, at an address that the data say. That is what processors are slow at. On one

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 import refimpl
-from refimpl.files import qat_grid as grid
-from refimpl.files import recover_scales as lattice
+from refimpl.files import qat_grid, recover_scales
 from refimpl.formats.quants.basic import q4_0
-from refimpl.lab.explain import qat_plots
+from refimpl.lab.explain import qat_figures
 from refimpl.lab.explain.show import source, table
 from refimpl.tiny import qat_results
 from refimpl.tiny.training import grids
@@ -49,7 +48,7 @@ model = refimpl.load(backend="reference")
 matrix = model.weights.layers[0].attention.query_AD.float32()
 noisy = torch.from_numpy(matrix + np.random.default_rng(0).normal(0, 0.01, matrix.shape).astype(np.float32))
 shown = {"4 bits": grids.Q4_0, "3 bits": grids.THREE_BITS, "2 bits": grids.TWO_BITS}
-qat_plots.block_picture(noisy[0, :32].numpy(), {name: g.round(noisy)[0, :32].numpy() for name, g in shown.items()},
+qat_figures.block_picture(noisy[0, :32].numpy(), {name: g.round(noisy)[0, :32].numpy() for name, g in shown.items()},
                         {name: float(g.encode(noisy).scales[0][0, 0]) for name, g in shown.items()})
 
 # %% [markdown]
@@ -88,7 +87,7 @@ found["settings"]
 print(qat_results.as_text(found).split("\n\nweights")[0])
 
 # %%
-qat_plots.comparison_picture(found, qat_results.TITLES)
+qat_figures.comparison_picture(found, qat_results.TITLES)
 
 # %% [markdown]
 # ## Where it helps, and where not
@@ -125,10 +124,10 @@ table(["control to Q4_0", "bits per byte", "KL, nats", "same favourite"],
 
 # %%
 history = found["history"]
-qat_plots.histogram_pictures({"float control": history["float"]["histograms"], "2 bits": history["2-bit"]["histograms"]}, "2-bit", 2)
+qat_figures.histogram_pictures({"float control": history["float"]["histograms"], "2 bits": history["2-bit"]["histograms"]}, "2-bit", 2)
 
 # %%
-qat_plots.histogram_pictures({"float control": history["float"]["histograms"], "4 bits": history["q4_0"]["histograms"]}, "q4_0", 8)
+qat_figures.histogram_pictures({"float control": history["float"]["histograms"], "4 bits": history["q4_0"]["histograms"]}, "q4_0", 8)
 
 # %% [markdown]
 # The weights do **not** gather on the levels, although one might expect it. Nothing pulls a weight towards a level: the loss sees only
@@ -137,7 +136,7 @@ qat_plots.histogram_pictures({"float control": history["float"]["histograms"], "
 # divided by the float control's:
 
 # %%
-qat_plots.density_picture({"2 bits": (history["2-bit"]["histograms"], history["float"]["histograms"], "2-bit", 2),
+qat_figures.density_picture({"2 bits": (history["2-bit"]["histograms"], history["float"]["histograms"], "2-bit", 2),
                            "4 bits": (history["q4_0"]["histograms"], history["float"]["histograms"], "q4_0", 8)})
 
 # %% [markdown]
@@ -146,7 +145,7 @@ qat_plots.density_picture({"2 bits": (history["2-bit"]["histograms"], history["f
 # oscillation). Each change of sides is a code that flips. The codes settle only because the learning rate falls:
 
 # %%
-qat_plots.flips_picture({name: history[name] for name in ("q4_k", "w4a16", "q4_0", "3-bit", "2-bit")}, qat_results.TITLES)
+qat_figures.flips_picture({name: history[name] for name in ("q4_k", "w4a16", "q4_0", "3-bit", "2-bit")}, qat_results.TITLES)
 
 # %% [markdown]
 # ## From the training to a file
@@ -154,18 +153,18 @@ qat_plots.flips_picture({name: history[name] for name in ("q4_k", "w4a16", "q4_0
 # The file gets the codes and scales of the last step. Rounding numbers that are on a grid a second time is not safe, and that is the trap
 # of releases that hold only the products $d\,q$ as bfloat16 numbers ("unquantized" QAT checkpoints). The rule takes the largest weight for
 # level $-8$. If the training's largest level in that block was $+7$ or $-7$, all other levels now fall between those of the new scale.
-# Finding the scale from the numbers themselves is possible, because they lie on a lattice:
+# Finding the scale from the numbers themselves is possible, because they are on a quantization grid:
 
 # %%
-source(lattice.find_lattice, lattice._on_lattice)
+source(recover_scales.recover_grid, recover_scales._on_grid)
 
 # %% [markdown]
 # A live example: a matrix of the built-in model on the W4A16 grid, as bfloat16 numbers. Off the grid, by the rule, and by finding the grid:
 
 # %%
 release = grids.W4A16.round(noisy).bfloat16().float().numpy()
-distance = grid.distance_of(release).described()
-table(["blocks on a lattice", "lost by finding it", "lost by the rule", "weights that the rule moves"],
+distance = qat_grid.distance_of(release).described()
+table(["blocks on a grid", "lost by finding it", "lost by the rule", "weights that the rule moves"],
       [[f"{distance[key]:.2%}" for key in ("on_grid", "grid_rms", "rule_rms", "moved_by_rule")]])
 
 # %%
@@ -175,13 +174,13 @@ source(q4_0.symmetric_codes)
 # And with the trained networks, each released as bfloat16 numbers and converted to Q4_0 in both ways. Compared with the release itself:
 
 # %%
-qat_plots.releases_picture(found, qat_results.TITLES)
+qat_figures.releases_picture(found, qat_results.TITLES)
 
 # %%
 means = found["releases_mean"]
 table(["trained on", "converted", "KL, nats", "same favourite"],
       [[qat_results.TITLES[m["trained"]], m["converted"], f"{m['kl']:.4f}", f"{m['top1']:.1%}"] for m in means
-       if m["converted"] in ("naive", "lattice")])
+       if m["converted"] in ("naive", "recover_scales")])
 
 # %% [markdown]
 # Grids that always put their largest weight on $-8$, $-4$ or $-2$ survive the rule, because the rule finds their scale or an exact

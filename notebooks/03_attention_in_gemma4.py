@@ -13,9 +13,9 @@ import numpy as np
 
 import refimpl
 from refimpl.files.synth import SHAPES
-from refimpl.lab.explain import attention_map, attention_pictures, kv
+from refimpl.lab.explain import attention_maps, cache_memory
 from refimpl.lab.explain.show import source, table
-from refimpl.loading import hf_names as export
+from refimpl.loading import hf_names
 from refimpl.model import cache, gemma4
 from refimpl.reference import attention, ops
 
@@ -45,8 +45,8 @@ source(attention.attend)
 # full layer writes it into the residual stream, which all layers read. Gemma 3 used the same mixture (arXiv:2503.19786, section 2).
 
 # %%
-models = {name: kv.true_config(name) for name in SHAPES}
-kv.layers_picture(models)
+models = {name: cache_memory.true_config(name) for name in SHAPES}
+cache_memory.layers_picture(models)
 
 # %% [markdown]
 # One square is one layer. The last layer of every model is full. In E2B and E4B the outlined layers have no keys and values of their
@@ -80,20 +80,20 @@ source(ops.rope_frequencies, ops.rope_angles, ops.rotate)
 # any distance.
 
 # %%
-source(export.rope_divisors)
+source(hf_names.rope_divisors)
 
 # %%
-divisors = export.rope_divisors(512, 0.25)
+divisors = hf_names.rope_divisors(512, 0.25)
 frequencies = {"sliding layers: 128 pairs, base 10,000": ops.rope_frequencies(256, 1e4, np.ones(128)),
                "full layers: 256 pairs, base 1,000,000": ops.rope_frequencies(512, 1e6, divisors)}
-attention_pictures.turns_picture(frequencies, 512)
+attention_maps.turns_picture(frequencies, 512)
 
 # %% [markdown]
 # Each row is a pair; a change from red to blue and back is one turn. At the bottom the pairs turn every few positions; further up
 # they turn more slowly. On the right everything from pair 64 on is still: the angle is 0 and its cosine 1 at every position.
 
 # %%
-attention_pictures.periods_picture(frequencies, {"window of 1,024": 1024, "context of 262,144": 262_144})
+attention_maps.periods_picture(frequencies, {"window of 1,024": 1024, "context of 262,144": 262_144})
 
 # %%
 table(["", "pairs", "that turn", "slowest turn, positions"],
@@ -164,7 +164,7 @@ table(["layer", "largest key", "largest difference to the key made from the valu
 
 # %%
 table(["model", "weights saved, millions"],
-      [[name, f"{kv.value_projections(config) / 1e6:.1f}"] for name, config in models.items()])
+      [[name, f"{cache_memory.value_projections(config) / 1e6:.1f}"] for name, config in models.items()])
 
 # %% [markdown]
 # ## What the cache holds, and what it costs
@@ -178,15 +178,15 @@ table(["model", "weights saved, millions"],
 source(cache.LayerCache, cache.cache_bytes)
 
 # %%
-kv.cache_picture(models, (131_072, 262_144), max_rows=5)
+cache_memory.cache_picture(models, (131_072, 262_144), max_rows=5)
 
 # %% [markdown]
 # Most of it belongs to the full layers; the rings cost the same at any context. Without windows, and with keys and values in every
 # layer, the whole context of each model would take (GB, float16):
 
 # %%
-table(["model", "context", *kv.savings(models["31B"], 1, 5)],
-      [[name, f"{config.n_ctx:,}", *(f"{n_bytes / 1e9:.2f}" for n_bytes in kv.savings(config, config.n_ctx, 5).values())]
+table(["model", "context", *cache_memory.savings(models["31B"], 1, 5)],
+      [[name, f"{config.n_ctx:,}", *(f"{n_bytes / 1e9:.2f}" for n_bytes in cache_memory.savings(config, config.n_ctx, 5).values())]
        for name, config in models.items()])
 
 # %% [markdown]
@@ -197,11 +197,11 @@ table(["model", "context", *kv.savings(models["31B"], 1, 5)],
 # identity matrix.
 
 # %%
-source(attention_map.weights_of, attention_map.attention_maps)
+source(attention_maps.weights_of, attention_maps.attention_maps)
 
 # %%
-maps = attention_map.attention_maps(model, ids)
-attention_pictures.maps_picture(model.config, maps)
+maps = attention_maps.attention_maps(model, ids)
+attention_maps.maps_picture(model.config, maps)
 
 # %% [markdown]
 # A row is a token that looks, a column a token it looks at; the brighter, the more weight. Above the diagonal nothing is seen: that
@@ -212,11 +212,11 @@ attention_pictures.maps_picture(model.config, maps)
 # Where does the weight of each head go, on average over the text?
 
 # %%
-source(attention_map.habits)
+source(attention_maps.habits)
 
 # %%
-shares = attention_map.habits(maps, ids)
-attention_pictures.habits_picture(shares)
+shares = attention_maps.habits(maps, ids)
+attention_maps.habits_picture(shares)
 
 # %% [markdown]
 # Head 2 of layer 1 does one thing only: it looks at the token before. The heads 1 and 2 of the full layer look *behind the same
@@ -230,14 +230,14 @@ attention_pictures.habits_picture(shares)
 # %%
 pieces = [model.tokenizer.decode([token], special=True) for token in ids]
 newline = pieces.index(":", 100) + 1
-attention_pictures.look_picture(pieces, maps[1][1, newline], newline)
+attention_maps.look_picture(pieces, maps[1][1, newline], newline)
 
 # %% [markdown]
 # Layer 4, head 0, at the quotes that open a docstring: the name of the function.
 
 # %%
 quotes = pieces.index("pop") + pieces[pieces.index("pop"):].index('"""')
-attention_pictures.look_picture(pieces, maps[4][0, quotes], quotes)
+attention_maps.look_picture(pieces, maps[4][0, quotes], quotes)
 
 # %% [markdown]
 # The full layer, head 3, at the second `new`: what followed the first one. It is further back than the window of the other layers
@@ -245,7 +245,7 @@ attention_pictures.look_picture(pieces, maps[4][0, quotes], quotes)
 
 # %%
 new = pieces.index("new", pieces.index("new") + 1)
-attention_pictures.look_picture(pieces, maps[5][3, new], new)
+attention_maps.look_picture(pieces, maps[5][3, new], new)
 
 # %%
 best = int(maps[5][3, new].argmax())

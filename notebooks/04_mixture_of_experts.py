@@ -13,8 +13,9 @@
 import numpy as np
 
 import refimpl
-from refimpl.lab.explain import reads, routing, routing_pictures
+from refimpl.lab.explain import experts
 from refimpl.lab.explain.show import source, table
+from refimpl.lab.explain.weight_traffic import distinct_if_independent, read_bytes
 from refimpl.model import gemma4
 from refimpl.reference import moe
 from refimpl.tiny.corpus import read_corpus
@@ -49,15 +50,15 @@ source(gemma4.moe_ffn)
 # `tap` hands out what the routers decided.
 
 # %%
-source(routing.tapped, routing.route)
+source(experts.tapped, experts.route)
 
 # %% tags=["text"]
 model = refimpl.load(threads=1)
-passages = [routing.passage(model, text, 256) for text in read_corpus().heldout.values() if len(text) > 6000]
+passages = [experts.passage(model, text, 256) for text in read_corpus().heldout.values() if len(text) > 6000]
 texts = [part.ids for part in passages]
 kinds = np.concatenate([part.kind_T for part in passages])
 pieces = [piece for part in passages for piece in part.pieces]
-routes = routing.route(model, texts)
+routes = experts.route(model, texts)
 n_layer, n_tok, n_used = routes.id_LTX.shape
 n_expert = routes.logit_LTE.shape[-1]
 table(["files", "tokens", "layers with experts", "experts", "chosen"], [[len(texts), f"{n_tok:,}", n_layer, n_expert, n_used]])
@@ -69,11 +70,11 @@ table(["files", "tokens", "layers with experts", "experts", "chosen"], [[len(tex
 # token of the model is what its first visible letter is.
 
 # %%
-source(routing.kinds_of, routing.share_by_kind)
+source(experts.kinds_of, experts.share_by_kind)
 
 # %% tags=["text"]
-shares = {f"layer {i}": routing.share_by_kind(routes.id_LTX[i], kinds, n_expert) for i in (0, 2, 5)}
-routing_pictures.kinds_picture(shares, kinds)
+shares = {f"layer {i}": experts.share_by_kind(routes.id_LTX[i], kinds, n_expert) for i in (0, 2, 5)}
+experts.kinds_picture(shares, kinds)
 
 # %% [markdown]
 # A column is an expert, a row a kind of token (in brackets how many there are). Nobody told the router what a keyword is, and yet the
@@ -84,7 +85,7 @@ routing_pictures.kinds_picture(shares, kinds)
 # %% tags=["text"]
 table(["kind", "expert", "times as often as any token", "commonest tokens"],
       [[kind, expert, f"{times:.1f}", " ".join(f"`{piece!r}`" for piece in common)]
-       for kind, expert, times, common in routing.specialists(routes.id_LTX[2], kinds, pieces, n_expert, 25)])
+       for kind, expert, times, common in experts.specialists(routes.id_LTX[2], kinds, pieces, n_expert, 25)])
 
 # %% [markdown]
 # ## Is the work shared evenly?
@@ -98,16 +99,16 @@ table(["kind", "expert", "times as often as any token", "commonest tokens"],
 # which is 1 for perfect balance and $E$ if one expert got everything.
 
 # %%
-source(routing.load, routing.balance_loss)
+source(experts.load, experts.balance_loss)
 
 # %% tags=["text"]
-loads = [routing.load(id_TX, n_expert) for id_TX in routes.id_LTX]
-routing_pictures.load_picture(loads)
+loads = [experts.load(id_TX, n_expert) for id_TX in routes.id_LTX]
+experts.load_picture(loads)
 
 # %% tags=["text"]
 table(["layer", "busiest expert, mean = 1", "idlest expert", "experts never chosen", "balance"],
       [[i, f"{load_E.max():.2f}", f"{load_E.min():.2f}", int((load_E == 0).sum()),
-        f"{routing.balance_loss(routes.id_LTX[i], routes.probability_LTE[i]):.3f}"] for i, load_E in enumerate(loads)])
+        f"{experts.balance_loss(routes.id_LTX[i], routes.probability_LTE[i]):.3f}"] for i, load_E in enumerate(loads)])
 
 # %% [markdown]
 # ## How much do the first few carry?
@@ -127,14 +128,14 @@ table(["expert", *range(1, n_used + 1)], [["share of the weight", *(f"{100 * sha
 # the whole model then needs to say the text, in bits per token: less is better.
 
 # %%
-source(routing.with_used, routing.shortened_error)
+source(experts.with_used, experts.shortened_error)
 
 # %% tags=["text"]
 counts = [1, 2, 3, 4, 6, 8, 16, 32]
-error = routing.shortened_error(model, texts, counts)
+error = experts.shortened_error(model, texts, counts)
 n_said = sum(len(ids) - 1 for ids in texts)
-bits = [sum(model_bits(routing.with_used(model, k), ids) for ids in texts) / n_said for k in counts]
-routing_pictures.fewer_picture(routes.probability_LTE, n_used, counts, error, bits)
+bits = [sum(model_bits(experts.with_used(model, k), ids) for ids in texts) / n_said for k in counts]
+experts.fewer_picture(routes.probability_LTE, n_used, counts, error, bits)
 
 # %% tags=["text"]
 table(["experts", *counts], [["error of the output", *(f"{100 * e:.0f} %" for e in error.mean(axis=1))],
@@ -151,13 +152,13 @@ table(["experts", *counts], [["error of the output", *(f"{100 * e:.0f} %" for e 
 # Google's Q4_0 files:
 
 # %%
-source(reads.read_bytes)
+source(read_bytes)
 
 # %%
-needed = {"26B-A4B, 8 of 128 experts": reads.read_bytes("26B-A4B"),
-          "26B-A4B, if all experts ran": reads.read_bytes("26B-A4B", all_experts=True),
-          "12B, dense": reads.read_bytes("12B"), "31B, dense": reads.read_bytes("31B")}
-routing_pictures.bytes_picture(needed)
+needed = {"26B-A4B, 8 of 128 experts": read_bytes("26B-A4B"),
+          "26B-A4B, if all experts ran": read_bytes("26B-A4B", all_experts=True),
+          "12B, dense": read_bytes("12B"), "31B, dense": read_bytes("31B")}
+experts.bytes_picture(needed)
 
 # %%
 total = {name: sum(parts.values()) for name, parts in needed.items()}
@@ -177,18 +178,18 @@ table(["", "GB per token", "times the 26B-A4B"],
 # different experts. What do real rows need?
 
 # %%
-source(routing.distinct, routing.distinct_if_independent)
+source(experts.distinct, distinct_if_independent)
 
 # %% tags=["text"]
 shuffled = routes.id_LTX[:, np.random.default_rng(0).permutation(n_tok)]
-routing_pictures.rows_picture(routes.id_LTX, shuffled, n_expert, 16)
+experts.rows_picture(routes.id_LTX, shuffled, n_expert, 16)
 
 # %% tags=["text"]
 rows = [1, 2, 3, 5, 9, 16]
 table(["rows", *rows], [
-    ["neighbouring tokens", *(f"{np.mean([routing.distinct(id_TX, n) for id_TX in routes.id_LTX]):.1f}" for n in rows)],
-    ["tokens from anywhere", *(f"{np.mean([routing.distinct(id_TX, n) for id_TX in shuffled]):.1f}" for n in rows)],
-    ["by the formula", *(f"{float(routing.distinct_if_independent(n_expert, n_used, n)):.1f}" for n in rows)]])
+    ["neighbouring tokens", *(f"{np.mean([experts.distinct(id_TX, n) for id_TX in routes.id_LTX]):.1f}" for n in rows)],
+    ["tokens from anywhere", *(f"{np.mean([experts.distinct(id_TX, n) for id_TX in shuffled]):.1f}" for n in rows)],
+    ["by the formula", *(f"{float(distinct_if_independent(n_expert, n_used, n)):.1f}" for n in rows)]])
 
 # %% [markdown]
 # Neighbours share experts, because they are about the same thing. Tokens from anywhere share hardly more than chance makes them, and
@@ -197,7 +198,7 @@ table(["rows", *rows], [
 
 # %%
 table(["rows in a call", 1, 2, 3, 4, 5, 9],
-      [[name, *(f"{sum(reads.read_bytes(name, n).values()) / sum(reads.read_bytes(name).values()):.2f}" for n in (1, 2, 3, 4, 5, 9))]
+      [[name, *(f"{sum(read_bytes(name, n).values()) / sum(read_bytes(name).values()):.2f}" for n in (1, 2, 3, 4, 5, 9))]
        for name in ("26B-A4B", "12B", "31B")])
 
 # %% [markdown]

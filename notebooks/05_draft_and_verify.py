@@ -12,10 +12,10 @@
 import numpy as np
 
 import refimpl
-from refimpl.decode import draft_length as depth
-from refimpl.decode import drafter, speculative
-from refimpl.lab.explain import reads, rounds, rounds_pictures
+from refimpl.decode import draft_length, drafter, speculative
+from refimpl.lab.explain import drafting
 from refimpl.lab.explain.show import source, table
+from refimpl.lab.explain.weight_traffic import drafter_bytes, read_bytes
 
 # %% [markdown]
 # ## The loop
@@ -40,7 +40,7 @@ source(drafter.Drafter.draft)
 # `decide` in the loop above is where this notebook looks in: what follows was recorded by the real loop.
 
 # %%
-source(rounds.run)
+source(drafting.run)
 
 # %%
 model = refimpl.load(threads=1)
@@ -48,15 +48,15 @@ small = refimpl.load_drafter(None, model)
 prompt = model.tokenizer.encode('''def read_lines(path, encoding="utf-8"):
     """Return the lines of the file, without their ends."""
 ''')
-drafted = rounds.run(model, prompt, 56, small, depth.FixedDepth(4))
-rounds_pictures.rounds_picture(model.tokenizer, drafted.rounds)
+drafted = drafting.run(model, prompt, 56, small, draft_length.FixedDepth(4))
+drafting.rounds_picture(model.tokenizer, drafted.rounds)
 
 # %% [markdown]
 # Every line is a round of 4 drafts (the last is cut short where the text ends). Green drafts were accepted; behind them stands the
 # target's own token, which replaces a red draft or follows four green ones. Dots are spaces, arrows newlines. The same as a text:
 
 # %%
-rounds_pictures.authors_picture(model.tokenizer, prompt, drafted)
+drafting.authors_picture(model.tokenizer, prompt, drafted)
 
 # %%
 n_accepted = sum(r.n_accepted for r in drafted.rounds)
@@ -73,9 +73,10 @@ table(["tokens", "calls of the target", "accepted drafts", "drafts made"],
 # keeps the distribution, but not the very text.
 
 # %%
-plain = rounds.run(model, prompt, 56)
+plain = drafting.run(model, prompt, 56)
 warm = {"temperature": 0.7, "seed": 1}
-plain_warm, drafted_warm = rounds.run(model, prompt, 56, **warm), rounds.run(model, prompt, 56, small, depth.FixedDepth(4), **warm)
+plain_warm = drafting.run(model, prompt, 56, **warm)
+drafted_warm = drafting.run(model, prompt, 56, small, draft_length.FixedDepth(4), **warm)
 table(["", "ids equal", "logits compared", "logits that differ in a bit"],
       [[name, a.ids == b.ids, f"{a.logit_TV.size:,}", int((a.logit_TV.view(np.uint32) != b.logit_TV.view(np.uint32)).sum())]
        for name, a, b in (("greedy", plain, drafted), ("temperature 0.7", plain_warm, drafted_warm))])
@@ -84,7 +85,7 @@ table(["", "ids equal", "logits compared", "logits that differ in a bit"],
 # The sampled text, to see that it is another one:
 
 # %%
-rounds_pictures.authors_picture(model.tokenizer, prompt, drafted_warm)
+drafting.authors_picture(model.tokenizer, prompt, drafted_warm)
 
 # %% [markdown]
 # ## How many are accepted
@@ -94,7 +95,7 @@ rounds_pictures.authors_picture(model.tokenizer, prompt, drafted_warm)
 # drafts that were judged.
 
 # %%
-source(rounds.acceptance)
+source(drafting.acceptance)
 
 # %%
 beginnings = [
@@ -107,10 +108,11 @@ beginnings = [
 prompts = [model.tokenizer.encode(text) for text in beginnings]
 ways = {"greedy": {}, "temperature 0.7": warm}
 depths = [1, 2, 3, 4, 6, 8]
-found = {way: {k: [r for ids in prompts for r in rounds.run(model, ids, 64, small, depth.FixedDepth(k), **options).rounds] for k in depths}
+found = {way: {k: [r for ids in prompts
+                   for r in drafting.run(model, ids, 64, small, draft_length.FixedDepth(k), **options).rounds] for k in depths}
          for way, options in ways.items()}
-chances, alphas = ({way: rounds.acceptance(found[way][8], 8)[part] for way in ways} for part in (0, 1))
-rounds_pictures.acceptance_picture(chances, alphas)
+chances, alphas = ({way: drafting.acceptance(found[way][8], 8)[part] for way in ways} for part in (0, 1))
+drafting.acceptance_picture(chances, alphas)
 
 # %% [markdown]
 # Dashed, what would follow if every draft were accepted with the same probability $\alpha$, whatever came before. Real acceptance is
@@ -126,16 +128,16 @@ rounds_pictures.acceptance_picture(chances, alphas)
 # than counting: a round gives one token of the target, and draft $i$ if the first $i$ were all accepted.
 
 # %%
-source(rounds.expected_tokens)
+source(drafting.expected_tokens)
 
 # %%
-measured = {way: {k: rounds.tokens_per_round(found[way][k], k) for k in depths} for way in ways}
-formula = {way: {k: rounds.expected_tokens(rounds.acceptance(found[way][k], k)[1], k) for k in depths} for way in ways}
+measured = {way: {k: drafting.tokens_per_round(found[way][k], k) for k in depths} for way in ways}
+formula = {way: {k: drafting.expected_tokens(drafting.acceptance(found[way][k], k)[1], k) for k in depths} for way in ways}
 foretold = {way: {k: 1 + sum(chances[way][:k]) for k in depths} for way in ways}
-rounds_pictures.tokens_picture(measured, formula, foretold)
+drafting.tokens_picture(measured, formula, foretold)
 
 # %%
-counted = {way: {k: 1 + sum(rounds.acceptance(found[way][k], k)[0]) for k in depths} for way in ways}
+counted = {way: {k: 1 + sum(drafting.acceptance(found[way][k], k)[0]) for k in depths} for way in ways}
 table(["tokens a round, drafts:", *depths],
       [[f"{way}: {name}", *(f"{values[way][k]:.2f}" for k in depths)] for way in ways
        for name, values in (("measured", measured), ("1 + a_1 + ... of the same rounds", counted), ("equation 1", formula))])
@@ -156,7 +158,7 @@ table(["tokens a round, drafts:", *depths],
 # everywhere).
 
 # %%
-source(depth.best_depth)
+source(draft_length.best_depth)
 
 # %% [markdown]
 # Both costs are measured here, on the machine that ran this notebook, one row after the other. **All times and speeds from here on
@@ -164,17 +166,17 @@ source(depth.best_depth)
 # time and adds nothing.
 
 # %%
-source(rounds.costs)
+source(drafting.costs)
 
 # %% tags=["machine"]
-cost = rounds.costs(model, small, prompts[2] + plain.ids)
+cost = drafting.costs(model, small, prompts[2] + plain.ids)
 curves = chances | {"never right": [0.0] * 8}
-rounds_pictures.costs_picture(cost, curves)
+drafting.costs_picture(cost, curves)
 
 # %% tags=["machine"]
 table(["", "best number of drafts", "tokens a second, plain", "tokens a second, best"],
-      [[way, rounds.best(cost.verify, cost.draft, accepted), f"{1 / cost.verify[0]:.0f}",
-        f"{max(rounds.rates(cost.verify, cost.draft, accepted)):.0f}"] for way, accepted in curves.items()])
+      [[way, drafting.best(cost.verify, cost.draft, accepted), f"{1 / cost.verify[0]:.0f}",
+        f"{max(drafting.rates(cost.verify, cost.draft, accepted)):.0f}"] for way, accepted in curves.items()])
 
 # %% [markdown]
 # A ring marks the best depth of each curve. `--draft-max auto` works it out while it writes. Below, how many tokens it drafted in
@@ -184,16 +186,16 @@ table(["", "best number of drafts", "tokens a second, plain", "tokens a second, 
 # (`Charged`: every round costs what was measured above, so that other programs on the machine do not blur the picture.)
 
 # %%
-source(rounds.Charged, rounds.Stubborn)
+source(drafting.Charged, drafting.Stubborn)
 
 # %% tags=["machine"]
-stubborn = rounds.Stubborn(small, token=model.tokenizer.bos)
-chosen = {"the trained drafter": rounds.run(model, prompt, 128, small, rounds.Charged(cost)),
-          "a drafter that is never right": rounds.run(model, prompt, 128, stubborn, rounds.Charged(cost))}
-rounds_pictures.depths_picture(chosen)
+stubborn = drafting.Stubborn(small, token=model.tokenizer.bos)
+chosen = {"the trained drafter": drafting.run(model, prompt, 128, small, drafting.Charged(cost)),
+          "a drafter that is never right": drafting.run(model, prompt, 128, stubborn, drafting.Charged(cost))}
+drafting.depths_picture(chosen)
 
 # %%
-again = rounds.run(model, prompt, 128)
+again = drafting.run(model, prompt, 128)
 table(["", "text the same as without"], [[name, run.ids == again.ids] for name, run in chosen.items()])
 
 # %% [markdown]
@@ -205,18 +207,18 @@ table(["", "text the same as without"], [[name, run.ids == again.ids] for name, 
 # Spark, spark-vllm-docker number 343); for the 12B the 31B's is assumed.
 
 # %%
-source(reads.read_bytes, reads.drafter_bytes)
+source(read_bytes, drafter_bytes)
 
 # %%
 reported = {"12B": (0.92, 0.79, 0.68, 0.59), "26B-A4B": (0.84, 0.60, 0.39, 0.27), "31B": (0.92, 0.79, 0.68, 0.59)}
-verify = {name: [sum(reads.read_bytes(name, n + 1).values()) for n in range(5)] for name in reported}
-gains = {name: [verify[name][0] * rate for rate in rounds.rates(verify[name], reads.drafter_bytes(name), accepted)]
+verify = {name: [sum(read_bytes(name, n + 1).values()) for n in range(5)] for name in reported}
+gains = {name: [verify[name][0] * rate for rate in drafting.rates(verify[name], drafter_bytes(name), accepted)]
          for name, accepted in reported.items()}
-rounds_pictures.gains_picture(gains)
+drafting.gains_picture(gains)
 
 # %%
 table(["drafts", *range(5), "a step of the drafter reads, of what a token reads"],
-      [[name, *(f"{ratio:.2f}" for ratio in gains[name]), f"{100 * reads.drafter_bytes(name) / verify[name][0]:.0f} %"] for name in gains])
+      [[name, *(f"{ratio:.2f}" for ratio in gains[name]), f"{100 * drafter_bytes(name) / verify[name][0]:.0f} %"] for name in gains])
 
 # %% [markdown]
 # The dense models gain with every draft. In the mixture of experts each further row brings its own experts to read, and the drafter

@@ -17,11 +17,7 @@ import numpy as np
 from IPython.display import Image, Markdown
 
 import refimpl
-from refimpl.lab.compare import compare, names, record, verdict
-from refimpl.lab.compare import diagnoses as symptoms
-from refimpl.lab.compare import known_bugs as zoo
-from refimpl.lab.compare import mismatch as scene
-from refimpl.lab.compare import tolerance as rounding
+from refimpl.lab.compare import compare, diagnoses, known_bugs, mismatch, names, record, tolerance, verdict
 
 folder = Path(mkdtemp())
 model = refimpl.load(backend="reference", weights="quantized")
@@ -48,7 +44,7 @@ print(len(order), "tensors:", ", ".join(order[:30]), "...")
 # $$ \delta_t = \frac{\mathrm{rms}(a_t - b_t)}{\mathrm{rms}(a_t)}, \qquad \delta = \max_t \delta_t . $$
 
 # %%
-Markdown(f"```python\n{getsource(scene.row_errors)}```")
+Markdown(f"```python\n{getsource(mismatch.row_errors)}```")
 
 # %% [markdown]
 # An engine that keeps $p$ significant bits makes a relative error of up to $u = 2^{-p}$ in every step (Higham, *Accuracy and Stability of
@@ -57,10 +53,10 @@ Markdown(f"```python\n{getsource(scene.row_errors)}```")
 # same run again, with every named value moved as rounding would move it.
 
 # %%
-Markdown(f"```python\n{getsource(rounding.perturbing)}```")
+Markdown(f"```python\n{getsource(tolerance.perturbing)}```")
 
 # %%
-noise = {kind: rounding.measured(model, ids, kind, compare.deviations) for kind in ("exact", "bfloat16", "q8")}
+noise = {kind: tolerance.measured(model, ids, kind, compare.deviations) for kind in ("exact", "bfloat16", "q8")}
 figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
 for kind, label in (("q8", "8-bit activations"), ("bfloat16", "bfloat16"), ("exact", "float32")):
     axes.semilogy([noise[kind][name] or np.nan for name in order], label=label, linewidth=1)
@@ -69,7 +65,7 @@ axes.set_ylabel("deviation of a correct engine")
 _ = axes.legend(frameon=False, loc="center right", fontsize=8)
 
 # %% [markdown]
-# The tolerance of a tensor is this noise, of both engines together, times a safety factor (`rounding.SAFETY`). A tensor that is further
+# The tolerance of a tensor is this noise, of both engines together, times a safety factor (`tolerance.SAFETY`). A tensor that is further
 # away did not get there by rounding. (Gaps are the ids of chosen experts, which are no quantities. The straight line is explained next.)
 #
 # Two cases need more care. Where two experts are as good as equal, a correct engine may take the other one, and everything behind is
@@ -90,8 +86,8 @@ print(verdict.as_text(same))
 # shipped this one more than once. The text, with the bug above and without below, gives nothing away:
 
 # %%
-bug = zoo.BUGS["window one too long"]
-with zoo.planted(bug):
+bug = known_bugs.BUGS["window one too long"]
+with known_bugs.planted(bug):
     print(refimpl.generate(model, ids, max_new_tokens=40).text)
 print("---")
 print(refimpl.generate(model, ids, max_new_tokens=40).text)
@@ -100,7 +96,7 @@ print(refimpl.generate(model, ids, max_new_tokens=40).text)
 # The comparison does:
 
 # %%
-with zoo.planted(bug):
+with known_bugs.planted(bug):
     theirs = record.trace(model, ids)
 found = compare.compare_with(model, right, theirs)
 print(verdict.as_text(found))
@@ -119,15 +115,15 @@ Image(folder / "window.png")
 # asks whether that fits. A norm that was left out, for instance, leaves a factor for each row times one for each channel:
 
 # %%
-Markdown(f"```python\n{getsource(symptoms.missing_norm)}```")
+Markdown(f"```python\n{getsource(diagnoses.missing_norm)}```")
 
 # %%
 shown = ["embedding scale rounded to bfloat16", "RoPE turns neighbours", "rope_freqs ignored", "values are keys after their norm",
          "no norm after attention", "GELU by erf", "weights not renormalised", "soft cap twice"]
 rows = []
 for name in shown:
-    with zoo.planted(zoo.BUGS[name]):
-        loaded = refimpl.load(backend="reference") if zoo.BUGS[name].at_load else model
+    with known_bugs.planted(known_bugs.BUGS[name]):
+        loaded = refimpl.load(backend="reference") if known_bugs.BUGS[name].at_load else model
         wrong = compare.compare(right, record.trace(loaded, ids), {key: 2 * size for key, size in noise["exact"].items()})
     rows.append(f"| {name} | `{wrong.first.name}` | {wrong.symptom.kind} | {wrong.symptom.text} |")
 Markdown("\n".join(["| planted | departs first | looks like | |", "|---|---|---|---|", *rows]))
@@ -139,10 +135,10 @@ Markdown("\n".join(["| planted | departs first | looks like | |", "|---|---|---|
 # it computes each step from *their* values before it. A mistake then shows where it is made and nowhere else.
 
 # %%
-Markdown(f"```python\n{getsource(rounding.replayed)}```")
+Markdown(f"```python\n{getsource(tolerance.replayed)}```")
 
 # %%
-with zoo.planted(zoo.BUGS["values not normalised"]), zoo.planted(zoo.BUGS["expert scale dropped"]):
+with known_bugs.planted(known_bugs.BUGS["values not normalised"]), known_bugs.planted(known_bugs.BUGS["expert scale dropped"]):
     theirs = record.trace(model, ids)
 runs, steps = compare.compare_with(model, right, theirs), compare.compare_steps(model, theirs)
 print("departing tensors, run against run:", sum(j.verdict == "departs" for j in runs.judged))
@@ -165,10 +161,10 @@ Image(folder / "steps.png")
 # which takes any common factor of a row out again:
 
 # %%
-with zoo.planted(zoo.BUGS["weights not renormalised"]):
+with known_bugs.planted(known_bugs.BUGS["weights not renormalised"]):
     theirs = record.trace(model, ids)
 for name in ("ffn_moe_weights-0", "ffn_moe_out-0", "ffn_moe-0", "l_out-0", "result_output"):
-    print(f"{name:18} {np.max(scene.row_errors(right.arrays[name], theirs.arrays[name])):.1e}")
+    print(f"{name:18} {np.max(mismatch.row_errors(right.arrays[name], theirs.arrays[name])):.1e}")
 
 # %% [markdown]
 # The weights are wrong by more than half, the layer's output by no more than rounding. Whoever compares hidden states and logits alone

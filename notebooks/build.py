@@ -27,7 +27,8 @@ from nbformat import NotebookNode
 HERE = Path(__file__).resolve().parent
 CELL_SECONDS = 300          # far more than any cell takes; a hang must end
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-NEAR = 0.01                 # so much may a printed number move with the last bit of a sum
+LINE = re.compile(r"#L\d+")  # of a link to a line of source, which moves with every change above it
+NEAR = 0.01                 # relative difference of printed numbers that counts as none
 
 
 class ThisPython(KernelSpecManager):
@@ -118,7 +119,7 @@ def _shown(cell: NotebookNode) -> list[str]:
         elif "image/png" in data:
             shown.append("*")
         elif "text/markdown" in data:
-            shown.append("#" + data["text/markdown"])
+            shown.append("#" + LINE.sub("", data["text/markdown"]))
         else:
             shown.append("@" + data.get("text/plain", output.output_type))
     return shown

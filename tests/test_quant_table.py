@@ -9,8 +9,8 @@ from refimpl.formats.quants.blocks import BLOCKS, fields_of
 from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize, quantize
 from refimpl.formats.quants.k.q4_k import unpack_scales
 from refimpl.kernels.machine.unpack import LAYOUTS
-from refimpl.lab.explain import block_pictures, quant_table
-from refimpl.lab.explain.block_bits import bit_owners, number_of
+from refimpl.lab.explain import blocks, quant_table
+from refimpl.lab.explain.blocks import bit_owners, number_of
 from refimpl.lab.explain.ggml import ggml_quantize
 
 ROWS = {row.type: row for row in quant_table.rows()}
@@ -100,13 +100,13 @@ def test_numbers_of_a_block():
 def test_pictures_are_pictures():
     table = list(ROWS.values())
     x = np.zeros(32, np.float32)
-    pictures = (block_pictures.error_picture(table), block_pictures.speed_picture(table), block_pictures.kernels_picture(table),
-                block_pictures.bits_picture(BLOCK["Q4_0"], "Q4_0", range(18), 6, ("q3",)),
-                block_pictures.weights_picture(x, x, np.zeros((1, 16)), "A block"))
+    pictures = (blocks.error_picture(table), blocks.speed_picture(table), blocks.kernels_picture(table),
+                blocks.bits_picture(BLOCK["Q4_0"], "Q4_0", range(18), 6, ("q3",)),
+                blocks.weights_picture(x, x, np.zeros((1, 16)), "A block"))
     assert all(shown.data.startswith(b"\x89PNG") and len(shown.data) > 3000 for shown in pictures)
 
 
 def test_every_type_has_one_family():
-    types = [kind for _, _, own in block_pictures.FAMILIES.values() for kind in own]
+    types = [kind for _, _, own in blocks.FAMILIES.values() for kind in own]
     assert len(types) == len(set(types)) and set(types) <= set(BLOCKS)
     assert set(types) >= {name for name in BLOCKS if name not in ("F32", "F64", "I8", "I16", "I32", "I64", "Q8_1")}

@@ -3,17 +3,23 @@
 import io
 import subprocess
 import sys
+from inspect import getsource
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from refimpl.lab.explain import show
 from refimpl.lab.explain.show import COLOURS, figure, lines_figure, picture, source, table, text_cells, text_figure, visible
+from refimpl.reference import ops
 from refimpl.reference.ops import gelu, softmax
 
 
 def test_source_is_what_stands_in_the_file():
     shown = source(softmax, gelu).data
-    assert shown.startswith("`refimpl/reference/ops.py`\n\n```python\ndef softmax(x: np.ndarray)")
+    link, _, _, code = shown.split("\n")[:4]
+    line = next(i for i, text in enumerate(getsource(ops).splitlines(), 1) if text.startswith("def softmax"))
+    assert link == f"[`refimpl/reference/ops.py`](../refimpl/reference/ops.py#L{line})" and code.startswith("def softmax(x: np.ndarray)")
     assert shown.count("```python") == 2 and 'np.float32(0.044715) * x * x * x)' in shown and shown.endswith("```")
 
 
@@ -54,7 +60,6 @@ def test_the_same_figure_gives_the_same_bytes():
 
 
 def test_the_helpers_import_neither_matplotlib_nor_ipython():
-    names = "show attention_map attention_pictures kv reads routing routing_pictures rounds rounds_pictures".split()
-    code = "import sys\n" + "".join(f"import refimpl.lab.{name}\n" for name in names)
+    code = "import sys\n" + "".join(f"import refimpl.lab.explain.{path.stem}\n" for path in Path(show.__file__).parent.glob("[a-z]*.py"))
     code += "print([m for m in ('matplotlib', 'IPython', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,6 +1,6 @@
-"""How the notebooks show things: code from its source, tables, pictures, text with a colour behind every token.
+"""How the notebooks show things: code with a link to its source, tables, pictures, text with a background colour for every token.
 
-matplotlib and IPython are imported where they are used, so that nothing else needs them.
+matplotlib and IPython are imported where they are used: nothing else needs them.
 """
 
 import inspect
@@ -17,14 +17,16 @@ DPI = 100
 
 
 def source(*functions: Callable):
-    """The source of functions or classes of the package, as Markdown with the file each stands in."""
+    """The source of functions or classes of the package, as Markdown; each with a link to its line, relative to notebooks/."""
     from IPython.display import Markdown
 
     parts = []
     for function in functions:
         function = inspect.unwrap(getattr(function, "py_func", function))      # a kernel's Python body
         file = Path(inspect.getsourcefile(function)).resolve().relative_to(PACKAGE.parent)
-        parts.append(f"`{file.as_posix()}`\n\n```python\n{textwrap.dedent(inspect.getsource(function)).rstrip()}\n```")
+        lines, first = inspect.getsourcelines(function)
+        link = f"[`{file.as_posix()}`](../{file.as_posix()}#L{max(1, first)})"
+        parts.append(f"{link}\n\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```")
     return Markdown("\n\n".join(parts))
 
 

@@ -1,13 +1,58 @@
-"""Pictures of blocks: their bits, their weights before and after, and all types side by side."""
+"""Notebook 1: which weight, scale or minimum every bit of a block belongs to; pictures of blocks, and of all types side by side."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from refimpl.lab.explain.block_bits import bit_owners, bits_of_block
+from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.lab.explain.quant_table import Row
 from refimpl.lab.explain.show import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, figure, legend, picture
+
+
+def bit_owners(type_name: str) -> list[list[str]]:
+    """For each byte of a block, what bits 7 .. 0 belong to: "d", "dmin", "s3" (scale of a sub-block), "m3" (its minimum), "q17" (weight).
+
+    For Q4_0 and Q4_K; see the diagrams in their modules. Raises ValueError for other types.
+    """
+    if type_name == "Q4_0":
+        return _whole("d", 2) + [_nibbles(j + 16, j) for j in range(16)]
+    if type_name == "Q4_K":
+        scales = [[f"{k}{i + 4}"] * 2 + [f"{k}{i}"] * 6 for k in "sm" for i in range(4)]
+        scales += [[f"m{i + 4}"] * 4 + [f"s{i + 4}"] * 4 for i in range(4)]
+        return _whole("d", 2) + _whole("dmin", 2) + scales + [_nibbles(64 * g + j + 32, 64 * g + j) for g in range(4) for j in range(32)]
+    raise ValueError(f"the bits of {type_name} are not written down here; those of Q4_0 and Q4_K are")
+
+
+def _whole(name: str, n_bytes: int) -> list[list[str]]:
+    return [[name] * 8 for _ in range(n_bytes)]
+
+
+def _nibbles(high: int, low: int) -> list[str]:
+    return [f"q{high}"] * 4 + [f"q{low}"] * 4
+
+
+def bits_of_block(raw: np.ndarray) -> np.ndarray:
+    """uint8 (n_bytes,) -> its bits, 7 .. 0 of each byte, uint8 (n_bytes, 8)."""
+    return np.unpackbits(raw[:, None], axis=1)
+
+
+def number_of(raw: np.ndarray, type_name: str, owner: str) -> int:
+    """The unsigned integer that the bits of `owner` make in one block. The float16 scales of more than a byte are not read this way.
+
+    In Q4_K the upper two bits of s4 .. m7 stand before the lower four.
+    """
+    if raw.shape != (BLOCKS[type_name].n_bytes,):
+        raise ValueError(f"{type_name}: expected one block of {BLOCKS[type_name].n_bytes} bytes, got shape {raw.shape}")
+    bits, value = bits_of_block(raw), 0
+    for b, owners in enumerate(bit_owners(type_name)):
+        for bit, own in zip(bits[b], owners):
+            if own == owner:
+                value = 2 * value + int(bit)
+    return value
+
+
+# ---- pictures
 
 FILL = {"d": "#F2B199", "dmin": "#F5D491", "s": "#9ED9C5", "m": "#E6C3DA"}      # light, under black digits
 NIBBLES = ("#A5CBE5", "#CFE6F5")                                                # of weights: high, low
@@ -16,7 +61,7 @@ FAMILIES = {    # colour, marker, and which types
     "plain floats": (BLACK, "s", ("F16", "BF16")),
     "one scale": (BLUE, "o", ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_K", "Q1_0", "Q2_0")),
     "K: scales of scales": (GREEN, "D", ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")),
-    "I: uneven levels": (SKY, "v", ("IQ4_NL", "IQ4_XS")),
+    "I: uneven values": (SKY, "v", ("IQ4_NL", "IQ4_XS")),
     "I: codebooks": (RED, "^", ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")),
     "4-bit floats": (PINK, "P", ("MXFP4", "NVFP4")),
     "ternary": (ORANGE, "X", ("TQ1_0", "TQ2_0")),
@@ -59,17 +104,17 @@ def bits_picture(raw: np.ndarray, type_name: str, shown: Sequence[int], per_line
     return picture(fig, f"Bytes of a block of {type_name}, bit by bit, coloured by field.")
 
 
-def weights_picture(x: np.ndarray, restored: np.ndarray, levels: np.ndarray, title: str):
-    """Weights before (dots) and after (dashes), float32 (n,) each, over the levels there were to choose from, (n_parts, n_levels)."""
+def weights_picture(x: np.ndarray, restored: np.ndarray, values: np.ndarray, title: str):
+    """Weights before (dots) and after (dashes), float32 (n,) each, over the values that codes can take, (n_parts, n_codes)."""
     fig, axes = figure(9, 3)
-    part, place = len(x) // len(levels), np.arange(len(x))
-    for p, values in enumerate(levels):
-        axes.hlines(values, part * p - 0.5, part * (p + 1) - 0.5, color="0.85", lw=0.8, zorder=1)
+    part, place = len(x) // len(values), np.arange(len(x))
+    for p, row in enumerate(values):
+        axes.hlines(row, part * p - 0.5, part * (p + 1) - 0.5, color="0.85", lw=0.8, zorder=1)
     axes.hlines(restored, place - 0.45, place + 0.45, color=BLUE, lw=2.2, label="after", zorder=2)
     axes.plot(place, x, ".", color=RED, ms=5, label="before", zorder=3)
     axes.set(title=title, xlabel="weight of the block", xlim=(-1, len(x)))
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    return picture(fig, f"{title}: weights before and after, over the levels of their block.")
+    return picture(fig, f"{title}: weights before and after, over the values its codes can take.")
 
 
 def error_picture(table: Sequence[Row]):

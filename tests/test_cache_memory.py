@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from refimpl.files.synth import SHAPES
-from refimpl.lab.explain.kv import HALF, by_kind, savings, true_config, value_projections
+from refimpl.lab.explain.cache_memory import HALF, by_kind, savings, true_config, value_projections
 from refimpl.model.cache import Cache, cache_bytes
 from refimpl.reference.ops import rope_frequencies
 

@@ -46,7 +46,7 @@ def comparison_picture(found: Mapping[str, object], titles: Mapping[str, str]):
 
 
 def histogram_pictures(histories: Mapping[str, Sequence[Mapping[str, object]]], grid: str, half: int):
-    """A row of panels for each entry (title -> histograms at several steps): where weights lie between the levels of their block."""
+    """A row of panels for each entry (title -> histograms at several steps): where weights lie between the codes of their block."""
     n_steps = len(next(iter(histories.values())))
     fig, panels = figure(10, 1.7 * len(histories) + 0.3, len(histories), n_steps, squeeze=False, sharey="row", sharex=True)
     centres = (np.arange((2 * half + 1) * BINS_PER_LEVEL) + 0.5) / BINS_PER_LEVEL - half - 0.5
@@ -78,7 +78,7 @@ def density_picture(histories: Mapping[str, tuple[Sequence[Mapping[str, object]]
         axes.axhline(1, color="0.6", lw=0.8)
         axes.set(title=title, xlabel="weight / scale of its block", ylabel="density against the control's", xticks=range(-half, half + 1,
                  max(1, half // 4)))
-    return picture(fig, "Density of the weights relative to the control's; dotted lines are the borders between levels.")
+    return picture(fig, "Density of the weights relative to the control's; dotted lines are the borders between codes.")
 
 
 def flips_picture(histories: Mapping[str, Mapping[str, object]], titles: Mapping[str, str]):
@@ -93,15 +93,15 @@ def flips_picture(histories: Mapping[str, Mapping[str, object]], titles: Mapping
 
 
 def releases_picture(found: Mapping[str, object], titles: Mapping[str, str]):
-    """Agreement with a bfloat16 release after conversion to Q4_0 by the rule and by finding the grid."""
+    """Agreement with a bfloat16 release after conversion to Q4_0 by the rule and by recovering the grid."""
     mean = {(m["trained"], m["converted"]): m for m in found["releases_mean"]}
     names = [name for name in titles if (name, "naive") in mean]
     fig, (left, right) = figure(9, 2.8, 1, 2)
-    for axes, metric, factor, label in ((left, "top1", 100, "same favourite token, %"), (right, "kl", 1, "KL from the release, nats")):
+    for axes, metric, factor, label in ((left, "top1", 100, "same top-1 token, %"), (right, "kl", 1, "KL from the release, nats")):
         for shift, converted, colour in ((-0.2, "naive", ORANGE), (0.2, "lattice", BLUE)):
             heights = [factor * mean[name, converted][metric] for name in names]
             axes.bar(np.arange(len(names)) + shift, heights, 0.36, color=colour, label=converted)
         axes.set(xticks=range(len(names)), xticklabels=[titles[name] for name in names], ylabel=label)
     left.set_ylim(80, 100.5)
     legend(right)
-    return picture(fig, "Agreement of converted files with the release, by the rule and by finding the grid.")
+    return picture(fig, "Agreement of converted files with the release, by the rule and by recovering the grid.")

@@ -8,7 +8,7 @@ import pytest
 from refimpl.decode.draft_length import FixedDepth
 from refimpl.decode.drafter import load_drafter
 from refimpl.decode.generate import generate
-from refimpl.lab.explain.rounds import (
+from refimpl.lab.explain.drafting import (
     Charged,
     Costs,
     Round,
@@ -94,7 +94,7 @@ def test_a_stubborn_drafter_changes_nothing_and_is_hardly_asked(pair):
 
 
 def test_what_the_notebook_says_of_the_true_shapes():
-    from refimpl.lab.explain.reads import drafter_bytes, read_bytes
+    from refimpl.lab.explain.weight_traffic import drafter_bytes, read_bytes
     gains = {}
     for name, accepted in (("12B", (0.92, 0.79, 0.68, 0.59)), ("31B", (0.92, 0.79, 0.68, 0.59)), ("26B-A4B", (0.84, 0.60, 0.39, 0.27))):
         verify = [sum(read_bytes(name, n + 1).values()) for n in range(5)]

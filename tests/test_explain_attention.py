@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.lab.explain.attention_map import HABITS, attention_maps, habits, weights_of
+from refimpl.lab.explain.attention_maps import HABITS, attention_maps, habits, weights_of
 from refimpl.loading.model import load
 from refimpl.reference.attention import attend
 
@@ -63,15 +63,15 @@ def test_habits_of_made_up_heads():
         assert share[habit] == (1 if place == 3 else 0.5), habit
     ids, weight_NTS = [0, 7, 8, 9, 7], np.zeros((1, 5, 5))
     weight_NTS[0, 4, 2] = 1
-    assert dict(zip(HABITS, habits([weight_NTS], ids)[0, 0]))["behind the same token"] == pytest.approx(1 / 3)
+    assert dict(zip(HABITS, habits([weight_NTS], ids)[0, 0]))["after the same token"] == pytest.approx(1 / 3)
 
 
 def test_what_the_notebook_says_of_the_heads(looked):
     model, ids, pieces, maps = looked
     share = {habit: habits(maps, ids)[:, :, i] for i, habit in enumerate(HABITS)}
     assert share["the one before"][1, 2] > 0.8                                          # "does one thing only"
-    behind = share["behind the same token"]
-    assert sorted(np.argsort(behind, axis=None)[-2:]) == [5 * 4 + 1, 5 * 4 + 2] and behind[5, 1:3].min() > 0.15
+    after = share["after the same token"]
+    assert sorted(np.argsort(after, axis=None)[-2:]) == [5 * 4 + 1, 5 * 4 + 2] and after[5, 1:3].min() > 0.15
     assert share["<bos>"][5].max() > 0.4                                                # the sink
     newline = pieces.index(":", 100) + 1
     assert pieces[newline] == "\n" and pieces[int(maps[1][1, newline].argmax())].isspace()

@@ -5,7 +5,7 @@ import pytest
 from refimpl.files import synth
 from refimpl.formats.gguf import open_gguf
 from refimpl.lab.bench.bandwidth import weight_bytes
-from refimpl.lab.explain.reads import PARTS, drafter_bytes, part_of, read_bytes
+from refimpl.lab.explain.weight_traffic import PARTS, drafter_bytes, part_of, read_bytes
 from refimpl.model.config import config_from_gguf
 
 SMALL = dict(vocab_size=1024, hidden_size=256, intermediate_size=256)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from refimpl.lab.explain import routing
-from refimpl.lab.explain.routing import (
+from refimpl.lab.explain import experts
+from refimpl.lab.explain.experts import (
     KINDS,
     balance_loss,
     distinct,
@@ -75,9 +75,9 @@ def test_shares_and_load_count_every_pick(routes, passages):
     present = np.unique(kind_T)
     np.testing.assert_allclose(share[present].sum(axis=1), 8)
     assert picks(routes.id_LTX[0], 128).sum() == routes.id_LTX[0].size
-    assert routing.load(routes.id_LTX[0], 128).mean() == pytest.approx(1)
+    assert experts.load(routes.id_LTX[0], 128).mean() == pytest.approx(1)
     pieces = [piece for part in passages for piece in part.pieces]
-    kind, expert, times, _ = routing.specialists(routes.id_LTX[2], kind_T, pieces, 128, 10)[0]
+    kind, expert, times, _ = experts.specialists(routes.id_LTX[2], kind_T, pieces, 128, 10)[0]
     assert kind == "keyword" and times == pytest.approx(share_by_kind(routes.id_LTX[2], kind_T, 128)[0, expert]
                                                         / picks(routes.id_LTX[2], 128)[:, expert].mean())
 
@@ -101,7 +101,7 @@ def test_distinct_counts_sets_and_the_formula_holds_for_independent_rows():
 
 def test_as_many_experts_as_before_change_nothing_and_fewer_are_the_first_ones(model, passages):
     ids = passages[0].ids
-    same, three = (routing.with_used(model, n) for n in (8, 3))
+    same, three = (experts.with_used(model, n) for n in (8, 3))
     assert (model.logits(ids).view(np.uint32) == same.logits(ids).view(np.uint32)).all()
     first = model.config.layers[0].index
     seen = [{}, {}]
@@ -111,14 +111,14 @@ def test_as_many_experts_as_before_change_nothing_and_fewer_are_the_first_ones(m
     assert (model.logits(ids, no_tap) == same.logits(ids)).all()
     for wrong in (0, 129):
         with pytest.raises(ValueError, match=f"n_used={wrong}: layer 0 has 128 experts"):
-            routing.with_used(model, wrong)
+            experts.with_used(model, wrong)
 
 
 def test_what_the_notebook_says(model, passages, routes):
     texts = [part.ids for part in passages]
-    error = routing.shortened_error(model, texts, [1, 4, 8])
+    error = experts.shortened_error(model, texts, [1, 4, 8])
     assert (error[2] == 0).all() and (error[0] > error[1]).all() and (error[1] > 0.02).all()
-    bits = {n: sum(model_bits(routing.with_used(model, n), ids) for ids in texts) for n in (1, 4, 8, 16)}
+    bits = {n: sum(model_bits(experts.with_used(model, n), ids) for ids in texts) for n in (1, 4, 8, 16)}
     assert bits[1] > bits[4] > bits[8]
     assert bits[4] / bits[8] - 1 < 0.25 * error[1].mean()                  # the output changes far more than what the model says
     assert abs(bits[16] / bits[8] - 1) < 0.02                              # next to no difference
@@ -128,4 +128,4 @@ def test_what_the_notebook_says(model, passages, routes):
         formula = float(distinct_if_independent(128, 8, n))
         assert near < far <= formula and far > 0.97 * formula and near > 0.85 * formula
     for i in range(6):
-        assert routing.load(routes.id_LTX[i], 128).min() > 0 and 1 < balance_loss(routes.id_LTX[i], routes.probability_LTE[i]) < 1.3
+        assert experts.load(routes.id_LTX[i], 128).min() > 0 and 1 < balance_loss(routes.id_LTX[i], routes.probability_LTE[i]) < 1.3
