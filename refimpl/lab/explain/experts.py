@@ -14,7 +14,8 @@ from refimpl.lab.explain.show import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY,
 from refimpl.lab.explain.weight_traffic import PARTS, distinct_if_independent
 from refimpl.loading.model import Model
 from refimpl.model.config import MoeFfn
-from refimpl.model.gemma4 import moe_ffn
+from refimpl.model.gemma4 import Step, moe_ffn
+from refimpl.model.tap import tap_of
 from refimpl.model.weights import LayerWeights
 from refimpl.reference.ops import softmax
 
@@ -180,8 +181,9 @@ def shortened_error(model: Model, texts: Sequence[Sequence[int]], counts: Sequen
 
 def _relative_error(model: Model, layer: LayerWeights, x_TD: np.ndarray, y_TD: np.ndarray) -> float:
     backend, eps, seen = model.backend, model.config.norm_eps, {}
+    step = Step(np.arange(0), np.arange(0), {}, None, backend, eps, tap_of(seen.__setitem__))      # a feed-forward network attends to nothing
     with backend.running():
-        moe_ffn(layer, layer.ffn, backend, x_TD, backend.rms_norm(x_TD, layer.norm_before_ffn_D, eps), eps, seen.__setitem__)
+        moe_ffn(layer.ffn, layer.spec.ffn.n_used, x_TD, backend.rms_norm(x_TD, layer.norm_before_ffn_D, eps), step)
     off_T = np.linalg.norm(seen["ffn_moe"] - y_TD, axis=1)
     return float((off_T / np.linalg.norm(y_TD, axis=1)).mean())
 
