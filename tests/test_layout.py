@@ -82,7 +82,7 @@ def test_ruff_finds_nothing():
 
 
 def test_import_is_light():
-    heavy = "torch transformers numba gguf rich typer jinja2".split()
+    heavy = "torch transformers numba gguf rich typer jinja2 sentencepiece huggingface_hub".split()
     code = f"import refimpl, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 

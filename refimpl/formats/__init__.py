@@ -1,4 +1,4 @@
-"""Files as bytes and arrays: containers (GGUF, safetensors, checkpoints) and the matrices in them.
+"""Files as bytes and arrays: containers (GGUF, safetensors, checkpoints), TensorSource over them, and the matrices in them.
 
 May import formats/quants; knows nothing of models.
 """

@@ -1,4 +1,4 @@
-"""From a path to a model in memory: opening, downloading, Hugging Face names, the memory check.
+"""From a path or hf: name to a model in memory: download, open, translate Hugging Face's names and vocabularies, check memory, load.
 
 May import model and text; chooses no tokens.
 """

@@ -1,4 +1,4 @@
-"""From transformers' configuration and tensor names to a Gemma 4 GGUF file: what llama.cpp's converter does, for arrays in memory.
+"""transformers' configuration and tensor names as those of a GGUF file, as llama.cpp's converter translates them.
 
 Used for Hugging Face directories, to export the models we train, and for the random ones that the tests compare with transformers.
 """
@@ -18,7 +18,7 @@ _GLOBAL = {
     "embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
     "per_layer_model_projection.weight": "per_layer_model_proj.weight",
     "per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
-    # of drafters; llama.cpp's converter drops the last two, and its loader passes over them
+    # of drafters; llama.cpp's converter drops the last two, and its loader ignores them
     "pre_projection.weight": "nextn.pre_projection.weight",
     "post_projection.weight": "nextn.post_projection.weight",
     "masked_embedding.centroids.weight": "masked_embd_centroids.weight",

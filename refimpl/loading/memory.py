@@ -1,8 +1,8 @@
-"""Will it fit? What a model takes in memory, what this machine has to give, and one clear line where that is not enough.
+"""Will it fit? How much memory a model needs, and one clear line where there is not enough.
 
-Counted is memory that nothing else can have meanwhile: matrices as the kernels hold them, keys and values, activations. Not counted are
-the pages of the mapped file, which the system takes back when it needs them: of tables that are only looked up in (the embedding of an
-untied model, the per-layer inputs), and of matrices that are being rearranged.
+Counts memory that stays taken: matrices as the kernels hold them, keys and values, activations. Does not count pages of the mapped file,
+which the system drops when it needs memory: those of tables of which rows are looked up (the embedding of an untied model, the per-layer
+inputs), and of matrices while they are rearranged.
 """
 
 from collections import defaultdict
@@ -20,14 +20,14 @@ COMPILER_BYTES = 200 << 20          # what Numba and LLVM take when they compile
 
 
 class MemoryRefusal(ValueError):
-    """The model does not fit. One line: what it needs, for what, what there is, and what helps."""
+    """The model or its context does not fit in memory. One line: what is needed, what there is, what helps."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a model takes: its weights, the keys and values of a context of `n_ctx` tokens, and what a computation needs besides.
+    """Bytes that a model takes: weights, keys and values of a context of `n_ctx` tokens, buffers of a computation.
 
-    `held_as_float32`: type -> names of the tensors that take more than in the file, because they are held as float32.
+    `held_as_float32`: type -> names of the tensors that take more than in the file because they are held as float32.
     """
 
     weights: int
@@ -54,8 +54,8 @@ def needed(weights: Weights, config: Config, n_ctx: int, max_rows: int, kv_type:
     Keys and values are of `kv_type`; `held` gives the bytes of a matrix in the backend's own layout (`Backend.held`). A cache that grows
     has less than `cache` until its context is full, and, while it grows, one layer twice.
     """
-    n_bytes, dequantized = weight_bytes(weights, held, tables_of(weights))
-    return Need(n_bytes, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx, dequantized)
+    n_bytes, held_as_float32 = weight_bytes(weights, held, tables_of(weights))
+    return Need(n_bytes, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx, held_as_float32)
 
 
 def weight_bytes(weights: object, held: Callable[[Matrix | StoredMatrix], int],
@@ -73,7 +73,7 @@ def weight_bytes(weights: object, held: Callable[[Matrix | StoredMatrix], int],
 
 
 def about_float32(held_as_float32: Mapping[str, list[str]], path) -> str:
-    """What it means that these tensors (`Need.held_as_float32`) are held as float32, and what helps; one line."""
+    """Why these tensors (`Need.held_as_float32`) are held as float32, and what helps, in one line."""
     parts = [f"{kind} ({len(names)} tensor{'s' if len(names) > 1 else ''}, first {names[0]})" for kind, names in held_as_float32.items()]
     return (f"there are no kernels for {', '.join(parts)}: held as float32, 4 bytes a weight, and multiplied in exact arithmetic; "
             f"`refimpl convert {path} --type Q4_K` writes a file without them, smaller in memory and faster")
@@ -94,13 +94,13 @@ def parts_of(weights: object) -> Iterator[Matrix | StoredMatrix | np.ndarray]:
 
 
 def tables_of(weights: Weights) -> list[Matrix]:
-    """The matrices of which a token needs one row, and no product all of it."""
+    """The matrices of which only rows are looked up, one a token."""
     tables = [weights.per_layer.table_VLP] if isinstance(weights.per_layer, PerLayerEmbedding) else []
     return tables if weights.head_VD is weights.embedding_VD else [*tables, weights.embedding_VD]
 
 
 def buffer_bytes(config: Config, max_rows: int) -> int:
-    """About what a call of `max_rows` rows takes besides (float32 states, queries, hidden values, logits of one row), and the compiler."""
+    """The buffers of a call of `max_rows` rows (float32 states, queries, hidden values, a row of logits) and the compiler, estimated."""
     width = 8 * config.n_embd + 3 * config.n_layer * config.n_ple
     width += max(3 * layer.n_head * layer.head_dim + 4 * layer.n_kv * layer.head_dim for layer in config.layers)
     width += max(3 * layer.ffn.n_ff for layer in config.layers)
@@ -110,7 +110,7 @@ def buffer_bytes(config: Config, max_rows: int) -> int:
 
 
 def refuse_unless_it_fits(need: Need, have: int, path):
-    """Raises MemoryRefusal when `need` is more than the `have` bytes that there are."""
+    """Raises MemoryRefusal when `need` is more than the `have` bytes that are free."""
     if need.total <= have:
         return
     helps = "the weights alone are too much: a smaller file helps"
@@ -123,7 +123,7 @@ def refuse_unless_it_fits(need: Need, have: int, path):
 
 
 def refuse_context_unless_it_fits(config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype, have: int, path):
-    """Raises MemoryRefusal when the keys and values of `n_ctx` tokens take more than the `have` bytes that there are."""
+    """Raises MemoryRefusal when the keys and values of `n_ctx` tokens take more than the `have` bytes that are free."""
     if (need := cache_bytes(config, n_ctx, max_rows, kv_type)) > have:
         raise MemoryRefusal(f"{path}: a context of {n_ctx} tokens needs {_gb(need)}, this machine has {_gb(have)} free; "
                             "a smaller context (-c) or fewer new tokens (-n) help")
