@@ -1,5 +1,6 @@
 """The documents say what is true: links lead somewhere, commands and options exist, examples run, the README fits on its pages."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -154,3 +155,13 @@ def test_licences_and_types_go_along_with_the_package():
     assert [pattern for pattern in project["license-files"] if not list(ROOT.glob(pattern))] == []
     assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in (ROOT / "LICENSES/PSF-2.0.txt").read_text()
     assert (ROOT / "refimpl/py.typed").exists()
+
+
+def test_types_in_the_measurements_are_those_of_the_notebook():
+    measured = json.loads((ROOT / "refimpl/lab/explain/measured_types.json").read_text())
+    text = (ROOT / "refimpl/lab/bench/README.md").read_text().partition("## Types")[2].partition("## Drafting")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 11
+    for name, _, _, error, decoding, prompt in rows:
+        assert error == f"{measured['ggml']['types'][name][0]:.1%}".replace("%", " %"), name
+        assert [float(decoding), float(prompt)] == measured["kernels"]["types"][name], name
