@@ -63,7 +63,7 @@ def digests(threads: int, types: dict[str, tuple[str, ...]], paths: list[str], c
     for name, function, arguments in ops_cases():
         found[name] = digest(function(*arguments))
     for path in [None, *paths]:
-        for arithmetic in ("q8", "exact") if path is None else ("q8",):
+        for arithmetic in ("q8", "exact") if path is None and types["matmul"] == TYPES else ("q8",):
             name, model = f"{Path(path or 'built-in').stem} {arithmetic}", refimpl.load(path, arithmetic=arithmetic, threads=threads)
             ids = np.random.default_rng(0).integers(5, model.config.n_vocab, 530 if path is None else 70)
             found[name] = digest(model.logits(ids))
