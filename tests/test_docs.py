@@ -163,5 +163,5 @@ def test_types_in_the_measurements_are_those_of_the_notebook():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")][2:]
     assert len(rows) == 11
     for name, _, _, error, decoding, prompt in rows:
-        assert error == f"{measured['ggml']['types'][name][0]:.1%}".replace("%", " %"), name
+        assert abs(float(error.removesuffix(" %")) - 100 * measured["ggml"]["types"][name][0]) < 0.051, name       # one decimal
         assert [float(decoding), float(prompt)] == measured["kernels"]["types"][name], name
