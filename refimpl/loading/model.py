@@ -16,7 +16,7 @@ from refimpl.loading.hub import local
 from refimpl.loading.memory import needed, refuse_context_unless_it_fits, refuse_unless_it_fits
 from refimpl.loading.open import open_model
 from refimpl.model import gemma4
-from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
+from refimpl.model.backend import ARITHMETIC, Backend, Prepared, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import Config, config_from_gguf, warn_of_unknown_keys
 from refimpl.model.tap import Look, no_tap, tap_of
@@ -150,11 +150,11 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
     return Model(file, config, matrices, tokenizer, functions, held_as_float32)
 
 
-def with_progress(prepare: Callable[[Matrix], object], file: TensorSource, advance: Advance) -> Callable[[Matrix], object]:
+def with_progress(prepare: Callable[[Matrix], Prepared], file: TensorSource, advance: Advance) -> Callable[[Matrix], Prepared]:
     """`prepare` for one matrix after the other: reports the bytes read, and releases the pages of the mapped file every GiB."""
     advance = releasing(file, advance)
 
-    def prepare_and_report(matrix: Matrix) -> object:
+    def prepare_and_report(matrix: Matrix) -> Prepared:
         prepared = prepare(matrix)
         advance(matrix.n_bytes)
         return prepared

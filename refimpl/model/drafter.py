@@ -24,7 +24,7 @@ import numpy as np
 from refimpl.formats.gguf import GGUFError
 from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.source import TensorSource
-from refimpl.model.backend import Backend
+from refimpl.model.backend import Backend, Prepared
 from refimpl.model.cache import Cache
 from refimpl.model.config import AttentionType
 from refimpl.model.drafter_config import DrafterConfig
@@ -41,7 +41,7 @@ HEADS = ("dense", "centroid")
 class DenseHead:
     """Logits of all tokens of the vocabulary, or of its first ones: the earliest merges, which tend to be the most frequent."""
 
-    table_VD: Matrix
+    table_VD: Prepared
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class CentroidHead:
     `token_ZV`: the ids of each group, int64 (Z, V / Z). `table_ZVD`: their rows, group by group.
     """
 
-    centroid_ZD: Matrix
+    centroid_ZD: Prepared
     token_ZV: np.ndarray
-    table_ZVD: Matrix
+    table_ZVD: Prepared
     n_top: int
 
 
@@ -61,8 +61,8 @@ class CentroidHead:
 class DrafterWeights:
     """All weights of a drafter. `ignored` maps tensor name -> reason."""
 
-    pre_projection_DC: Matrix
-    post_projection_CD: Matrix
+    pre_projection_DC: Prepared
+    post_projection_CD: Prepared
     layers: tuple[LayerWeights, ...]
     norm_D: np.ndarray
     head: DenseHead | CentroidHead

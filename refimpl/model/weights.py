@@ -12,6 +12,7 @@ from refimpl.formats.gguf import GGUFError
 from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.quants.codecs import DEQUANTIZABLE
 from refimpl.formats.source import TensorSource
+from refimpl.model.backend import Prepared
 from refimpl.model.config import AttentionType, Config, LayerSpec, MoeFfn
 from refimpl.reference.ops import rope_frequencies
 
@@ -20,8 +21,8 @@ from refimpl.reference.ops import rope_frequencies
 class OwnKv:
     """The projections of a layer that makes its own keys and values. `value_OD` is `key_OD` itself where values are keys."""
 
-    key_OD: Matrix
-    value_OD: Matrix
+    key_OD: Prepared
+    value_OD: Prepared
     key_norm_H: np.ndarray
 
 
@@ -35,10 +36,10 @@ class AttentionWeights:
     """Attention of one layer."""
 
     norm_before_D: np.ndarray
-    query_AD: Matrix
+    query_AD: Prepared
     query_norm_H: np.ndarray
     kv: OwnKv | SharedKv
-    output_DA: Matrix
+    output_DA: Prepared
     norm_after_D: np.ndarray
 
 
@@ -46,9 +47,9 @@ class AttentionWeights:
 class DenseWeights:
     """A gated feed-forward network (Shazeer 2020, arXiv:2002.05202)."""
 
-    gate_FD: Matrix
-    up_FD: Matrix
-    down_DF: Matrix
+    gate_FD: Prepared
+    up_FD: Prepared
+    down_DF: Prepared
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class MoeWeights:
     dense: DenseWeights
     norm_after_dense_D: np.ndarray
     router_scale_D: np.ndarray
-    router_ED: Matrix
+    router_ED: Prepared
     expert_scale_E: np.ndarray
     norm_before_experts_D: np.ndarray
-    gate_EMD: Matrix
-    up_EMD: Matrix
-    down_EDM: Matrix
+    gate_EMD: Prepared
+    up_EMD: Prepared
+    down_EDM: Prepared
     norm_after_experts_D: np.ndarray
 
 
@@ -71,8 +72,8 @@ class MoeWeights:
 class PerLayerWeights:
     """Per-layer embedding (PLE, from Gemma 3n): gate and projection of one layer."""
 
-    gate_PD: Matrix
-    projection_DP: Matrix
+    gate_PD: Prepared
+    projection_DP: Prepared
     norm_after_D: np.ndarray
 
 
@@ -99,7 +100,7 @@ class PerLayerEmbedding:
     """The table of per-layer inputs, a row has those of all layers, and the projection of the main embedding that is added to them."""
 
     table_VLP: Matrix
-    projection_LPD: Matrix
+    projection_LPD: Prepared
     norm_P: np.ndarray
 
 
@@ -114,7 +115,7 @@ class Weights:
     per_layer: PerLayerEmbedding | NoPerLayer
     layers: tuple[LayerWeights, ...]
     norm_D: np.ndarray
-    head_VD: Matrix
+    head_VD: Prepared
     rope_frequency_R: dict[AttentionType, np.ndarray]
     ignored: dict[str, str]
 
@@ -195,7 +196,7 @@ def weights_from_gguf(file: TensorSource, config: Config) -> Weights:
     return weights
 
 
-def prepare_weights(weights: Weights, prepare: Callable[[Matrix], object]) -> Weights:
+def prepare_weights(weights: Weights, prepare: Callable[[Matrix], Prepared]) -> Weights:
     """Reads every matrix: those of products in the form `prepare` gives them, tables, whose rows are looked up, as stored."""
     embedding = weights.embedding_VD.read()
     tied = weights.head_VD is weights.embedding_VD
@@ -206,9 +207,9 @@ def prepare_weights(weights: Weights, prepare: Callable[[Matrix], object]) -> We
     return prepare_matrices(replace(weights, embedding_VD=embedding, per_layer=per_layer, head_VD=head), prepare)
 
 
-def prepare_matrices(weights, prepare: Callable[[Matrix], object]):
+def prepare_matrices(weights, prepare: Callable[[Matrix], Prepared]):
     """`weights` (of a model, a drafter) with `prepare(matrix)` for every StoredMatrix; for one with two roles once."""
-    done: dict[int, object] = {}
+    done: dict[int, Prepared] = {}
 
     def walk(value):
         if isinstance(value, StoredMatrix):
