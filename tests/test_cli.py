@@ -60,15 +60,15 @@ def test_chat_keeps_the_history(tmp_path):
         types[pieces.index(digit)], pieces[pieces.index(digit)] = 3, marker
     extra = {"tokenizer.chat_template": GEMMA4_TEMPLATE, "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": types}
     path = write_model(tmp_path / "chat.gguf", random_model("12B"), extra=extra)
-    code, out, err = run("chat", "-m", path, "-n", 5, "--temp", 0, "-v", stdin=b"hello\nhow <|turn>\n\n")
+    code, out, err = run("chat", "-m", path, "-n", 5, "--temp", 0, "-v", stdin=b"\nhello\n\n  \nhow <|turn>\n/exit\nnot read\n")
     assert code == 0, err
     prompts = [int(line.split()[1]) for line in err.replace("> ", "").splitlines() if line.startswith("prompt")]
     assert len(prompts) == 2 and prompts[1] > prompts[0] + len("how <|turn>")
 
 
 def test_chat_on_a_file_without_a_template_says_so(small):
-    code, out, err = run("chat", "-m", small, stdin=b"hello\n")
-    assert code == 1 and "no chat template" in err and "Traceback" not in err
+    assert_one_line(run("chat", "-m", small, stdin=b"hello\n"), 1, "no chat template")           # before the first prompt
+    assert_one_line(run("chat", stdin=b"hello\n"), 1, "the built-in model only continues code", "-m")
 
 
 def test_bad_input_gets_one_line(small, tmp_path):
@@ -101,7 +101,7 @@ def test_bad_input_gets_one_line(small, tmp_path):
 
 
 def test_wrong_usage_gets_status_2():
-    for line in ("generate -p x -n -1", "generate", "generate -p x -f y", "generate -p x --temp -1", "generate -p x --nonsense",
+    for line in ("generate -p x -n -2", "generate", "generate -p x -f y", "generate -p x --temp -1", "generate -p x --nonsense",
                  "generate -p x --think", "nonsense"):
         code, out, err = run(*line.split())
         assert code == 2 and out == "" and "Traceback" not in err and len(err.strip().splitlines()) == 1, (line, err)

@@ -231,8 +231,8 @@ def test_the_command(tmp_path, packed_moe):
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interruption_leaves_nothing_behind(tmp_path, large, name, status):
     (tmp_path / "m.gguf").write_text("what was there before")
-    run = subprocess.Popen([sys.executable, "-m", "refimpl", "convert", str(large[0]), "-o", str(tmp_path / "m.gguf"), "--type", "Q8_0"],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen([sys.executable, "-m", "refimpl", "convert", str(large[0]), "-o", str(tmp_path / "m.gguf"), "--type", "Q8_0",
+                            "--force"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while run.poll() is None and not any(path.stat().st_size > 1_000_000 for path in tmp_path.glob(".m.gguf.*.tmp")):
         time.sleep(0.05)
     run.send_signal(getattr(signal, name))
@@ -288,6 +288,6 @@ def test_senseless_orders_get_one_line(tmp_path, packed_moe, source, output, kin
     (tmp_path / "link.gguf").symlink_to(tmp_path / "file.gguf")
     write_split(tmp_path, tmp_path / "file.gguf")
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    status, out, err = run("convert", tmp_path / source, "-o", tmp_path / output, "--type", kind)
+    status, out, err = run("convert", tmp_path / source, "-o", tmp_path / output, "--type", kind, "--force")
     assert status == 1 and err.count("\n") == 1 and expected in err and not out
     assert before == sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))

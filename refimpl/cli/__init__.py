@@ -4,18 +4,20 @@ Text goes to standard output; progress, timings and complaints to standard error
 2 for wrong usage, 130 after Ctrl-C.
 """
 
+import contextlib
+import json
 import sys
 import warnings
 from typing import Annotated
 
 import typer
 
-from refimpl.cli import evaluate, files, judge, measure, run, verify  # noqa: F401  (each adds its commands to the app)
-from refimpl.cli.app import Failure, abandon_output, app, errors
+from refimpl.cli import cache, evaluate, files, judge, measure, run, verify  # noqa: F401  (each adds its commands to the app)
+from refimpl.cli.app import Failure, abandon_output, app, errors, write
 
 
 @app.callback(invoke_without_command=True)
-def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False):
+def _root(context: typer.Context, version: Annotated[bool, typer.Option("-V", "--version", help="print the version and stop")] = False):
     if version:
         import refimpl
 
@@ -47,25 +49,30 @@ def status(args: list[str] | None = None) -> int:
         except typer.Exit as e:
             return e.exit_code
         except Exception as e:
-            return complain(e)
+            return complain(e, "--json" in (sys.argv[1:] if args is None else args))
 
 
-def complain(e: Exception) -> int:
-    """One line for an error; returns the exit status. An error of ours that nobody foresaw keeps its traceback."""
+def complain(e: Exception, as_json: bool = False) -> int:
+    """One line for an error, and a JSON object on standard output if the command was to write one. Returns the exit status.
+
+    An error that no part of refimpl means to raise keeps its traceback.
+    """
     from refimpl.formats.gguf import GGUFError
     from refimpl.model.cache import ContextFull
 
     usage_error = typer.BadParameter.__base__       # typer carries a copy of click or uses the installed one, by its version
     if isinstance(e, usage_error):
-        errors.print(f"refimpl: {e.format_message()}")
-        return 2
-    if isinstance(e, OSError) and e.filename is not None:
-        errors.print(f"refimpl: {e.filename}: {e.strerror}")
-        return 1
-    if isinstance(e, (GGUFError, ContextFull, Failure, ValueError, OSError)):
-        errors.print(f"refimpl: {' '.join(str(e).split())}")
-        return 1
-    if isinstance(e, MemoryError):
-        errors.print("refimpl: not enough memory")
-        return 1
-    raise e
+        text = e.format_message()
+    elif isinstance(e, OSError) and e.filename is not None:
+        text = f"{e.filename}: {e.strerror}"
+    elif isinstance(e, (GGUFError, ContextFull, Failure, ValueError, OSError)):
+        text = " ".join(str(e).split())
+    elif isinstance(e, MemoryError):
+        text = "not enough memory"
+    else:
+        raise e
+    errors.print(f"refimpl: {text}")
+    if as_json:
+        with contextlib.suppress(OSError):
+            write(json.dumps({"error": text}) + "\n")
+    return 2 if isinstance(e, usage_error) else 1

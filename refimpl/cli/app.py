@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,36 +11,79 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand, TyperGroup
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Gemma 4 inference from scratch, readable and checked. Without -m: the small model that ships.")
+from refimpl.cli.llamacpp_options import Refused, ours
+
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+ORDER = ("generate", "chat", "inspect", "convert", "verify", "bench", "synth", "trace", "compare", "eval", "cache")
+EXAMPLES = """\b
+Examples:
+  refimpl generate -p "def main():"
+  refimpl chat hf:google/gemma-4-E4B-it-qat-q4_0-gguf
+"""
 
-ModelPath = Annotated[str | None, typer.Option("-m", "--model", show_default=False, help="GGUF file (of a split one the first part), "
-                                               "Hugging Face directory, or hf:owner/name[@revision][:type or file] to download one")]
+
+class Commands(TyperGroup):
+    """The commands in the order of use."""
+
+    def list_commands(self, ctx):
+        """Names, as --help lists them."""
+        return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
+class Command(TyperCommand):
+    """A command that also takes llama.cpp's options."""
+
+    def parse_args(self, ctx, args):
+        """The arguments, after llama.cpp's own are dealt with."""
+        takes_value = {name: not (option.is_flag or option.count) for option in self.params if option.param_type_name == "option"
+                       for name in (*option.opts, *option.secondary_opts)} | dict.fromkeys(ctx.help_option_names, False)
+        try:
+            args = ours(args, takes_value.get, lambda line: errors.print(f"note: {line}"))
+        except Refused as e:
+            raise typer.BadParameter.__base__(str(e)) from None
+        return super().parse_args(ctx, args)
+
+
+class _App(typer.Typer):
+    def command(self, name=None, **options):
+        return super().command(name, cls=Command, **options)
+
+
+app = _App(cls=Commands, pretty_exceptions_enable=False, rich_markup_mode=None, epilog=EXAMPLES,
+           context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+           help="Gemma 4 inference from scratch, readable and checked. Without a model: the small one that ships.")
+
+MODEL = "GGUF file (of a split one the first part), Hugging Face directory, or hf:owner/name[@revision][:type or file] to download one"
+Positional = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="the model, another way to give -m")]
+ModelPath = Annotated[str | None, typer.Option("-m", "--model", show_default=False, help=MODEL)]
 Context = Annotated[int | None, typer.Option("-c", "--ctx-size", min=1, help="context in tokens (default: the model's)",
                                             show_default=False)]
-Temperature = Annotated[float | None, typer.Option("--temp", min=0.0, help="0 takes the likeliest (default: the file's, else 1.0)",
+Temperature = Annotated[float | None, typer.Option("--temp", "--temperature", min=0.0, help="0 is greedy (default: the model's setting, "
+                                                   "else 1.0)",
                                                    show_default=False)]
-TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="0 is off (default: the file's, else 64)", show_default=False)]
-TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="1 is off (default: the file's, else 0.95)",
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="0 is off (default: the model's setting, else 64)", show_default=False)]
+TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="1 is off (default: the model's setting, else 0.95)",
                                             show_default=False)]
-MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off (default: the file's, else 0)",
+MinP = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off (default: the model's setting, else 0)",
                                             show_default=False)]
-Arithmetic = Annotated[str | None, typer.Option("--arithmetic", show_default=False, help="q8: activations in 8 bits, as ggml does (default "
-                                                "of the kernels); exact: float32 throughout (default of the reference)")]
+Arithmetic = Annotated[str | None, typer.Option("--arithmetic", show_default=False, help="q8: activations quantized to 8 bits, as ggml "
+                                                "does (default of the kernels); exact: float32 (default of the reference)")]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="default: one for each physical core", show_default=False)]
 BackendName = Annotated[str, typer.Option("--backend", help="kernels: compiled, all cores; reference: NumPy, one thread")]
-Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="of the random choices: same seed, same text")]
-Draft = Annotated[str | None, typer.Option("--draft", show_default=False, help="the model's drafter (file, directory or hf:...): faster, "
-                                           "same text; none: without one (default: the built-in model has its own, others none)")]
-DraftMax = Annotated[str, typer.Option("--draft-max", help="tokens to draft at a time, 1 to 8; auto: as many as pay")]
-DraftMinP = Annotated[float, typer.Option("--draft-min-p", min=0.0, max=1.0, help="a draft ends ahead of a token less likely than this")]
-DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense; centroid, where the drafter has one (then "
-                                               "the default); or how many tokens of the vocabulary to look at")]
+Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="same seed, same text")]
+Draft = Annotated[str | None, typer.Option("--draft", "-md", "--model-draft", show_default=False, help="the model's drafter (file, "
+                                           "directory or hf:...): faster, same text; none: without one (default: the built-in model's)")]
+DraftMax = Annotated[str, typer.Option("--draft-max", "--draft-n", help="draft tokens per step (1 to 8), or auto: as many as pay")]
+DraftMinP = Annotated[float, typer.Option("--draft-min-p", "--draft-p-min", min=0.0, max=1.0, help="drafting "
+                                             "stops before a token less probable than this")]
+DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense; centroid, if the drafter has one (then the "
+                                               "default); or how many tokens of the vocabulary to consider")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
-NewTokens = Annotated[int, typer.Option("-n", "--predict", min=0, help="new tokens at most")]
+NewTokens = Annotated[int, typer.Option("-n", "--predict", "--n-predict", min=-1, help="new tokens at most; -1: until the text ends")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite a file that exists")]
 
 
 class Failure(Exception):
@@ -61,6 +105,17 @@ def write(text: str):
 def abandon_output():
     """Nobody can take our output: keeps the interpreter from trying again, and complaining, when it closes."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A temporary name beside `path`, which becomes `path` when the block has ended well, and is removed when it has not."""
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")          # with the suffix, which may say the format
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -98,11 +153,20 @@ def _listen():
     announce(tell)
 
 
-def fetched(model: str | None) -> Path | None:
-    """The file that -m names, downloaded first if it is `hf:...`; None for the built-in model."""
+def fetched(model: str | None, positional: str | None = None) -> Path | None:
+    """The file that -m or the positional argument names, downloaded first if it is `hf:...`; None for the built-in model."""
     from refimpl.loading.hub import local
 
+    if model is not None and positional is not None:
+        raise typer.BadParameter(f"{positional} and -m {model}: give the model once")
+    model = positional if model is None else model
     return None if model is None else local(model)
+
+
+def refuse_overwriting(path: Path, force: bool):
+    """Before any work. Devices and pipes can be written to as often as one likes."""
+    if not force and path.is_file():
+        raise Failure(f"{path} exists; --force overwrites it")
 
 
 def load(path: Path | None, backend: str, arithmetic: str | None, threads: int | None, n_ctx: int, verbose: bool):
@@ -135,6 +199,8 @@ def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_m
     import refimpl
     from refimpl.decode.drafter import beside
 
+    if draft is not None and draft.isdecimal():
+        raise typer.BadParameter(f"--draft {draft}: expected the drafter; the number of draft tokens is --draft-max {draft}")
     options = {"draft_max": number_or_word(draft_max), "draft_min_p": draft_min_p}
     if draft == "none" or draft is None and path is not None:
         found = beside(path) if draft is None else []

@@ -10,18 +10,22 @@ import typer
 
 from refimpl.cli.app import (
     Context,
+    Force,
     Json,
     ModelPath,
+    Positional,
     Seed,
     app,
     bar,
     fetched,
+    refuse_overwriting,
     write,
 )
 
 
 @app.command()
 def inspect(
+    positional: Positional = None,
     model: ModelPath = None,
     ctx: Context = None,
     everything: Annotated[bool, typer.Option("--all", help="all metadata keys, too")] = False,
@@ -29,20 +33,21 @@ def inspect(
                                        "the usual conversion lose?")] = False,
     as_json: Json = False,
 ):
-    """Show what a file is, whether it fits this machine, its layers and weight types."""
+    """Show what is in a file, and whether it fits this machine."""
+    path = fetched(model, positional)
     if grid:
         from refimpl.cli.show.inspect import grid_text
         from refimpl.files.qat_grid import describe_grid
 
-        if ctx is not None or model is None:
+        if ctx is not None or path is None:
             raise typer.BadParameter("--grid wants a file of float weights (-m), and no -c")
-        described = describe_grid(fetched(model), bar)
+        described = describe_grid(path, bar)
         text = grid_text(described)
     else:
         from refimpl.cli.show.inspect import as_text
         from refimpl.files.inspect import describe
 
-        described = describe(fetched(model), ctx)
+        described = describe(path, ctx)
         text = as_text(described, everything)
     write((json.dumps(described) if as_json else text) + "\n")
 
@@ -53,12 +58,13 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="the GGUF file to write")],
     kind: Annotated[str, typer.Option("--type", help="auto: as it is, W4A16 as Q4_0; or F32, F16, BF16, Q8_0, Q4_0, Q4_K, ...: norms and "
                                       "router F32, embeddings Q6_K under the types below Q8_0")] = "auto",
-    as_json: Json = False,
+    force: Force = False, as_json: Json = False,
 ):
-    """Write a Hugging Face directory as a GGUF file, or a GGUF file with other types."""
+    """Write a GGUF file, from a Hugging Face directory or a GGUF."""
     from refimpl.cli.show.table import size
     from refimpl.files.convert import convert as run
 
+    refuse_overwriting(output, force)
     source = fetched(model)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # as Ctrl-C: the half-written file goes
     try:
@@ -76,9 +82,10 @@ def synth(
     recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0, q4_k_m, or one type for all: q2_k, q3_k, iq4_nl, "
                                                          "iq4_xs, mxfp4")] = "google-q4_0",
     layers: Annotated[int | None, typer.Option("--layers", min=2, help="only so many layers", show_default=False)] = None,
-    seed: Seed = 0,
+    seed: Seed = 0, force: Force = False,
 ):
-    """Write a file of a true shape with random contents, to measure speed and memory with."""
+    """Write a file of a model's shape with random weights. For measuring speed and memory."""
     from refimpl.files.synth import synthesise
 
+    refuse_overwriting(output, force)
     synthesise(shape, output, recipe, layers, seed, progress=bar)

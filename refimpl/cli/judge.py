@@ -12,14 +12,19 @@ from refimpl.cli.app import (
     BackendName,
     DraftHead,
     Failure,
+    Force,
     Json,
     ModelPath,
+    Positional,
     Threads,
     app,
     bar,
     errors,
+    fetched,
     load,
     number_or_word,
+    refuse_overwriting,
+    replacing,
     tell_of_compiling,
     write,
 )
@@ -28,7 +33,7 @@ from refimpl.cli.run import read_prompt
 
 @app.command()
 def trace(
-    model: ModelPath = None,
+    positional: Positional = None, model: ModelPath = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text to run; - reads standard input")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="read the prompt from a file")] = None,
     token_ids: Annotated[str | None, typer.Option("--ids", help="token ids instead of a text: 2,105,9731")] = None,
@@ -43,9 +48,9 @@ def trace(
     rounds: Annotated[int, typer.Option("--rounds", min=0, help="with --draft: speculative rounds to keep")] = 0,
     draft_head: DraftHead = None,
     names: Annotated[bool, typer.Option("--names", help="print the names there are, and stop")] = False,
-    backend: BackendName = "kernels", arithmetic: Arithmetic = None, threads: Threads = None, as_json: Json = False,
+    backend: BackendName = "kernels", arithmetic: Arithmetic = None, threads: Threads = None, force: Force = False, as_json: Json = False,
 ):
-    """Write every named value of a run to a file, for `compare` and for other engines' tests."""
+    """Write every named value of a run to a file. For `compare`, and for other engines' tests."""
     import refimpl
     from refimpl.lab.compare.record import write_trace
 
@@ -58,8 +63,9 @@ def trace(
         raise typer.BadParameter("give the text with -p TEXT, -p - or -f FILE, or token ids with --ids")
     if rounds and draft is None:
         raise typer.BadParameter("--rounds needs --draft")
+    refuse_overwriting(output, force)
     text = None if token_ids is not None else read_prompt(prompt, file)
-    m = load(model, backend, arithmetic, threads, 1 if text is None else len(text.encode()), False)
+    m = load(fetched(model, positional), backend, arithmetic, threads, 1 if text is None else len(text.encode()), False)
     ids = ids_argument(token_ids) if text is None else m.tokenizer.encode(text)
     drafting = {}
     if draft is not None:
@@ -91,9 +97,9 @@ def compare(
     dtype: Annotated[str, typer.Option("--dtype", help="in which transformers runs: float32, bfloat16 or float16")] = "float32",
     everything: Annotated[bool, typer.Option("--all", help="list every tensor")] = False,
     picture: Annotated[Path | None, typer.Option("--plot", show_default=False, help="write a heat map, layers by tensors (.png)")] = None,
-    threads: Threads = None, as_json: Json = False,
+    threads: Threads = None, force: Force = False, as_json: Json = False,
 ):
-    """Name the first tensor in which an engine departs from a trace by more than rounding. Exit status 0: none does; 1: one does."""
+    """Name the first tensor that departs from a trace. Exit status 0: none does; 1: one does."""
     from refimpl.lab.compare import verdict
     from refimpl.lab.compare.compare import compare as judge
     from refimpl.lab.compare.compare import compare_steps, compare_with
@@ -101,6 +107,8 @@ def compare(
     from refimpl.lab.compare.tolerance import model_of
     from refimpl.lab.compare.trace import open_trace
 
+    if picture is not None:
+        refuse_overwriting(picture, force)
     first = open_trace(a)
     second = open_any(b, first.ids, dtype, threads or 1)
     found = None
@@ -116,7 +124,8 @@ def compare(
     else:
         result = compare_steps(found, second) if steps else compare_with(found, first, second)
     if picture is not None and result.judged:
-        verdict.plot(result, picture)
+        with replacing(picture) as temporary:
+            verdict.plot(result, temporary)
     write((json.dumps(verdict.figures(result)) if as_json else verdict.as_text(result, everything)) + "\n")
     if result.first is not None:
         raise typer.Exit(1)

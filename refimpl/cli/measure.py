@@ -12,6 +12,7 @@ from refimpl.cli.app import (
     DraftMinP,
     Json,
     ModelPath,
+    Positional,
     Threads,
     app,
     bar,
@@ -26,7 +27,7 @@ from refimpl.cli.app import (
 
 @app.command()
 def bench(
-    model: ModelPath = None,
+    positional: Positional = None, model: ModelPath = None,
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="tokens of the prompt; 0 leaves it out")] = 512,
     n_new: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="new tokens; 0 leaves them out")] = 64,
     depth: Annotated[int, typer.Option("-d", "--n-depth", min=0, help="tokens of context before the new ones")] = 0,
@@ -43,7 +44,7 @@ def bench(
     temp: Annotated[float, typer.Option("--temp", min=0.0, help="with --draft: temperature")] = 0.0,
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
 ):
-    """Measure speed: a prompt, new tokens, how near they come to what reading the weights allows; with --draft, what drafting wins."""
+    """Measure the speed of a prompt and of new tokens. Says how near it is to what memory allows; with --draft, what drafting gains."""
     from refimpl.lab.bench.bench import Plan, as_text
     from refimpl.lab.bench.bench import bench as measure
     from refimpl.lab.engines import TIMED
@@ -56,7 +57,7 @@ def bench(
         raise typer.BadParameter("--draft measures new tokens of refimpl alone: no --vs, and -n of at least 1")
     if draft is None and (accept is not None or prompt is not None):
         raise typer.BadParameter("--accept and --prompt need --draft")
-    model = fetched(model)
+    model = fetched(model, positional)
     tell_of_compiling()
     if draft is not None:
         from refimpl.lab.bench import draft_bench

@@ -22,6 +22,7 @@ from refimpl.cli.app import (
     MinP,
     ModelPath,
     NewTokens,
+    Positional,
     Seed,
     Temperature,
     Threads,
@@ -40,6 +41,7 @@ from refimpl.cli.app import (
 
 @app.command()
 def generate(
+    positional: Positional = None,
     model: ModelPath = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text to continue; - reads standard input")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="read the prompt from a file")] = None,
@@ -60,8 +62,8 @@ def generate(
     if think and not chat:
         raise typer.BadParameter("--think needs --chat")
     text = read_prompt(prompt, file)
-    model = fetched(model)
-    room = ctx if ctx is not None else len(text.encode()) + predict + 256        # a token is at least a byte; 256 for a template
+    model = fetched(model, positional)
+    room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256        # a token is at least a byte; 256 for a template
     m = load(model, backend, arithmetic, threads, room, verbose)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     if chat:
@@ -78,6 +80,7 @@ def generate(
         write(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)) + "\n")
     else:
         write("\n")
+        tell_stop(m, out.stats, ctx, verbose)
     if verbose:
         tell(out.stats)
     if interrupted:
@@ -86,33 +89,41 @@ def generate(
 
 @app.command()
 def chat(
+    positional: Positional = None,
     model: ModelPath = None,
-    system: Annotated[str | None, typer.Option("--system", help="instruction ahead of the conversation")] = None,
+    system: Annotated[str | None, typer.Option("--system", "-sys", "--system-prompt", help="instruction before the conversation")] = None,
     think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
     predict: NewTokens = 1024,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, verbose: Verbose = False,
 ):
-    """Talk to an instruction-tuned model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
+    """Talk to an instruction-tuned model. Ctrl-D or /exit ends; Ctrl-C stops an answer."""
     import refimpl
     from refimpl.text.chat import split_thought
 
-    model = fetched(model)
-    m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * predict, verbose)
+    model = fetched(model, positional)
+    m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * max(predict, 256), verbose)
+    if not m.file.metadata.get("tokenizer.chat_template"):
+        raise Failure(f"{m.file.path}: the file has no chat template; " + (
+            "the built-in model only continues code: give an instruction-tuned model with -m" if model is None else
+            "an instruction-tuned model (-it in its name) has one; refimpl generate continues text"))
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         errors.print("> ", end="")
         line = sys.stdin.readline()
-        if not line.strip():
+        if not line or line.strip() == "/exit":
             break
+        if not line.strip():
+            continue
         messages.append({"role": "user", "content": line.strip()})
         out = refimpl.Output()
         pieces = begin(m, chat_ids(m, messages, think), out, max_new_tokens=predict, n_ctx=ctx, **drafting,
                        **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
         speak(pieces, out)
         write("\n")
+        tell_stop(m, out.stats, ctx, verbose)
         messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
         if verbose:
             tell(out.stats)
@@ -136,7 +147,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
-    """Token ids of a conversation. Text of the user is cut up apart, so that markers in it stay text."""
+    """Token ids of a conversation. User text is tokenized separately, so control tokens written in it stay plain text."""
     from refimpl.text.chat import encode_chat
 
     return encode_chat(m.tokenizer, m.file.metadata.get("tokenizer.chat_template"), messages, thinking=think)
@@ -169,6 +180,16 @@ def speak(pieces, out, silent: bool = False) -> bool:
         out.stats.stop = "interrupted"
         return True
     return False
+
+
+def tell_stop(m, stats, n_ctx: int | None, verbose: bool):
+    """Why a text ends where the model did not end it, for people: on a terminal, or with -v."""
+    if not (verbose or sys.stdout.isatty()):
+        return
+    if stats.stop == "limit":
+        errors.print(f"stopped at {stats.n_generated} tokens (-n)")
+    elif stats.stop == "context":
+        errors.print(f"the context of {min(n_ctx or m.config.n_ctx, m.config.n_ctx)} tokens is full (-c)")
 
 
 def report(stats) -> dict[str, object]:

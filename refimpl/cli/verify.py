@@ -5,26 +5,27 @@ from typing import Annotated
 
 import typer
 
-from refimpl.cli.app import Json, ModelPath, Threads, app, bar, errors, fetched, write
+from refimpl.cli.app import Json, ModelPath, Positional, Threads, app, bar, errors, fetched, write
 
 
 @app.command()
 def verify(
-    model: ModelPath = None,
+    positional: Positional = None, model: ModelPath = None,
     sha256: Annotated[list[str] | None, typer.Option("--sha256", show_default=False, help="hexadecimal SHA-256 the file must have; of a "
                                                      "split model once for each part")] = None,
     run: Annotated[bool, typer.Option("--run/--no-run", help="compute with it too, on every instruction set of this machine")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="metadata keys that this version does not know are an error")] = False,
     threads: Threads = None, as_json: Json = False,
 ):
-    """Check that a file is whole and that this machine computes as others do. Without -m: this machine, with the built-in model."""
+    """Check that a file is whole and this machine right. Without -m: this machine, with the built-in model."""
     from refimpl.cli.show.verify import as_text
     from refimpl.files.verify import verify as check
 
     for digest in sha256 or ():
         if len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef"):
             raise typer.BadParameter(f"--sha256 {digest}: expected 64 hexadecimal digits")
-    result = check(fetched(model), sha256=sha256 or (), strict=strict, run=run, threads=threads, progress=bar, notify=errors.print)
+    path = fetched(model, positional)
+    result = check(path, sha256=sha256 or (), strict=strict, run=run, threads=threads, progress=bar, notify=errors.print)
     write((json.dumps(result) if as_json else as_text(result)) + "\n")
     if not result["ok"]:
         raise typer.Exit(1)
