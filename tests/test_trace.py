@@ -152,5 +152,5 @@ def test_the_command(moe, tmp_path):
     for arguments, words in ((["--ids", "2,x"], "expected token ids"), (["-p", "a", "--ids", "2"], "give the text"), ([], "give the text"),
                              (["--ids", "2", "--rounds", "1"], "--rounds needs --draft"),
                              (["--ids", "2", "--positions", "a:b"], "expected numbers and ranges")):
-        failed = CliRunner().invoke(app, ["trace", "-m", str(moe[0].path), "-o", str(out), *arguments], standalone_mode=False)
+        failed = CliRunner().invoke(app, ["trace", "-m", str(moe[0].path), "-o", str(out), "--force", *arguments], standalone_mode=False)
         assert complain(failed.exception) == 2 and words in str(failed.exception.format_message()), arguments

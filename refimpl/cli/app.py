@@ -1,6 +1,7 @@
 """What all commands share: the options that several have, output, progress, loading."""
 
 import contextlib
+import errno
 import functools
 import os
 import secrets
@@ -164,7 +165,9 @@ def fetched(model: str | None, positional: str | None = None) -> Path | None:
 
 
 def refuse_overwriting(path: Path, force: bool):
-    """Before any work. Devices and pipes can be written to as often as one likes."""
+    """Called before any work. Devices and pipes are no files to be lost."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if not force and path.is_file():
         raise Failure(f"{path} exists; --force overwrites it")
 
