@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 import refimpl
 from refimpl.formats.checkpoint import CheckpointError
 from refimpl.loading.tokenizer_json import vocabulary_metadata
-from refimpl.loading.tokenizer_model import CONTROL, NORMAL, USER_DEFINED, merges_of
-from refimpl.text.tokenizer import Tokenizer
+from refimpl.loading.tokenizer_model import merges_of
+from refimpl.text.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer
 
 SPACE = "\u2581"
 SOURCES = [line for module in (random, textwrap, tokenize, argparse, ast, difflib) for line in inspect.getsource(module).split("\n")]

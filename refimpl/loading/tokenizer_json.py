@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.formats.checkpoint import CheckpointError, read_json
-from refimpl.loading.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_sentencepiece
+from refimpl.loading.tokenizer_model import read_sentencepiece
+from refimpl.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 # Control tokens that a reader of the text must see: the chat parser looks for them.
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')

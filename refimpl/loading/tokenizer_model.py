@@ -18,17 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refimpl.formats.safetensors import CheckpointError
+from refimpl.text.tokenizer import NORMAL, SPACE, UNUSED, USER_DEFINED
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)       # the same numbers in the file and in tokenizer.ggml.token_type
 PIECES, TRAINER, NORMALIZER = 1, 2, 3                                    # fields of ModelProto
 KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
-SPACE = "\u2581"
 MAX_BYTES, MAX_CHARS = 64 << 20, 256
 
 
 @dataclass(frozen=True)
 class SentencePieceVocabulary:
-    """Tokens by id with their scores and types (those of tokenizer.ggml.token_type), merges by rank, and role -> id ("bos", "eos", ...)."""
+    """Tokens by id with their scores and types (the file's numbers are GGUF's), merges by rank, and role -> id ("bos", "eos", ...)."""
 
     tokens: list[str]
     scores: list[float]

@@ -1,13 +1,13 @@
-"""Text to token ids and back, from the vocabulary inside a Gemma 4 GGUF file.
+"""Text to token ids and back, from the vocabulary in a Gemma 4 file.
 
 Gemma 4's tokenizer is a byte-pair encoding over characters: every space is written U+2581, the merges run over the whole text
-(no words are split off first), and a character that has no token falls back to the tokens `<0x00>`..`<0xFF>` of its UTF-8
-bytes. The merging itself is done by the Hugging Face `tokenizers` library, from which the file's vocabulary came; what is ours
-is reading and checking the file, and decoding.
+(the text is not split into words first), and a character that has no token falls back to the tokens `<0x00>`..`<0xFF>` of its UTF-8
+bytes. Hugging Face's `tokenizers` library does the merging; reading and checking the vocabulary, and decoding, are ours. A second judge
+is SentencePiece, in whose form Gemma's vocabularies were made (tests/test_sentencepiece.py).
 
-What follows whom:
+Where implementations differ:
 - A token of type user-defined always matches in the text; a control token (`<bos>`, `<|turn>`) only when `special=True`. So do markers
-  of a conversation that converters type user-defined to keep them visible (`<|channel>`): they are special where they come from.
+  of a conversation that converters type user-defined to keep them visible (`<|channel>`): in Hugging Face's files they are special.
 - A token that ends generation counts as control whatever the file says (`<|tool_response>` is marked user-defined): as llama.cpp.
 - llama.cpp cuts the text at runs of newlines before merging, Hugging Face does not. The two differ only if a token mixes
   newlines with other characters or if a run of newlines has a token that its merges do not reach; among Gemma 4's 262,144 tokens
@@ -34,10 +34,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # Twice what Gemma 4 has: a token takes many times its bytes in memory, so these keep a hostile file's within a gigabyte.
 MAX_TOKENS, MAX_MERGES = 1 << 19, 1 << 20
 MAX_ADDED_CHARS = 256
-"""Of a token that is looked for in the text before merging; Gemma 4's longest has 31."""
+"""Of a token that is matched in the text before merging; Gemma 4's longest has 31."""
 
 END_TOKENS = ("<eos>", "<turn|>", "<|tool_response>")
-"""Pieces that end generation whatever ids the metadata names. `</s>` is not among them: in Gemma 4 it is an HTML tag."""
+"""Tokens that end generation whatever ids the metadata names. `</s>` is not among them: in Gemma 4 it is an HTML tag."""
 
 # Google's QAT files of July 2026 dropped the byte order mark at the start of three tokens, so that each repeats another
 # (llama.cpp issue 25739 shows the collisions). damaged id: (the id it collides with, the token it should be)
