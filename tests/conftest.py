@@ -1,14 +1,13 @@
 """Models and folders that several test modules share."""
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from shapes import opened, random_model, write_model
 
 # long files first, so that no worker is left alone with one of them at the end; the first two compile kernels of different instruction sets
-FIRST = ("test_kernels", "test_bits")
+FIRST = ("test_kernels", "test_bits", "test_speculative", "test_notebooks", "test_parity", "test_drafter", "test_convert", "test_compare")
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +34,7 @@ def shared_folder(tmp_path_factory):
 # ---- the order of files, and what was left out, which pytest-xdist does not say
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FIRST.index(name) if (name := Path(item.fspath).stem) in FIRST else len(FIRST))
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.hookimpl(tryfirst=True)
