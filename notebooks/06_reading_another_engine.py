@@ -17,6 +17,7 @@ import numpy as np
 from IPython.display import Image, Markdown
 
 import refimpl
+from refimpl.cli.show.compare import as_text
 from refimpl.lab.compare import compare, diagnoses, known_bugs, mismatch, names, record, tolerance, verdict
 
 folder = Path(mkdtemp())
@@ -68,14 +69,14 @@ _ = axes.legend(frameon=False, loc="center right", fontsize=8)
 # The tolerance of a tensor is this noise, of both engines together, times a safety factor (`tolerance.SAFETY`). A tensor that is further
 # away did not get there by rounding. (Gaps are the ids of chosen experts, which are no quantities. The straight line is explained next.)
 #
-# Two cases need more care. Where two experts are as good as equal, a correct engine may take the other one, and everything behind is
+# Two cases need more care. Where two experts are as good as equal, a correct engine may take the other one, and everything after it is
 # different; `compare` sees from the router's logits that it was a tie and judges nothing from that position on. (In bfloat16 that soon
-# happens at the first positions, and the largest noise so far stands for what could not be measured.) And where the prompts differ,
+# happens at the first positions, and the largest noise so far is taken for what could not be measured.) And where the prompts differ,
 # nothing else matters.
 
 # %%
 same = compare.compare_with(model, right, record.trace(refimpl.load(arithmetic="exact"), ids))
-print(verdict.as_text(same))
+print(as_text(same))
 
 # %% [markdown]
 # That was the compiled kernels against NumPy: the same to within float32.
@@ -87,7 +88,7 @@ print(verdict.as_text(same))
 
 # %%
 bug = known_bugs.BUGS["window one too long"]
-with known_bugs.planted(bug):
+with known_bugs.inject(bug):
     print(refimpl.generate(model, ids, max_new_tokens=40).text)
 print("---")
 print(refimpl.generate(model, ids, max_new_tokens=40).text)
@@ -96,17 +97,17 @@ print(refimpl.generate(model, ids, max_new_tokens=40).text)
 # The comparison does:
 
 # %%
-with known_bugs.planted(bug):
+with known_bugs.inject(bug):
     theirs = record.trace(model, ids)
 found = compare.compare_with(model, right, theirs)
-print(verdict.as_text(found))
+print(as_text(found))
 
 # %%
 verdict.plot(found, folder / "window.png")
 Image(folder / "window.png")
 
 # %% [markdown]
-# Blue is nearer than the tolerance allows, red is further. Everything before the framed tensor is right, and everything behind it is
+# Blue is nearer than the tolerance allows, red is further. Everything before the framed tensor is right, and everything after it is
 # made of wrong values, which says nothing about how it was made.
 #
 # ## What does it look like?
@@ -122,23 +123,23 @@ shown = ["embedding scale rounded to bfloat16", "RoPE turns neighbours", "rope_f
          "no norm after attention", "GELU by erf", "weights not renormalised", "soft cap twice"]
 rows = []
 for name in shown:
-    with known_bugs.planted(known_bugs.BUGS[name]):
+    with known_bugs.inject(known_bugs.BUGS[name]):
         loaded = refimpl.load(backend="reference") if known_bugs.BUGS[name].at_load else model
         wrong = compare.compare(right, record.trace(loaded, ids), {key: 2 * size for key, size in noise["exact"].items()})
-    rows.append(f"| {name} | `{wrong.first.name}` | {wrong.symptom.kind} | {wrong.symptom.text} |")
-Markdown("\n".join(["| planted | departs first | looks like | |", "|---|---|---|---|", *rows]))
+    rows.append(f"| {name} | `{wrong.first.name}` | {wrong.diagnosis.kind} | {wrong.diagnosis.text} |")
+Markdown("\n".join(["| bug | departs first | looks like | |", "|---|---|---|---|", *rows]))
 
 # %% [markdown]
 # ## Two bugs at once
 #
-# Behind the first wrong tensor everything is wrong, so a comparison of two runs finds one bug at a time. `compare_steps` finds them all:
+# After the first wrong tensor everything is wrong, so a comparison of two runs finds one bug at a time. `compare_steps` finds them all:
 # it computes each step from *their* values before it. A mistake then shows where it is made and nowhere else.
 
 # %%
 Markdown(f"```python\n{getsource(tolerance.replayed)}```")
 
 # %%
-with known_bugs.planted(known_bugs.BUGS["values not normalised"]), known_bugs.planted(known_bugs.BUGS["expert scale dropped"]):
+with known_bugs.inject(known_bugs.BUGS["values not normalised"]), known_bugs.inject(known_bugs.BUGS["expert scale dropped"]):
     theirs = record.trace(model, ids)
 runs, steps = compare.compare_with(model, right, theirs), compare.compare_steps(model, theirs)
 print("departing tensors, run against run:", sum(j.verdict == "departs" for j in runs.judged))
@@ -161,7 +162,7 @@ Image(folder / "steps.png")
 # which takes any common factor of a row out again:
 
 # %%
-with known_bugs.planted(known_bugs.BUGS["weights not renormalised"]):
+with known_bugs.inject(known_bugs.BUGS["weights not renormalised"]):
     theirs = record.trace(model, ids)
 for name in ("ffn_moe_weights-0", "ffn_moe_out-0", "ffn_moe-0", "l_out-0", "result_output"):
     print(f"{name:18} {np.max(mismatch.row_errors(right.arrays[name], theirs.arrays[name])):.1e}")

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 import refimpl
 from refimpl.cli import app, complain
 from refimpl.formats.checkpoint import CheckpointError
-from refimpl.lab.compare import known_bugs as zoo
 from refimpl.lab.compare import verdict
 from refimpl.lab.compare.compare import compare, compare_steps, compare_with
-from refimpl.lab.compare.diagnoses import symptom_of
+from refimpl.lab.compare.diagnoses import diagnose
 from refimpl.lab.compare.engines import foreign, llamacpp_dumps, transformers
 from refimpl.lab.compare.engines.choose import open_any
-from refimpl.lab.compare.mismatch import Scene
+from refimpl.lab.compare.known_bugs import BUGS, inject
+from refimpl.lab.compare.mismatch import Mismatch
 from refimpl.lab.compare.names import graph_order
 from refimpl.lab.compare.record import trace, write_trace
 from refimpl.lab.compare.tolerance import SAFETY, a_priori, carried, in_q8, judge, measured
@@ -59,7 +59,7 @@ def test_correct_engines_raise_no_alarm(shape, engine, made, right):
         theirs = trace({"kernels exact": lambda: refimpl.load(path, arithmetic="exact"), "kernels q8": lambda: refimpl.load(path),
                         "reference q8": lambda: in_q8(model)}[engine](), IDS)
     for found in (compare_with(model, ours, theirs), compare_steps(model, theirs)):
-        assert found.first is None, (found.first, found.symptom)
+        assert found.first is None, (found.first, found.diagnosis)
         assert len(found.judged) >= 0.7 * len(ours.names()), found.tie
         assert max(j.error / j.tolerance for j in found.judged if j.tolerance) < 0.8
     assert {*theirs.names()} >= {name for name in ours.names() if not name.startswith("cache")}
@@ -83,7 +83,7 @@ def test_transformers_has_every_name(shape, tmp_path):
 def test_two_faults_are_told_apart_step_by_step(made, right):
     """The first alone in a comparison of runs; both, and nothing else, step by step, also in 8 bits."""
     model, ours = right["26B-A4B"]
-    with zoo.planted(zoo.BUGS["values not normalised"]), zoo.planted(zoo.BUGS["layer scalar left out"]):
+    with inject(BUGS["values not normalised"]), inject(BUGS["layer scalar left out"]):
         exact, in_8_bits = trace(model, IDS), trace(in_q8(model), IDS)
     runs = compare_with(model, ours, exact)
     assert runs.first.name == "Vcur_normed-0" and sum(j.verdict == "departs" for j in runs.judged) > 100
@@ -106,10 +106,10 @@ def test_equal_experts_may_change_places():
     tied = synthetic(**{"ffn_moe_topk-0": np.array([[0, 1], [0, 2], [3, 2]], np.int32), "l_out-0": np.diag([1, 9, 9]) @ np.ones((3, 8))})
     found = compare(a, tied, noise)
     assert found.first is None and "changed places at position 1" in found.tie
-    assert found.judged[-1].name == "l_out-0" and found.judged[-1].position == 0, "rows behind the tie were judged"
+    assert found.judged[-1].name == "l_out-0" and found.judged[-1].position == 0, "rows after the tie were judged"
     wrong = synthetic(**{"ffn_moe_topk-0": np.array([[0, 2], [0, 1], [3, 2]], np.int32)})
     found = compare(a, wrong, noise)
-    assert found.first.name == "ffn_moe_topk-0" and found.first.position == 0 and found.symptom.kind == "other choice"
+    assert found.first.name == "ffn_moe_topk-0" and found.first.position == 0 and found.diagnosis.kind == "other choice"
     other_order = synthetic(**{"ffn_moe_topk-0": np.array([[1, 0], [0, 1], [3, 2]], np.int32),
                                "ffn_moe_weights-0": np.array([[0.3, 0.7], [0.7, 0.3], [0.7, 0.3]], np.float32)})
     assert compare(a, other_order, noise).first is None
@@ -178,7 +178,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind):
-    found = symptom_of(Scene("Qcur-3", A, KINDS[kind], np.arange(12), 1e-6, lambda name: None))
+    found = diagnose(Mismatch("Qcur-3", A, KINDS[kind], np.arange(12), 1e-6, lambda name: None))
     assert found.kind == kind, found
 
 
@@ -228,7 +228,7 @@ def test_npz_and_safetensors_by_the_convention(tmp_path, right):
     save_file({name: value[5:9] * (1 if name != "Qcur-2" else 2) for name, value in some.items()}
               | {"ids": np.array(IDS), "positions": np.arange(5, 9)}, tmp_path / "b.safetensors", {"arithmetic": "float32"})
     found = compare_with(model, ours, open_any(str(tmp_path / "b.safetensors")))
-    assert found.first.name == "Qcur-2" and found.symptom.kind == "constant factor" and found.first.position in range(5, 9)
+    assert found.first.name == "Qcur-2" and found.diagnosis.kind == "constant factor" and found.first.position in range(5, 9)
 
 
 def printed(value: np.ndarray, name: str) -> list[str]:
@@ -340,8 +340,8 @@ def test_what_cannot_be_compared(right):
     with pytest.raises(TraceError, match="no position in common"):
         compare(*(dataclasses.replace(ours, arrays=part, positions=at) for part, at in zip(rows, (range(3), range(3, 24)))))
     found = compare(ours, dataclasses.replace(ours, ids=(*IDS[:4], 9, *IDS[5:])))
-    assert found.first.name == "ids" and found.symptom.text == f"the prompts differ: token 4 is {IDS[4]} and 9"
-    assert compare(ours, dataclasses.replace(ours, ids=IDS[:9])).symptom.text == "the prompts have 24 and 9 tokens"
+    assert found.first.name == "ids" and found.diagnosis.text == f"the prompts differ: token 4 is {IDS[4]} and 9"
+    assert compare(ours, dataclasses.replace(ours, ids=IDS[:9])).diagnosis.text == "the prompts have 24 and 9 tokens"
 
 
 # ---- the command
@@ -351,7 +351,7 @@ def test_the_command(made, right, tmp_path):
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
     write_trace(a, model, IDS)
     write_trace(b, refimpl.load(made["26B-A4B"][1]), IDS)
-    with zoo.planted(zoo.BUGS["layer scalar left out"]):
+    with inject(BUGS["layer scalar left out"]):
         write_trace(c, model, IDS)
     same = CliRunner().invoke(app, ["compare", str(a), str(b)])
     assert same.exit_code == 0 and "the same within rounding" in same.stdout and "measured" in same.stdout, same.output

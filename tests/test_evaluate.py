@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 import refimpl
+from refimpl.cli.show.evaluate import as_text
 from refimpl.lab.evaluate import evaluate as module
 from refimpl.lab.evaluate import logit_sources as sources
 from refimpl.lab.evaluate.divergence import Kept, divergence, divergence_bounds, keep, likeliest, log_sum_exp
 from refimpl.lab.evaluate.evaluate import evaluate
 from refimpl.lab.evaluate.logit_sources import other_side, rows_at_once, side_of
 from refimpl.lab.evaluate.saved_runs import read_npz, read_run
-from refimpl.lab.evaluate.summary import as_text, mean_and_error
+from refimpl.lab.evaluate.summary import mean_and_error
 from refimpl.lab.evaluate.windows import Document, Window, bytes_of, cut, read_documents
 from refimpl.text.chat import GEMMA4_TEMPLATE
 

@@ -8,7 +8,7 @@ from shapes import SHAPES, oracle, prompt, random_model, reference, round_to, wo
 import refimpl
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.lab.compare import known_bugs
-from refimpl.lab.compare.known_bugs import BUGS, planted
+from refimpl.lab.compare.known_bugs import BUGS, inject
 
 TOLERANCE = 1e-4          # of the largest logit
 Q4_K_FITS = dict(hidden_size=256, intermediate_size=256)       # rows of 256, so that Q4_K is really used
@@ -153,7 +153,7 @@ def test_suppressed_tokens_are_never_picked(tmp_path):
 
 ON = {known_bugs.MOE: ("26B-A4B", "Q4_0", {}), known_bugs.PLE: ("E2B", "Q4_0", {}),
       known_bugs.K_QUANTS: ("26B-A4B", "Q4_K", Q4_K_FITS)}
-NO_LAYER_SHOWS = {      # test_zoo.py has them, by the tensor that does
+NO_LAYER_SHOWS = {      # test_known_bugs.py has them, by the tensor that does
     "embedding scale rounded to bfloat16": "the scale of these small models is 8, which bfloat16 holds",
     "per-layer projection not scaled": "a norm follows", "positions counted from 1": "rotations count the distance only"}
 OF_THE_TARGET = [name for name, bug in BUGS.items() if not bug.first.startswith("draft") and name not in NO_LAYER_SHOWS]
@@ -180,6 +180,6 @@ def first_departure(path, want) -> str:
 @pytest.mark.parametrize("name", OF_THE_TARGET)
 def test_a_known_bug_is_noticed(name, models):
     path, want = models[BUGS[name].on]
-    with planted(BUGS[name]):
+    with inject(BUGS[name]):
         assert first_departure(path, want), "not noticed"
     assert first_departure(path, want) == "", "the change was not undone"

@@ -15,7 +15,7 @@ from refimpl.decode.draft_length import MOST, AutoDepth, FixedDepth
 from refimpl.decode.drafter import Drafter
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, accept, speculative
-from refimpl.lab.compare.known_bugs import MOE, Bug, planted
+from refimpl.lab.compare.known_bugs import MOE, Bug, inject
 from refimpl.loading import model as model_module
 from refimpl.model import drafter as network
 from refimpl.model import drafter_config, gemma4
@@ -275,7 +275,7 @@ OF_A_ROUND = {      # what only shows after a partial acceptance, and where: in 
 def test_planted_in_the_round(pairs, what):
     where, *change = OF_A_ROUND[what]
     model, drafter = pairs["26B-A4B"][0]
-    with planted(Bug(*change, MOE, "")):
+    with inject(Bug(*change, MOE, "")):
         same_text, rounds = rounds_of(model, drafter, prompt(11), 40)
     assert same_text == (where != "text")
     assert where == "text" or not as_from_a_clean_start(model, drafter, rounds)
@@ -308,7 +308,7 @@ def test_planted_in_the_step(tmp_path, what):
         drafter = refimpl.load_drafter(paths[1], model)
         return [refimpl.propose(model, drafter, prompt(n), 6) for n in (3, 9, 30, 45)]
     want = proposals()
-    with planted(Bug(*OF_A_STEP[what], MOE, "")):
+    with inject(Bug(*OF_A_STEP[what], MOE, "")):
         assert proposals() != want, what
     assert proposals() == want
 

@@ -46,9 +46,9 @@ def evaluate(
     arithmetic: Arithmetic = None, force: Force = False, as_json: Json = False,
 ):
     """Measure perplexity, and KL divergence from another engine. On a text; the other may be a file or an earlier run, too."""
+    from refimpl.cli.show.evaluate import as_text
     from refimpl.lab.evaluate.evaluate import evaluate as measure
     from refimpl.lab.evaluate.logit_sources import other_side, side_of
-    from refimpl.lab.evaluate.summary import as_text
     from refimpl.lab.evaluate.windows import COUNTS
 
     if bool(file) == (base is not None):

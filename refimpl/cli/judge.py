@@ -1,6 +1,5 @@
 """trace and compare: for people who test engines."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -57,8 +56,9 @@ def trace(
     if names:
         write(names_table(as_json))
         return
-    if output is None:
-        raise typer.BadParameter("-o FILE.safetensors says where to write the trace")
+    if output is None or output.suffix != ".safetensors":
+        raise typer.BadParameter("-o FILE.safetensors says where to write the trace" + ("" if output is None else
+                                 f"; {output}: a trace is a safetensors file, use a name ending in .safetensors"))
     if sum(x is not None for x in (prompt, file, token_ids)) != 1:
         raise typer.BadParameter("give the text with -p TEXT, -p - or -f FILE, or token ids with --ids")
     if rounds and draft is None:
@@ -71,11 +71,8 @@ def trace(
     if draft is not None:
         drafter = refimpl.load_drafter(None if draft == "built-in" else draft, m, head=number_or_word(draft_head))
         drafting = {"drafter": drafter, "draft_max": draft_max, "rounds": rounds}
-    with contextlib.ExitStack() as stack:
-        step = stack.enter_context(bar("positions", len(ids)))
-        header = write_trace(output, m, ids, positions=positions_argument(positions), tensors=tensors.split(","),
-                                 logits=number_or_word(logits), prompt=text, progress=step,
-                                 begin=lambda total: stack.enter_context(bar("MB hashed", total, 10**6)), **drafting)
+    header = write_trace(output, m, ids, positions=positions_argument(positions), tensors=tensors.split(","),
+                         logits=number_or_word(logits), prompt=text, progress=bar, **drafting)
     size = output.stat().st_size
     if as_json:
         write(json.dumps({key: value for key, value in header.items() if key != "crc32"}
@@ -100,6 +97,7 @@ def compare(
     threads: Threads = None, force: Force = False, as_json: Json = False,
 ):
     """Name the first tensor that departs from a trace. Exit status 0: none does; 1: one does."""
+    from refimpl.cli.show.compare import as_text
     from refimpl.lab.compare import verdict
     from refimpl.lab.compare.compare import compare as judge
     from refimpl.lab.compare.compare import compare_steps, compare_with
@@ -126,7 +124,7 @@ def compare(
     if picture is not None and result.judged:
         with replacing(picture) as temporary:
             verdict.plot(result, temporary)
-    write((json.dumps(verdict.figures(result)) if as_json else verdict.as_text(result, everything)) + "\n")
+    write((json.dumps(verdict.figures(result)) if as_json else as_text(result, everything)) + "\n")
     if result.first is not None:
         raise typer.Exit(1)
 
@@ -157,21 +155,7 @@ def names_table(as_json: bool) -> str:
     """The names of the forward pass, as a table or JSON."""
     import dataclasses
 
+    from refimpl.cli.show.compare import names_text
     from refimpl.lab.compare.names import NAMES
 
-    if as_json:
-        return json.dumps([dataclasses.asdict(name) for name in NAMES]) + "\n"
-    only = {"": "", "dense": " (layers without experts)", "experts": " (layers with experts)"}
-    rows = [(name.name + "-N" * name.layered, name.shape, where_in_transformers(name), name.what + only[name.only]) for name in NAMES]
-    rows = [("name (as in llama.cpp's graph)", "shape", "transformers, below model.layers.N", "what it is"), *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) + "\n" for row in rows)
-
-
-def where_in_transformers(name) -> str:
-    """A module and which side of it."""
-    if not name.module:
-        return ""
-    side, _, item = name.side.partition(" ")
-    words = {"in": ", input", "out": "", "rotated": ", behind apply_rotary_pos_emb", "logits": ", behind the soft cap"}[side]
-    return ("the layer" if name.module == "." else name.module) + (f", item {item} of its {side}put" if item else words)
+    return (json.dumps([dataclasses.asdict(name) for name in NAMES]) if as_json else names_text()) + "\n"

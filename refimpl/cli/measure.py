@@ -45,7 +45,8 @@ def bench(
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
 ):
     """Measure the speed of a prompt and of new tokens. Says how near it is to what memory allows; with --draft, what drafting gains."""
-    from refimpl.lab.bench.bench import Plan, as_text
+    from refimpl.cli.show.bench import as_text, draft_text
+    from refimpl.lab.bench.bench import Plan
     from refimpl.lab.bench.bench import bench as measure
     from refimpl.lab.engines import TIMED
 
@@ -60,14 +61,14 @@ def bench(
     model = fetched(model, positional)
     tell_of_compiling()
     if draft is not None:
-        from refimpl.lab.bench import draft_bench
+        from refimpl.lab.bench.draft_bench import draft_bench
 
         depths = [number_or_word(word) for word in draft_max.split(",")]
-        result = draft_bench.draft_bench(
+        result = draft_bench(
             model, None if draft == "built-in" else draft, Plan(0, n_new, depth, repetitions), depths, chances=chances_argument(accept),
             min_p=draft_min_p, head=number_or_word(draft_head), temperature=temp, prompt=prompt, threads=threads, backend=backend,
             arithmetic=arithmetic, progress=bar)
-        write((json.dumps(result) if as_json else draft_bench.as_text(result)) + "\n")
+        write((json.dumps(result) if as_json else draft_text(result)) + "\n")
         return
     result = measure(model, Plan(n_prompt, n_new, depth, repetitions), threads=threads, backend=backend, arithmetic=arithmetic,
                      opponent=versus, progress=bar)

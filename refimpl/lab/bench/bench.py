@@ -6,7 +6,6 @@ engine the two take turns, run by run, so that whatever else the machine does me
 """
 
 import contextlib
-import io
 import math
 import os
 import platform
@@ -19,10 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
 
-from refimpl.files.inspect import size
 from refimpl.formats.gguf import GGUFFile
 from refimpl.formats.matrix import stored_bytes
 from refimpl.host import ROOT, available, cpu_quota, physical_cores, read, usable_cpus
@@ -185,7 +181,7 @@ def _hold_against(result: dict[str, object], traffic: Traffic, bandwidth: float)
     result["share_of_bandwidth"] = result["tokens_per_second"]["median"] * traffic.total / bandwidth
 
 
-# ---- what it ran on, and how it is shown
+# ---- what it ran on
 
 def machine(n_threads: int) -> dict[str, object]:
     """The processor, what is used of it, and the versions of what computes."""
@@ -206,45 +202,3 @@ def machine(n_threads: int) -> dict[str, object]:
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
-
-
-def lines_of(table: Table) -> list[str]:
-    """A table as text, whatever the terminal."""
-    console = Console(file=io.StringIO(), width=110)
-    console.print(table)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
-
-
-def as_text(result: dict[str, object]) -> str:
-    """The same for people."""
-    model, here, opponent = result["model"], result["machine"], result["opponent"]
-    lines = [f"{model['name']}: {model['parameters']:,} parameters, {size(model['bytes'])}",
-             f"{here['cpu']}, {here['isa']}, {here['threads']} of {here['physical_cores']} cores, threads by {here['threading_layer']}; "
-             f"{result['plan']['backend']}, {result['plan']['arithmetic']}"]
-    if opponent:
-        lines.append(f"against {opponent['name']}, as in llama-cpp-python {opponent['version']}, threads: {opponent['n_threads']}")
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("test")
-    table.add_column("engine")
-    for column in ("tokens/s", "lowest", "highest", "ms/token", "of bandwidth"):
-        table.add_column(column, justify="right")
-    for test in result["tests"]:
-        table.add_row()
-        title = f"{test['test']} {test['tokens']}" + (f" after {test['depth']}" if test["depth"] else "")
-        for engine, run in test["engines"].items():
-            speed = run["tokens_per_second"]
-            share = f"{100 * run['share_of_bandwidth']:.1f} %" if "share_of_bandwidth" in run else ""
-            table.add_row(title, engine, *(f"{speed[key]:.2f}" for key in ("median", "min", "max")), f"{run['ms_per_token']:.3f}", share)
-        if "ratio" in test:
-            table.add_row(title, "ratio", *(f"{test['ratio'][key]:.3f}" for key in ("of_medians", "min", "max")))
-    lines += ["", *lines_of(table), ""]
-    band = result["bandwidth"]
-    for test in result["tests"]:
-        for engine, run in test["engines"].items():
-            if "bytes_per_token" in run:
-                weights, kv = size(run["bytes_per_token"]["weights"]), size(int(run["bytes_per_token"]["kv"]))
-                lines.append(f"{engine}: a new token reads {weights} of weights and {kv} of keys and values; "
-                             f"at {band['bytes_per_second'] / 1e9:.1f} GB/s at most {run['tokens_per_second_at_most']:.1f} tokens/s")
-    lines.append(f"runs of each test: {result['plan']['repetitions']}, medians first; bandwidth: best of {len(band['passes'])} readings of "
-                 f"{size(band['buffer_bytes'])}, threads: {band['threads']}")
-    return "\n".join(lines)

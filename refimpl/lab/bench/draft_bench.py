@@ -17,14 +17,13 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from rich.table import Table
 
 from refimpl.decode.draft_length import AutoDepth, depth_of
 from refimpl.decode.drafter import Drafter, load_drafter
 from refimpl.decode.generate import plain
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, figures, speculative
-from refimpl.lab.bench.bench import PAUSE, Plan, lines_of, machine, random_ids, spread
+from refimpl.lab.bench.bench import PAUSE, Plan, machine, random_ids, spread
 from refimpl.loading.model import Model, load
 from refimpl.progress import silent
 
@@ -134,30 +133,3 @@ def _run(model: Model, drafter: Drafter, depth, context, ids, plan: Plan, simula
     for _ in zip(range(plan.n_new), tokens):
         pass
     return time.perf_counter() - began
-
-
-def as_text(result: dict[str, object]) -> str:
-    """The same for people."""
-    plan, here = result["plan"], result["machine"]
-    lines = [f"{result['model']['name']} with {result['drafter']['path']}",
-             f"{here['cpu']}, {here['isa']}, threads: {here['threads']}; {plan['n_new']} tokens, {plan['repetitions']} runs each, in turn"]
-    if plan["simulated_acceptance"] is not None:
-        lines.append("SIMULATION: drafting and verifying at their real cost, random tokens in the rows, accepted with the chances "
-                     + ", ".join(f"{chance:g}" for chance in plan["simulated_acceptance"]))
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("drafts")
-    for column in ("tokens/s", "ratio", "lowest", "highest", "tokens/round", "ms draft", "ms verify", "experts"):
-        table.add_column(column, justify="right")
-    for way, run in result["decode"].items():
-        cells = [f"{run['tokens_per_second']['median']:.2f}"]
-        if "draft" in run:
-            draft, rounds = run["draft"], max(run["draft"]["rounds"], 1)
-            cells += [f"{run['ratio'][key]:.3f}" for key in ("of_medians", "min", "max")]
-            cells += [f"{draft['tokens_per_round']:.2f}", f"{1000 * draft['draft_seconds'] / max(draft['proposed'], 1):.2f}",
-                      f"{1000 * draft['verify_seconds'] / rounds:.2f}", f"{draft['experts_per_layer']:.1f}"]
-        table.add_row(way, *cells)
-    lines += ["", *lines_of(table)]
-    for way, run in result["decode"].items():
-        if "draft" in run and run["draft"]["acceptance"]:
-            lines.append(f"{way}: accepted by position " + ", ".join(f"{100 * share:.0f} %" for share in run["draft"]["acceptance"]))
-    return "\n".join(lines)

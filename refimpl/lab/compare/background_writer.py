@@ -1,4 +1,4 @@
-"""Where recorded tensors go: into memory, or behind the computation into a file."""
+"""Where recorded tensors go: into memory, or into a file, written by a thread while the model computes."""
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +11,10 @@ PENDING = 64 << 20          # bytes that may wait to be written
 
 
 class Memory(dict):
-    """Takes tensors as a TensorWriter does, and keeps them."""
+    """Keeps tensors in memory; the methods are those of a TensorWriter."""
 
     def add(self, name: str, dtype: np.dtype, shape: tuple[int, ...]):
-        """Room for a tensor."""
+        """Allocates a tensor."""
         self[name] = np.empty(shape, dtype)
 
     def write(self, name: str, row: int, rows: np.ndarray):
@@ -22,29 +22,29 @@ class Memory(dict):
         self[name][row:row + len(rows)] = rows
 
 
-class Behind:
-    """Hands tensors on to a TensorWriter in a thread of its own, while the model computes on; at most PENDING bytes wait."""
+class BackgroundWriter:
+    """Passes tensors to a TensorWriter in a thread of its own while the model computes; at most PENDING bytes wait."""
 
     def __init__(self, out: TensorWriter):
         self.out, self._thread, self._pending, self._bytes = out, ThreadPoolExecutor(1), deque(), 0
 
     def add(self, name: str, dtype: np.dtype, shape: tuple[int, ...]):
-        """Room for a tensor."""
+        """Allocates a tensor."""
         self._thread.submit(self.out.add, name, dtype, shape)
 
     def write(self, name: str, row: int, rows: np.ndarray):
-        """Rows row, row + 1, ... of a tensor. Raises what writing earlier ones did."""
+        """Rows row, row + 1, ... of a tensor. Raises the errors of earlier writes."""
         self._pending.append((self._thread.submit(self.out.write, name, row, rows), rows.nbytes))
         self._bytes += rows.nbytes
         self.wait(PENDING)
 
     def wait(self, most: int = 0):
-        """Until no more than so many bytes wait. Raises what writing did."""
+        """Waits until at most so many bytes are pending. Raises the errors of the writes."""
         while self._pending and (self._bytes > most or not most):
             written, n_bytes = self._pending.popleft()
             self._bytes -= n_bytes
             written.result()
 
     def close(self):
-        """Drops what waits."""
+        """Drops what is pending."""
         self._thread.shutdown(cancel_futures=True)

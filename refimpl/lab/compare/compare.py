@@ -1,10 +1,10 @@
-"""Two traces side by side: the first tensor, in the order of the forward pass, that is further away than rounding explains.
+"""Two traces side by side: the first tensor, in the order of the forward pass, that deviates by more than rounding explains.
 
-The deviation of a row is rms(a - b) / rms(a) over everything but the position; a tensor departs where a row's deviation exceeds its
-tolerance (rounding.py). Which experts are chosen cannot be judged that way: where two experts are as good as equal, a correct engine may
-take the other one. So a row whose choice differs is a tie if the logits of the exchanged experts are closer than their own tolerance, else
-it departs; and behind a tie in row t nothing is judged any more in the rows from t on, which may all have seen it. The same holds for
-drafted tokens: behind one that differs, where all logits agree, nothing is judged.
+The deviation of a row is rms(a - b) / rms(a) over everything but the position; a tensor departs where the deviation of a row exceeds its
+tolerance (tolerance.py). The choice of experts cannot be judged that way: where two experts score almost the same, a correct engine may
+take either. A row with another choice is a tie if the router's logits of the exchanged experts are closer than their own tolerance,
+otherwise it departs. After a tie at position t nothing is judged at positions from t on, which may all have seen it. The same holds for
+draft tokens: after one that differs, from logits that agree, nothing is judged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refimpl.lab.compare import top_logits
-from refimpl.lab.compare.diagnoses import Symptom, symptom_of
-from refimpl.lab.compare.mismatch import Scene, row_errors
+from refimpl.lab.compare.diagnoses import Diagnosis, diagnose
+from refimpl.lab.compare.mismatch import Mismatch, row_errors
 from refimpl.lab.compare.names import graph_order, place_of
+from refimpl.lab.compare.pairs import Pair, Pairs
 from refimpl.lab.compare.tolerance import SAFETY, a_priori, carried, measured, replayed
-from refimpl.lab.compare.trace import Trace, TraceError, Value
+from refimpl.lab.compare.trace import Trace, TraceError
 from refimpl.loading.model import Model
 
 LARGEST = 4             # the error of the largest of some hundred elements, in units of their rms
@@ -25,7 +26,7 @@ LARGEST = 4             # the error of the largest of some hundred elements, in 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One tensor: its deviation and tolerance, where the deviation is largest, and "same", "departs" or "tie"."""
+    """One tensor: its deviation and tolerance, the element with the largest difference, and "same", "departs" or "tie"."""
 
     name: str
     verdict: str
@@ -39,28 +40,32 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All judgements in graph order. `first` is the first that departs, None where none does; `symptom` says what it looks like."""
+    """All judgements in graph order. `first` is the first that departs, None where none does; `diagnosis` is what it looks like.
+
+    `missing` tensors are in one trace only, `unknown` ones have no name of ours. `arithmetic`: of `a` and `b`.
+    """
 
     a: str
     b: str
     judged: list[Judgement]
     first: Judgement | None
-    symptom: Symptom | None
+    diagnosis: Diagnosis | None
     missing: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     tie: str = ""
     tolerance_from: str = ""
+    arithmetic: tuple[str, str] = ("", "")
 
 
 def compare_with(model: Model, a: Trace, b: Trace) -> Comparison:
-    """Judges `b` by `a`, with tolerances measured on `model` (rounding.judge)."""
+    """Judges `b` by `a`, with tolerances measured on `model` (tolerance.judge)."""
     return compare(a, b, {} if a.ids != b.ids else _sum(*(measured(model, a.ids, t.arithmetic, deviations) for t in (a, b))))
 
 
 def compare_steps(model: Model, b: Trace) -> Comparison:
-    """Judges every step of `b` by what `model` (rounding.judge) makes of the values that `b` itself has before it.
+    """Judges every step of `b` by what `model` (tolerance.judge) computes from the values that `b` itself has before that step.
 
-    An error of one step does not show in the next ones, nor a tie in the rows behind it: whatever departs is a fault of its own.
+    The error of a step does not show in later steps, nor a tie in later rows: whatever departs is a fault of its own.
     """
     names = b.names()
     noise = _sum(*(measured(model, b.ids, arithmetic, steps_apart, names) for arithmetic in ("exact", b.arithmetic)))
@@ -72,9 +77,9 @@ def _sum(x: Mapping[str, float], y: Mapping[str, float]) -> dict[str, float]:
 
 
 def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps: bool = False) -> Comparison:
-    """Judges `b` by `a`. `noise` is the sum of both engines' (rounding.py: measured), guessed when None; `steps`: `a` is a replay of `b`.
+    """Judges `b` by `a`. `noise` is the sum of both engines' (tolerance.measured), guessed when None; `steps`: `a` is a replay of `b`.
 
-    Raises TraceError where the two cannot be compared: of different models, or without a common tensor or position.
+    Raises TraceError where the two cannot be compared: of different models, or without a tensor or position in common.
     """
     ours, theirs = (trace.facts.get("model_sha256") for trace in (a, b))
     if ours and theirs and ours != theirs:
@@ -88,21 +93,23 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps:
     where = first_difference(a.ids, b.ids)
     if where is not None:
         first = Judgement("ids", "departs", 1.0, 0.0, where, (), *(float(t.ids[where]) if where < len(t.ids) else -1.0 for t in (a, b)))
-        return Comparison(a.where, b.where, [first], first, Symptom("tokens", token_words(a, b, where)), missing, unknown)
+        return Comparison(a.where, b.where, [first], first, Diagnosis("tokens", token_difference(a, b, where)), missing, unknown)
     if not both:
         raise TraceError(f"{a.where} and {b.where} have no tensor in common" + (
             f"; {b.where} has {', '.join(sorted(of_b)[:3])}: refimpl trace --names lists the names" if of_b else ""))
     guessed = noise is None
     if guessed:
         noise = {name: sum(a_priori(both, t.arithmetic)[name] for t in (a, b)) for name in both}
-    judge = _Judge(a, b, {name: SAFETY * size for name, size in carried(noise, both).items()}, steps=steps)
-    judged = [judge.judge(name) for name in both]
-    judged = [judgement for judgement in judged if judgement is not None]
+    judge = _Judge(Pairs(a, b), {name: SAFETY * size for name, size in carried(noise, both).items()}, steps=steps)
+    judged, first, diagnosis = [], None, None
+    for judgement in filter(None, map(judge.judge, both)):
+        judged.append(judgement)
+        if first is None and judgement.verdict == "departs":
+            first, diagnosis = judgement, diagnose(judge.mismatch(judgement))
     if not judged:
         raise TraceError(f"{a.where} and {b.where} have no position in common")
-    first = next((judgement for judgement in judged if judgement.verdict == "departs"), None)
-    symptom = None if first is None else symptom_of(judge.scene(first))
-    return Comparison(a.where, b.where, judged, first, symptom, missing, unknown, judge.tie, "guessed" if guessed else "measured")
+    return Comparison(a.where, b.where, judged, first, diagnosis, missing, unknown, judge.tie, "guessed" if guessed else "measured",
+                      (a.arithmetic, b.arithmetic))
 
 
 def steps_apart(a: Trace, b: Trace) -> dict[str, float]:
@@ -111,8 +118,8 @@ def steps_apart(a: Trace, b: Trace) -> dict[str, float]:
 
 
 def deviations(a: Trace, b: Trace, steps: bool = False) -> dict[str, float]:
-    """The largest deviation of a row in every tensor, whatever the choice of experts: `between` of rounding.measured."""
-    judge = _Judge(a, b, {}, any_choice=True, steps=steps)
+    """The largest deviation of a row in every tensor, whatever the choice of experts: `between` of tolerance.measured."""
+    judge = _Judge(Pairs(a, b), {}, any_choice=True, steps=steps)
     found = {name: judge.judge(name) for name in graph_order(top_logits.comparable(a, b))}
     return {name: judgement.error for name, judgement in found.items() if judgement is not None and judgement.position >= 0}
 
@@ -124,133 +131,95 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def token_words(a: Trace, b: Trace, where: int) -> str:
+def token_difference(a: Trace, b: Trace, where: int) -> str:
     """What differs in the token ids."""
     if where == min(len(a.ids), len(b.ids)):
         return f"the prompts have {len(a.ids)} and {len(b.ids)} tokens"
     return f"the prompts differ: token {where} is {a.ids[where]} and {b.ids[where]}"
 
 
-def _like(array: np.ndarray, other: Value) -> np.ndarray:
-    """The part of `array` that `other` has, where that is not all of it."""
-    if not other.index or array[0].size != np.prod(other.shape):
-        return array
-    return array.reshape(len(array), *other.shape)[np.ix_(np.arange(len(array)), *other.index)]
-
-
 class _Judge:
-    """The state of a comparison: tolerances, and the positions behind a tie."""
+    """Judges one tensor after the other, in graph order. A tie ends what can be judged: `end` is the first position it may have changed,
+    and other draft tokens end everything.
+    """
 
-    def __init__(self, a: Trace, b: Trace, tolerance: Mapping[str, float], any_choice: bool = False, steps: bool = False):
-        self.a, self.b, self.tolerance, self.any_choice, self.steps = a, b, tolerance, any_choice, steps
+    def __init__(self, pairs: Pairs, tolerance: Mapping[str, float], any_choice: bool = False, steps: bool = False):
+        self.pairs, self.tolerance, self.any_choice, self.steps = pairs, tolerance, any_choice, steps
         self.tie, self.end, self.ended = "", np.inf, False
-        self._pairs: dict[str, tuple] = {}
-
-    def pair(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ours, theirs, positions) of a tensor where both have it, in one layout; of other shapes where they do not fit."""
-        if name not in self._pairs and name.endswith(f"{top_logits.FULL}.top"):
-            self._pairs = {name: top_logits.pair(self.a, self.b, name)}
-        if name not in self._pairs:
-            x, y = self.a.value(name), self.b.value(name)
-            positions, rows_x, rows_y = np.intersect1d(x.positions, y.positions, return_indices=True)
-            ours, theirs = x.array[rows_x], y.array[rows_y]
-            ours, theirs = _like(ours, y), _like(theirs, x)
-            if ours.shape != theirs.shape and ours.size == theirs.size:
-                theirs = theirs.reshape(ours.shape)
-            self._pairs = {name: (ours, theirs, positions)}       # one at a time
-        return self._pairs[name]
 
     def judge(self, name: str) -> Judgement | None:
-        """The verdict on a tensor, None where there is nothing to judge (any more)."""
-        ours, theirs, positions = self.pair(name)
-        place = place_of(name)
-        if self.ended or not len(positions):
+        """The verdict on a tensor, None where nothing can be judged."""
+        pair = None if self.ended else self._judged_rows(name)
+        if pair is None:
             return None
-        if ours.shape != theirs.shape:
-            return Judgement(name, "departs", np.inf, 0.0, int(positions[0]), ())
-        if place.stage[0] < 0:
-            inside = positions < self.end
-            ours, theirs, positions = ours[inside], theirs[inside], positions[inside]
-            if not len(positions):
-                return None
-        elif np.isfinite(self.end):
+        if not pair.fits:
+            return Judgement(name, "departs", np.inf, 0.0, int(pair.positions[0]), ())
+        kind = place_of(name).name
+        if kind in ("drafted", "emitted"):
+            return self._ids(name, pair)
+        return self._choice(name, pair) if kind == "ffn_moe_topk" else self._values(name, pair)
+
+    def mismatch(self, judgement: Judgement) -> Mismatch:
+        """A tensor that departs and those around it, for diagnoses.py."""
+        pair = self._judged_rows(judgement.name)
+
+        def beside(name: str) -> tuple[np.ndarray, np.ndarray] | None:
+            other = self.pairs.at(name, pair.positions)
+            return None if other is None else (other.ours, other.theirs)
+        return Mismatch(judgement.name, pair.ours, pair.theirs, pair.positions, judgement.tolerance, beside)
+
+    def _judged_rows(self, name: str) -> Pair | None:
+        """The rows before a tie; of experts' weights, those with the same experts. None where there are none."""
+        pair, place = self.pairs.of(name), place_of(name)
+        if pair.fits and place.stage[0] < 0:
+            pair = pair.rows(pair.positions < self.end)
+        elif pair.fits and np.isfinite(self.end):       # drafts and rounds have seen the whole prompt
             return None
-        if place.name in ("drafted", "emitted"):
-            return self._ids(name, ours, theirs)
-        if place.name == "ffn_moe_topk":
-            return self._choice(name, ours, theirs, positions)
-        if place.name == "ffn_moe_weights":
-            ours, theirs, positions = self._by_expert(name, ours, theirs, positions)
-            if not len(positions):
-                return None
-        errors = row_errors(ours, theirs, self.a.resolution + self.b.resolution)
+        if pair.fits and place.name == "ffn_moe_weights":
+            pair = self.pairs.by_expert(name, pair)
+        return pair if len(pair.positions) else None
+
+    def _values(self, name: str, pair: Pair) -> Judgement:
+        errors = row_errors(pair.ours, pair.theirs, self.pairs.a.resolution + self.pairs.b.resolution)
         row = int(np.argmax(errors))
-        apart = np.abs(np.asarray(ours[row], np.float64) - theirs[row])
+        ours, theirs = pair.ours[row], pair.theirs[row]
+        apart = np.abs(np.asarray(ours, np.float64) - theirs)
         index = np.unravel_index(int(np.argmax(np.where(np.isnan(apart), np.inf, apart))), apart.shape)
         tolerance = self.tolerance.get(name, 0.0)
-        verdict = "departs" if not errors[row] <= tolerance else "same"
-        return Judgement(name, verdict, float(errors[row]), tolerance, int(positions[row]), tuple(map(int, index)),
-                         float(ours[row][index]), float(theirs[row][index]))
+        return Judgement(name, "departs" if not errors[row] <= tolerance else "same", float(errors[row]), tolerance,
+                         int(pair.positions[row]), tuple(map(int, index)), float(ours[index]), float(theirs[index]))
 
-    def _ids(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> Judgement:
-        if np.array_equal(ours, theirs):
+    def _ids(self, name: str, pair: Pair) -> Judgement:
+        if np.array_equal(pair.ours, pair.theirs):
             return Judgement(name, "same", 0.0, 0.0, 0)
         self.ended, self.tie = True, f"{name}: other tokens, from logits that agree"
         return Judgement(name, "tie")
 
-    def _choice(self, name: str, ours: np.ndarray, theirs: np.ndarray, positions: np.ndarray) -> Judgement:
-        changed = [t for t in range(len(ours)) if set(ours[t]) != set(theirs[t])]
+    def _choice(self, name: str, pair: Pair) -> Judgement:
+        changed = [t for t in range(len(pair.ours)) if set(pair.ours[t]) != set(pair.theirs[t])]
         for t in changed:
-            if not self.any_choice and not self._tied(name, int(positions[t]), ours[t], theirs[t]):
-                column = int(np.argmax(ours[t] != theirs[t]))
-                return Judgement(name, "departs", len(set(ours[t]) - set(theirs[t])) / ours.shape[1], 0.0, int(positions[t]), (column,),
-                                 float(ours[t][column]), float(theirs[t][column]))
+            ours, theirs, at = pair.ours[t], pair.theirs[t], int(pair.positions[t])
+            if not self.any_choice and not self._tied(name, at, ours, theirs):
+                column = int(np.argmax(ours != theirs))
+                return Judgement(name, "departs", len(set(ours) - set(theirs)) / len(ours), 0.0, at, (column,), float(ours[column]),
+                                 float(theirs[column]))
         if not changed:
-            return Judgement(name, "same", 0.0, 0.0, int(positions[0]))
-        at = int(positions[changed[0]])
-        what = f"{name}: as good as equal experts changed places at position {at}"
-        self.tie = self.tie or what + ("" if self.steps else "; nothing is judged from there on")
+            return Judgement(name, "same", 0.0, 0.0, int(pair.positions[0]))
+        at = int(pair.positions[changed[0]])
+        tie = f"{name}: experts with almost the same score changed places at position {at}"
+        self.tie = self.tie or tie + ("" if self.steps else "; nothing is judged from there on")
         self.end = self.end if self.steps else at
         return Judgement(name, "tie", 0.0, 0.0, at)
 
     def _tied(self, name: str, position: int, ours: np.ndarray, theirs: np.ndarray) -> bool:
-        """Are the exchanged experts as good as equal by our router?"""
-        logits = name.replace("topk", "logits")
-        if logits not in self.a.names():
+        """Do the exchanged experts score almost the same by our router?"""
+        logits, a = name.replace("topk", "logits"), self.pairs.a
+        if logits not in a.names():
             return False
-        value = self.a.value(logits)
+        value = a.value(logits)
         row = value.array[list(value.positions).index(position)].astype(np.float64)
         if not all(0 <= e < len(row) for e in theirs):
             return False
         taken, instead = set(ours) - set(theirs), set(theirs) - set(ours)
         gap = max(row[list(taken)]) - min(row[list(instead)])
         return gap <= LARGEST * self.tolerance.get(logits, 0.0) * np.sqrt(np.mean(row * row))
-
-    def _by_expert(self, name: str, ours: np.ndarray, theirs: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Weights in the order of the experts' ids, as two engines may list equal choices in another order, of rows with the same ones."""
-        ids = name.replace("weights", "topk")
-        if ids not in self.a.names() or ids not in self.b.names():
-            return ours, theirs, positions
-        id_a, id_b, at = self.pair(ids)
-        rows = np.isin(at, positions)
-        order_a, order_b = np.argsort(id_a[rows], axis=1), np.argsort(id_b[rows], axis=1)
-        same = (np.take_along_axis(id_a[rows], order_a, axis=1) == np.take_along_axis(id_b[rows], order_b, axis=1)).all(axis=1)
-        ours, theirs = (np.take_along_axis(w, o, axis=1)[same] for w, o in ((ours, order_a), (theirs, order_b)))
-        return ours, theirs, positions[same]
-
-    def scene(self, judgement: Judgement) -> Scene:
-        """The departing tensor and what is around it, for symptoms.py."""
-        ours, theirs, positions = self.pair(judgement.name)
-        if ours.shape == theirs.shape and place_of(judgement.name).stage[0] < 0:
-            inside = positions < self.end
-            ours, theirs, positions = ours[inside], theirs[inside], positions[inside]
-            if place_of(judgement.name).name == "ffn_moe_weights":
-                ours, theirs, positions = self._by_expert(judgement.name, ours, theirs, positions)
-
-        def beside(name: str) -> tuple[np.ndarray, np.ndarray] | None:
-            if name not in self.a.names() or name not in self.b.names():
-                return None
-            x, y, at = self.pair(name)
-            rows = np.isin(at, positions)
-            return (x[rows], y[rows]) if x.shape == y.shape and rows.sum() == len(positions) else None
-        return Scene(judgement.name, ours, theirs, positions, judgement.tolerance, beside)

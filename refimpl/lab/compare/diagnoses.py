@@ -1,4 +1,4 @@
-"""What a difference looks like. Each test is a few lines: it makes from our values what theirs would be if that were the mistake, and asks
+"""What a difference looks like. Each test is a few lines: it computes from our values what theirs would be with that mistake, and asks
 whether that fits. The first that fits names the difference; they are ordered from the particular to the general.
 """
 
@@ -17,55 +17,55 @@ from refimpl.lab.compare.gemma_diagnoses import (
     other_scores,
     skipped_step,
 )
-from refimpl.lab.compare.mismatch import Scene, departing, distance, fits, median, ratio, row_errors
+from refimpl.lab.compare.mismatch import Mismatch, departing, distance, fits, median, ratio, row_errors
 
 
 @dataclass(frozen=True)
-class Symptom:
-    """`kind` is a word for programs, `text` says it to people."""
+class Diagnosis:
+    """What kind of mistake it looks like: `kind` for programs, `text` for people."""
 
     kind: str
     text: str
 
 
-def symptom_of(scene: Scene) -> Symptom:
-    """The first symptom that fits."""
+def diagnose(mismatch: Mismatch) -> Diagnosis:
+    """The first test that fits."""
     for test in TESTS:
-        found = test(scene)
+        found = test(mismatch)
         if found is not None:
-            return Symptom(test.__name__.replace("_", " "), found)
-    return Symptom("other", "none of the known kinds")
+            return Diagnosis(test.__name__.replace("_", " "), found)
+    return Diagnosis("other", "none of the known kinds")
 
 
-def another_shape(s: Scene) -> str | None:
+def another_shape(s: Mismatch) -> str | None:
     """Not the same number of elements."""
     return None if s.ours.shape == s.theirs.shape else f"its shape is {s.theirs.shape[1:]} in each position, expected {s.ours.shape[1:]}"
 
 
-def not_finite(s: Scene) -> str | None:
+def not_finite(s: Mismatch) -> str | None:
     """NaN or infinite."""
     bad = ~np.isfinite(s.theirs)
     return f"{bad.sum()} of {bad.size} values are NaN or infinite" if bad.any() else None
 
 
-def zeros(s: Scene) -> str | None:
+def zeros(s: Mismatch) -> str | None:
     """Nothing was computed."""
     return "all zeros" if not s.theirs.any() else None
 
 
-def sign(s: Scene) -> str | None:
+def sign(s: Mismatch) -> str | None:
     """b = -a."""
     return "the sign is the other one" if fits(s, -s.ours) else None
 
 
-def constant_factor(s: Scene) -> str | None:
+def constant_factor(s: Mismatch) -> str | None:
     """b = c * a."""
     a, b = np.asarray(s.ours, np.float64), np.asarray(s.theirs, np.float64)
     c = float((a * b).sum() / (a * a).sum())
     return f"a constant factor of {c:.6g}{in_words(c, s)}" if c and fits(s, c * a) else None
 
 
-def in_words(c: float, s: Scene) -> str:
+def in_words(c: float, s: Mismatch) -> str:
     """A factor as a root of a size nearby."""
     inputs = s.beside("inp_scaled")
     sizes = {"H or P": s.ours.shape[-1], "2": 2, "D": inputs[0].shape[-1] if inputs else s.ours.shape[-1]}
@@ -76,7 +76,7 @@ def in_words(c: float, s: Scene) -> str:
     return ""
 
 
-def shifted_rows(s: Scene) -> str | None:
+def shifted_rows(s: Mismatch) -> str | None:
     """b[t] = a[t - k]."""
     for k in (1, -1, 2, -2, 3, -3):
         if len(s.ours) > abs(k) + 1:
@@ -86,7 +86,7 @@ def shifted_rows(s: Scene) -> str | None:
     return None
 
 
-def stale_row(s: Scene) -> str | None:
+def stale_row(s: Mismatch) -> str | None:
     """A few rows hold other rows of ours."""
     bad = departing(s)
     if not 0 < len(bad) <= max(1, len(s.ours) // 4):
@@ -98,7 +98,7 @@ def stale_row(s: Scene) -> str | None:
     return f"position {s.positions[bad[-1]]} holds what belongs to position {s.positions[other[0]]}"
 
 
-def swapped_halves(s: Scene) -> str | None:
+def swapped_halves(s: Mismatch) -> str | None:
     """The last axis, or blocks of it, with halves exchanged."""
     for block in blocks(s):
         a = s.ours.reshape(*s.ours.shape[:-1], -1, 2, block // 2)
@@ -107,7 +107,7 @@ def swapped_halves(s: Scene) -> str | None:
     return None
 
 
-def interleaved_pairs(s: Scene) -> str | None:
+def interleaved_pairs(s: Mismatch) -> str | None:
     """The halves' elements in turn, or even and odd ones apart, in the last axis or blocks of it."""
     for block in blocks(s):
         a = s.ours.reshape(*s.ours.shape[:-1], -1, block)
@@ -119,20 +119,20 @@ def interleaved_pairs(s: Scene) -> str | None:
     return None
 
 
-def blocks(s: Scene) -> list[int]:
+def blocks(s: Mismatch) -> list[int]:
     """Even sizes that divide the last axis: a format's blocks, and the whole of it."""
     n = s.ours.shape[-1]
     return [block for block in sorted({n, 32, 64, 256}) if n % block == 0 and block % 2 == 0]
 
 
-def transposed(s: Scene) -> str | None:
+def transposed(s: Mismatch) -> str | None:
     """(N, H) read as (H, N)."""
     if s.ours.ndim == 3 and fits(s, np.swapaxes(s.ours, 1, 2).reshape(s.ours.shape)):
         return f"{s.ours.shape[1:]} is stored as {s.ours.shape[:0:-1]}"
     return None
 
 
-def permuted_heads(s: Scene) -> str | None:
+def permuted_heads(s: Mismatch) -> str | None:
     """Heads, or experts' weights, in another order."""
     if s.ours.ndim != 3 or s.ours.shape[1] < 2:
         return None
@@ -140,13 +140,13 @@ def permuted_heads(s: Scene) -> str | None:
     return f"heads in the order {order}" if order != sorted(order) and fits(s, s.ours[:, order]) else None
 
 
-def permuted(s: Scene) -> str | None:
+def permuted(s: Mismatch) -> str | None:
     """The values of every row, in another order."""
     a, b = (np.sort(v.reshape(len(v), -1), axis=1) for v in (s.ours, s.theirs))
     return "every row has its values in another order" if a.shape[1] > 8 and fits(s, a, b) else None
 
 
-def factor_per_row(s: Scene) -> str | None:
+def factor_per_row(s: Mismatch) -> str | None:
     """b[t] = c[t] * a[t]: something that is taken over a row, such as a norm without weight, or renormalising."""
     rows = median(ratio(s), -1)
     if s.ours.shape[-1] < 3 or not fits(s, rows * s.ours):
@@ -156,15 +156,15 @@ def factor_per_row(s: Scene) -> str | None:
     return f"a factor for each row, {rows.min():.5g} to {rows.max():.5g}: {words}"
 
 
-def factor_per_channel(s: Scene) -> str | None:
+def factor_per_channel(s: Mismatch) -> str | None:
     """b[:, i] = c[i] * a[:, i]: a weight of a norm, or a scale."""
     channels = median(ratio(s), tuple(range(s.ours.ndim - 1)))
     return f"a factor for each channel, {channels.min():.4g} to {channels.max():.4g}: a norm's weight or a scale" if (
         len(s.ours) > 2 and fits(s, channels * s.ours)) else None
 
 
-def missing_norm(s: Scene) -> str | None:
-    """b[t, i] = r[t] * c[i] * a[t, i]: a norm with its weight was left out, or put in once more."""
+def missing_norm(s: Mismatch) -> str | None:
+    """b[t, i] = r[t] * c[i] * a[t, i]: a norm with its weight was left out, or applied twice."""
     r = ratio(s)
     with np.errstate(invalid="ignore", divide="ignore"):
         logs = np.where(np.isfinite(r) & (r > 0), np.log(np.abs(r)), np.nan)
@@ -174,11 +174,11 @@ def missing_norm(s: Scene) -> str | None:
     channel = np.nanmedian(logs - np.nanmedian(logs, axis=-1, keepdims=True), axis=axes, keepdims=True)
     row = np.nanmedian(logs - channel, axis=-1, keepdims=True)
     if fits(s, s.ours * np.exp(row + channel)):
-        return "a factor for each row times one for each channel: a norm is left out, or done twice"
+        return "a factor for each row times one for each channel: a norm is left out, or applied twice"
     return None
 
 
-def offset(s: Scene) -> str | None:
+def offset(s: Mismatch) -> str | None:
     """b = a + c, of the whole tensor or for each channel."""
     apart = np.asarray(s.theirs, np.float64) - s.ours
     if fits(s, s.ours + np.median(apart)):
@@ -187,8 +187,8 @@ def offset(s: Scene) -> str | None:
     return "a constant for each channel is added" if len(s.ours) > 2 and fits(s, s.ours + each) else None
 
 
-def rounded(s: Scene) -> str | None:
-    """Theirs has fewer bits: it is ours in another format, or lies on its grid."""
+def rounded(s: Mismatch) -> str | None:
+    """Theirs has fewer bits: it is ours rounded to another format."""
     theirs = np.ascontiguousarray(s.theirs, np.float32)
     if distance(s.ours, theirs) > 0.02:
         return None
@@ -199,16 +199,16 @@ def rounded(s: Scene) -> str | None:
     return None
 
 
-def pointwise_function(s: Scene) -> str | None:
+def pointwise_function(s: Mismatch) -> str | None:
     """b = f(a) with the same rising f everywhere: a soft cap, a clip. Every other value follows from those beside it."""
     a, b = (np.asarray(v, np.float64).ravel() for v in (s.ours, s.theirs))
     a, b = a[np.argsort(a)], b[np.argsort(a)]
     if len(a) < 64 or not fits(s, np.interp(a[1::2], a[::2], b[::2]), b[1::2]) or np.corrcoef(a, b)[0, 1] < 0.5:
         return None
-    return f"a rising function of ours: {a[0]:.4g} to {a[-1]:.4g} became {b[0]:.4g} to {b[-1]:.4g}; a soft cap left out, or done twice?"
+    return f"a rising function of ours: {a[0]:.4g} to {a[-1]:.4g} became {b[0]:.4g} to {b[-1]:.4g}; a soft cap left out, or applied twice?"
 
 
-def noise(s: Scene) -> str | None:
+def noise(s: Mismatch) -> str | None:
     """Small, and of either sign: more rounding than the arithmetic explains."""
     apart = (np.asarray(s.theirs, np.float64) - s.ours).ravel()
     size, ours = np.sqrt(np.mean(apart**2)), np.asarray(s.ours, np.float64).ravel()

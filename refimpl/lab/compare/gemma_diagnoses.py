@@ -1,15 +1,15 @@
-"""Symptoms that know the model: which tensors come before this one, how rotation, experts and windows go wrong. See symptoms.py."""
+"""Diagnoses that know the model: which tensors come before this one, how rotation, experts and windows go wrong. See diagnoses.py."""
 
 import math
 
 import numpy as np
 
-from refimpl.lab.compare.mismatch import Scene, departing, earlier, fits, ratio
+from refimpl.lab.compare.mismatch import Mismatch, departing, earlier, fits, ratio
 from refimpl.lab.compare.names import place_of
 from refimpl.reference.ops import gelu
 
 
-def other_choice(s: Scene) -> str | None:
+def other_choice(s: Mismatch) -> str | None:
     """Ids instead of values."""
     if s.ours.dtype.kind not in "iu":
         return None
@@ -17,7 +17,7 @@ def other_choice(s: Scene) -> str | None:
     return f"other ids in {changed} of {len(s.ours)} rows, from logits that agree"
 
 
-def another_activation(s: Scene) -> str | None:
+def another_activation(s: Mismatch) -> str | None:
     """ffn_geglu by other functions of gate and up."""
     gate, up = s.near("ffn_gate"), s.near("ffn_up")
     if place_of(s.name).name != "ffn_geglu" or gate is None or up is None:
@@ -31,7 +31,7 @@ def another_activation(s: Scene) -> str | None:
     return next((words for words, values in made.items() if fits(s, values)), None)
 
 
-def other_rotation(s: Scene) -> str | None:
+def other_rotation(s: Mismatch) -> str | None:
     """Rotated queries or keys that come from the right ones before: in other pairs, or by other angles."""
     place = place_of(s.name)
     before = s.near(place.name.replace("_pos", "_normed"))
@@ -66,7 +66,7 @@ def other_rotation(s: Scene) -> str | None:
     return f"rotated by other angles in {n_moved} of {half} pairs, from pair {first} on: other frequencies or positions"
 
 
-def skipped_step(s: Scene) -> str | None:
+def skipped_step(s: Mismatch) -> str | None:
     """Theirs is an earlier tensor as it was: the step between was left out."""
     for name, x in earlier(s):
         if fits(s, x.reshape(s.theirs.shape)):
@@ -74,7 +74,7 @@ def skipped_step(s: Scene) -> str | None:
     return None
 
 
-def another_tensor(s: Scene) -> str | None:
+def another_tensor(s: Mismatch) -> str | None:
     """Theirs is made from another tensor: the same up to a factor for each row, as a norm leaves it."""
     for name, x in earlier(s):
         x = x.reshape(s.theirs.shape).astype(np.float64)
@@ -84,7 +84,7 @@ def another_tensor(s: Scene) -> str | None:
     return None
 
 
-def missing_term(s: Scene) -> str | None:
+def missing_term(s: Mismatch) -> str | None:
     """Ours and theirs differ by another tensor: one that was not added, or added once more."""
     for name, x in earlier(s):
         x = x.reshape(s.theirs.shape)
@@ -95,7 +95,7 @@ def missing_term(s: Scene) -> str | None:
     return None
 
 
-def factor_per_expert(s: Scene) -> str | None:
+def factor_per_expert(s: Mismatch) -> str | None:
     """b = c[expert] * a for the experts' weights."""
     ids = s.near("ffn_moe_topk")
     if place_of(s.name).name != "ffn_moe_weights" or ids is None:
@@ -107,16 +107,16 @@ def factor_per_expert(s: Scene) -> str | None:
     return "a factor for each expert: their scales" if spread > s.tolerance and len(factor) < r.size / 2 and fits(s, made) else None
 
 
-def from_a_position(s: Scene) -> str | None:
-    """Right up to some position and wrong from there on: a window, or a cache that ran full."""
+def from_a_position(s: Mismatch) -> str | None:
+    """Right up to some position and wrong from there on: a window, or a ring cache that wrapped."""
     bad = departing(s)
     if place_of(s.name).name != "kqv_out" or not len(bad) or s.positions[bad[0]] < 2 or len(bad) < 0.7 * (len(s.ours) - bad[0]):
         return None
     return (f"right up to position {s.positions[bad[0] - 1]}, wrong from {s.positions[bad[0]]} on: a window of another length, or "
-            "a cache that has come round")
+            "a ring cache that wrapped wrongly")
 
 
-def other_scores(s: Scene) -> str | None:
+def other_scores(s: Mismatch) -> str | None:
     """Attention that is right at position 0, where there is one key to look at."""
     bad = departing(s)
     if place_of(s.name).name != "kqv_out" or s.positions[0] != 0 or 0 in bad or len(bad) < 0.7 * (len(s.ours) - 1):

@@ -1,10 +1,10 @@
-"""Wrong forward passes: each is one change of one function, of a kind that engines really shipped.
+"""Wrong forward passes: each is one change of one function, of a kind that real engines shipped.
 
-`planted(bug)` makes the change for the length of a `with` block, in the reference's functions (the kernels are compiled). A model must be
-loaded inside of it where the change is one of loading.
+`inject(bug)` makes the change for the length of a `with` block, in the reference's functions (the kernels are compiled). A model must be
+loaded inside the block where the change is one of loading (`at_load`).
 
-Sources: the issues that facts about other engines name, such as ik_llama.cpp 1993 (the drafter fed with a state from before the norm),
-llama.cpp's converter (proportional RoPE), mlx-lm and vLLM (windows, stale keys), and lists of from-scratch mistakes kept by authors.
+Sources: issues of other engines, such as ik_llama.cpp 1993 (the drafter fed with a state from before the norm), llama.cpp's converter
+(proportional RoPE), mlx-lm and vLLM (windows, stale keys), and lists of mistakes kept by authors of from-scratch models.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ MOE, PLE, K_QUANTS = "moe", "ple", "k-quants"     # models that show it: the bui
 class Bug:
     """In `function`, `old` becomes `new`. On a model of the kind `on`, `first` departs first, and the difference looks like `kind`.
 
-    "" for a kind that no test recognises. `{full}` in `first` stands for the first full layer, `{shared}` for the first that shares keys.
+    `kind` "": no test recognises it. `{full}` in `first` stands for the first full layer, `{shared}` for the first that shares keys.
     """
 
     function: Callable
@@ -150,22 +150,22 @@ BUGS = {
     "position advances in the draft": Bug(drafting.Drafter.draft, "z_D, state_C = network.draft_step(",
         "angles = network.angles_at(self.weights, cache.length + len(proposed)); z_D, state_C = network.draft_step(", MOE,
         "draft1.Qcur_pos-0", "other rotation"),
-    "a stale key in the draft's sight": Bug(drafter.draft_step, "Step(pos_T, pos_T,", "Step(pos_T, pos_T + 1,", MOE,
+    "a stale key visible to the draft": Bug(drafter.draft_step, "Step(pos_T, pos_T,", "Step(pos_T, pos_T + 1,", MOE,
         "draft0.kqv_out-0"),
     "first token drafted again": Bug(drafting.Drafter.draft, "token = int(id_K[best])\n", "token = token\n", MOE, "draft1.inp_xh"),
 }
 
 
 def changed(bug: Bug) -> str:
-    """The source of the function with its bug."""
+    """The source of the function with the bug."""
     source = textwrap.dedent(inspect.getsource(bug.function))
     if source.count(bug.old) != 1:
-        raise ValueError(f"{bug.old!r} stands {source.count(bug.old)} times in {bug.function.__qualname__}")
+        raise ValueError(f"{bug.old!r} is {source.count(bug.old)} times in {bug.function.__qualname__}")
     return source.replace(bug.old, bug.new)
 
 
 @contextlib.contextmanager
-def planted(bug: Bug):
+def inject(bug: Bug):
     """Runs with the bug in its function, which keeps its identity: whoever holds it has the bug too."""
     function, made = bug.function, {}
     exec(compile(changed(bug), inspect.getfile(function), "exec"), function.__globals__, made)

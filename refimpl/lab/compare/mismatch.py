@@ -1,4 +1,4 @@
-"""A tensor that departs and what is around it, and how tests of it measure: what symptoms are made of."""
+"""A tensor that departs, the tensors around it, and distances: what the tests in diagnoses.py use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from refimpl.lab.compare.names import NAMES, graph_order, place_of
 
 
 @dataclass(frozen=True)
-class Scene:
+class Mismatch:
     """A tensor that departs: ours and theirs, (rows, ...), the rows' positions, the tolerance. `beside(name)` gives another tensor of both
     traces in the same rows, or None.
     """
@@ -42,33 +42,33 @@ def distance(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.abs(x - y) ** 2)) / (np.sqrt(np.mean(np.abs(y) ** 2)) + 1e-30))
 
 
-def fits(scene: Scene, made: np.ndarray, theirs: np.ndarray | None = None) -> bool:
-    """Does `made` explain theirs: as near as rounding would bring it, or by removing all but a thirtieth of the difference?"""
-    theirs = scene.theirs if theirs is None else theirs
-    return distance(made, theirs) <= max(scene.tolerance, distance(scene.ours, scene.theirs) / 30)
+def fits(mismatch: Mismatch, made: np.ndarray, theirs: np.ndarray | None = None) -> bool:
+    """Does `made` explain theirs: within the tolerance, or by removing all but a thirtieth of the difference?"""
+    theirs = mismatch.theirs if theirs is None else theirs
+    return distance(made, theirs) <= max(mismatch.tolerance, distance(mismatch.ours, mismatch.theirs) / 30)
 
 
-def ratio(scene: Scene) -> np.ndarray:
+def ratio(mismatch: Mismatch) -> np.ndarray:
     """theirs / ours in float64, NaN where ours is next to nothing."""
-    ours = np.asarray(scene.ours, np.float64)
+    ours = np.asarray(mismatch.ours, np.float64)
     small = np.abs(ours) < 1e-3 * np.sqrt(np.mean(ours * ours))
-    return np.where(small, np.nan, np.asarray(scene.theirs, np.float64) / np.where(small, 1, ours))
+    return np.where(small, np.nan, np.asarray(mismatch.theirs, np.float64) / np.where(small, 1, ours))
 
 
 def median(x: np.ndarray, axis) -> np.ndarray:
-    """Of the numbers among them, 1 where there are none, axes kept."""
+    """Ignores NaN; 1 where there is nothing else. Axes are kept."""
     known = ~np.isnan(x)
     filled = np.nanmedian(np.where(known.any(axis=axis, keepdims=True), x, 1.0), axis=axis, keepdims=True)
     return filled
 
 
-def departing(s: Scene) -> np.ndarray:
-    """The rows that are further away than the tolerance."""
+def departing(s: Mismatch) -> np.ndarray:
+    """The rows that deviate by more than the tolerance."""
     return np.flatnonzero(row_errors(s.ours, s.theirs) > s.tolerance)
 
 
-def earlier(s: Scene) -> list[tuple[str, np.ndarray]]:
-    """Their tensors of the same size around: of this layer, the output of the one before, the input."""
+def earlier(s: Mismatch) -> list[tuple[str, np.ndarray]]:
+    """Their tensors of the same size that come before it: in this layer, the output of the layer before, the input."""
     place, found = place_of(s.name), []
     before = ("l_out",) if place.layer != 0 else ("inp_scaled", "pre_proj")
     candidates = [f"{place.prefix}{name}" + ("" if place.layer == 0 else f"-{last_layer(s) if place.layer is None else place.layer - 1}")
@@ -83,8 +83,8 @@ def earlier(s: Scene) -> list[tuple[str, np.ndarray]]:
     return found
 
 
-def last_layer(s: Scene) -> int:
-    """The number of the last layer's output that is there."""
+def last_layer(s: Mismatch) -> int:
+    """The last layer whose output is in both traces."""
     prefix, i = place_of(s.name).prefix, 0
     while s.beside(f"{prefix}l_out-{i + 1}") is not None:
         i += 1

@@ -1,9 +1,9 @@
-"""Running a model so that every named value is kept, in memory or in a trace file (trace.py)."""
+"""Runs a model and keeps every named value, in memory or in a trace file (trace.py)."""
 
 import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,24 +15,25 @@ from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import DraftStats, accept, speculative
 from refimpl.formats.hashing import files_hash
 from refimpl.formats.safetensors import TensorWriter
-from refimpl.lab.compare.background_writer import Behind, Memory
+from refimpl.lab.compare.background_writer import BackgroundWriter, Memory
 from refimpl.lab.compare.trace import FORMAT, Trace, TraceError
 from refimpl.loading.model import CHUNK, Model
 from refimpl.model.cache import Cache
 from refimpl.model.tap import Look, no_tap, prefixed
+from refimpl.progress import Advance, Progress, silent
 
-ALL_LOGITS_BELOW = 65_536                 # size of a vocabulary of which all logits are kept unless told
-TOP = 256                                 # how many of a larger one
-LOGIT_BYTES = 32 << 20                    # of logits that are in memory at a time
+ALL_LOGITS_BELOW = 65_536                 # default: all logits of vocabularies up to this size
+TOP = 256                                 # and of larger ones the largest so many
+LOGIT_BYTES = 32 << 20                    # logits in memory at a time
 
 
 class Recorder:
-    """Receives values as a tap and hands the wanted rows on. `patterns`: names with `*` and `?`, as in a shell.
+    """A tap that writes the wanted rows to `out`. `patterns`: names with `*` and `?`, as in a shell.
 
     `before` and `after` are taps that see a value of the prompt before its rows are taken and after, and may change it.
     """
 
-    def __init__(self, out: Behind | Memory, positions: Sequence[int], patterns: Sequence[str], top: int, before: Look = no_tap,
+    def __init__(self, out: BackgroundWriter | Memory, positions: Sequence[int], patterns: Sequence[str], top: int, before: Look = no_tap,
                  after: Look = no_tap):
         self.before, self.after = before, after
         self.out, self.positions, self.patterns, self.top = out, np.array(positions), list(patterns), top
@@ -92,23 +93,23 @@ class Recorder:
         self._written[name] += len(rows)
 
     def check(self):
-        """Raises TraceError for a pattern that met no name."""
+        """Raises TraceError for a pattern that matched no name."""
         for pattern in self.patterns:
             if not any(fnmatch.fnmatchcase(name.removesuffix(".top"), pattern) for name in self._written):
                 raise TraceError(f"no value is called {pattern!r}: refimpl trace --names lists them")
 
 
 def record(model: Model, ids: Sequence[int], recorder: Recorder, *, drafter: Drafter | None = None, draft_max: int = 4, rounds: int = 0,
-           progress: Callable[[int], None] = lambda n: None):
+           advance: Advance = lambda n: None):
     """Runs `ids`, then `draft_max` draft steps as `refimpl.propose` makes them, then speculative rounds, all seen by `recorder`."""
     ids_T, cache = model.checked(ids), model.new_cache(len(ids) + (rounds + 1) * (draft_max + 1))
     if drafter is None:
-        _run(model, ids_T, cache, recorder, progress)
+        _run(model, ids_T, cache, recorder, advance)
         return
-    before = _run(model, ids_T[:-1], cache, recorder, progress)
+    before = _run(model, ids_T[:-1], cache, recorder, advance)
     if before is not None:
         drafter.draft(int(ids_T[-1]), before, cache, draft_max, tap=recorder.whole)
-    state_D = _run(model, ids_T[-1:], cache, recorder, progress)
+    state_D = _run(model, ids_T[-1:], cache, recorder, advance)
     if rounds:
         stats = DraftStats()
 
@@ -135,7 +136,7 @@ class _Watched:
         return self.drafter.draft(token, state_C, cache, n, min_p, prefixed(self.recorder.whole, f"round{self.stats.rounds}."))
 
 
-def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, progress: Callable[[int], None]) -> np.ndarray | None:
+def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, advance: Advance) -> np.ndarray | None:
     """Runs and commits ids chunk by chunk. Returns the last state."""
     state_TD = None
     for part in (ids_T[i:i + CHUNK] for i in range(0, len(ids_T), CHUNK)):
@@ -153,7 +154,7 @@ def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, prog
             for i in range(0, len(wanted_TD), step):
                 recorder.logits(model.head(wanted_TD[i:i + step]))
         cache.advance(n)
-        progress(n)
+        advance(n)
     return None if state_TD is None else state_TD[-1]
 
 
@@ -169,7 +170,7 @@ def n_top(model: Model, logits: int | str | None) -> int:
 
 
 def facts_of(model: Model, prompt: str | None = None) -> dict[str, object]:
-    """What a trace says of how it was made."""
+    """How a trace was made, for its header."""
     import refimpl
 
     isa = "NumPy"
@@ -181,7 +182,7 @@ def facts_of(model: Model, prompt: str | None = None) -> dict[str, object]:
 
 def trace(model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None, tensors: Sequence[str] = ("*",),
           logits: int | str | None = None, before: Look = no_tap, after: Look = no_tap, **drafting) -> Trace:
-    """A trace in memory, of all positions unless told. `before` and `after` as in Recorder."""
+    """A trace in memory; default: all positions. `before` and `after` as in Recorder."""
     kept = Memory()
     positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))
     recorder = Recorder(kept, positions, tensors, n_top(model, logits), before, after)
@@ -192,8 +193,8 @@ def trace(model: Model, ids: Sequence[int], *, positions: Iterable[int] | None =
 
 def write_trace(path: str | os.PathLike, model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None,
                 tensors: Sequence[str] = ("*",), logits: int | str | None = None, prompt: str | None = None,
-                begin: Callable[[int], Callable[[int], None]] = lambda total: lambda n: None, **drafting) -> dict[str, object]:
-    """Writes a trace file and returns its header. In memory there is a call's values at most, and nothing of a run that fails is left.
+                progress: Progress = silent, **drafting) -> dict[str, object]:
+    """Writes a trace file and returns its header. Memory holds the values of one chunk; a run that fails leaves no file.
 
     `positions`, `tensors`, `logits` say what to keep, `drafting` is what `record` takes. Raises TraceError, OSError naming the file.
     """
@@ -203,16 +204,17 @@ def write_trace(path: str | os.PathLike, model: Model, ids: Sequence[int], *, po
     header = {"format": FORMAT, "ids": [int(i) for i in ids], "positions": [int(p) for p in positions],
               "arithmetic": model.backend.arithmetic} | facts_of(model, prompt)
     with TensorWriter(path, 10_000 + 16 * steps * 2**10 + 2 * len(json.dumps(header))) as out:
-        behind, hashing = Behind(out), ThreadPoolExecutor(1)
+        writer, hashing = BackgroundWriter(out), ThreadPoolExecutor(1)
         try:
-            sha256 = hashing.submit(files_hash, model.file.files(), begin(model.file.n_bytes))
-            recorder = Recorder(behind, positions, tensors, n_top(model, logits))
-            record(model, ids, recorder, **drafting)
-            recorder.check()
-            behind.wait()
-            header |= {"crc32": out.crc32, "model_sha256": sha256.result()}
+            with progress("positions", len(ids)) as advance, progress("MB hashed", model.file.n_bytes, 10**6) as hashed:
+                sha256 = hashing.submit(files_hash, model.file.files(), hashed)
+                recorder = Recorder(writer, positions, tensors, n_top(model, logits))
+                record(model, ids, recorder, advance=advance, **drafting)
+                recorder.check()
+                writer.wait()
+                header |= {"crc32": out.crc32, "model_sha256": sha256.result()}
         finally:
-            behind.close()
+            writer.close()
             hashing.shutdown()
         out.finish({"refimpl": json.dumps(header)})
     return header

@@ -53,36 +53,3 @@ def comparison(columns: Mapping[str, np.ndarray], top: int) -> dict[str, object]
             "kl_low_percentiles": dict(zip(map(str, SHARES), np.percentile(columns["kl_low"], SHARES).tolist())),
             "kl_high_percentiles": dict(zip(map(str, SHARES), np.percentile(columns["kl_high"], SHARES).tolist())),
             "same_top": same, "same_top_error": same_error, "top": top, "shared_top": shared, "shared_top_error": shared_error}
-
-
-def as_text(result: Mapping[str, object]) -> str:
-    """The same for people."""
-    how = f"the {result['count']} of" if result["count"] == "second-half" else f"every token once, a window every {result['stride']} of"
-    lines = [f"{result['model']}, {result['form']} text",
-             f"{result['tokens']:,} tokens, {result['bytes']:,} bytes; windows: {result['windows']}, {how} {result['n_ctx']}",
-             f"perplexity       {result['perplexity']:.4f} +- {result['perplexity_error']:.4f}"]
-    if result["bits_per_byte"] is not None:
-        lines.append(f"bits per byte    {result['bits_per_byte']:.4f}")
-    if "comparison" in result:
-        c = result["comparison"]
-        base = result["against"] or f"{result['base']['path']}: {result['base']['model']}, {result['base']['n_top']} tokens kept a row"
-        shares = [f"{share} %: {_of(c, 'percentiles', share)}" for share in map(str, SHARES[:-1])]
-        lines += [f"against          {base}", f"  perplexity     {c['base_perplexity']:.4f}, its logarithm other by "
-                  f"{c['log_ratio']:+.6f} +- {c['log_ratio_error']:.6f}",
-                  f"  KL divergence  {_mean(c)} nats; {', '.join(shares)}, largest {_of(c, 'percentiles', '100')}",
-                  f"  likeliest      {100 * c['same_top']:.2f} +- {100 * c['same_top_error']:.2f} % the same",
-                  f"  likeliest {c['top']:<4} {100 * c['shared_top']:.2f} +- {100 * c['shared_top_error']:.2f} % in common"]
-    if result["output"]:
-        lines.append(f"kept in          {result['output']}")
-    return "\n".join(lines)
-
-
-def _mean(c: Mapping[str, object]) -> str:
-    if c["kl_exact"]:
-        return f"{c['kl_low']:.6f} +- {c['kl_low_error']:.6f}"
-    return f"between {c['kl_low']:.6f} +- {c['kl_low_error']:.6f} and {c['kl_high']:.6f} +- {c['kl_high_error']:.6f}"
-
-
-def _of(c: Mapping[str, object], what: str, key: str) -> str:
-    low, high = c[f"kl_low_{what}"][key], c[f"kl_high_{what}"][key]
-    return f"{low:.5f}" if c["kl_exact"] else f"{low:.5f} to {high:.5f}"

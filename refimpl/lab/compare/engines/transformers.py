@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from refimpl.extras import require
 from refimpl.lab.compare.names import NAMES, Name
 from refimpl.lab.compare.trace import Trace, TraceError
 
@@ -22,8 +23,7 @@ def trace(model, ids: Sequence[int], drafter=None, draft_max: int = 4, dtype: st
     """Runs `ids` without a cache and keeps every value that has a name; then `draft_max` steps of `drafter`, a
     Gemma4AssistantForCausalLM or a directory, as `refimpl.propose` makes them. A directory is loaded in `dtype`. Raises TraceError.
     """
-    import torch
-
+    torch = require("torch", "train")
     model = load(model, dtype) if isinstance(model, str | os.PathLike) else model
     arrays: dict[str, np.ndarray] = {}
     text = model.model if hasattr(model.model, "layers") else model.model.language_model
@@ -43,12 +43,8 @@ def trace(model, ids: Sequence[int], drafter=None, draft_max: int = 4, dtype: st
 
 
 def load(path: str | os.PathLike, dtype: str):
-    """The model in a directory. Raises TraceError where transformers is missing or refuses it."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise TraceError(f"transformers is missing ({error}): pip install 'refimpl[train]'") from None
+    """The model in a directory. Raises MissingExtra without torch and transformers, TraceError where they refuse it."""
+    torch, transformers = require("torch", "train"), require("transformers", "train")
     if dtype not in TYPES:
         raise TraceError(f"transformers: no type {dtype!r}, expected {', '.join(TYPES)}")
     if not os.path.isfile(os.path.join(path, "config.json")):

@@ -1,19 +1,24 @@
-"""Every wrong forward pass of the zoo: compare names the tensor that is the first to depart, and mostly what kind of mistake it is."""
+"""Every known bug: compare names the tensor that departs first, and mostly what kind of mistake it is."""
 
 import pytest
 from shapes import prompt, random_model, reference, write_model
 
 import refimpl
-from refimpl.lab.compare import known_bugs as zoo
 from refimpl.lab.compare.compare import compare, deviations
-from refimpl.lab.compare.known_bugs import BUGS, planted
+from refimpl.lab.compare.known_bugs import BUGS, K_QUANTS, MOE, PLE, Bug, inject
 from refimpl.lab.compare.record import trace
 from refimpl.lab.compare.tolerance import measured
 
 TEXT = ("def parse(self, text):\n    for line in text.splitlines():\n        if line.startswith('#'):\n            continue\n"
         "        key, value = line.split('=')\n        self.items[key] = value\n    return self.items\n\n\n"
         "def write(self, path):\n    with open(path, 'w') as file:\n")
-RECOGNISED = 39             # of the kinds; the goal was 16 of 20
+# compare names the tensor and not the mistake; all others are recognised
+NOT_RECOGNISED = {
+    "6-bit scales unpacked wrongly", "a stale key visible to the draft", "drafter's embedding not scaled",
+    "expert halves read in the wrong order", "first token drafted again", "gate and up of the experts swapped",
+    "keys shared from the wrong layer", "per-layer input of the next layer", "router reads the normed input",
+    "state fed back from before the drafter's norm",
+}
 
 
 class Subject:
@@ -33,38 +38,32 @@ class Subject:
 
     def wrong(self, bug):
         """A trace with the bug."""
-        with planted(bug):
+        with inject(bug):
             return self.trace(reference(self.path) if bug.at_load else self.model)
 
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zoo")
+    folder = tmp_path_factory.mktemp("bugs")
     wide = random_model("26B-A4B", seed=6, hidden_size=256, intermediate_size=256, num_hidden_layers=2,
                         layer_types=["sliding_attention", "full_attention"])
-    return {zoo.MOE: Subject(None), zoo.PLE: Subject(write_model(folder / "ple.gguf", random_model("E2B", seed=6))),
-            zoo.K_QUANTS: Subject(write_model(folder / "k.gguf", wide, "Q4_K"))}
-
-
-@pytest.fixture(scope="module")
-def recognised():
-    return []
+    return {MOE: Subject(None), PLE: Subject(write_model(folder / "ple.gguf", random_model("E2B", seed=6))),
+            K_QUANTS: Subject(write_model(folder / "k.gguf", wide, "Q4_K"))}
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_the_first_departure_is_named(name, subjects, recognised):
+def test_the_first_departure_is_named(name, subjects):
     bug = BUGS[name]
     subject = subjects[bug.on]
     found = compare(subject.right, subject.wrong(bug), subject.noise)
     assert found.first is not None, "not noticed"
-    assert found.first.name == bug.expected(subject.model.config), found.symptom
+    assert found.first.name == bug.expected(subject.model.config), found.diagnosis
     if bug.kind:
-        assert found.symptom.kind == bug.kind, found.symptom
-        recognised.append(name)
+        assert found.diagnosis.kind == bug.kind, found.diagnosis
 
 
-def test_enough_kinds_are_recognised(recognised):
-    assert len(BUGS) >= 20 and sum(bool(bug.kind) for bug in BUGS.values()) == len(recognised) == RECOGNISED
+def test_only_these_kinds_are_not_recognised():
+    assert {name for name, bug in BUGS.items() if not bug.kind} == NOT_RECOGNISED
 
 
 def test_without_a_bug_nothing_departs(subjects):
@@ -76,9 +75,9 @@ def test_without_a_bug_nothing_departs(subjects):
 def test_a_bug_is_gone_after_its_block(subjects):
     bug = BUGS["values not normalised"]
     before = bug.function.__code__
-    with pytest.raises(KeyError), planted(bug):
+    with pytest.raises(KeyError), inject(bug):
         assert bug.function.__code__ is not before
         raise KeyError
     assert bug.function.__code__ is before
-    with pytest.raises(ValueError, match="stands 0 times in attention"), planted(zoo.Bug(bug.function, "no such text", "", zoo.MOE, "")):
+    with pytest.raises(ValueError, match="is 0 times in attention"), inject(Bug(bug.function, "no such text", "", MOE, "")):
         pass
