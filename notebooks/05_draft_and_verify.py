@@ -48,7 +48,7 @@ small = refimpl.load_drafter(None, model)
 prompt = model.tokenizer.encode('''def read_lines(path, encoding="utf-8"):
     """Return the lines of the file, without their ends."""
 ''')
-drafted = drafting.run(model, prompt, 56, small, draft_length.FixedDepth(4))
+drafted = drafting.run(model, prompt, 56, small, draft_length.FixedDraftLength(4))
 drafting.rounds_picture(model.tokenizer, drafted.rounds)
 
 # %% [markdown]
@@ -76,7 +76,7 @@ table(["tokens", "calls of the target", "accepted drafts", "drafts made"],
 plain = drafting.run(model, prompt, 56)
 warm = {"temperature": 0.7, "seed": 1}
 plain_warm = drafting.run(model, prompt, 56, **warm)
-drafted_warm = drafting.run(model, prompt, 56, small, draft_length.FixedDepth(4), **warm)
+drafted_warm = drafting.run(model, prompt, 56, small, draft_length.FixedDraftLength(4), **warm)
 table(["", "ids equal", "logits compared", "logits that differ in a bit"],
       [[name, a.ids == b.ids, f"{a.logit_TV.size:,}", int((a.logit_TV.view(np.uint32) != b.logit_TV.view(np.uint32)).sum())]
        for name, a, b in (("greedy", plain, drafted), ("temperature 0.7", plain_warm, drafted_warm))])
@@ -109,7 +109,7 @@ prompts = [model.tokenizer.encode(text) for text in beginnings]
 ways = {"greedy": {}, "temperature 0.7": warm}
 depths = [1, 2, 3, 4, 6, 8]
 found = {way: {k: [r for ids in prompts
-                   for r in drafting.run(model, ids, 64, small, draft_length.FixedDepth(k), **options).rounds] for k in depths}
+                   for r in drafting.run(model, ids, 64, small, draft_length.FixedDraftLength(k), **options).rounds] for k in depths}
          for way, options in ways.items()}
 chances, alphas = ({way: drafting.acceptance(found[way][8], 8)[part] for way in ways} for part in (0, 1))
 drafting.acceptance_picture(chances, alphas)
@@ -158,7 +158,7 @@ table(["tokens a round, drafts:", *depths],
 # everywhere).
 
 # %%
-source(draft_length.best_depth)
+source(draft_length.best_draft_length)
 
 # %% [markdown]
 # Both costs are measured here, on the machine that ran this notebook, one row after the other. **All times and speeds from here on

@@ -6,7 +6,7 @@ import pytest
 from cli import assert_one_line, run
 from shapes import random_drafter, random_model, write_drafter, write_model
 
-from refimpl.decode.drafter import beside
+from refimpl.loading.drafter import drafters_beside
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_names_that_are_offered(tmp_path):
     good = ["mtp-gemma-4-26B-A4B-it.gguf", "gemma-4-26B-A4B-it-assistant-BF16.gguf", "gemma-4-26B-A4B-it-Q8_0-MTP.gguf"]
     for name in (*good, model.name, "mtp-gemma-4-E2B-it.gguf", "gemma-4-26B-A4B-it-Q8_0.gguf", "mtp.gguf", "gemma-4-26B-A4B-it-mtp.txt"):
         (tmp_path / name).touch()
-    assert [file.name for file in beside(model)] == sorted(good)
+    assert [file.name for file in drafters_beside(model)] == sorted(good)
 
 
 def test_inspect_shows_a_drafter_as_one(files):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from refimpl.decode.draft_length import FixedDepth
+from refimpl.decode.draft_length import FixedDraftLength
 from refimpl.decode.drafter import load_drafter
 from refimpl.decode.generate import generate
 from refimpl.lab.explain.drafting import (
@@ -33,9 +33,9 @@ def pair():
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "seed": 3}])
 def test_a_recorded_run_is_the_run_that_generate_makes(pair, sampling):
     model, drafter, ids = pair
-    out = generate(model, ids, max_new_tokens=48, drafter=drafter, draft_max=3, **sampling)
+    out = generate(model, ids, max_new_tokens=48, drafter=drafter, draft_max=3, **{"temperature": 0.0, "top_k": 0, "top_p": 1.0} | sampling)
     assert out.stats.stop == "limit"
-    found = run(model, ids, 48, drafter, FixedDepth(3), **sampling)
+    found = run(model, ids, 48, drafter, FixedDraftLength(3), **sampling)
     assert found.ids == out.ids == run(model, ids, 48, **sampling).ids
     stats = out.stats.draft
     assert len(found.rounds) == stats.rounds
@@ -45,7 +45,7 @@ def test_a_recorded_run_is_the_run_that_generate_makes(pair, sampling):
 
 def test_the_logits_are_those_of_every_token_to_the_bit(pair):
     model, drafter, ids = pair
-    plain, drafted = run(model, ids, 40), run(model, ids, 40, drafter, FixedDepth(4))
+    plain, drafted = run(model, ids, 40), run(model, ids, 40, drafter, FixedDraftLength(4))
     assert plain.logit_TV.shape == (40, model.config.n_vocab) and not plain.rounds
     assert (plain.logit_TV.view(np.uint32) == drafted.logit_TV.view(np.uint32)).all()
     assert plain.logit_TV.argmax(axis=1).tolist() == plain.ids

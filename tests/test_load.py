@@ -187,4 +187,4 @@ def test_generation_stops_where_it_should(small):
     with pytest.raises(ValueError, match="drafter"):
         refimpl.generate(model, ids, drafter=model)
     with pytest.raises(ValueError, match="max_new_tokens"):
-        refimpl.generate(model, ids, max_new_tokens=-1)
+        refimpl.generate(model, ids, max_new_tokens=-2)

@@ -75,7 +75,7 @@ def test_greedy_text_equals_transformers(tmp_path):
         hf = random_model(shape, seed=5)
         model = reference(write_model(tmp_path / f"{shape}.gguf", hf))
         ids = prompt(20)
-        out = refimpl.generate(model, ids, max_new_tokens=30)
+        out = refimpl.generate(model, ids, max_new_tokens=30, temperature=0)
         want = hf.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False, eos_token_id=1)[0, len(ids):].tolist()
         assert out.ids == [i for i in want if i != 1]
 
@@ -143,10 +143,10 @@ def test_scalar_or_array_metadata(tmp_path):
 def test_suppressed_tokens_are_never_picked(tmp_path):
     hf = random_model("12B")
     model = reference(write_model(tmp_path / "a.gguf", hf))
-    first = refimpl.generate(model, prompt(), max_new_tokens=1).ids[0]
+    first = refimpl.generate(model, prompt(), max_new_tokens=1, temperature=0).ids[0]
     extra = {"tokenizer.ggml.suppress_tokens": np.array([first], np.int32)}
     again = reference(write_model(tmp_path / "b.gguf", hf, extra=extra))
-    assert refimpl.generate(again, prompt(), max_new_tokens=1).ids[0] != first
+    assert refimpl.generate(again, prompt(), max_new_tokens=1, temperature=0).ids[0] != first
 
 
 # ---- the comparison notices what engines really got wrong

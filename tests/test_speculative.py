@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from shapes import SHAPES, V, prompt, random_drafter, random_model, write_drafter, write_model
 
 import refimpl
-from refimpl.decode.draft_length import MOST, AutoDepth, FixedDepth
+from refimpl.decode.draft_length import MAX_DRAFT, AutoDraftLength, FixedDraftLength
+from refimpl.decode.draft_stats import DraftStats
 from refimpl.decode.drafter import Drafter
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.decode.speculative import DraftStats, accept, speculative
+from refimpl.decode.speculative import accept, speculative
 from refimpl.lab.compare.known_bugs import MOE, Bug, inject
 from refimpl.loading import model as model_module
 from refimpl.model import drafter as network
@@ -28,9 +29,9 @@ class Scripted:
     """A drafter that knows what the target will say (`truth`, prompt and all) and is wrong from draft `right()` on."""
 
     def __init__(self, target, truth: list[int], right):
-        self.target, self.truth, self.right, self.auto = target, truth, right, AutoDepth()
+        self.target, self.truth, self.right, self.auto = target, truth, right, AutoDraftLength()
 
-    def draft(self, token, state_C, cache, n, min_p):
+    def draft(self, token, state_C, cache, n, min_p=0.0):
         known = self.truth[cache.length + 1:cache.length + 1 + n]
         right = self.right()
         return [known[i] if i < min(right, len(known)) else (known[i] + 1) % V if i < len(known) else 5 for i in range(n)]
@@ -63,7 +64,7 @@ def pairs(tmp_path_factory):
 def run(picked, model, ids, n, **options):
     """(new ids, hashes of the logits they were picked from, statistics, why it stopped)."""
     picked.clear()
-    out = refimpl.generate(model, ids, max_new_tokens=n, **options)
+    out = refimpl.generate(model, ids, max_new_tokens=n, **{"temperature": 0.0} | options)
     return out.ids, list(picked), out.stats.draft, out.stats.stop
 
 
@@ -90,7 +91,7 @@ def test_the_text_is_the_same(pairs, picked, shape):
         for j, (kind, made) in enumerate({
                 "random": drafter, "wrong": Scripted(model, truth, lambda: 0), "right": Scripted(model, truth, lambda: 99),
                 "now and then": Scripted(model, truth, lambda: int(rng.integers(0, 9)))}.items()):
-            stats = assert_same(picked, model, made, ids, n, want, draft_max=1 + (i + 3 * j) % MOST, **sampling)
+            stats = assert_same(picked, model, made, ids, n, want, draft_max=1 + (i + 3 * j) % MAX_DRAFT, **sampling)
             kinds[kind] += stats.n_accepted
             assert kind != "right" or stats.n_accepted == stats.n_proposed or want[3] == "end"
             assert kind != "wrong" or stats.n_accepted == 0
@@ -165,7 +166,7 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
     """Stopped at the n-th call of anything that a round is made of, the cache holds committed tokens of the true text and nothing else."""
     model, _ = pairs["26B-A4B"][0]
     ids = prompt(9)
-    truth = ids + refimpl.generate(model, ids, max_new_tokens=40).ids
+    truth = ids + refimpl.generate(model, ids, max_new_tokens=40, temperature=0).ids
     clean = model.prefill(truth, model.new_cache())
     drafter, calls = Scripted(model, truth, lambda: 2), itertools.count()
 
@@ -187,8 +188,10 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
             got = []
             try:
                 greedy = Sampler(Sampling(temperature=0))
-                for token in speculative(model, drafter, cache, greedy, state, 40, FixedDepth(4), 0.0, DraftStats(), end=()):
-                    got.append(token)
+                token = greedy.pick(model.head(state[None])[0])
+                got.append(token)
+                for done in speculative(model, drafter.draft, cache, greedy, token, state, 39, FixedDraftLength(4)):
+                    got += done.emitted
             except Interrupted:
                 pass
         assert ids + got == truth[:9 + len(got)] and 0 <= cache.length - (9 + len(got)) + 1 <= 5
@@ -216,11 +219,13 @@ def test_any_accept_counts_leave_the_cache_of_the_committed_tokens(pairs, counts
     from refimpl.model.cache import Cache
     caches, left = [Cache(model.config, 512, 9, model.backend.kv_type) for _ in range(2)], iter(counts)
     state = model.prefill(truth[:5], caches[0])[-1]
-    tokens = speculative(model, Scripted(model, truth, lambda: next(left, 0)), caches[0], Sure(), state, 440, FixedDepth(depth), 0.0,
-                         stats := DraftStats(), end=())
-    got = [token for token, _ in zip(tokens, range(400)) if stats.rounds < len(counts)]
-    tokens.close()
-    assert truth[5:5 + len(got)] == got and stats.rounds >= 40
+    made, sure = Scripted(model, truth, lambda: next(left, 0)), Sure()
+    got, rounds = [sure.pick(None)], 0
+    for done in speculative(model, made.draft, caches[0], sure, got[0], state, 439, FixedDraftLength(depth)):
+        got, rounds = got + done.emitted, rounds + 1
+        if rounds == len(counts) or len(got) >= 400:
+            break
+    assert truth[5:5 + len(got)] == got and rounds >= 40
     n = caches[0].length
     model.prefill(truth[:n], caches[1])
     for i, layer in caches[0].layers.items():
@@ -236,17 +241,17 @@ def rounds_of(model, drafter, ids, n) -> tuple[bool, list[tuple[list[int], list[
 
     A few right tokens are pushed in, as a random drafter is never right.
     """
-    truth = ids + refimpl.generate(model, ids, max_new_tokens=n).ids
+    truth = ids + refimpl.generate(model, ids, max_new_tokens=n, temperature=0).ids
     rounds, draft, turn = [], drafter.draft, itertools.count()
 
-    def watched(token, state_C, cache, k, min_p):
+    def watched(token, state_C, cache, k, min_p=0.0):
         drafted = draft(token, state_C, cache, k, min_p)
         rounds.append((truth[:cache.length] + [token], drafted))
         right = next(turn) % 4
         return truth[cache.length + 1:cache.length + 1 + right][:k] + drafted[right:]
     drafter.draft = watched
     try:
-        out = refimpl.generate(model, ids, max_new_tokens=n, drafter=drafter, draft_max=4)
+        out = refimpl.generate(model, ids, max_new_tokens=n, temperature=0, drafter=drafter, draft_max=4)
     finally:
         del drafter.draft
     return ids + out.ids == truth and sum(out.stats.draft.accepted) > n // 3, rounds
@@ -332,13 +337,13 @@ def test_sampled_text_has_the_targets_distribution(pairs, monkeypatch):
     class Likely:
         """Right in the second place as often as a draft can be."""
 
-        target, auto = model, AutoDepth()
+        target, auto = model, AutoDraftLength()
 
-        def draft(self, token, state_C, cache, k, min_p):
+        def draft(self, token, state_C, cache, k, min_p=0.0):
             return [likeliest[token], 7][:k] if cache.length == 6 else [7] * k
     accepted = 0
     for seed in range(n):
-        out = refimpl.generate(model, ids, max_new_tokens=4, temperature=1.0, top_k=4, seed=seed, drafter=Likely(), draft_max=2)
+        out = refimpl.generate(model, ids, max_new_tokens=4, temperature=1.0, top_k=4, top_p=1.0, seed=seed, drafter=Likely(), draft_max=2)
         count[tuple(out.ids[:2])] += 1
         accepted += out.stats.draft.accepted[0]
     assert set(count) <= set(expected) and len(expected) == 16 and accepted > n // 4
@@ -373,9 +378,10 @@ def test_odd_options_are_refused(pairs, options):
 
 def test_statistics(pairs):
     model, _ = pairs["26B-A4B"][0]
-    truth = prompt(9) + refimpl.generate(model, prompt(9), max_new_tokens=31).ids
+    truth = prompt(9) + refimpl.generate(model, prompt(9), max_new_tokens=31, temperature=0).ids
     turn = itertools.cycle([0, 1, 3])
-    out = refimpl.generate(model, prompt(9), max_new_tokens=22, drafter=Scripted(model, truth, lambda: next(turn)), draft_max=3)
+    out = refimpl.generate(model, prompt(9), max_new_tokens=22, temperature=0, draft_max=3,
+                           drafter=Scripted(model, truth, lambda: next(turn)))
     stats = out.stats.draft         # 1 from the prompt, then rounds of 1, 2, 4 tokens: 3 times
     assert (stats.rounds, stats.proposed, stats.accepted) == (9, [9, 9, 9], [6, 3, 3])
     assert stats.n_proposed == 27 and stats.n_accepted == 12 and stats.tokens_per_round == 1 + 12 / 9
@@ -389,7 +395,7 @@ def test_auto_leaves_a_useless_drafter_alone(pairs, picked):
     """No time is measured here: the costs are given."""
     model, _ = pairs["12B"][0]
 
-    class Clocked(AutoDepth):
+    class Clocked(AutoDraftLength):
         def observe(self, drafted, accepted, draft_seconds, verify_seconds):
             super().observe(drafted, accepted, 0.2 * drafted, 1 + 0.1 * drafted)
     truth = prompt(9) + run(picked, model, prompt(9), 400)[0]
@@ -397,5 +403,9 @@ def test_auto_leaves_a_useless_drafter_alone(pairs, picked):
         stats, cache = DraftStats(), model.new_cache()
         state = model.prefill(prompt(9), cache)[-1]
         made = Scripted(model, truth, lambda: right)                                                                      # noqa: B023
-        got = list(speculative(model, made, cache, Sampler(Sampling(temperature=0)), state, 400, Clocked(), 0.0, stats, end=()))
+        greedy = Sampler(Sampling(temperature=0))
+        got = [greedy.pick(model.head(state[None])[0])]
+        for done in speculative(model, made.draft, cache, greedy, got[0], state, 399, Clocked()):
+            got += done.emitted
+            stats.add(done)
         assert prompt(9) + got == truth and low <= stats.n_proposed / stats.rounds <= high

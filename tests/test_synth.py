@@ -141,7 +141,7 @@ began = time.perf_counter()
 model = refimpl.load(sys.argv[1], backend="reference")
 loaded = time.perf_counter() - began
 ids = model.tokenizer.encode("hello there")
-out = refimpl.generate(model, ids, max_new_tokens=2)
+out = refimpl.generate(model, ids, max_new_tokens=2, temperature=0)
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 print(json.dumps({"load_seconds": loaded, "seconds": time.perf_counter() - began, "peak_bytes": peak, "new": len(out.ids),
                   "head": model.weights.head_VD.type}))

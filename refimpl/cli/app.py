@@ -200,13 +200,13 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
 def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_min_p: float, head: str | None) -> dict[str, object]:
     """The arguments of `stream` that have to do with drafting. Offers a drafter that lies beside the model, and loads none unasked."""
     import refimpl
-    from refimpl.decode.drafter import beside
+    from refimpl.loading.drafter import drafters_beside
 
     if draft is not None and draft.isdecimal():
         raise typer.BadParameter(f"--draft {draft}: expected the drafter; the number of draft tokens is --draft-max {draft}")
     options = {"draft_max": number_or_word(draft_max), "draft_min_p": draft_min_p}
     if draft == "none" or draft is None and path is not None:
-        found = beside(path) if draft is None else []
+        found = drafters_beside(path) if draft is None else []
         if found:
             errors.print(f"note: {found[0]} looks like this model's drafter; --draft {found[0]} makes the same text faster")
         return options

@@ -1,7 +1,5 @@
 """generate and chat."""
 
-import dataclasses
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -55,7 +53,6 @@ def generate(
     verbose: Verbose = False,
 ):
     """Continue a prompt."""
-    import refimpl
 
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give the text with -p TEXT, -p - or -f FILE")
@@ -70,12 +67,8 @@ def generate(
         ids = chat_ids(m, [{"role": "user", "content": text}], think)
     else:
         ids = m.tokenizer.encode(text, special=special)
-    out = refimpl.Output()
-    pieces = begin(m, ids, out, max_new_tokens=predict, n_ctx=ctx, special=special, **drafting,
-                   **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
-    if not as_json and not chat:
-        write(text)
-    interrupted = speak(pieces, out, silent=as_json)
+    out, interrupted = answer(m, ids, echo="" if as_json or chat else text, silent=as_json, max_new_tokens=predict, n_ctx=ctx,
+                              special=special, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, **drafting)
     if as_json:
         write(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)) + "\n")
     else:
@@ -99,7 +92,6 @@ def chat(
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, verbose: Verbose = False,
 ):
     """Talk to an instruction-tuned model. Ctrl-D or /exit ends; Ctrl-C stops an answer."""
-    import refimpl
     from refimpl.text.chat import split_thought
 
     model = fetched(model, positional)
@@ -118,10 +110,8 @@ def chat(
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.strip()})
-        out = refimpl.Output()
-        pieces = begin(m, chat_ids(m, messages, think), out, max_new_tokens=predict, n_ctx=ctx, **drafting,
-                       **sampling_of(m, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed))
-        speak(pieces, out)
+        out, _ = answer(m, chat_ids(m, messages, think), max_new_tokens=predict, n_ctx=ctx, special=False, temperature=temp, top_k=top_k,
+                        top_p=top_p, min_p=min_p, seed=seed, **drafting)
         write("\n")
         tell_stop(m, out.stats, ctx, verbose)
         messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
@@ -153,33 +143,26 @@ def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
     return encode_chat(m.tokenizer, m.file.metadata.get("tokenizer.chat_template"), messages, thinking=think)
 
 
-def sampling_of(m, **given) -> dict[str, float]:
-    """The file's own sampling settings, else Gemma's, under what the command line says (None where it says nothing)."""
-    from refimpl.decode.sampling import Sampling
+def answer(m, ids: list[int], *, echo: str = "", silent: bool = False, **options):
+    """Reads the prompt under a progress bar, then prints `echo` and the answer as it is made. (Output, did Ctrl-C cut it short)."""
+    from refimpl.decode.generate import Output, PromptDone, Stats, Text, events
 
-    return dataclasses.asdict(Sampling.from_metadata(m.file.metadata, **given))
-
-
-def begin(m, ids: list[int], out, **options):
-    """Runs the prompt under a progress bar. Returns an iterator over the pieces of text, the first of which is already made."""
-    import refimpl
-
-    with bar("prompt", len(ids)) as step:
-        pieces = refimpl.stream(m, ids, output=out, progress=step, **options)
-        first = next(pieces, "")
-    return itertools.chain([first], pieces)
-
-
-def speak(pieces, out, silent: bool = False) -> bool:
-    """Prints the pieces as they come. Returns whether Ctrl-C cut them short; what was said stays."""
+    new_ids, chunks, stats, interrupted = [], [], Stats(), False
     try:
-        for piece in pieces:
-            if not silent:
-                write(piece)
+        for event in events(m, ids, progress=bar, **({"drafter": None} | options)):
+            if isinstance(event, PromptDone):
+                stats = event.stats
+                write(echo)
+            elif isinstance(event, Text):
+                new_ids += event.ids
+                chunks.append(event.text)
+                if not silent:
+                    write(event.text)
     except KeyboardInterrupt:
-        out.stats.stop = "interrupted"
-        return True
-    return False
+        if not stats.n_prompt:              # nothing has been said yet
+            raise
+        stats.stop, interrupted = "interrupted", True
+    return Output(new_ids, "".join(chunks), stats), interrupted
 
 
 def tell_stop(m, stats, n_ctx: int | None, verbose: bool):
@@ -194,7 +177,7 @@ def tell_stop(m, stats, n_ctx: int | None, verbose: bool):
 
 def report(stats) -> dict[str, object]:
     """The figures of a run, for programs."""
-    from refimpl.decode.speculative import figures
+    from refimpl.decode.draft_stats import figures
 
     return {"n_prompt": stats.n_prompt, "n_generated": stats.n_generated, "prompt_seconds": round(stats.prompt_seconds, 4),
             "decode_seconds": round(stats.decode_seconds, 4), "prompt_per_second": round(stats.prompt_per_second, 2),

@@ -1,24 +1,34 @@
-"""From a prompt to its continuation. `plain`, one token after the other, is the oracle for everything faster (speculative.py)."""
+"""From a prompt to its continuation: `generate` returns it, `stream` yields it, `events` also says what is being done.
+
+`plain`, one token after the other, is what speculative decoding (speculative.py) must agree with.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from refimpl.decode.draft_length import AutoDepth, depth_of
+from refimpl.decode.draft_length import AutoDraftLength, draft_length_of
+from refimpl.decode.draft_stats import DraftStats, ExpertCounter
 from refimpl.decode.drafter import Drafter, check_target
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.decode.speculative import DraftStats, speculative
+from refimpl.decode.speculative import speculative
 from refimpl.loading.model import Model
 from refimpl.model.cache import Cache, ContextFull
+from refimpl.progress import Progress, silent
+from refimpl.text.chat import encode_chat
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
+"""Text, token ids, or the messages of a conversation ({"role": ..., "content": ...}), rendered by the file's chat template."""
 
 
 @dataclass
 class Stats:
-    """What a run took. `stop` is why it ended: "end" (an end-of-generation token), "limit", "context" or "interrupted".
+    """What a run took. `stop` is why it ended: "end" (an end-of-generation token), "limit" (`max_new_tokens`) or "context" (it is full).
 
-    `draft` has the figures of drafting, None where there was no drafter.
+    `draft` has the statistics of drafting, None without a drafter.
     """
 
     n_prompt: int = 0
@@ -39,93 +49,151 @@ class Stats:
         return max(self.n_generated - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Output:
-    """The new ids (an end-of-generation id is not among them), their text, and the figures of the run."""
+    """The new ids (without an end-of-generation id), their text, and what the run took."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     stats: Stats = field(default_factory=Stats)
 
 
-def generate(model: Model, ids: Sequence[int], **options) -> Output:
-    """Continues `ids`. Takes the options of `stream`. Ctrl-C ends it early and keeps what was said."""
-    output = Output()
-    try:
-        for _ in stream(model, ids, output=output, **options):
-            pass
-    except KeyboardInterrupt:
-        output.stats.stop = "interrupted"
-    return output
+@dataclass(frozen=True)
+class PromptDone:
+    """The model has read the prompt, `ids`. `stats` is the run's and goes on being updated."""
+
+    ids: list[int]
+    stats: Stats
 
 
-def stream(model: Model, ids: Sequence[int], *, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
-           top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, n_ctx: int | None = None, special: bool = False,
-           drafter: Drafter | None = None, draft_max: int | str = "auto", draft_min_p: float = 0.0,
-           output: Output | None = None, progress: Callable[[int], None] = lambda n: None) -> Iterator[str]:
-    """Continues `ids` and yields pieces of text as they are decided (a piece may be empty while a character is incomplete).
+@dataclass(frozen=True)
+class Text:
+    """New tokens, and the chunk of text they complete (may be empty, while a character is incomplete)."""
 
-    Stops at any end-of-generation token, after `max_new_tokens`, or at the end of a context of `n_ctx` (the model's own when None).
-    `temperature` 0 takes the likeliest token. `special=True` shows control tokens in the text. `output` is filled in on the way;
-    `progress(n)` is told of prompt tokens done.
+    text: str
+    ids: list[int]
 
-    A `drafter` (see `load_drafter`) makes it faster and changes nothing else: not a token, whatever the temperature. `draft_max` tokens
-    are drafted at a time, "auto" finds out how many pay; a draft ends early ahead of a token the drafter gives less than `draft_min_p`.
 
-    Raises ContextFull when the prompt alone does not fit, MemoryRefusal when there is no memory for prompt and new tokens, ValueError
-    for an option out of its range.
+@dataclass(frozen=True)
+class Done:
+    """The run has ended; `stats.stop` says why."""
+
+    stats: Stats
+
+
+def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
+             top_p: float | None = None, min_p: float | None = None, seed: int = 0, n_ctx: int | None = None, special: bool = False,
+             drafter: Drafter | None = None, draft_max: int | str = "auto", draft_min_p: float = 0.0,
+             progress: Progress = silent) -> Output:
+    """Continues `prompt`: text, token ids, or messages ([{"role": "user", "content": ...}]), for which the file needs a chat template.
+
+    Stops at an end-of-generation token, after `max_new_tokens` (-1: no limit), or at the end of a context of `n_ctx` tokens (None: the
+    model's own). `temperature` (0 is greedy), `top_k` (0 is off), `top_p` (1 is off) and `min_p` (0 is off) are the model's own settings
+    where None: those in the file, else Gemma's 1.0, 64, 0.95, 0. Same `seed`, same text. `special=True`: control tokens in a text prompt
+    count as such, and those in the answer are shown.
+
+    A `drafter` (`load_drafter`) makes it faster and changes no token, whatever the temperature. `draft_max` tokens are drafted at a time
+    (1 to 8, or "auto": as many as pay); a draft ends before a token that the drafter gives a probability below `draft_min_p`.
+    `progress` shows how far the prompt is (refimpl/progress.py).
+
+    Raises ContextFull if the prompt alone does not fit, MemoryRefusal if there is no memory for prompt and new tokens, ChatError for
+    messages that cannot be rendered, ValueError for an argument out of its range.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
+    ids, chunks = [], []
+    for event in events(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                        seed=seed, n_ctx=n_ctx, special=special, drafter=drafter, draft_max=draft_max, draft_min_p=draft_min_p,
+                        progress=progress):
+        if isinstance(event, Text):
+            ids += event.ids
+            chunks.append(event.text)
+    return Output(ids, "".join(chunks), event.stats)
+
+
+def stream(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
+           top_p: float | None = None, min_p: float | None = None, seed: int = 0, n_ctx: int | None = None, special: bool = False,
+           drafter: Drafter | None = None, draft_max: int | str = "auto", draft_min_p: float = 0.0,
+           progress: Progress = silent) -> Iterator[str]:
+    """Continues `prompt` and yields the text in chunks, as it is made. Arguments and errors are those of `generate`."""
+    for event in events(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                        seed=seed, n_ctx=n_ctx, special=special, drafter=drafter, draft_max=draft_max, draft_min_p=draft_min_p,
+                        progress=progress):
+        if isinstance(event, Text) and event.text:
+            yield event.text
+
+
+def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None,
+           min_p: float | None, seed: int, n_ctx: int | None, special: bool, drafter: Drafter | None, draft_max: int | str,
+           draft_min_p: float, progress: Progress) -> Iterator[PromptDone | Text | Done]:
+    """The same in events: PromptDone, a Text for every new token, Done. Arguments and errors are those of `generate`."""
+    if max_new_tokens < -1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more, or -1 for no limit")
     if not 0 <= draft_min_p < 1:
         raise ValueError(f"draft_min_p={draft_min_p!r}: expected at least 0 and below 1")
     if drafter is not None:
         check_target(drafter, model)
-    depth = depth_of(draft_max, AutoDepth() if drafter is None else drafter.auto)
-    sampler = Sampler(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
-                      suppress=model.tokenizer.suppress)
-    ids = model.checked(ids)
+    draft_length = draft_length_of(draft_max, AutoDraftLength() if drafter is None else drafter.auto)
+    sampling = Sampling.from_metadata(model.file.metadata, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    sampler = Sampler(sampling, suppress=model.tokenizer.suppress)
+    ids = prompt_ids(model, prompt, special)
     cache = model.new_cache(n_ctx)
     if len(ids) > cache.n_ctx:
         raise ContextFull(f"the prompt has {len(ids)} tokens, the context holds {cache.n_ctx}")
-    model.refuse_unless_it_fits(min(cache.n_ctx, len(ids) + max_new_tokens))
-    output = Output() if output is None else output
-    stats, text = output.stats, model.tokenizer.stream(special=special)
-    began = time.perf_counter()
-    state_D = model.prefill(ids, cache, advance=progress)[-1]
-    stats.n_prompt, stats.prompt_seconds = len(ids), time.perf_counter() - began
+    model.refuse_unless_it_fits(min(cache.n_ctx, len(ids) + max(0, max_new_tokens)))
+
+    stats, end = Stats(n_prompt=len(ids)), model.tokenizer.end_of_generation
+    started = time.perf_counter()
+    with progress("prompt", len(ids)) as advance:
+        state_D = model.prefill(ids, cache, advance=advance)[-1]
+    stats.prompt_seconds = time.perf_counter() - started
+    yield PromptDone(ids, stats)
+
+    limit = cache.n_ctx if max_new_tokens == -1 else max_new_tokens
     if drafter is None:
         chosen = plain(model, cache, sampler, state_D)
     else:
-        stats.draft = DraftStats()
-        chosen = speculative(model, drafter, cache, sampler, state_D, max_new_tokens, depth, draft_min_p, stats.draft,
-                             end=model.tokenizer.end_of_generation)
-    began = time.perf_counter()
+        stats.draft, draft = DraftStats(), partial(drafter.draft, min_p=draft_min_p)
+        chosen = _speculative_ids(model, draft, cache, sampler, state_D, limit, draft_length, end, stats.draft)
+    decoder = model.tokenizer.stream(special=special)
+    started = time.perf_counter()
     while not stats.stop:
-        if len(output.ids) == max_new_tokens:
+        if stats.n_generated == limit:
             stats.stop = "limit"
             break
         new = next(chosen)
-        if new in model.tokenizer.end_of_generation:
+        if new in end:
             stats.stop = "end"
             break
-        output.ids.append(new)
-        piece = text.push(new)
-        output.text += piece
-        stats.n_generated, stats.decode_seconds = len(output.ids), time.perf_counter() - began
-        yield piece
-        if len(ids) + len(output.ids) - 1 == cache.n_ctx:        # the newest token has no place any more
+        stats.n_generated, stats.decode_seconds = stats.n_generated + 1, time.perf_counter() - started
+        yield Text(decoder.push(new), [new])
+        if len(ids) + stats.n_generated - 1 == cache.n_ctx:        # the newest token has no place any more
             stats.stop = "context"
-    rest = text.finish()
-    output.text += rest
-    if rest:
-        yield rest
+    if rest := decoder.finish():
+        yield Text(rest, [])
+    yield Done(stats)
+
+
+def prompt_ids(model: Model, prompt: Prompt, special: bool = False) -> list[int]:
+    """The token ids of a prompt; ids are returned unchecked. `special`: control tokens in a text count as such. Raises ChatError."""
+    if isinstance(prompt, str):
+        return model.tokenizer.encode(prompt, special=special)
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        return encode_chat(model.tokenizer, model.file.metadata.get("tokenizer.chat_template"), list(prompt))
+    return list(prompt)
 
 
 def plain(model: Model, cache: Cache, sampler: Sampler, state_D: np.ndarray) -> Iterator[int]:
-    """Yields one chosen id after the other. `state_D` is the state behind the last token in the cache."""
+    """Yields one chosen id after the other. `state_D` is the final normed state of the last token in the cache."""
     while True:
         new = sampler.pick(model.head(state_D[None])[0])
         yield new
         state_D = model.forward(np.array([new]), cache)[-1]
         cache.advance(1)
+
+
+def _speculative_ids(model, draft, cache, sampler, state_D, limit, draft_length, end, stats: DraftStats) -> Iterator[int]:
+    """Yields at most `limit` ids: the first from the prompt's state, the others from rounds, which are counted into `stats`."""
+    first = sampler.pick(model.head(state_D[None])[0])
+    yield first
+    for done in speculative(ExpertCounter(model, stats), draft, cache, sampler, first, state_D, limit - 1, draft_length, end):
+        stats.add(done)
+        yield from done.emitted

@@ -1,6 +1,7 @@
 """A model ready to use: file, configuration, weights and tokenizer together."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from refimpl.loading.open import open_model
 from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, Prepared, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
-from refimpl.model.config import Config, config_from_gguf, warn_of_unknown_keys
+from refimpl.model.config import AttentionType, Config, MoeFfn, config_from_gguf, warn_of_unknown_keys
 from refimpl.model.tap import Look, no_tap, tap_of
 from refimpl.model.weights import Weights, prepare_weights, vocabulary_size, weights_from_gguf
 from refimpl.progress import Advance, Progress, silent
@@ -42,6 +43,16 @@ class Model:
     def name(self) -> str:
         """What the file calls itself."""
         return str(self.file.metadata.get("general.name", self.file.path.stem))
+
+    def __repr__(self) -> str:
+        c, b, n_bytes = self.config, self.backend, Counter()
+        for info in self.file.tensors.values():
+            n_bytes[info.type] += info.n_bytes
+        n_full = sum(layer.attention is AttentionType.FULL for layer in c.layers)
+        moe = next((f", {layer.ffn.n_expert} experts/{layer.ffn.n_used} used" for layer in c.layers if isinstance(layer.ffn, MoeFfn)), "")
+        mix = ", ".join(f"{name} {n / n_bytes.total():.0%}" for name, n in n_bytes.most_common(3))
+        return (f"<Model {self.name}: {c.n_layer} layers ({n_full} full), width {c.n_embd}{moe}, vocabulary {c.n_vocab}; bytes {mix}; "
+                f"{b.name}, {b.arithmetic}, {b.threads} thread{'s' if b.threads > 1 else ''}>")
 
     def new_cache(self, n_ctx: int | None = None) -> Cache:
         """An empty cache for `n_ctx` positions, the model's whole context when None."""

@@ -12,10 +12,10 @@ import sys
 
 import numpy as np
 
-from refimpl.decode.draft_length import MOST, AutoDepth
+from refimpl.decode.draft_length import MAX_DRAFT, AutoDraftLength
+from refimpl.decode.draft_stats import DraftStats, figures
 from refimpl.decode.drafter import load_drafter
 from refimpl.decode.generate import generate
-from refimpl.decode.speculative import DraftStats, figures
 from refimpl.loading.model import Model, load
 from refimpl.tiny.corpus import read_corpus
 from refimpl.tiny.evaluate import encode_file
@@ -27,7 +27,7 @@ class Copy:
     """Proposes what followed the last two tokens, or the last one, when they stood in the text before."""
 
     def __init__(self, target: Model, text: list[int]):
-        self.target, self.text, self.auto = target, text, AutoDepth()
+        self.target, self.text, self.auto = target, text, AutoDraftLength()
 
     def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
         """As Drafter has it."""
@@ -43,7 +43,7 @@ class Bigram:
     """Proposes what followed a token most often."""
 
     def __init__(self, target: Model, files: list[list[int]]):
-        self.target, self.auto, n = target, AutoDepth(), target.config.n_vocab
+        self.target, self.auto, n = target, AutoDraftLength(), target.config.n_vocab
         pair = np.concatenate([np.array(ids[:-1], np.int64) * n + np.array(ids[1:]) for ids in files])
         pair, count = np.unique(pair, return_counts=True)
         order = np.argsort(count, kind="stable")
@@ -71,9 +71,10 @@ def evaluate(n_prompt: int, n_draft: int, temperature: float, seed: int = 0) -> 
         ids = held[i % len(held)]
         first = int(rng.integers(1, len(ids) - PROMPT + 1))
         prompt = [model.tokenizer.bos, *ids[first:first + PROMPT - 1]]
-        text = prompt + generate(model, prompt, max_new_tokens=NEW, temperature=temperature, seed=i).ids
+        text = prompt + generate(model, prompt, max_new_tokens=NEW, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, seed=i).ids
         for name, way in (("drafter", drafter), ("copy", Copy(model, text)), ("bigram", bigram)):
-            out = generate(model, prompt, max_new_tokens=NEW, temperature=temperature, seed=i, drafter=way, draft_max=n_draft)
+            out = generate(model, prompt, max_new_tokens=NEW, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, seed=i, drafter=way,
+                           draft_max=n_draft)
             if prompt + out.ids != text:
                 raise AssertionError("the text with a drafter is not the text without")
             totals[name].merge(out.stats.draft)
@@ -86,7 +87,7 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.evaluate_drafter", description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=120)
-    parser.add_argument("--drafts", type=int, default=4, help=f"in a round, 1 to {MOST}")
+    parser.add_argument("--drafts", type=int, default=4, help=f"in a round, 1 to {MAX_DRAFT}")
     parser.add_argument("--temp", type=float, nargs="*", default=[0.0, 0.7])
     args = parser.parse_args()
     for temperature in args.temp:

@@ -1,9 +1,9 @@
 """How much faster with a drafter: plain and speculative decoding in turn, with the same model, the same cache lengths, the same machine.
 
 A file with random contents accepts nothing, so its speed with a real drafter has to be estimated. A SIMULATION does that: the drafter
-drafts, the target verifies, the rest is rolled back, all at their real cost. Only how many drafts are accepted is decided with given
-chances, and the tokens in the rows are replaced by random ones, so that the experts they need are as different as those of unrelated
-words. (In a random model the drafts would be a single token again and again, and share their experts.)
+drafts and the target verifies at their real cost, but how many draft tokens are accepted follows given chances, and the tokens in the rows
+are random, so that the experts they need differ as much as those of unrelated words. (In a random model the draft tokens would be a single
+one again and again, and share their experts.)
 
 The first run of each way is not counted. "auto" has learnt what a round costs by then, as it would in the first answer of a chat.
 """
@@ -12,65 +12,59 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 
-from refimpl.decode.draft_length import AutoDepth, depth_of
+from refimpl.decode.draft_length import AutoDraftLength, draft_length_of
+from refimpl.decode.draft_stats import DraftStats, ExpertCounter, figures
 from refimpl.decode.drafter import Drafter, load_drafter
 from refimpl.decode.generate import plain
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.decode.speculative import DraftStats, figures, speculative
+from refimpl.decode.speculative import speculative
 from refimpl.lab.bench.bench import PAUSE, Plan, machine, random_ids, spread
 from refimpl.loading.model import Model, load
+from refimpl.model.cache import Cache
 from refimpl.progress import silent
 
 GOLDEN = (5**0.5 - 1) / 2
 CONTEXT = 16                # tokens that everything starts from at depth 0
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """Chances that drafts 1 to i are all accepted, by i. Raises ValueError unless they lie in 0..1 and do not rise."""
-
-    chances: tuple[float, ...]
-
-    def __post_init__(self):
-        """Checks them."""
-        if not self.chances or not all(0 <= chance <= 1 for chance in self.chances) or list(self.chances) != sorted(self.chances)[::-1]:
-            raise ValueError(f"acceptance {', '.join(map(str, self.chances))}: expected chances of 0 to 1, each at most the one before it "
-                             "(that all drafts up to here are accepted)")
-
-
-class RandomRows:
-    """A drafter at its real cost, whose proposals are replaced by random tokens."""
-
-    def __init__(self, drafter: Drafter, ids: Sequence[int], rng: np.random.Generator):
-        self.target, self.drafter, self.ids, self.rng = drafter.target, drafter, np.array(ids), rng
-
-    def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
-        """As Drafter has it."""
-        drafted = self.drafter.draft(token, state_C, cache, n, min_p)
-        return self.ids[self.rng.integers(len(self.ids), size=len(drafted))].tolist()
-
-
-def by_chance(simulation: Simulation, ids: Sequence[int], rng: np.random.Generator) -> Callable[..., list[int]]:
-    """An `accept` with given chances. It makes the target's choice in as many rows as the real one would.
+class Simulated:
+    """Drafter and sampler of a simulation, at the real cost of both: the draft tokens are random, accepted with the given chances.
 
     Instead of dice it takes the fractional parts of multiples of the golden ratio, from a random one on, which fill 0..1 evenly in short
-    runs too: so that these have the chances asked for.
+    runs too, so that these have the chances asked for.
     """
-    turns = itertools.count(int(rng.integers(1 << 20)))
 
-    def decide(drafted: Sequence[int], chosen: Iterable[int], end: Collection[int]) -> list[int]:
-        u = next(turns) * GOLDEN % 1
-        n = sum(u < chance for chance in simulation.chances[:len(drafted)])
-        for _ in zip(range(n + 1), chosen):
-            pass
-        return [*drafted[:n], ids[int(rng.integers(len(ids)))]]
-    return decide
+    def __init__(self, drafter: Drafter, sampler: Sampler, chances: Sequence[float], ids: Sequence[int], rng: np.random.Generator):
+        self.drafter, self.sampler, self.chances, self.ids, self.rng = drafter, sampler, chances, np.array(ids), rng
+        self.turns = itertools.count(int(rng.integers(1 << 20)))
+        self.choices = iter(())             # the target's, in the round that comes next
+
+    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float) -> list[int]:
+        """As in Drafter."""
+        drafted = [self._random() for _ in self.drafter.draft(token, state_C, cache, n, min_p)]
+        u = next(self.turns) * GOLDEN % 1
+        n_accepted = sum(u < chance for chance in self.chances[:len(drafted)])
+        other = self._random()
+        if drafted[n_accepted:n_accepted + 1] == [other]:
+            other = (other + 1) % self.drafter.target.config.n_vocab
+        self.choices = iter([*drafted[:n_accepted], other])
+        return drafted
+
+    def pick(self, logit_V: np.ndarray) -> int:
+        """As in Sampler."""
+        self.sampler.pick(logit_V)
+        token = next(self.choices, None)
+        return self._random() if token is None else token
+
+    def _random(self) -> int:
+        return int(self.ids[self.rng.integers(len(self.ids))])
 
 
 def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike | None, plan: Plan, depths: Sequence[int | str], *,
@@ -79,13 +73,16 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
                 progress: Callable[..., AbstractContextManager] = silent) -> dict[str, object]:
     """Tokens per second without a drafter and with each of `depths` ("auto" or a number of drafts), in turn, and their ratios.
 
-    `plan.n_new` tokens after `prompt`, or after `plan.depth` (at least CONTEXT) random ones; `chances` makes it a simulation. The other
+    `plan.n_new` tokens after `prompt`, or after `plan.depth` (at least CONTEXT) random ones; `chances` (that draft
+    tokens 1 to i are all accepted, by i) make it a simulation. The other
     arguments are those of `load`, `load_drafter` and `stream`. Raises ValueError with one line for what cannot be measured.
     """
     ways = {"plain": None} | {str(depth): depth for depth in depths}
     for depth in depths:
-        depth_of(depth, AutoDepth())
-    simulation = None if chances is None else Simulation(tuple(chances))
+        draft_length_of(depth, AutoDraftLength())
+    if chances is not None and not (len(chances) and 1 >= max(chances) >= min(chances) >= 0 and list(chances) == sorted(chances)[::-1]):
+        raise ValueError(f"acceptance {', '.join(map(str, chances))}: expected chances of 0 to 1, each at most the one before it "
+                         "(that all draft tokens up to here are accepted)")
     model = load(path, backend=backend, arithmetic=arithmetic, threads=threads, progress=progress)
     drafter = load_drafter(drafter_path, model, head=head, progress=progress)
     plan = Plan(0, plan.n_new, max(plan.depth, CONTEXT), plan.repetitions, plan.seed)
@@ -99,7 +96,7 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
             for way, depth in ways.items():
                 time.sleep(PAUSE)
                 found = DraftStats()
-                took = _run(model, drafter, depth, context, ids, plan, simulation, min_p, temperature, turn, found)
+                took = _run(model, drafter, depth, context, ids, plan, chances, min_p, temperature, turn, found)
                 step(1)
                 if turn:                                # the first is not counted
                     seconds[way].append(took)
@@ -116,20 +113,21 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
             "decode": results}
 
 
-def _run(model: Model, drafter: Drafter, depth, context, ids, plan: Plan, simulation, min_p, temperature, turn: int, stats) -> float:
-    """Seconds for `plan.n_new` tokens behind the context."""
+def _run(model: Model, drafter: Drafter, draft_max, context, ids, plan: Plan, chances, min_p, temperature, turn: int, stats) -> float:
+    """Seconds for `plan.n_new` tokens after the context."""
     cache = model.new_cache(len(context) + plan.n_new)
     state_D = model.prefill(context, cache)[-1]
     sampler, rng = Sampler(Sampling(temperature=temperature, seed=turn), model.tokenizer.suppress), np.random.default_rng(turn)
-    began = time.perf_counter()
-    if depth is None:
-        tokens = plain(model, cache, sampler, state_D)
-    elif simulation is None:
-        tokens = speculative(model, drafter, cache, sampler, state_D, plan.n_new, depth_of(depth, drafter.auto), min_p, stats, end=())
+    started = time.perf_counter()
+    if draft_max is None:
+        for _ in itertools.islice(plain(model, cache, sampler, state_D), plan.n_new):
+            pass
     else:
-        made = RandomRows(drafter, ids, rng)
-        tokens = speculative(model, made, cache, sampler, state_D, plan.n_new, depth_of(depth, drafter.auto), min_p,
-                             stats, decide=by_chance(simulation, ids, rng), end=())
-    for _ in zip(range(plan.n_new), tokens):
-        pass
-    return time.perf_counter() - began
+        length = draft_length_of(draft_max, drafter.auto)
+        if chances is not None:
+            drafter = sampler = Simulated(drafter, sampler, chances, ids, rng)
+        first = sampler.pick(model.head(state_D[None])[0])
+        for done in speculative(ExpertCounter(model, stats), partial(drafter.draft, min_p=min_p), cache, sampler, first, state_D,
+                                plan.n_new - 1, length):
+            stats.add(done)
+    return time.perf_counter() - started

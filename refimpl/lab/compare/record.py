@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.decode.draft_length import FixedDepth
+from refimpl.decode.draft_length import FixedDraftLength
 from refimpl.decode.drafter import Drafter
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.decode.speculative import DraftStats, accept, speculative
+from refimpl.decode.speculative import Round, speculative
 from refimpl.formats.hashing import files_hash
 from refimpl.formats.safetensors import TensorWriter
 from refimpl.lab.compare.background_writer import BackgroundWriter, Memory
@@ -111,29 +111,40 @@ def record(model: Model, ids: Sequence[int], recorder: Recorder, *, drafter: Dra
         drafter.draft(int(ids_T[-1]), before, cache, draft_max, tap=recorder.whole)
     state_D = _run(model, ids_T[-1:], cache, recorder, advance)
     if rounds:
-        stats = DraftStats()
-
-        def decide(drafted, chosen, end):
-            emitted, tap = accept(drafted, chosen, end), prefixed(recorder.whole, f"round{stats.rounds}.")
-            tap("drafted", np.array(drafted))
-            tap("emitted", np.array(emitted))
-            return emitted
-
-        for _ in speculative(model, _Watched(drafter, recorder, stats), cache, Sampler(Sampling(temperature=0.0), model.tokenizer.suppress),
-                             state_D, rounds * (draft_max + 1) + 1, FixedDepth(draft_max), 0.0, stats, decide=decide,
-                             end=model.tokenizer.end_of_generation, watch=lambda r: prefixed(recorder.whole, f"round{r}.verify.")):
-            if stats.rounds == rounds:
+        greedy, pair = Sampler(Sampling(temperature=0.0), model.tokenizer.suppress), _TappedPair(model, drafter, recorder.whole)
+        token = greedy.pick(model.head(state_D[None])[0])
+        for done in speculative(pair, pair.draft, cache, greedy, token, state_D, rounds * (draft_max + 1), FixedDraftLength(draft_max),
+                                model.tokenizer.end_of_generation):
+            pair.finish(done)
+            if pair.round == rounds:
                 break
 
 
-class _Watched:
-    """A drafter whose steps a recorder sees, in rounds counted by `stats`."""
+class _TappedPair:
+    """Target and drafter as `speculative` uses them, with a tap that sees the values of round r under names that begin with "round{r}."."""
 
-    def __init__(self, drafter: Drafter, recorder: Recorder, stats: DraftStats):
-        self.drafter, self.recorder, self.stats = drafter, recorder, stats
+    def __init__(self, model: Model, drafter: Drafter, tap: Look):
+        self.model, self.drafter, self._tap, self.round = model, drafter, tap, 0
 
-    def draft(self, token, state_C, cache, n, min_p):
-        return self.drafter.draft(token, state_C, cache, n, min_p, prefixed(self.recorder.whole, f"round{self.stats.rounds}."))
+    def tap(self, name: str, value: np.ndarray):
+        self._tap(f"round{self.round}.{name}", value)
+
+    def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int) -> list[int]:
+        return self.drafter.draft(token, state_C, cache, n, tap=self.tap)
+
+    def forward(self, ids_T: np.ndarray, cache: Cache) -> np.ndarray:
+        return self.model.forward(ids_T, cache, prefixed(self.tap, "verify."))
+
+    def head(self, state_TD: np.ndarray) -> np.ndarray:
+        logit_TV = self.model.head(state_TD)
+        self.tap("verify.result_output", logit_TV)
+        return logit_TV
+
+    def finish(self, done: Round):
+        """Shows what the round drafted and emitted."""
+        self.tap("drafted", np.array(done.drafted))
+        self.tap("emitted", np.array(done.emitted))
+        self.round += 1
 
 
 def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, advance: Advance) -> np.ndarray | None:

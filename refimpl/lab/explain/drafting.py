@@ -1,5 +1,6 @@
 """Notebook 5: every round of drafting and verifying, token by token; what acceptance says about speed; pictures."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -7,32 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.decode.draft_length import MOST, AutoDepth, FixedDepth, best_depth
+from refimpl.decode.draft_length import MAX_DRAFT, AutoDraftLength, DraftLength, best_draft_length
 from refimpl.decode.drafter import Drafter
 from refimpl.decode.generate import plain
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.decode.speculative import DraftStats, accept, speculative
+from refimpl.decode.speculative import Round, speculative
 from refimpl.lab.explain.show import BLACK, BLUE, COLOURS, GREEN, ORANGE, RED, figure, legend, lines_figure, picture, text_figure, visible
 from refimpl.loading.model import Model
 from refimpl.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Round:
-    """The ids drafted, and those the target emitted: the accepted drafts and its own choice behind them."""
-
-    drafted: list[int]
-    emitted: list[int]
-
-    @property
-    def n_accepted(self) -> int:
-        """Drafts that the target chose too."""
-        return sum(a == b for a, b in zip(self.drafted, self.emitted))
-
-
-@dataclass(frozen=True)
 class Run:
-    """A generation: its ids, the logits behind each of them, float32 (T, V), and the rounds behind the first token (none for plain)."""
+    """A generation: its ids, the logits each was chosen from, float32 (T, V), and the rounds after the first token (none for plain)."""
 
     ids: list[int]
     logit_TV: np.ndarray
@@ -48,7 +36,7 @@ class Witness(Sampler):
         self.seen: list[np.ndarray] = []
 
     def pick(self, logits_V: np.ndarray) -> int:
-        """As Sampler has it."""
+        """As in Sampler."""
         self.seen.append(logits_V.copy())
         return super().pick(logits_V)
 
@@ -57,32 +45,29 @@ class Stubborn:
     """A drafter at its real cost that proposes one and the same token whatever comes: as good as useless."""
 
     def __init__(self, drafter: Drafter, token: int):
-        self.drafter, self.token, self.target, self.auto = drafter, token, drafter.target, AutoDepth()
+        self.drafter, self.token, self.target, self.auto = drafter, token, drafter.target, AutoDraftLength()
 
-    def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
-        """As Drafter has it."""
+    def draft(self, token, state_C, cache, n: int, min_p: float = 0.0) -> list[int]:
+        """As in Drafter."""
         return [self.token] * len(self.drafter.draft(token, state_C, cache, n, min_p))
 
 
 def run(model: Model, ids: Sequence[int], n_new: int, drafter: Drafter | Stubborn | None = None,
-        depth: FixedDepth | AutoDepth | None = None, **sampling) -> Run:
-    """`n_new` tokens after `ids`, with a drafter (`depth` says how many drafts a round has) or without. `sampling` as in Sampling; greedy
+        draft_length: DraftLength | None = None, **sampling) -> Run:
+    """`n_new` tokens after `ids`, with a drafter (`draft_length`: of the rounds) or without. `sampling` as in Sampling; greedy
     unless a temperature is given. It does not stop at the end of a text, so that all runs are of one length.
     """
     witness = Witness(Sampling(**{"temperature": 0.0, "top_k": 0, "top_p": 1.0} | sampling), model.tokenizer.suppress)
     cache, rounds = model.new_cache(len(ids) + n_new), []
-
-    def decide(drafted, chosen, end):
-        emitted = accept(drafted, chosen, end)
-        rounds.append(Round(list(drafted), emitted))
-        return emitted
-
     state_D = model.prefill(ids, cache)[-1]
-    began = time.perf_counter()
-    tokens = plain(model, cache, witness, state_D) if drafter is None else speculative(
-        model, drafter, cache, witness, state_D, n_new, depth, 0.0, DraftStats(), end=(), decide=decide)
-    made = [token for _, token in zip(range(n_new), tokens)]
-    return Run(made, np.stack(witness.seen), rounds, time.perf_counter() - began)
+    started = time.perf_counter()
+    if drafter is None:
+        made = list(itertools.islice(plain(model, cache, witness, state_D), n_new))
+    else:
+        first = witness.pick(model.head(state_D[None])[0])
+        rounds = list(speculative(model, drafter.draft, cache, witness, first, state_D, n_new - 1, draft_length))
+        made = [first, *itertools.chain.from_iterable(done.emitted for done in rounds)]
+    return Run(made, np.stack(witness.seen), rounds, time.perf_counter() - started)
 
 
 def acceptance(rounds: Sequence[Round], n_draft: int) -> tuple[list[float], float]:
@@ -123,23 +108,23 @@ def costs(model: Model, drafter: Drafter, ids: Sequence[int], turns: int = 15) -
 
     The quickest turn is the one that other programs on the machine disturbed least.
     """
-    cache = model.new_cache(len(ids) + MOST + 1)
+    cache = model.new_cache(len(ids) + MAX_DRAFT + 1)
     state_D, ids_T = model.prefill(ids, cache)[-1], model.checked(ids)
-    verify: list[list[float]] = [[] for _ in range(MOST + 1)]
+    verify: list[list[float]] = [[] for _ in range(MAX_DRAFT + 1)]
     draft: list[float] = []
     for turn in range(turns + 1):
         for n_draft, times in enumerate(verify):
-            first = (turn * 7) % (len(ids) - MOST)
+            first = (turn * 7) % (len(ids) - MAX_DRAFT)
             began = time.perf_counter()
             model.head(model.forward(ids_T[first:first + n_draft + 1], cache))
             times.append(time.perf_counter() - began)
         began = time.perf_counter()
-        drafter.draft(int(ids_T[-1]), state_D, cache, MOST)
-        draft.append((time.perf_counter() - began) / MOST)
+        drafter.draft(int(ids_T[-1]), state_D, cache, MAX_DRAFT)
+        draft.append((time.perf_counter() - began) / MAX_DRAFT)
     return Costs([min(times[1:]) for times in verify], min(draft[1:]))
 
 
-class Charged(AutoDepth):
+class Charged(AutoDraftLength):
     """The automatic depth, charged with costs measured before instead of those of the moment, which other programs may disturb."""
 
     def __init__(self, costs: Costs):
@@ -147,19 +132,19 @@ class Charged(AutoDepth):
         self.costs = costs
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float):
-        """As AutoDepth has it."""
+        """As in AutoDraftLength."""
         super().observe(drafted, accepted, drafted * self.costs.draft, self.costs.verify[drafted])
 
 
 def rates(verify: Sequence[float], draft: float, accepted: Sequence[float]) -> list[float]:
-    """Tokens per unit of cost with 0, 1, ... drafts, as `best_depth` has it (decode/draft_length.py)."""
+    """Tokens per unit of cost with 0, 1, ... drafts, as `best_draft_length` has it (decode/draft_length.py)."""
     expected = np.cumsum([1.0, *accepted, *[0.0] * len(verify)])
     return [float(tokens / (cost + n * draft)) for n, (tokens, cost) in enumerate(zip(expected, verify))]
 
 
 def best(verify: Sequence[float], draft: float, accepted: Sequence[float]) -> int:
-    """`best_depth` among as many drafts as both lists have."""
-    return best_depth(verify[:len(accepted) + 1], draft, accepted)
+    """`best_draft_length` among as many drafts as both lists have."""
+    return best_draft_length(verify[:len(accepted) + 1], draft, accepted)
 
 
 # ---- pictures

@@ -56,7 +56,8 @@ def some_texts(task: tuple[int, list[np.ndarray], int]) -> np.ndarray:
             continue
         first = rng.integers(1, len(ids) - PROMPT + 1)
         prompt = [model.tokenizer.bos, *ids[first:first + PROMPT - 1].tolist()]
-        new = refimpl.generate(model, prompt, max_new_tokens=WINDOW - PROMPT, temperature=TEMPERATURE, seed=int(rng.integers(1 << 31))).ids
+        new = refimpl.generate(model, prompt, max_new_tokens=WINDOW - PROMPT, temperature=TEMPERATURE, top_k=0, top_p=1.0, min_p=0.0,
+                               seed=int(rng.integers(1 << 31))).ids
         if len(new) == WINDOW - PROMPT:
             rows.append(prompt + new)
     return np.array(rows, np.int64)
