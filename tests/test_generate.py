@@ -32,7 +32,8 @@ def test_a_prompt_is_a_conversation_where_the_file_has_a_template(model, monkeyp
         refimpl.generate(model, messages)
     monkeypatch.setitem(model.file.metadata, "tokenizer.chat_template", GEMMA4_TEMPLATE)
     out = refimpl.generate(model, messages, max_new_tokens=3)
-    rendered = model.tokenizer.encode("<bos><|turn>user\nhello<turn|>\n<|turn>model\n<|channel>thought\n<channel|>", special=True, bos=False)
+    rendered = model.tokenizer.encode("<bos><|turn>user\nhello<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
+                                      special=True, bos=False)
     assert out.stats.n_prompt == len(rendered) and out.ids == refimpl.generate(model, rendered, max_new_tokens=3).ids
 
 
