@@ -1,6 +1,7 @@
 """generate, stream and events: what a prompt may be, whose settings hold, why a run stops, and whose Ctrl-C is whose."""
 
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,14 @@ def model():
     return refimpl.load(threads=1)
 
 
+@pytest.fixture
+def metadata(model, monkeypatch):
+    """The file's metadata, to be changed."""
+    changed = dict(model.file.metadata)
+    monkeypatch.setattr(model, "file", SimpleNamespace(metadata=changed, path=model.file.path))
+    return changed
+
+
 def test_a_prompt_is_text_or_ids(model):
     text = "def read(path):\n"
     ids = model.tokenizer.encode(text)
@@ -26,11 +35,11 @@ def test_a_prompt_is_text_or_ids(model):
     assert "".join(refimpl.stream(model, text, max_new_tokens=12, temperature=0)) == want.text
 
 
-def test_a_prompt_is_a_conversation_where_the_file_has_a_template(model, monkeypatch):
+def test_a_prompt_is_a_conversation_where_the_file_has_a_template(model, metadata):
     messages = [{"role": "user", "content": "hello"}]
     with pytest.raises(refimpl.ChatError, match="no chat template"):
         refimpl.generate(model, messages)
-    monkeypatch.setitem(model.file.metadata, "tokenizer.chat_template", GEMMA4_TEMPLATE)
+    metadata["tokenizer.chat_template"] = GEMMA4_TEMPLATE
     out = refimpl.generate(model, messages, max_new_tokens=3)
     rendered = model.tokenizer.encode("<bos><|turn>user\nhello<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
                                       special=True, bos=False)
@@ -44,15 +53,14 @@ def test_ids_are_checked(model, ids):
             call(ids)
 
 
-def test_settings_that_are_not_given_are_the_files(model, monkeypatch):
+def test_settings_that_are_not_given_are_the_files(model, metadata, monkeypatch):
     seen, init = [], Sampler.__init__
 
     def watched(self, sampling, suppress=()):
         seen.append(sampling)
         init(self, sampling, suppress)
     monkeypatch.setattr(Sampler, "__init__", watched)
-    monkeypatch.setitem(model.file.metadata, "general.sampling.temp", np.float32(0.3))
-    monkeypatch.setitem(model.file.metadata, "general.sampling.top_k", 7)
+    metadata |= {"general.sampling.temp": np.float32(0.3), "general.sampling.top_k": 7}
     refimpl.generate(model, [2, 5], max_new_tokens=1, top_p=0.5, seed=4)
     assert seen == [Sampling(0.3, 7, 0.5, 0.0, 4)]
 
