@@ -1,6 +1,7 @@
 """The table of types, and the bits of a block that the notebook takes apart."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -54,11 +55,11 @@ def test_cells_say_what_the_rows_say():
 
 
 def test_without_ggml_there_is_one_line(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     from refimpl.lab.explain import ggml
 
     ggml.library.cache_clear()
-    with pytest.raises(ValueError, match="llama-cpp-python is not installed: pip install"):
+    with pytest.raises(ValueError, match="llama_cpp is not installed; pip install"):
         ggml_quantize(np.zeros((1, 32), np.float32), "Q4_0")
 
 

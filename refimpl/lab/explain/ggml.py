@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from refimpl.extras import require
 from refimpl.formats.quants.blocks import BLOCKS, TYPE_IDS, fields_of
 
 _NUMBER = {name: number for number, name in TYPE_IDS.items()}
@@ -25,10 +26,10 @@ class _Traits(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    """libggml-base. Raises ValueError where llama-cpp-python is not installed."""
+    """libggml-base. Raises MissingExtra if llama-cpp-python is not installed."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None:
-        raise ValueError("llama-cpp-python is not installed: pip install 'refimpl[llamacpp]'")
+        require("llama_cpp", "llamacpp")
     found = sorted((Path(spec.origin).parent / "lib").glob("*ggml-base*"))
     if not found:
         raise ValueError(f"{Path(spec.origin).parent}: no ggml-base library in it")

@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from refimpl.extras import require
+
 PACKAGE = Path(__file__).parent.parent.parent
 # Okabe and Ito's eight colours, which people with any colour vision can tell apart
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -18,7 +20,7 @@ DPI = 100
 
 def source(*functions: Callable):
     """The source of functions or classes of the package, as Markdown; each with a link to its line, relative to notebooks/."""
-    from IPython.display import Markdown
+    Markdown = require("IPython.display", "notebooks").Markdown
 
     parts = []
     for function in functions:
@@ -32,7 +34,7 @@ def source(*functions: Callable):
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]):
     """A table as Markdown: the first column to the left, the others to the right. Cells are shown by `str`."""
-    from IPython.display import Markdown
+    Markdown = require("IPython.display", "notebooks").Markdown
 
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return Markdown("\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines))
@@ -40,7 +42,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]):
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     """(figure, axes) of `width` x `height` inches, drawn without a window. `options` are those of matplotlib's `subplots`."""
-    from matplotlib.figure import Figure
+    Figure = require("matplotlib.figure", "plot").Figure
 
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(rows, columns, **options)
@@ -48,7 +50,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 def picture(fig, alt: str):
     """A figure as a PNG image, in one plain style; `alt` says in words what it shows."""
-    from IPython.display import Image as Shown
+    Shown = require("IPython.display", "notebooks").Image
     from PIL import Image
 
     for axes in fig.axes:
