@@ -151,7 +151,7 @@ def test_wrong_arguments_are_refused():
         "do not fit": [(q[:, :3], k, v, first, end), (q[:, :, :16], k, v, first, end), (q[:, :0], k, v, first, end),
                        (q[:, :, :24].copy(), k[:, :, :24].copy(), v[:, :, :24].copy(), first, end), (q, k[:, :0], v[:, :0], first, end)],
         "positions in int64": [(q, k, v, first.astype(np.int32), end), (q, k, v, first[:8], end[:8]), (q, k, v, first[:, None], end)],
-        "is to see": [(q[:1], k, v, first[:1] - 1, end[:1]), (q, k, v, end, end), (q, k, v, first + 3, end), (q, k, v, first, end + 1),
+        "key range": [(q[:1], k, v, first[:1] - 1, end[:1]), (q, k, v, end, end), (q, k, v, first + 3, end), (q, k, v, first, end + 1),
                       (q, k, v, first + 2**62, end + 2**62), (q, k, v, first - 2**62, end), (q, k, v, first, end + 2**62)],
     }
     for words, calls in wrong.items():

@@ -1,20 +1,22 @@
 """Attention over a cache of slots, with a softmax that holds at most 64 scores of a query at a time.
 
-The twin of reference/attention.py. A query goes through its positions in chunks of 64 that begin at multiples of 64. It keeps the largest
-score so far, the sum of its weights and the weighted sum of values; when a chunk brings a larger score, both sums are scaled down to it
-(Milakov & Gimelshein 2018, arXiv:1805.02867). Every 512 positions (a span) it starts anew, and the spans are merged in order at the end.
-All of that depends on the query's own range of positions and on nothing else. So threads may share out the spans of one query or the
-queries of a prompt, and queries may share what they load: the bits stay the same.
+A query goes through its positions in chunks of 64 that begin at multiples of 64. It keeps the largest score so far, the sum of its weights
+and the weighted sum of values; when a chunk brings a larger score, both sums are scaled down (Milakov & Gimelshein 2018,
+arXiv:1805.02867). Every 512 positions (a span) it starts anew, and at the end the spans are merged in order. All of that depends only on
+the query's own range of positions. So threads may divide the spans of one query or the queries of a prompt, and queries may share what
+they load: the bits stay the same.
 
-A score is a sum in 16 lanes, products fused in order, and then of the lanes, neighbours first. A sum of weights has 16 lanes as well,
-position modulo 16. Values are added in the order of positions.
+A score is a sum in 16 lanes, products fused in order, then across lanes, neighbours first. A sum of weights has 16 lanes as well, position
+modulo 16. Values are added in the order of positions.
+
+GROUP queries are computed together, and with them GROUP keys, or GROUP columns of values: a tuple has a number for each of these, and a
+tuple of tuples for each query and each of these.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange, types
-from numba.extending import overload, register_jitable
+from numba import prange
 
 from refimpl.kernels.machine.intrinsics import (
     add_f32,
@@ -23,7 +25,6 @@ from refimpl.kernels.machine.intrinsics import (
     at,
     fma,
     largest_f32,
-    load_f16,
     load_f32,
     max_f32,
     mul_f32,
@@ -36,30 +37,31 @@ from refimpl.kernels.machine.intrinsics import (
     sum_f32,
 )
 from refimpl.kernels.machine.isa import ISA, LANES, Pointer
-from refimpl.kernels.machine.jit import INLINE, inline, kernel
+from refimpl.kernels.machine.jit import inline, kernel, out_of_line, per_row
 from refimpl.kernels.machine.threads import current
+from refimpl.kernels.machine.unpack import FORMATS, WeightFormat, load_floats
 from refimpl.kernels.machine.vecmath import exp16
 
 CHUNK, SPAN = 64, 512
-GROUP = 4 if ISA == "avx512" else 2         # queries whose sums stay in registers together: AVX-512 has twice as many, twice as long
+GROUP = 4 if ISA == "avx512" else 2         # GROUP * GROUP sums stay in registers: AVX-512 has twice as many, twice as long
+EACH = tuple(range(GROUP))
 QUERIES = 32                                # about as many share what is loaded of the cache
 ROOM_BYTES = 4 << 20                        # for the states of the rows that are computed together
 LARGEST, WEIGHT, VALUES = 0, 64, 128        # a state, in bytes: largest score and sum of weights in 16 lanes, sums of values (H)
-BUFFER = 8 * CHUNK                          # float32 that a thread needs: weights of four queries, and the parts that scores are made of
-SLOT, LOW, HIGH, AT_QUERY, AT_STATE, AHEAD, STEP, NOTES = 0, 64, 68, 72, 76, 80, 81, 88
+PART_BYTES = 64 * LANES // GROUP            # of a query: 16 vectors of products, summed by GROUPs of keys, of which 16 scores are made
+BUFFER = 8 * CHUNK                          # float32 that a thread needs: weights of GROUP queries, and parts of their scores
 FLOAT, HALF, INT64 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64)
 FAR = 2 ** 62                               # beyond all positions
-ZERO, ONE, NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
+ZERO, ONE, NEVER = np.float32(0), np.float32(1), np.float32(-np.inf)
 
 
 class Work(NamedTuple):
-    """What a thread needs to know: addresses in the call's arrays, sizes, and its own memory."""
+    """The arrays of a call by their addresses, sizes, and a thread's own buffers."""
 
     q: Pointer
     k: Pointer
     v: Pointer
-    like: np.float32            # some number of the cache, for its type; float16 comes as uint16, as Numba does not know it
-    size: int                   # its bytes
+    kv: WeightFormat            # F16 or F32
     first_T: np.ndarray
     end_T: np.ndarray
     n_slots: int
@@ -67,19 +69,28 @@ class Work(NamedTuple):
     n_head: int
     head_dim: int
     state: Pointer
-    first_row: int              # of those whose states are kept at the moment
-    n_spans: int                # states that there is room for, for each head of a row
-    weights: Pointer            # of four queries, 64 each
-    parts: Pointer              # that scores are summed from
-    note: np.ndarray            # int64 (threads, NOTES). In bytes: slots of a chunk's positions, queries, states, what to read ahead
-    thread: int
+    first_row: int              # of those whose states are in memory
+    n_spans: int                # states that there is space for, for each head of a row
+    weights: Pointer            # of GROUP queries, 64 each; scores at first
+    parts: Pointer
+
+
+class Chunk(NamedTuple):
+    """64 positions and the GROUP queries that are computed over them: offsets in bytes, and the range of the 64 that each query sees."""
+
+    slot_C: np.ndarray
+    query_G: np.ndarray
+    state_G: np.ndarray
+    low_G: np.ndarray
+    high_G: np.ndarray
+    turn_X4: np.ndarray         # (first query, last query, low, high): positions that these queries add up together
 
 
 def attend(q_TNH: np.ndarray, k_SKH: np.ndarray, v_SKH: np.ndarray, first_T: np.ndarray, end_T: np.ndarray) -> np.ndarray:
     """Grouped-query attention, float32 (T, N, H). Query head n = k * G + g reads key/value head k; scores are not divided by sqrt(H).
 
-    Keys and values are slots, float32 or float16: position p lies in slot p % S. Row t sees positions first_T[t]..end_T[t]-1, at least
-    one and at most S. Raises ValueError for anything else, and where H is not a multiple of 16.
+    Keys and values are slots, float32 or float16: position p is in slot p % S. Row t sees positions first_T[t]..end_T[t]-1, at least one
+    and at most S. Raises ValueError for anything else, and where H is not a multiple of 16.
     """
     n_tok, n_head, head_dim = q_TNH.shape if q_TNH.ndim == 3 else (0, 0, 0)
     n_slots, n_kv, width = k_SKH.shape if k_SKH.ndim == 3 else (0, 0, 0)
@@ -96,140 +107,172 @@ def attend(q_TNH: np.ndarray, k_SKH: np.ndarray, v_SKH: np.ndarray, first_T: np.
     first_T, end_T, n = np.ascontiguousarray(first_T), np.ascontiguousarray(end_T), current()
     bad, rows, wave, heads, n_spans = plan(first_T, end_T, n_slots, n_head, n_kv, head_dim, n)
     if bad < n_tok:
-        raise ValueError(f"row {bad} is to see positions {first_T[bad]} to {end_T[bad]}: expected 1 to {n_slots} of them, from 0 on")
+        raise ValueError(f"query {bad}: key range [{first_T[bad]}, {end_T[bad]}) must be non-empty, start at 0 or later and span at most "
+                         f"{n_slots} positions")
     out_TNH = np.empty(q_TNH.shape, FLOAT)
     if n_tok:
+        # float16 goes as uint16, as Numba does not know it
         keys, values = (k_SKH.view(np.uint16), v_SKH.view(np.uint16)) if half else (k_SKH, v_SKH)
-        # room is made here, because in a kernel it is given back after the last use of the array, and an address of it does not count
+        # allocated here, because a kernel frees an array after its last use, and an address of it does not count as one
         state = np.empty((wave, n_head, n_spans, VALUES // 4 + head_dim), FLOAT)
-        attend_rows(np.ascontiguousarray(q_TNH), keys, values, first_T, end_T, rows, wave, heads, state, np.empty((n, BUFFER), FLOAT),
-                    np.empty((n, NOTES), INT64), out_TNH, n)
+        attend_rows(FORMATS["exact"]["F16" if half else "F32"], np.ascontiguousarray(q_TNH), keys, values, first_T, end_T, rows, wave,
+                    heads, state, np.empty((n, BUFFER), FLOAT), out_TNH, n)
     return out_TNH
 
 
 @kernel()
 def plan(first_T, end_T, n_slots, n_head, n_kv, head_dim, n):
-    """(first row whose range is none, or T; rows, wave and heads of `attend_rows`; spans of the row that has most)."""
+    """(first row with an impossible range, or T; rows, wave and heads of `attend_rows`; spans of the row that has most)."""
     n_tok, low, high, n_spans = first_T.size, FAR, 0, 1
     for t in range(n_tok):
         first, end = first_T[t], end_T[t]
         if first < 0 or end <= first or end > FAR or end - first > n_slots:
             return t, 0, 0, 0, 0
         low, high, n_spans = min(low, first), max(high, end), max(n_spans, (end - 1) // SPAN - first // SPAN + 1)
-    rows = max(1, QUERIES * n_kv // n_head) if high - low <= n_slots else 1        # so far apart, there would be nothing to share
+    rows = max(1, QUERIES * n_kv // n_head) if high - low <= n_slots else 1        # rows so far apart have nothing to share
     row_bytes = n_head * n_spans * (VALUES + 4 * head_dim)
     wave = min(n_tok, rows * max(1, ROOM_BYTES // (rows * row_bytes)))
-    # read once, the cache is read fastest from front to back, all heads of a position together; a prompt comes back to it from the nearer
-    # caches, where one head is enough to hold
+    # a cache that is read once is read fastest from front to back, all heads of a position together; a prompt reads it again and again from
+    # the nearer caches, where one head is enough to hold
     heads = n_kv if n_tok <= rows else 1
     while heads % 2 == 0 and n_spans * (n_kv // heads) < 3 * n:
         heads //= 2
     return n_tok, rows, wave, heads, n_spans
 
 
-# ---- few queries and a chunk: scores
+# ---- for every query, key or column of a tuple
 
-def _load_numbers(pointer, like):
-    """16 numbers of the cache, as float32."""
-    return load_f16(pointer) if like.dtype == np.uint16 else load_f32(pointer)
-
-
-@overload(_load_numbers, jit_options=INLINE)
-def _load(pointer, like):
-    if like is types.uint16:
-        return lambda pointer, like: load_f16(pointer)
-    return lambda pointer, like: load_f32(pointer)
+@per_row
+def query_address(w, chunk, i, last):
+    """Where query i begins, or query `last` if there is none."""
+    return at(w.q, chunk.query_G[min(i, last)])
 
 
-@inline
-def _query(w, i):
-    return at(w.q, w.note[w.thread, AT_QUERY + i])
+@per_row
+def state_address(w, chunk, i, last):
+    """Where the state of query i begins, or of query `last`."""
+    return at(w.state, chunk.state_G[min(i, last)])
 
 
-@inline
-def _key(w, j):
-    return at(w.k, w.note[w.thread, SLOT + j])
+@per_row
+def weight_address(w, i, last):
+    """Where the 64 weights of query i begin, or of query `last`."""
+    return at(w.weights, 4 * CHUNK * min(i, last))
 
 
-@inline
-def _value(w, j):
-    return at(w.v, w.note[w.thread, SLOT + j])
+@per_row
+def key_address(w, chunk, j):
+    """Where the key of position j begins."""
+    return at(w.k, chunk.slot_C[j])
 
 
-@inline
-def _state(w, i):
-    return at(w.state, w.note[w.thread, AT_STATE + i])
+@per_row
+def plus(i, n):
+    """i + n."""
+    return i + n
 
 
-@inline
-def _parts_2(w, q0, q1, k0, k1, out):
-    """Two queries times two keys: 8 parts of each score, first those of q0 at `out`. Meanwhile reads ahead in the keys."""
-    a00 = a01 = a10 = a11 = splat_f32(ZERO)
-    ahead, step = w.note[w.thread, AHEAD], w.note[w.thread, STEP]
-    for d in range(w.head_dim // LANES):
-        key0, key1 = _load_numbers(at(k0, LANES * w.size * d), w.like), _load_numbers(at(k1, LANES * w.size * d), w.like)
-        prefetch(at(k0, ahead))
-        prefetch(at(k1, ahead))
-        ahead += step
-        query = load_f32(at(q0, 64 * d))
-        a00, a01 = fma(query, key0, a00), fma(query, key1, a01)
-        query = load_f32(at(q1, 64 * d))
-        a10, a11 = fma(query, key0, a10), fma(query, key1, a11)
-    store_f32(out, add_pairs(a00, a01))
-    store_f32(at(out, 512), add_pairs(a10, a11))
+@per_row
+def column(first, i, end):
+    """The first of 16 columns, `first` + 16 i, or else the last that there are."""
+    return min(first + LANES * i, end - LANES)
 
 
-@inline
-def _parts_4(w, q0, q1, q2, q3, k0, k1, k2, k3, out):
-    """The same for four queries and four keys: 4 parts of each score."""
-    a00 = a01 = a02 = a03 = a10 = a11 = a12 = a13 = splat_f32(ZERO)
-    a20 = a21 = a22 = a23 = a30 = a31 = a32 = a33 = splat_f32(ZERO)
-    ahead, step = w.note[w.thread, AHEAD], w.note[w.thread, STEP]
-    for d in range(w.head_dim // LANES):
-        key0, key1 = _load_numbers(at(k0, LANES * w.size * d), w.like), _load_numbers(at(k1, LANES * w.size * d), w.like)
-        key2, key3 = _load_numbers(at(k2, LANES * w.size * d), w.like), _load_numbers(at(k3, LANES * w.size * d), w.like)
-        prefetch(at(k0, ahead))
-        prefetch(at(k1, ahead))
-        prefetch(at(k2, ahead))
-        prefetch(at(k3, ahead))
-        ahead += step
-        query = load_f32(at(q0, 64 * d))
-        a00, a01, a02, a03 = fma(query, key0, a00), fma(query, key1, a01), fma(query, key2, a02), fma(query, key3, a03)
-        query = load_f32(at(q1, 64 * d))
-        a10, a11, a12, a13 = fma(query, key0, a10), fma(query, key1, a11), fma(query, key2, a12), fma(query, key3, a13)
-        query = load_f32(at(q2, 64 * d))
-        a20, a21, a22, a23 = fma(query, key0, a20), fma(query, key1, a21), fma(query, key2, a22), fma(query, key3, a23)
-        query = load_f32(at(q3, 64 * d))
-        a30, a31, a32, a33 = fma(query, key0, a30), fma(query, key1, a31), fma(query, key2, a32), fma(query, key3, a33)
-    store_f32(out, add_pairs(add_pairs(a00, a01), add_pairs(a02, a03)))
-    store_f32(at(out, 256), add_pairs(add_pairs(a10, a11), add_pairs(a12, a13)))
-    store_f32(at(out, 512), add_pairs(add_pairs(a20, a21), add_pairs(a22, a23)))
-    store_f32(at(out, 768), add_pairs(add_pairs(a30, a31), add_pairs(a32, a33)))
+@per_row
+def load(kv, pointer, i):
+    """Numbers i..i+15 of a key or value."""
+    return load_floats(kv, at(pointer, i * (kv.n_bytes // LANES)))
 
 
-@inline
-def _sum_of_4(p):
-    return add_pairs(add_pairs(load_f32(p), load_f32(at(p, 64))), add_pairs(load_f32(at(p, 128)), load_f32(at(p, 192))))
+@per_row
+def load_query(pointer, i):
+    """Numbers i..i+15 of a query."""
+    return load_f32(at(pointer, 4 * i))
 
 
-@inline
-def _scores_2(w, n, j):
-    """Scores of n queries (1 or 2) for positions j..j+15 of the chunk, to `weights`."""
-    q0, q1 = _query(w, 0), _query(w, n - 1)
-    for g in range(0, LANES, 2):
-        _parts_2(w, q0, q1, _key(w, j + g), _key(w, j + g + 1), at(w.parts, 32 * g))
-    for i in range(2):
-        store_f32(at(w.weights, 256 * i + 4 * j), add_pairs(_sum_of_4(at(w.parts, 512 * i)), _sum_of_4(at(w.parts, 512 * i + 256))))
+@per_row
+def load_weight(pointer, j):
+    """The weight of position j, in every lane."""
+    return splat_from(at(pointer, 4 * j))
+
+
+@per_row(shared=("value",))
+def repeat(i, value):
+    """The same for every i."""
+    return value
+
+
+@per_row
+def add_product(a, b, total):
+    """a * b + total."""
+    return fma(a, b, total)
+
+
+@per_row(shared=("others",))
+def add_products(a, others, totals):
+    """Adds a times each of the others."""
+    return add_product(a, others, totals)
+
+
+@per_row
+def load_sum(state, column):
+    """The sums of values in 16 columns."""
+    return load_f32(at(state, VALUES + 4 * column))
+
+
+@per_row(shared=("columns",))
+def load_sums(state, columns):
+    """The sums of values of a query."""
+    return load_sum(state, columns)
 
 
 @inline
-def _scores_4(w, n, j):
-    """Scores of n queries (1 to 4)."""
-    q0, q1, q2, q3 = _query(w, 0), _query(w, min(1, n - 1)), _query(w, min(2, n - 1)), _query(w, n - 1)
-    for g in range(0, LANES, 4):
-        _parts_4(w, q0, q1, q2, q3, _key(w, j + g), _key(w, j + g + 1), _key(w, j + g + 2), _key(w, j + g + 3), at(w.parts, 16 * g))
-    for i in range(4):
-        store_f32(at(w.weights, 256 * i + 4 * j), _sum_of_4(at(w.parts, 256 * i)))
+def _sum_of_2(v):
+    return add_pairs(v[0], v[1])
+
+
+@inline
+def _sum_of_4(v):
+    return add_pairs(add_pairs(v[0], v[1]), add_pairs(v[2], v[3]))
+
+
+@inline
+def _sum_of_8(v):
+    return add_pairs(_sum_of_4(v[:4]), _sum_of_4(v[4:]))
+
+
+SUM_OF = {2: _sum_of_2, 4: _sum_of_4, 8: _sum_of_8}         # neighbours first, as a tree
+_sum_of_keys, _sum_of_parts, PARTS = SUM_OF[GROUP], SUM_OF[LANES // GROUP], tuple(range(0, LANES * LANES // GROUP, LANES))
+
+
+@per_row
+def sum_of_keys(v):
+    """A query's products with GROUP keys: 16 / GROUP partial sums for each key."""
+    return _sum_of_keys(v)
+
+
+# ---- GROUP queries and a chunk: scores
+
+@inline
+def _scores(w, chunk, n, j, ahead, step):
+    """Scores of n queries (at most GROUP) for positions j..j+15 of the chunk, to `weights`. Meanwhile prefetches keys `ahead` bytes further
+    on, `step` bytes for 16 columns.
+    """
+    queries = query_address(w, chunk, EACH, n - 1)
+    for g in range(0, LANES, GROUP):
+        keys, place = key_address(w, chunk, plus(EACH, j + g)), ahead
+        totals = repeat(EACH, repeat(EACH, splat_f32(ZERO)))
+        for c in range(0, w.head_dim, LANES):
+            key = load(w.kv, keys, c)
+            for i in range(GROUP):
+                prefetch(at(keys[i], place))
+            place += step
+            totals = add_products(load_query(queries, c), key, totals)
+        sums = sum_of_keys(totals)
+        for i in range(GROUP):
+            store_f32(at(w.parts, PART_BYTES * i + 64 * (g // GROUP)), sums[i])
+    for i in range(GROUP):
+        store_f32(at(w.weights, 4 * (CHUNK * i + j)), _sum_of_parts(load_query(at(w.parts, PART_BYTES * i), PARTS)))
 
 
 # ---- weights
@@ -237,15 +280,15 @@ def _scores_4(w, n, j):
 @inline
 def _blank(scores, first, end):
     for j in range(first, end, LANES):
-        store_f32_part(at(scores, 4 * j), splat_f32(NOTHING), min(LANES, end - j))
+        store_f32_part(at(scores, 4 * j), splat_f32(NEVER), min(LANES, end - j))
 
 
 @inline
-def _weights(w, i):
-    """Makes weights of query i's scores for the chunk, 0 where it sees nothing, and brings its state to the new largest score."""
-    scores, state = at(w.weights, 256 * i), _state(w, i)
-    _blank(scores, 0, w.note[w.thread, LOW + i])
-    _blank(scores, w.note[w.thread, HIGH + i], CHUNK)
+def _weights(w, chunk, i):
+    """Turns query i's scores for the chunk into weights, 0 where it sees nothing, and updates its state to the new largest score."""
+    scores, state = at(w.weights, 4 * CHUNK * i), at(w.state, chunk.state_G[i])
+    _blank(scores, 0, chunk.low_G[i])
+    _blank(scores, chunk.high_G[i], CHUNK)
     before = load_f32(at(state, LARGEST))
     largest = before
     for j in range(0, 4 * CHUNK, 64):
@@ -267,110 +310,57 @@ def _weights(w, i):
 # ---- values
 
 @inline
-def _values_2(w, first, last, low, high):
-    """Adds weight times value for positions low..high-1 of the chunk to the sums of queries `first` to `last` (at most 2).
+def _values(w, chunk, first, last, low, high, ahead, step):
+    """Adds weight times value for positions low..high-1 of the chunk to the sums of queries `first` to `last`, at most GROUP.
 
-    32 columns at a time. A single query is computed twice, and so are 16 last columns: the same numbers go to the same place twice.
+    16 * GROUP columns at a time. Where there are fewer queries or columns, the last is computed again: the same numbers go to the same
+    place.
     """
-    state0, state1, weight0, weight1 = _state(w, first), _state(w, last), at(w.weights, 256 * first), at(w.weights, 256 * last)
-    ahead, step = w.note[w.thread, AHEAD], w.note[w.thread, STEP]
-    for c in range(0, w.head_dim, 2 * LANES):
-        d = min(c + LANES, w.head_dim - LANES)
-        sum0, sum1 = at(state0, VALUES + 4 * c), at(state1, VALUES + 4 * c)
-        a00, a01, a10, a11 = load_f32(sum0), load_f32(at(sum0, 4 * (d - c))), load_f32(sum1), load_f32(at(sum1, 4 * (d - c)))
+    states, weights = state_address(w, chunk, plus(EACH, first), last), weight_address(w, plus(EACH, first), last)
+    for c in range(0, w.head_dim, LANES * GROUP):
+        columns = column(c, EACH, w.head_dim)
+        totals = load_sums(states, columns)
         for j in range(low, high):
-            value = _value(w, j)
-            value0, value1 = _load_numbers(at(value, w.size * c), w.like), _load_numbers(at(value, w.size * d), w.like)
-            prefetch(at(value, ahead))
-            w0, w1 = splat_from(at(weight0, 4 * j)), splat_from(at(weight1, 4 * j))
-            a00, a01, a10, a11 = fma(w0, value0, a00), fma(w0, value1, a01), fma(w1, value0, a10), fma(w1, value1, a11)
-        ahead += 2 * step
-        store_f32(sum0, a00)
-        store_f32(at(sum0, 4 * (d - c)), a01)
-        store_f32(sum1, a10)
-        store_f32(at(sum1, 4 * (d - c)), a11)
+            value = at(w.v, chunk.slot_C[j])
+            for i in range(0, GROUP, 2):
+                prefetch(at(value, ahead + i * step))
+            totals = add_products(load_weight(weights, j), load(w.kv, value, columns), totals)
+        ahead += GROUP * step
+        for i in range(GROUP):
+            for k in range(GROUP):
+                store_f32(at(states[i], VALUES + 4 * columns[k]), totals[i][k])
 
 
 @inline
-def _values_4(w, first, last, low, high):
-    """The same for at most 4 queries, 64 columns at a time."""
-    i1, i2 = min(first + 1, last), min(first + 2, last)
-    state0, state1, state2, state3 = _state(w, first), _state(w, i1), _state(w, i2), _state(w, last)
-    weight0, weight1 = at(w.weights, 256 * first), at(w.weights, 256 * i1)
-    weight2, weight3 = at(w.weights, 256 * i2), at(w.weights, 256 * last)
-    ahead, step = w.note[w.thread, AHEAD], w.note[w.thread, STEP]
-    for c in range(0, w.head_dim, 4 * LANES):
-        end = w.head_dim - LANES
-        d, e, f = min(c + LANES, end), min(c + 2 * LANES, end), min(c + 3 * LANES, end)
-        a00, a01, a02, a03 = _sums(state0, c), _sums(state0, d), _sums(state0, e), _sums(state0, f)
-        a10, a11, a12, a13 = _sums(state1, c), _sums(state1, d), _sums(state1, e), _sums(state1, f)
-        a20, a21, a22, a23 = _sums(state2, c), _sums(state2, d), _sums(state2, e), _sums(state2, f)
-        a30, a31, a32, a33 = _sums(state3, c), _sums(state3, d), _sums(state3, e), _sums(state3, f)
-        for j in range(low, high):
-            value = _value(w, j)
-            value0, value1 = _load_numbers(at(value, w.size * c), w.like), _load_numbers(at(value, w.size * d), w.like)
-            value2, value3 = _load_numbers(at(value, w.size * e), w.like), _load_numbers(at(value, w.size * f), w.like)
-            prefetch(at(value, ahead))
-            prefetch(at(value, ahead + 2 * step))
-            x = splat_from(at(weight0, 4 * j))
-            a00, a01, a02, a03 = fma(x, value0, a00), fma(x, value1, a01), fma(x, value2, a02), fma(x, value3, a03)
-            x = splat_from(at(weight1, 4 * j))
-            a10, a11, a12, a13 = fma(x, value0, a10), fma(x, value1, a11), fma(x, value2, a12), fma(x, value3, a13)
-            x = splat_from(at(weight2, 4 * j))
-            a20, a21, a22, a23 = fma(x, value0, a20), fma(x, value1, a21), fma(x, value2, a22), fma(x, value3, a23)
-            x = splat_from(at(weight3, 4 * j))
-            a30, a31, a32, a33 = fma(x, value0, a30), fma(x, value1, a31), fma(x, value2, a32), fma(x, value3, a33)
-        ahead += 4 * step
-        _keep(state0, c, d, e, f, a00, a01, a02, a03)
-        _keep(state1, c, d, e, f, a10, a11, a12, a13)
-        _keep(state2, c, d, e, f, a20, a21, a22, a23)
-        _keep(state3, c, d, e, f, a30, a31, a32, a33)
-
-
-@inline
-def _sums(state, column):
-    return load_f32(at(state, VALUES + 4 * column))
-
-
-@inline
-def _keep(state, c, d, e, f, at_c, at_d, at_e, at_f):
-    store_f32(at(state, VALUES + 4 * c), at_c)
-    store_f32(at(state, VALUES + 4 * d), at_d)
-    store_f32(at(state, VALUES + 4 * e), at_e)
-    store_f32(at(state, VALUES + 4 * f), at_f)
-
-
-_scores, _values = (_scores_4, _values_4) if GROUP == 4 else (_scores_2, _values_2)
-
-
-@inline
-def _chunk(w, n):
-    """A chunk of the n queries in the notes."""
-    note, thread = w.note, w.thread
+def _chunk(w, chunk, n, ahead, step):
+    """Adds a chunk to the states of its n queries."""
     low, high, all_low, all_high = CHUNK, 0, 0, CHUNK               # what any of them sees, and what all of them see
     for i in range(n):
-        low, high = min(low, note[thread, LOW + i]), max(high, note[thread, HIGH + i])
-        all_low, all_high = max(all_low, note[thread, LOW + i]), min(all_high, note[thread, HIGH + i])
+        low, high = min(low, chunk.low_G[i]), max(high, chunk.high_G[i])
+        all_low, all_high = max(all_low, chunk.low_G[i]), min(all_high, chunk.high_G[i])
     for j in range(low // LANES * LANES, high, LANES):
-        _scores(w, n, j)
+        _scores(w, chunk, n, j, ahead, step)
     for i in range(n):
-        if note[thread, LOW + i] < note[thread, HIGH + i]:
-            _weights(w, i)
-    # each for itself before the positions that all of them see, then all together, then each for itself again
+        if chunk.low_G[i] < chunk.high_G[i]:
+            _weights(w, chunk, i)
+    # positions in order: before those that all queries see, each query alone; then all together; then each alone
     all_high = max(all_low, all_high)
-    for piece in range(2 * n + 1):
-        i = piece % (n + 1)
-        if piece < n:
-            first, last, begin, end = i, i, note[thread, LOW + i], min(all_low, note[thread, HIGH + i])
-        elif piece == n:
-            first, last, begin, end = 0, n - 1, all_low, all_high
-        else:
-            first, last, begin, end = i, i, max(all_high, note[thread, LOW + i]), note[thread, HIGH + i]
-        if begin < end:
-            _values(w, first, last, begin, end)
+    for i in range(n):
+        _set_turn(chunk, i, i, i, chunk.low_G[i], min(all_low, chunk.high_G[i]))
+        _set_turn(chunk, n + 1 + i, i, i, max(all_high, chunk.low_G[i]), chunk.high_G[i])
+    _set_turn(chunk, n, 0, n - 1, all_low, all_high)
+    for turn in range(2 * n + 1):
+        first, last, low, high = chunk.turn_X4[turn, 0], chunk.turn_X4[turn, 1], chunk.turn_X4[turn, 2], chunk.turn_X4[turn, 3]
+        if low < high:
+            _values(w, chunk, first, last, low, high, ahead, step)
 
 
-# ---- from there to the whole
+@inline
+def _set_turn(chunk, turn, first, last, low, high):
+    chunk.turn_X4[turn, 0], chunk.turn_X4[turn, 1], chunk.turn_X4[turn, 2], chunk.turn_X4[turn, 3] = first, last, low, high
+
+
+# ---- spans, rows, threads
 
 @inline
 def _state_bytes(w):
@@ -378,14 +368,14 @@ def _state_bytes(w):
 
 
 @inline
-def _place_of_state(w, t, head, span):
+def _state_offset(w, t, head, span):
     """In bytes. A row's spans are counted from the one in which its range begins."""
     return _state_bytes(w) * (((t - w.first_row) * w.n_head + head) * w.n_spans + span - w.first_T[t] // SPAN)
 
 
 @inline
 def _seen(w, t0, t1):
-    """The positions that rows t0..t1-1 see between them: (first, end)."""
+    """The positions that any of rows t0..t1-1 sees: (first, end)."""
     low, high = FAR, 0
     for t in range(t0, t1):
         low, high = min(low, w.first_T[t]), max(high, w.end_T[t])
@@ -393,17 +383,18 @@ def _seen(w, t0, t1):
 
 
 @inline
-def _span(w, t0, t1, kv0, kv1, first, end, follows):
+def _span(w, chunk, t0, t1, kv0, kv1, first, end, follows):
     """Positions first..end-1, all in one span, for the queries of rows t0..t1-1 and key/value heads kv0..kv1-1.
 
-    `follows`: how many positions come after them, worth reading ahead.
+    `follows`: how many positions come after them, worth prefetching.
     """
-    note, thread, group, head_bytes = w.note, w.thread, w.n_head // w.n_kv, w.size * w.head_dim
+    group, number_bytes = w.n_head // w.n_kv, w.kv.n_bytes // LANES
+    head_bytes = number_bytes * w.head_dim
     for t in range(t0, t1):
         if w.first_T[t] < end and first < w.end_T[t]:
             for head in range(kv0 * group, kv1 * group):
-                state = at(w.state, _place_of_state(w, t, head, first // SPAN))
-                store_f32(at(state, LARGEST), splat_f32(NOTHING))
+                state = at(w.state, _state_offset(w, t, head, first // SPAN))
+                store_f32(at(state, LARGEST), splat_f32(NEVER))
                 for place in range(WEIGHT, _state_bytes(w), 64):
                     store_f32(at(state, place), splat_f32(ZERO))
     n_queries = (t1 - t0) * group
@@ -413,26 +404,26 @@ def _span(w, t0, t1, kv0, kv1, first, end, follows):
         for kv in range(kv0, kv1):
             slot = begin % w.n_slots
             for j in range(CHUNK):
-                note[thread, SLOT + j] = (slot * w.n_kv + kv) * head_bytes
+                chunk.slot_C[j] = (slot * w.n_kv + kv) * head_bytes
                 slot = slot + 1 if slot + 1 < w.n_slots else 0
             for i in range(0, n_queries, GROUP):
                 n = min(GROUP, n_queries - i)
                 for j in range(n):
                     t, head = t0 + (i + j) // group, kv * group + (i + j) % group
                     low, high = max(0, w.first_T[t] - begin), min(CHUNK, w.end_T[t] - begin)
-                    seen = low < high
-                    note[thread, LOW + j], note[thread, HIGH + j] = low if seen else CHUNK, high if seen else 0
-                    note[thread, AT_QUERY + j] = 4 * w.head_dim * (t * w.n_head + head)
-                    note[thread, AT_STATE + j] = _place_of_state(w, t, head, first // SPAN)
-                # while they compute, the groups fetch the next chunk, each its share of the columns: half as fast without
-                note[thread, AHEAD] = CHUNK * w.n_kv * head_bytes + i // GROUP * head_bytes // n_groups if more else 0
-                note[thread, STEP] = LANES * w.size // n_groups if more else 0
-                _chunk(w, n)
+                    chunk.low_G[j], chunk.high_G[j] = (low, high) if low < high else (CHUNK, 0)
+                    chunk.query_G[j] = 4 * w.head_dim * (t * w.n_head + head)
+                    chunk.state_G[j] = _state_offset(w, t, head, first // SPAN)
+                # while computing, each group of queries prefetches its share of the next chunk's columns: half as fast without
+                ahead = CHUNK * w.n_kv * head_bytes + i // GROUP * head_bytes // n_groups if more else 0
+                _chunk(w, chunk, n, ahead, LANES * number_bytes // n_groups if more else 0)
 
 
-@register_jitable(error_model="numpy")
-def _spans_of_thread(w, t0, t1, rows, heads, n):
-    """Does one of n shares of the spans of rows t0..t1-1. They are shared out in order, and by how many positions they have."""
+@out_of_line
+def _spans_of_thread(w, t0, t1, rows, heads, thread, n):
+    """Computes a thread's share of the spans of rows t0..t1-1. They are divided in order, by how many positions they have."""
+    chunk = Chunk(np.empty(CHUNK, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.int64),
+                  np.empty(GROUP, np.int64), np.empty((2 * GROUP + 1, 4), np.int64))
     total = 0
     for t in range(t0, t1, rows):
         low, high = _seen(w, t, min(t + rows, t1))
@@ -443,15 +434,15 @@ def _spans_of_thread(w, t0, t1, rows, heads, n):
         for kv in range(0, w.n_kv, heads):
             for span in range(low // SPAN, (high - 1) // SPAN + 1):
                 first, end = max(low, span * SPAN), min(high, (span + 1) * SPAN)
-                if (2 * done + end - first) * n // (2 * total) == w.thread:
-                    _span(w, t, min(t + rows, t1), kv, kv + heads, first, end, high - end)
+                if (2 * done + end - first) * n // (2 * total) == thread:         # whose share has the middle of the span
+                    _span(w, chunk, t, min(t + rows, t1), kv, kv + heads, first, end, high - end)
                 done += end - first
 
 
-@register_jitable(error_model="numpy")
+@out_of_line
 def _merge_spans(w, t, head, out):
-    """The spans of a query, in order, and from them the weighted mean."""
-    state = at(w.state, _place_of_state(w, t, head, w.first_T[t] // SPAN))
+    """Merges the spans of a query, in order, into the weighted mean."""
+    state = at(w.state, _state_offset(w, t, head, w.first_T[t] // SPAN))
     largest, total = load_f32(at(state, LARGEST)), load_f32(at(state, WEIGHT))
     for span in range(1, (w.end_T[t] - 1) // SPAN - w.first_T[t] // SPAN + 1):
         other = at(state, _state_bytes(w) * span)
@@ -466,22 +457,22 @@ def _merge_spans(w, t, head, out):
 
 
 @kernel(parallel=True)
-def attend_rows(q_TNH, k_SKH, v_SKH, first_T, end_T, rows, wave, heads, state, buffer_NB, note_NX, out_TNH, n):
-    """`attend` on n threads. `wave` rows are computed at a time; `rows` of them and `heads` key/value heads make up a piece of work."""
+def attend_rows(kv, q_TNH, k_SKH, v_SKH, first_T, end_T, rows, wave, heads, state, buffer_NB, out_TNH, n):
+    """`attend` on n threads. `wave` rows are computed at a time; the unit of work is `rows` of them and `heads` key/value heads."""
     n_tok, n_head, head_dim = q_TNH.shape
     n_slots, n_kv, _ = k_SKH.shape
     q, k, v, out = address(q_TNH), address(k_SKH), address(v_SKH), address(out_TNH)
-    states, buffers, like, size, n_spans = address(state), address(buffer_NB), k_SKH[0, 0, 0], k_SKH.itemsize, state.shape[2]
-    # every other step merges what the one before has left (one parallel loop for both compiles in less time)
+    states, buffers, n_spans = address(state), address(buffer_NB), state.shape[2]
+    # every other step merges what the step before has left (one parallel loop for both compiles in less time)
     for step in range(2 * ((n_tok + wave - 1) // wave)):
         t0 = step // 2 * wave
         t1 = min(t0 + wave, n_tok)
         for part in prange(n):
             thread = np.int64(part)         # prange counts without a sign
-            w = Work(q, k, v, like, size, first_T, end_T, n_slots, n_kv, n_head, head_dim, states, t0, n_spans,
-                     at(buffers, 4 * BUFFER * thread), at(buffers, 4 * BUFFER * thread + 16 * CHUNK), note_NX, thread)
+            weights = at(buffers, 4 * BUFFER * thread)
+            w = Work(q, k, v, kv, first_T, end_T, n_slots, n_kv, n_head, head_dim, states, t0, n_spans, weights, at(weights, 16 * CHUNK))
             if step % 2 == 0:
-                _spans_of_thread(w, t0, t1, rows, heads, n)
+                _spans_of_thread(w, t0, t1, rows, heads, thread, n)
             else:
                 for i in range(thread * (t1 - t0) * n_head // n, (thread + 1) * (t1 - t0) * n_head // n):
                     _merge_spans(w, t0 + i // n_head, i % n_head, at(out, 4 * head_dim * (t0 * n_head + i)))

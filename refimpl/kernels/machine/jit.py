@@ -7,6 +7,7 @@ kept in a folder (cache_folder.py) for the next process. `inline` is for their p
 import contextlib
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,23 +111,36 @@ def by_format(bodies: dict[str, Callable] | Callable) -> Callable:
     return define
 
 
-def per_row(function) -> Callable:
-    """Makes a function of one row a function of several: a tuple among the arguments has a value for each row, and so has the result."""
-    part = inline(function)
+def out_of_line(function) -> Callable:
+    """As `inline`, for a part that is large: it stays a function that is called."""
+    PARTS.add(function)
+    return register_jitable(error_model="numpy")(function)
+
+
+def per_row(function: Callable | None = None, *, shared: tuple[str, ...] = ()) -> Callable:
+    """Makes a function of one row a function of several: a tuple among the arguments has a value for each row, and so has the result.
+
+    `shared` names the parameters that all rows share even where they are tuples.
+    """
+    if function is None:
+        return functools.partial(per_row, shared=shared)
+    part, split = inline(function), [name not in shared for name in inspect.signature(function).parameters]
 
     def several(*args):
-        n = next(len(a) for a in args if type(a) is tuple)
-        return tuple(function(*(a[i] if type(a) is tuple else a for a in args)) for i in range(n))
+        rows = [own and type(a) is tuple for own, a in zip(split, args)]
+        n = len(args[rows.index(True)])
+        return tuple(function(*(a[i] if own else a for own, a in zip(rows, args))) for i in range(n))
 
     @overload(several, jit_options=INLINE)
     def _several(*args):
-        is_tuple = [isinstance(a, types.UniTuple) for a in args]
-        n = next(a.count for a in args if isinstance(a, types.UniTuple))
-        calls = ("part(" + ", ".join(f"args[{k}][{i}]" if is_tuple[k] else f"args[{k}]" for k in range(len(args))) + ")," for i in range(n))
+        rows = [own and isinstance(a, types.UniTuple) for own, a in zip(split, args)]
+        n = args[rows.index(True)].count
+        calls = ("part(" + ", ".join(f"args[{k}][{i}]" if own else f"args[{k}]" for k, own in enumerate(rows)) + ")," for i in range(n))
         return eval(f"lambda *args: ({' '.join(calls)})", {"part": part})
 
     several.__name__ = function.__name__
     several.__doc__ = function.__doc__
+    PARTS.add(several)
     return several
 
 
