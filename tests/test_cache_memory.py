@@ -46,7 +46,7 @@ def test_values_are_keys_in_the_large_models():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="unknown shape 7B"):
+    with pytest.raises(ValueError, match="unknown shape '7B'"):
         true_config("7B")
 
 

@@ -19,6 +19,8 @@ from refimpl.tiny import corpus, qat_results
 from refimpl.tiny.training import grids, held_out, network, qat, qat_export, qat_release, train, vocabulary
 from refimpl.tiny.training.optimiser import is_quantized
 
+SMALL = corpus.Corpus("3", *({"a": text} for text in ["x = 1\n" * 600, "def f():\n    pass\n" * 300, "y = 2\n" * 99, "z = 3\n" * 900]))
+
 
 def weights(*shape, seed=0):
     """Of many sizes, with rows of zeros, equal weights, and a pair of opposite largest ones."""
@@ -65,12 +67,12 @@ def test_a_q4_0_file_gives_back_the_weights_of_the_training(grid, model, tmp_pat
     assert seen == 6 * 9 - 1 + 1 and file.raw("rope_freqs.weight").size      # the full layer has no values of its own; the embedding
 
 
-@pytest.mark.parametrize(("grid", "levels"), [(grids.Q4_0, 16), (grids.THREE_BITS, 8), (grids.TWO_BITS, 4)], ids=["4", "3", "2"])
-def test_grids_of_fewer_bits_are_rounded_to_nearest(grid, levels):
+@pytest.mark.parametrize(("grid", "n_codes"), [(grids.Q4_0, 16), (grids.THREE_BITS, 8), (grids.TWO_BITS, 4)], ids=["4", "3", "2"])
+def test_grids_of_fewer_bits_are_rounded_to_nearest(grid, n_codes):
     w = weights(64, 96)
     codes = grid.encode(w)
     d, blocks = codes.scales[0].float(), w.reshape(-1, 32)
-    assert codes.q.min() == -grid.half and codes.q.max() == grid.half - 1 and len(codes.q.unique()) == levels
+    assert codes.q.min() == -grid.half and codes.q.max() == grid.half - 1 and len(codes.q.unique()) == n_codes
     every = torch.arange(-grid.half, grid.half)[:, None, None] * d
     nearest = (every - blocks).abs().amin(0)
     # float32's scale chooses the level, float16's is stored: a weight half-way between two may fall to the other side
@@ -105,7 +107,7 @@ def test_the_affine_grid_is_q4_k_over_the_flattened_matrix():
     q, (d, s, dmin, m) = grids.Q4_K.encode(w)
     raw = bytes_of(BLOCKS["Q4_K"], d=d.numpy()[:, 0], dmin=dmin.numpy()[:, 0], scales=pack_scales(s.numpy(), m.numpy()),
                    qs=pack(q.numpy().astype(np.uint8).reshape(-1, 256), n_bits=4, group=32))
-    assert raw.shape == (5, 144) or raw.size == 5 * 144
+    assert raw.shape == (720,), "5 superblocks of 144 bytes in a row"
     assert same_bits(dequantize(raw.reshape(5, 144), "Q4_K").reshape(w.shape), grids.Q4_K.round(w))
     step = (w.reshape(-1, 32).amax(1) - w.reshape(-1, 32).amin(1).clamp(max=0))[:, None] / 15
     superblock = step.reshape(5, 8).amax(1).repeat_interleave(8)[:, None]
@@ -174,8 +176,7 @@ def test_a_run_is_resumed_and_its_branches_see_the_same_batches(model, tokenizer
     base.mkdir()
     torch.save(model.state_dict(), base / "model.pt")
     tokenizer.save(str(base / "tokenizer.json"))
-    small = corpus.Corpus("3", *({"a": text} for text in ["x = 1\n" * 600, "def f():\n    pass\n" * 300, "y = 2\n" * 99, "z = 3\n" * 900]))
-    monkeypatch.setattr(corpus, "read_corpus", lambda: small)
+    monkeypatch.setattr(corpus, "read_corpus", lambda: SMALL)
     monkeypatch.setattr(qat, "CORE", ("float", "2-bit"))
     monkeypatch.setattr(qat_release, "CORE", ("float", "2-bit"))
     monkeypatch.setattr(qat, "plan", lambda args: [(0, "float"), (0, "2-bit")])
@@ -225,8 +226,15 @@ def test_the_results_that_ship_agree_with_their_rows():
     assert "Q4_0, 2 bits, trained" in text and "W4A16" in text
 
 
-def test_the_base_can_be_made(tmp_path):
+def test_the_base_can_be_made(tokenizer, tmp_path, monkeypatch):
     """`--qat 0` trains in float to the end, and leaves the two files that qat.py starts from."""
-    args = train.parse_arguments(["--qat", "0", "--workers", "1", "--out", str(tmp_path)])
-    assert not any(step >= args.steps * (1 - args.qat) for step in range(args.steps))
-    assert qat.parse_arguments([]).base == "tiny-float"
+    monkeypatch.setattr(corpus, "read_corpus", lambda: SMALL)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    train.main(["--qat", "0", "--workers", "1", "--steps", "2", "--batch", "1", "--out", str(tmp_path)])
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and last["grid"] is False, "the last step is in float"
+    start = network.build_model(0).state_dict()
+    trained = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert trained.keys() == start.keys() and not torch.equal(trained["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    _, _, base, _, _ = qat.prepare(qat.parse_arguments(["--base", str(tmp_path), "--windows", "1"]))
+    assert all(torch.equal(base[name], trained[name]) for name in start), "qat.py starts from it"
