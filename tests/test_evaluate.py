@@ -1,4 +1,4 @@
-"""Perplexity, divergence and its bounds, windows, runs that are kept, killed and taken up again. llama.cpp is not run here."""
+"""Perplexity, divergence and its bounds, windows, runs that are kept, killed and resumed. llama.cpp is not run here."""
 
 import json
 import math
@@ -16,7 +16,7 @@ import refimpl
 from refimpl.cli.show.evaluate import as_text
 from refimpl.lab.evaluate import evaluate as module
 from refimpl.lab.evaluate import logit_sources as sources
-from refimpl.lab.evaluate.divergence import Kept, divergence, divergence_bounds, keep, likeliest, log_sum_exp
+from refimpl.lab.evaluate.divergence import Kept, divergence, divergence_bounds, keep, log_sum_exp, most_probable
 from refimpl.lab.evaluate.evaluate import evaluate
 from refimpl.lab.evaluate.logit_sources import other_side, rows_at_once, side_of
 from refimpl.lab.evaluate.saved_runs import read_npz, read_run
@@ -97,10 +97,10 @@ def test_tail_is_not_forgotten():
     assert low < exact(p, q) <= high + 1e-12 and high > 4
 
 
-def test_likeliest_of_equal_ones_has_the_lower_id():
-    assert likeliest(np.array([1, 3, 2, 3, 2, 2], np.float32), 4).tolist() == [1, 3, 2, 4]
-    assert likeliest(np.zeros(5, np.float32), 3).tolist() == [0, 1, 2]
-    assert likeliest(np.array([1, 2], np.float32), 9).tolist() == [1, 0]
+def test_most_probable_of_equal_ones_has_the_lower_id():
+    assert most_probable(np.array([1, 3, 2, 3, 2, 2], np.float32), 4).tolist() == [1, 3, 2, 4]
+    assert most_probable(np.zeros(5, np.float32), 3).tolist() == [0, 1, 2]
+    assert most_probable(np.array([1, 2], np.float32), 9).tolist() == [1, 0]
 
 
 # ---- windows
@@ -117,7 +117,7 @@ def test_every_token_counts_once_with_half_a_window_before_it():
 
 
 def test_second_halves_are_llama_cpps():
-    """Of tokens 2 10 11 ... in windows of 8: <bos> in front of each, first = 8 // 2, the rows 4, 5, 6 foresee tokens 5, 6, 7."""
+    """Of tokens 2 10 11 ... in windows of 8: <bos> in front of each, first = 8 // 2, the rows 4, 5, 6 predict tokens 5, 6, 7."""
     document = Document("x", (2,), tuple(range(10, 30)))                # 21 tokens with <bos>: two windows, 5 left out
     assert cut([document], 8, 8, "second-half", 2) == [Window(0, (2, 10, 11, 12, 13, 14, 15, 16), 5),
                                                         Window(0, (2, 18, 19, 20, 21, 22, 23, 24), 5)]
@@ -154,7 +154,7 @@ def test_text_becomes_an_answer_and_a_conversation_one_document_a_turn(model, tm
 # ---- the figures
 
 def test_figures_are_those_of_the_logits(model, text):
-    """One window: the token at i is foreseen at i - 1, from the model's own logits."""
+    """One window: the token at i is predicted at i - 1, from the model's own logits."""
     ids = model.tokenizer.encode(TEXT)
     logit_TV = model.logits(ids[:-1]).astype(np.float64)
     nll = np.log(np.exp(logit_TV).sum(axis=1)) - logit_TV[np.arange(len(ids) - 1), ids[1:]]
@@ -181,7 +181,7 @@ def test_comparison_is_that_of_two_whole_matrices(model, text, tmp_path):
         for p, q in zip(other.logits(part), model.logits(part)):
             true.append(exact(p, q))
             same.append(p.argmax() == q.argmax())
-            shared.append(len({*likeliest(p, 10).tolist()} & {*likeliest(q, 10).tolist()}) / 10)
+            shared.append(len({*most_probable(p, 10).tolist()} & {*most_probable(q, 10).tolist()}) / 10)
     found = result["comparison"]
     assert found["kl_exact"] and found["kl_low"] == pytest.approx(np.mean(true), rel=1e-6) and found["kl_low"] > 1e-5
     assert found["same_top"] == pytest.approx(np.mean(same)) and found["shared_top"] == pytest.approx(np.mean(shared))
@@ -210,7 +210,7 @@ def test_rows_are_made_some_at_a_time_and_the_numbers_stay(text, monkeypatch):
 
 def test_logits_that_are_no_numbers_are_refused(text, monkeypatch):
     monkeypatch.setattr(sources.ModelSource, "rows", lambda self, ids, first: iter([np.full((len(ids) - first, 4096), np.nan, np.float32)]))
-    with pytest.raises(ValueError, match="no numbers in window 0"):
+    with pytest.raises(ValueError, match="NaN or infinite logits in window 0"):
         evaluate(SIDE, [text])
 
 

@@ -85,7 +85,8 @@ def trace(
 @app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="the trace to judge by (refimpl trace)")],
-    b: Annotated[str, typer.Argument(help="what to judge: a trace, .npz, what llama.cpp printed (.txt) or saved (.bin), or an engine to "
+    b: Annotated[str, typer.Argument(help="what to judge: a trace, .npz (how to write one: python -m pydoc "
+                                     "refimpl.lab.compare.engines.foreign), what llama.cpp printed (.txt) or saved (.bin), or an engine to "
                                      "run: transformers:DIRECTORY, llama.cpp:FILE.gguf")],
     model: Annotated[Path | None, typer.Option("-m", "--model", show_default=False, help="the model, to measure how rounding grows in it "
                                                "(default: the one the trace was made of)")] = None,

@@ -1,6 +1,6 @@
 """How fast: tokens of a prompt per second, and new tokens per second as a share of what reading the weights allows.
 
-A decoded token has to read every weight that it uses, and all keys and values in its sight, once. Decoding can therefore not be faster
+A decoded token has to read every weight that it uses, and all visible keys and values, once. Decoding can therefore not be faster
 than the bandwidth of memory divided by these bytes, however it computes; how near it comes is the figure to look at. Beside another
 engine the two take turns, run by run, so that whatever else the machine does meets both.
 """
@@ -52,7 +52,7 @@ class Plan:
 
 
 class Engine(Protocol):
-    """Something with a model loaded that can be timed."""
+    """An engine with a model loaded, to be timed."""
 
     kv_bytes: float         # of one number of a key or a value
 
@@ -83,9 +83,8 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
           ) -> dict[str, object]:
     """Every figure of a run, as plain data: model, machine, each single measurement in seconds, medians, bandwidth.
 
-    `threads`, `backend` and `arithmetic` are those of `load`; `opponent` is a name in OPPONENTS, or None. `progress(what, total, unit)`
-    gives a function to tell of what is done. Raises ValueError (GGUFError, LlamaCppError, MemoryRefusal among them) with one line for what
-    cannot be measured.
+    `threads`, `backend` and `arithmetic` are those of `load`; `opponent` is one of lab.engines.TIMED, or None. Raises ValueError
+    (GGUFError, LlamaCppError, MemoryRefusal among them) with one line for what cannot be measured.
     """
     if not plan.n_prompt and not plan.n_new:
         raise ValueError("nothing to measure: the prompt and the new tokens are both 0")

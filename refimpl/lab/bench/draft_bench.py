@@ -5,7 +5,7 @@ drafts and the target verifies at their real cost, but how many draft tokens are
 are random, so that the experts they need differ as much as those of unrelated words. (In a random model the draft tokens would be a single
 one again and again, and share their experts.)
 
-The first run of each way is not counted. "auto" has learnt what a round costs by then, as it would in the first answer of a chat.
+The first run of each way is not counted. "auto" has measured what a round costs by then, as it would in the first answer of a chat.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Every weight type beside the others: bits a weight, how fast its kernels are, and how far quantized weights are from what they were."""
+"""Every weight type beside the others: bits a weight, speed of its kernels, error of quantizing."""
 
 import statistics
 import time
@@ -33,7 +33,7 @@ def measure_types(types: Sequence[str] = tuple(LAYOUTS), *, threads: Sequence[in
     error_normal, error_laplace           RMS error of encoding such weights, relative to their own RMS (where there is an encoder)}.
 
     Speeds are medians of `repetitions` runs, Q4_0 and the type in turn; a ratio is the median of those of neighbouring runs. A product is
-    run once before it counts. Raises ValueError for a type without kernels. `progress` as in bench.py.
+    run once before it counts. Raises ValueError for a type without kernels.
     """
     missing = [name for name in types if name not in LAYOUTS]
     if missing:

@@ -1,6 +1,6 @@
 """How far apart two distributions over the vocabulary are, position by position: from whole rows of logits, or from what a run has kept.
 
-Let p be the base's distribution and q the other one, S the tokens that were kept of p (its likeliest), m the probability of the least of
+Let p be the base's distribution and q the other one, S the tokens that were kept of p (its most probable), m the least probability of
 them, and t = 1 - p(S) the mass of the tail. KL(p || q) = sum of p log(p / q), in nats, is the sum over S, which is known, plus the sum over
 the tail, of which t and q are known and p is not. `divergence_bounds` says between which values it lies:
 
@@ -9,7 +9,7 @@ the tail, of which t and q are known and p is not. `divergence_bounds` says betw
 - at most its largest value over all tails that are possible, those with 0 <= p <= m and sum t. The sum of p log p - p log q is convex in
   p, so that it is largest in a corner of these: as many tokens at m as fit into t (n of them, n = floor(t / m)), one with the rest r, the
   others 0. The sum of p log p is then n m log m + r log r whichever tokens they are; the sum of -p log q is largest where the n that q
-  holds least likely have m, and the next one r. No smaller bound follows from what was kept: the tail may be this one.
+  holds least probable have m, and the next one r. No smaller bound follows from what was kept: the tail may be this one.
 
 Both hold up to the rounding of float64. With the whole vocabulary kept they are equal.
 """
@@ -21,9 +21,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a row of logits: log(sum(exp(logits))), float64, and the K likeliest tokens with their logits, float32 as they were.
+    """What is kept of a row of logits: log(sum(exp(logits))), float64, and the K most probable tokens with their logits, float32.
 
-    The likeliest comes first; of equal ones, the lower id. A log-probability is logit - log_sum.
+    The most probable comes first; of equal ones, the lower id. A log-probability is logit - log_sum.
     """
 
     log_sum: float
@@ -32,8 +32,8 @@ class Kept:
 
 
 def keep(logit_V: np.ndarray, n_top: int) -> Kept:
-    """The `n_top` likeliest (or all, where there are fewer) of a row of logits."""
-    id_K = likeliest(logit_V, n_top)
+    """The `n_top` most probable tokens (or all, where there are fewer) of a row of logits."""
+    id_K = most_probable(logit_V, n_top)
     return Kept(log_sum_exp(logit_V), id_K.astype(np.int32), logit_V[id_K])
 
 
@@ -44,7 +44,7 @@ def log_sum_exp(logit_V: np.ndarray) -> float:
     return float(top + np.log(np.exp(z_V - top).sum()))
 
 
-def likeliest(logit_V: np.ndarray, n_top: int) -> np.ndarray:
+def most_probable(logit_V: np.ndarray, n_top: int) -> np.ndarray:
     """Ids of the `n_top` largest, the largest first; of equal ones, the lower id."""
     n_top = min(n_top, len(logit_V))
     least = np.partition(logit_V, len(logit_V) - n_top)[len(logit_V) - n_top]
@@ -61,7 +61,7 @@ def divergence(p_logit_V: np.ndarray, q_logit_V: np.ndarray, p_log_sum: float, q
 
 
 def divergence_bounds(p: Kept, q_logit_V: np.ndarray, q_log_sum: float) -> tuple[float, float]:
-    """Between which values KL(p || q) lies, in nats, when all that is left of p is `Kept`. The derivation stands at the top."""
+    """Between which values KL(p || q) lies, in nats, when only `Kept` is known of p. The derivation is at the top of the file."""
     p_K = p.logit_K.astype(np.float64) - p.log_sum
     log_q_V = q_logit_V.astype(np.float64) - q_log_sum
     known = float((np.exp(p_K) * (p_K - log_q_V[p.id_K])).sum())

@@ -1,10 +1,10 @@
-"""How well a model foresees a text, and how far another engine or file is from it: perplexity, KL divergence, agreement.
+"""Perplexity of a model on a text, and its distance from another engine or file: KL divergence, agreement.
 
 Window by window (windows.py), and within a window some rows of logits at a time: memory does not grow with the text, and hardly with the
-vocabulary. A window's figures depend on nothing but the window, so that any number of processes, and a run that was killed and taken up
-again, give the same numbers; they are added up in the order of the text.
+vocabulary. A window's figures depend on nothing but the window, so that any number of processes, and a run that was killed and
+resumed, give the same numbers; they are added up in the order of the text.
 
-What a window is measured with stands in worker.py.
+worker.py measures a window.
 """
 
 import concurrent.futures
@@ -42,7 +42,7 @@ def evaluate(side: Side, texts: Sequence[Path] = (), *, against: Side | None = N
 
     `texts` are files (windows.read_documents); with `base`, a run that was kept, its own windows are taken and there are none. `raw`: no
     chat template. `n_ctx`, `stride` (None: half of it) and `count` say how windows are cut, `n_windows` takes the first ones only. `output`
-    keeps the run, with the `n_top` likeliest tokens of every row, and its state while it runs. `jobs` processes, each with the models and
+    keeps the run, with the `n_top` most probable tokens of a row, and its state meanwhile. `jobs` processes, each with the models and
     with `threads` threads (None: the cores shared out). Raises ValueError, with one line; OSError.
     """
     if bool(texts) == (base is not None) or against is not None and base is not None:
@@ -52,7 +52,7 @@ def evaluate(side: Side, texts: Sequence[Path] = (), *, against: Side | None = N
     if output is not None and Path(output).is_dir():
         raise ValueError(f"{output} is a folder; a run is kept in a file")
     if output is not None and n_top < TOP:
-        raise ValueError(f"n_top={n_top}: a run keeps at least the {TOP} likeliest tokens")
+        raise ValueError(f"n_top={n_top}: a run keeps at least the {TOP} most probable tokens")
     file = open_gguf(side.path)
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
     tokenizer, notes = Tokenizer.from_metadata(file.metadata, str(file.path)), []
@@ -114,7 +114,7 @@ def _measured(plan: Plan, about, output: Path | None, jobs: int, file: GGUFFile,
         journal = Journal(output, about | hashes, plan.windows)
         done = journal.done()
         if done:
-            notes.append(f"taken up where it was left: {len(done)} of {len(plan.windows)} windows were done")
+            notes.append(f"resumed: {len(done)} of {len(plan.windows)} windows were done")
     missing = [number for number in range(len(plan.windows)) if number not in done]
     if missing and jobs > 1:
         _check_memory(plan, file, config, min(jobs, len(missing)))

@@ -1,4 +1,4 @@
-"""What an evaluation keeps: a file for each window while it runs, so that it can be taken up again, and one file of all at the end.
+"""What an evaluation keeps: a file for each window while it runs, so that it can be resumed, and one file of all at the end.
 
     RUN              a NumPy .npz: for every token that counts its figures (COLUMNS), and the windows themselves, so that another file or
                      engine can be held against it later (`--base RUN`)
@@ -25,8 +25,9 @@ from refimpl.lab.evaluate.windows import Window
 VERSION = 1
 KEPT = {"log_sum": "<f8", "top_id": "<i4", "top_logit": "<f4"}
 COLUMNS = {"nll": "<f8", **KEPT, "base_nll": "<f8", "kl_low": "<f8", "kl_high": "<f8", "same_top": "|u1", "shared_top": "|u1"}
-"""By column: minus the logarithm of the token's probability, in nats; what `divergence.Kept` has; and, of a comparison, the base's nll, the
-two bounds of the divergence (equal where it is exact), whether the likeliest token is the same, how many of the likeliest ones are."""
+"""By column: minus the logarithm of the token's probability, in nats; the fields of `divergence.Kept`; and, of a comparison, the base's
+nll, the two bounds of the divergence (equal where it is exact), whether the most probable token is the same, how many of the most probable
+ones are."""
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]):
@@ -56,10 +57,10 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 class Journal:
-    """The windows that are done, on disk."""
+    """The finished windows, on disk."""
 
     def __init__(self, output: Path, about: Mapping[str, object], windows: Sequence[Window]):
-        """Takes up what is there. Raises ValueError where it belongs to something else than `about` says."""
+        """Resumes what is there. Raises ValueError where it belongs to another evaluation than `about`."""
         self.output, self.windows = output, windows
         self.folder = output.with_name(output.name + ".parts")
         note = self.folder / "about.json"
@@ -78,7 +79,7 @@ class Journal:
         os.replace(temporary, note)
 
     def done(self) -> dict[int, dict[str, np.ndarray]]:
-        """The figures of every window that is done, by its number."""
+        """The figures of every finished window, by its number."""
         found = {}
         for number, window in enumerate(self.windows):
             try:
@@ -94,7 +95,7 @@ class Journal:
         write_npz(self._part(number), part)
 
     def close(self):
-        """All is in the output."""
+        """Removes the parts: all is in the output."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _part(self, number: int) -> Path:

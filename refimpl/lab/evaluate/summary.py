@@ -1,4 +1,4 @@
-"""The figures of an evaluation: from columns of numbers, one for each token that counts, to means, errors and text."""
+"""The figures of an evaluation: means and errors of columns of numbers, one for each token that counts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from refimpl.lab.evaluate.windows import Window, bytes_of
 from refimpl.text.tokenizer import Tokenizer
 
 SHARES = (50, 90, 99, 99.9, 100)
-"""Of which the divergence is given: so many percent of the tokens have no larger one."""
+"""Percentiles of the divergence."""
 
 
 def mean_and_error(x: np.ndarray) -> tuple[float, float]:
@@ -24,16 +24,16 @@ def summary(columns: Mapping[str, np.ndarray], windows: Sequence[Window], docume
     """Tokens, bytes, perplexity, bits per byte, all of it document by document, and the comparison where there was one."""
     document_of = np.repeat([window.document for window in windows], [window.n_counted for window in windows])
     ids = np.concatenate([window.ids[window.first:] for window in windows])
-    result = foreseen(columns["nll"], bytes_of(ids, tokenizer, token_type_V))
-    result["per_document"] = [{"name": documents[i]} | foreseen(columns["nll"][here], bytes_of(ids[here], tokenizer, token_type_V))
+    result = scores(columns["nll"], bytes_of(ids, tokenizer, token_type_V))
+    result["per_document"] = [{"name": documents[i]} | scores(columns["nll"][here], bytes_of(ids[here], tokenizer, token_type_V))
                               for i in sorted(set(document_of.tolist())) for here in [document_of == i]]
     if "base_nll" in columns:
         result["comparison"] = comparison(columns, top)
     return result
 
 
-def foreseen(nll: np.ndarray, n_bytes: int) -> dict[str, object]:
-    """Of some tokens: how well they were foreseen."""
+def scores(nll: np.ndarray, n_bytes: int) -> dict[str, object]:
+    """Perplexity and bits per byte of some tokens."""
     mean, error = mean_and_error(nll)
     return {"tokens": len(nll), "bytes": n_bytes, "nll": mean, "nll_error": error, "perplexity": math.exp(mean),
             "perplexity_error": math.exp(mean) * error, "bits_per_byte": math.fsum(nll) / math.log(2) / n_bytes if n_bytes else None}

@@ -1,8 +1,8 @@
 """From texts to windows of token ids: what is run, and which tokens of it count.
 
-A document is what the model is shown first (`prefix`, which never counts) and the tokens to be foreseen. Where the model has a chat
+A document is what the model is shown first (`prefix`, which never counts) and the tokens to be scored. Where the model has a chat
 template, a text is taken as its answer to the request REQUEST, and a conversation gives one document for every turn of the model, with
-all turns before it as the prefix: an instruction-tuned model foresees nothing outside of a conversation. Otherwise, and on demand, the
+all turns before it as the prefix: an instruction-tuned model predicts nothing well outside of a conversation. Otherwise, and on demand, the
 prefix is <bos>.
 
     every         windows of n_ctx tokens, each `stride` after the one before, with the prefix in front of each; every token of the document
@@ -38,7 +38,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Window:
-    """`ids[:-1]` are run, `ids[first:]` count: each is foreseen at the position before it. `document` is the index of its document."""
+    """`ids[:-1]` are run, `ids[first:]` count: each is predicted at the position before it. `document` is the index of its document."""
 
     document: int
     ids: tuple[int, ...]
@@ -113,7 +113,7 @@ def cut(documents: Sequence[Document], n_ctx: int, stride: int, count: str, bos:
 
 def _every(i: int, document: Document, n_ctx: int, stride: int) -> list[Window]:
     prefix, ids = document.prefix, document.ids
-    width = n_ctx + 1 - len(prefix)                     # the last token is foreseen, and not run
+    width = n_ctx + 1 - len(prefix)                     # the last token is predicted, and not run
     if not prefix:
         raise ValueError(f"{document.name}: the chat template makes nothing of what goes before it")
     if width < 1:

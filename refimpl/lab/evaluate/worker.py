@@ -18,12 +18,12 @@ from refimpl.lab.evaluate.saved_runs import COLUMNS, KEPT, read_run
 from refimpl.lab.evaluate.windows import Window
 from refimpl.progress import Progress, silent
 
-TOP = 10                # the likeliest tokens that are compared as a set
+TOP = 10                # the most probable tokens that are compared as a set
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a process must know. `n_top` likeliest tokens are kept, none for 0; `against` and `base` are None, or one of them is."""
+    """The work of a process. `n_top` most probable tokens are kept, none for 0; `against` and `base` are None, or one of them is."""
 
     side: Side
     against: Side | None
@@ -64,7 +64,7 @@ class Worker:
         self.stack.close()
 
     def measure(self, number: int) -> dict[str, np.ndarray]:
-        """The figures of one window, by column. Raises ValueError for logits that are no numbers."""
+        """The figures of one window, by column. Raises ValueError for logits that are not finite."""
         plan, window = self.plan, self.plan.windows[number]
         ids, first = window.ids[:-1], window.first - 1
         out = {key: np.empty((window.n_counted, *([min(plan.n_top, plan.n_vocab)] if key.startswith("top") else [])), COLUMNS[key])
@@ -77,7 +77,7 @@ class Worker:
         for logit_RV, other_RV in zip(self._checked(plan.side, self.own.rows(ids, first), number), others):
             for i, logit_V in enumerate(logit_RV):
                 token = window.ids[window.first + row]
-                figures = foreseen(logit_V, token, plan.n_top)
+                figures = scores(logit_V, token, plan.n_top)
                 if other_RV is not None:
                     figures |= compared(other_RV[i], logit_V, token, figures)
                 elif kept is not None:
@@ -92,30 +92,30 @@ class Worker:
             if logit_RV.shape[1] != self.plan.n_vocab:
                 raise ValueError(f"{side}: {logit_RV.shape[1]} logits a token, expected {self.plan.n_vocab}")
             if not np.isfinite(logit_RV).all():
-                raise ValueError(f"{side}: logits that are no numbers in window {number}; refimpl verify looks for the cause in a file")
+                raise ValueError(f"{side}: NaN or infinite logits in window {number}; refimpl verify looks for the cause in a file")
             yield logit_RV
 
 
-def foreseen(logit_V: np.ndarray, token: int, n_top: int) -> dict[str, object]:
-    """The figures of one row alone. At least TOP of the likeliest are found, for comparisons."""
+def scores(logit_V: np.ndarray, token: int, n_top: int) -> dict[str, object]:
+    """The figures of one row alone. At least TOP of the most probable tokens are found, for comparisons."""
     kept = keep(logit_V, max(n_top, TOP))
-    return {"nll": kept.log_sum - float(logit_V[token]), "log_sum": kept.log_sum, "likeliest": kept.id_K,
+    return {"nll": kept.log_sum - float(logit_V[token]), "log_sum": kept.log_sum, "most_probable": kept.id_K,
             "top_id": kept.id_K[:n_top], "top_logit": kept.logit_K[:n_top]}
 
 
 def compared(base_V: np.ndarray, logit_V: np.ndarray, token: int, figures: dict[str, object]) -> dict[str, object]:
     """The figures of a row beside a whole one of the base."""
-    base = foreseen(base_V, token, 0)
+    base = scores(base_V, token, 0)
     exact = divergence(base_V, logit_V, base["log_sum"], figures["log_sum"])
-    return {"base_nll": base["nll"], "kl_low": exact, "kl_high": exact} | agreement(base["likeliest"], figures["likeliest"])
+    return {"base_nll": base["nll"], "kl_low": exact, "kl_high": exact} | agreement(base["most_probable"], figures["most_probable"])
 
 
 def compared_with_kept(base: Kept, logit_V: np.ndarray, figures: dict[str, object]) -> dict[str, object]:
     """The figures of a row beside what was kept of the base's."""
     low, high = divergence_bounds(base, logit_V, figures["log_sum"])
-    return {"kl_low": low, "kl_high": high} | agreement(base.id_K, figures["likeliest"])
+    return {"kl_low": low, "kl_high": high} | agreement(base.id_K, figures["most_probable"])
 
 
 def agreement(base_K: np.ndarray, own_K: np.ndarray) -> dict[str, int]:
-    """Whether the likeliest token is the same, and how many of the TOP likeliest are."""
+    """Whether the most probable token is the same, and how many of the TOP most probable are."""
     return {"same_top": int(base_K[0] == own_K[0]), "shared_top": len(np.intersect1d(base_K[:TOP], own_K[:TOP]))}
