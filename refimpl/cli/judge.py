@@ -1,5 +1,6 @@
 """trace and compare: for people who test engines."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -97,7 +98,7 @@ def compare(
     picture: Annotated[Path | None, typer.Option("--plot", show_default=False, help="write a heat map, layers by tensors (.png)")] = None,
     threads: Threads = None, force: Force = False, as_json: Json = False,
 ):
-    """Name the first tensor that departs from a trace. Exit status 0: none does; 1: one does."""
+    """Name the first tensor that departs from a trace. Exit status 0: none does; 1: one does; 3: could not compare."""
     from refimpl.cli.show.compare import as_text
     from refimpl.lab.compare import verdict
     from refimpl.lab.compare.compare import compare as judge
@@ -108,29 +109,42 @@ def compare(
 
     if picture is not None:
         refuse_overwriting(picture, force)
-    first = open_trace(a)
-    second = open_any(b, first.ids, dtype, threads or 1)
-    found = None
-    if not guess and first.ids == second.ids:
-        tell_of_compiling()
-        found, why = model_of(first, second, model)
-        if found is None and steps:
-            raise Failure(f"--steps runs the model: {why}; -m FILE names it")
+    with exits_3(as_json):
+        first = open_trace(a)
+        second = open_any(b, first.ids, dtype, threads or 1)
+        found = None
+        if not guess and first.ids == second.ids:
+            tell_of_compiling()
+            found, why = model_of(first, second, model)
+            if found is None and steps:
+                raise Failure(f"--steps runs the model: {why}; -m FILE names it")
+            if found is None:
+                errors.print(f"note: {why}; tolerances are guessed, -m FILE measures them")
         if found is None:
-            errors.print(f"note: {why}; tolerances are guessed, -m FILE measures them")
-    if found is None:
-        result = judge(first, second)
-    else:
-        result = compare_steps(found, second) if steps else compare_with(found, first, second)
-    if picture is not None and result.judged:
-        with replacing(picture) as temporary:
-            verdict.plot(result, temporary)
+            result = judge(first, second)
+        else:
+            result = compare_steps(found, second) if steps else compare_with(found, first, second)
+        if picture is not None and result.judged:
+            with replacing(picture) as temporary:
+                verdict.plot(result, temporary)
     write((json.dumps(verdict.figures(result)) if as_json else as_text(result, everything)) + "\n")
     if result.first is not None:
         raise typer.Exit(1)
 
 
 # ---- helpers
+
+@contextlib.contextmanager
+def exits_3(as_json: bool):
+    """An error becomes one line and exit status 3: 1 says that two engines differ."""
+    from refimpl.cli import complain
+
+    try:
+        yield
+    except Exception as e:
+        status = complain(e, as_json)
+        raise typer.Exit(3 if status == 1 else status) from None
+
 
 def ids_argument(text: str) -> list[int]:
     """--ids as numbers."""
