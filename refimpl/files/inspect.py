@@ -95,11 +95,3 @@ def _plain(value):
         return value
     head = [entry.item() if isinstance(entry, np.generic) else entry for entry in value[:LONG]]
     return head if len(value) <= LONG else {"length": len(value), "first": head}
-
-
-def size(n_bytes: int) -> str:
-    """Bytes for people: powers of 1000, as disks are sold."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}"
-    return f"{n_bytes} B"
