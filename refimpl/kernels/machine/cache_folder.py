@@ -42,10 +42,13 @@ def cache_root() -> Path:
 
 @functools.cache
 def source_hash() -> str:
-    """16 hex digits that change with the kernels' source, with Numba's and llvmlite's version, and with bounds checking."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        digest.update(source.read_bytes())
+    """16 hex digits that change with the source of the kernels and of the block types (whose tables are compiled in), with Numba's and
+    llvmlite's version, and with bounds checking.
+    """
+    package, digest = Path(__file__).parents[2], hashlib.sha256()
+    for room in ("kernels", "formats/quants"):
+        for source in sorted((package / room).rglob("*.py")):
+            digest.update(source.read_bytes())
     versions = (importlib.metadata.version(name) for name in ("numba", "llvmlite"))
     digest.update(f"{' '.join(versions)} {os.environ.get('NUMBA_BOUNDSCHECK')}".encode())
     return digest.hexdigest()[:16]
