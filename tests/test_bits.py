@@ -42,9 +42,11 @@ def test_any_number_of_threads_gives_the_same_bits(threads, found):
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_every_instruction_set_gives_the_same_bits(isa, found):
-    """One type for each way through the kernels, attention, the small kernels, the five shapes and the model that ships in q8."""
+    """One type for each way through the kernels, attention, the small kernels, the five shapes and the model that ships in q8; avxvnni,
+    which is avx2 but for dot products, with two types and the model that ships.
+    """
     digests = found(isa)["digests"]["2"]
-    assert len(digests) > 50
+    assert len(digests) > 50 or isa == "avxvnni" and len(digests) == 3
     assert_same(digests, found(BEST)["digests"]["2"])
 
 
