@@ -25,7 +25,7 @@ from refimpl.lab.evaluate.logit_sources import Side
 from refimpl.lab.evaluate.saved_runs import Journal, read_run, write_run
 from refimpl.lab.evaluate.summary import summary
 from refimpl.lab.evaluate.windows import COUNTS, cut, read_documents
-from refimpl.lab.evaluate.worker import TOP, Plan, Worker
+from refimpl.lab.evaluate.worker import TOP, EvaluationPlan, Worker
 from refimpl.loading.memory import needed, refuse_unless_it_fits
 from refimpl.loading.model import CHUNK
 from refimpl.model.config import Config, config_from_gguf
@@ -65,7 +65,7 @@ def evaluate(side: Side, texts: Sequence[Path] = (), *, against: Side | None = N
         _same_vocabulary(base, run.about["vocabulary"], file)
     if against is not None:
         _same_vocabulary(against.path, vocabulary_hash(open_gguf(against.path)), file)
-    plan = Plan(side, against, base, tuple(windows[:n_windows]), config.n_vocab, 0 if output is None else n_top,
+    plan = EvaluationPlan(side, against, base, tuple(windows[:n_windows]), config.n_vocab, 0 if output is None else n_top,
                 threads if threads is not None or jobs == 1 else max(1, default_threads() // jobs))
     if plan.n_ctx > config.n_ctx:
         raise ValueError(f"{file.path}: a window of {plan.n_ctx} tokens, the model's context is {config.n_ctx}")
@@ -104,7 +104,7 @@ def _same_vocabulary(path: Path, theirs: str, file: GGUFFile):
         raise ValueError(f"{path}: has another vocabulary than {file.path}; only models with the same one can be compared")
 
 
-def _measured(plan: Plan, about, output: Path | None, jobs: int, file: GGUFFile, config: Config, progress, notes) -> list[dict]:
+def _measured(plan: EvaluationPlan, about, output: Path | None, jobs: int, file: GGUFFile, config: Config, progress, notes) -> list[dict]:
     """The figures of all windows, in their order: taken up from disk, or measured now."""
     done, journal = {}, None
     if output is not None:
@@ -133,7 +133,7 @@ def _measured(plan: Plan, about, output: Path | None, jobs: int, file: GGUFFile,
     return parts
 
 
-def _each(plan: Plan, numbers: list[int], jobs: int, progress) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def _each(plan: EvaluationPlan, numbers: list[int], jobs: int, progress) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Measures windows, in any order."""
     if not numbers:
         return
@@ -143,7 +143,7 @@ def _each(plan: Plan, numbers: list[int], jobs: int, progress) -> Iterator[tuple
             for number in numbers:
                 yield number, worker.measure(number)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(numbers)), multiprocessing.get_context("spawn"), _begin, (plan,))
+    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(numbers)), multiprocessing.get_context("spawn"), _start_worker, (plan,))
     try:
         waiting = {pool.submit(_measure, number): number for number in numbers}
         for future in concurrent.futures.as_completed(waiting):
@@ -154,7 +154,7 @@ def _each(plan: Plan, numbers: list[int], jobs: int, progress) -> Iterator[tuple
         pool.shutdown(cancel_futures=True)
 
 
-def _check_memory(plan: Plan, file: GGUFFile, config: Config, jobs: int):
+def _check_memory(plan: EvaluationPlan, file: GGUFFile, config: Config, jobs: int):
     """Every process has the models once."""
     if plan.side.engine == "kernels":
         from refimpl.kernels.machine.tiles import held_bytes
@@ -165,11 +165,11 @@ def _check_memory(plan: Plan, file: GGUFFile, config: Config, jobs: int):
 
 # ---- inside of a process
 
-_plan: Plan | None = None
+_plan: EvaluationPlan | None = None
 _worker: Worker | None = None
 
 
-def _begin(plan: Plan):
+def _start_worker(plan: EvaluationPlan):
     global _plan
     _plan = plan
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is for the one that started us

@@ -1,7 +1,7 @@
 """One process of an evaluation: the models, loaded, and the figures of a window from their logits.
 
-Against another engine or file (`Plan.against`) the divergence is exact; against a run that was kept (`Plan.base`) it lies between two
-bounds (divergence.py). It is KL(base || this), the base being the other one, in nats.
+Against another engine or file (`EvaluationPlan.against`) the divergence is exact; against a run that was kept (`EvaluationPlan.base`) it
+lies between two bounds (divergence.py). It is KL(base || this), the base being the other one, in nats.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ TOP = 10                # the most probable tokens that are compared as a set
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """The work of a process. `n_top` most probable tokens are kept, none for 0; `against` and `base` are None, or one of them is."""
 
     side: Side
@@ -47,7 +47,7 @@ class Plan:
 class Worker:
     """The models of a plan, loaded. Use it in a `with` statement."""
 
-    def __init__(self, plan: Plan, progress: Progress = silent):
+    def __init__(self, plan: EvaluationPlan, progress: Progress = silent):
         self.plan, self.stack = plan, ExitStack()
         with self.stack:
             self.base = None if plan.base is None else read_run(plan.base)
