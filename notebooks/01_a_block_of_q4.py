@@ -4,8 +4,8 @@
 # **What is in a quantized block, and what does it cost?**
 #
 # The largest mixture of experts of Gemma 4 has 26 billion weights. As 16-bit numbers they are 52 GB; the file that people download has
-# 14. Nearly all of it is blocks like the two that are taken apart here, first into bits, then into weights. In the end all block types
-# that GGUF files know stand side by side: the bits they take, the error they make, and how fast a processor multiplies with them.
+# 14. Nearly all of it is blocks like the two that are taken apart here, first into bits, then into weights. At the end all block types
+# that GGUF files know are compared: the bits they take, the error they make, and how fast a processor multiplies with them.
 
 # %%
 import numpy as np
@@ -66,23 +66,23 @@ table(["weight", "q", "q - 8", f"times d = {d:.6f}", "decoder"],
 # %% [markdown]
 # ## From weights to bytes
 #
-# Which $d$? The levels reach one step further down than up. So the weight of largest magnitude is sent to the far end, where it is
-# exact, and $d$ takes the sign that this needs; all others are rounded to the nearest level.
+# Which $d$? The codes reach one step further down than up. So the weight of largest magnitude is sent to the far end, where it is
+# exact, and $d$ takes the sign that this needs; all others are rounded to the nearest code.
 
 # %%
 source(q4_0.symmetric_codes)
 
 # %% [markdown]
-# On random weights (normal, standard deviation 1), over the 16 grey levels of this block:
+# On random weights (normal, standard deviation 1), over the 16 values that this block can hold (grey lines):
 
 # %%
 x = quant_table.weights()["normal"][0, :256]
 small = quantize(x[:32], "Q4_0")
-levels = float(small[:2].view("<f2")[0]) * (np.arange(16) - 8)
-weights_picture(x[:32], dequantize(small, "Q4_0"), levels[None], "A block of Q4_0")
+values = float(small[:2].view("<f2")[0]) * (np.arange(16) - 8)
+weights_picture(x[:32], dequantize(small, "Q4_0"), values[None], "A block of Q4_0")
 
 # %% [markdown]
-# What does it cost? A number that falls anywhere between two levels of distance $d$ is off by at most $d / 2$, and in the root of the
+# What does it cost? A number that falls anywhere between two values that are $d$ apart is off by at most $d / 2$, and in the root of the
 # mean square by $d / \sqrt{12}$ (Bennett 1948, "Spectra of quantized signals"). That is all there is to the error of this type, and it
 # shows its weakness: $d$ belongs to the one largest weight of 32, and all the others pay for it.
 
@@ -98,7 +98,7 @@ table(["RMS error of 262,144 normal weights", ""],
 # ## Q4_K: scales of scales
 #
 # Q4_K spends the same 4.5 bits a weight in another way. Its block has 256 weights in 8 sub-blocks of 32. Each sub-block has a scale and a
-# minimum, which are themselves only 6-bit numbers, under two 16-bit floats for the whole block. A minimum lets the levels lie where the
+# minimum, which are themselves only 6-bit numbers, under two 16-bit floats for the whole block. A minimum lets the values lie where the
 # weights are, instead of on both sides of zero.
 
 # %%
@@ -110,7 +110,7 @@ source(q4_k.restore, q4_k.unpack_scales)
 # %% [markdown]
 # A block of 144 bytes: its first 16, where all scales are, and 16 of the 128 with weights. Outlined is everything that weight 160 is made
 # of, the first of sub-block 5: both floats, its own four bits, and the scale and the minimum of its sub-block, each of which lies in two
-# pieces.
+# bytes.
 
 # %%
 large = quantize(x, "Q4_K")
@@ -123,13 +123,13 @@ table(["d", "s", "q", "dmin", "m", "(d s) q - (dmin m)", "decoder", "before"],
       [[f"{d:.6f}", s, q, f"{dmin:.6f}", m, f"{d * s * q - dmin * m:.6f}", f"{dequantize(large, 'Q4_K')[160]:.6f}", f"{x[160]:.6f}"]])
 
 # %% [markdown]
-# Two of its sub-blocks. Their levels stand at different distances and heights; the largest weight of one no longer costs the other
+# Two of its sub-blocks. Their values have different distances and offsets; the largest weight of one no longer costs the other
 # anything.
 
 # %%
 steps = np.array([[number_of(large, "Q4_K", f"s{k}"), number_of(large, "Q4_K", f"m{k}")] for k in (0, 1)])
-levels = d * steps[:, :1] * np.arange(16) - dmin * steps[:, 1:]
-weights_picture(x[:64], dequantize(large, "Q4_K")[:64], levels, "Two sub-blocks of Q4_K")
+values = d * steps[:, :1] * np.arange(16) - dmin * steps[:, 1:]
+weights_picture(x[:64], dequantize(large, "Q4_K")[:64], values, "Two sub-blocks of Q4_K")
 
 # %% [markdown]
 # Nothing says which scale, minimum and integers are best for given weights. The package searches for them
@@ -162,7 +162,7 @@ error_picture(rows)
 #
 # ## What a codebook buys, and what it costs
 #
-# Four bits can be spent on one weight at a time. With two bits there are four levels a weight, which is little; so IQ2_XXS rounds eight
+# Four bits can be spent on one weight at a time. With two bits a weight has four values, which is little; so IQ2_XXS rounds eight
 # weights together, to one of 256 vectors, and keeps eight bits of index and the signs. Here are the first four vectors:
 
 # %%
@@ -172,7 +172,7 @@ codebooks.codebook("IQ2_XXS", iq2.MAGNITUDES)[:4].astype(int)
 source(iq2.dequantize_iq2_xxs, codebooks.with_parity, codebooks.signed_steps)
 
 # %% [markdown]
-# The list must be looked up for every eight weights, at an address that the data say. That is what processors are slow at. On one
+# The list must be looked up for every eight weights, at an address that depends on the data. Processors are slow at that. On one
 # thread of an AMD EPYC with AVX-512, out of its cache, ggml multiplies so many weights a second:
 
 # %%
@@ -180,18 +180,18 @@ speed_picture(rows)
 
 # %% [markdown]
 # Decoding reads every weight once for each token, so what counts is the slower of two things: how fast the bytes come out of memory, and
-# how fast they are multiplied. The memory of that machine gives 34 GB a second, 17 to each of its two threads. Q4_K takes 4.5 bits a
+# how fast they are multiplied. The memory of that machine gives about 34 GB a second, 17 to each of its two threads. Q4_K takes 4.5 bits a
 # weight, so that 30 billion weights a second arrive at a thread, and 40 could be multiplied: the memory is what it waits for. IQ3_S takes
 # 3.44 bits, so that 40 billion could arrive, and 10 can be multiplied: it waits for the arithmetic, and with a file a quarter smaller a
-# token takes three times as long. So on a machine with few threads: a K type or, with 4 bits, IQ4_NL or IQ4_XS, whose table of 16 values
-# is one instruction. Where a model does not fit otherwise, a codebook is what there is.
+# token takes three times as long. So on a machine with few threads: with 4 bits Q4_K, IQ4_NL or IQ4_XS (whose table of 16 values
+# is one instruction), otherwise a K type. Where a model does not fit otherwise, a codebook is what is left.
 #
 # The table's third column says what this package does. It has kernels for the types that it holds with the bits of the file. All others
 # it can read: it holds them as 32-bit floats, which is simple and right, and neither small nor fast.
 
 # %% [markdown]
-# And so fast are these kernels, decoding with two threads from the memory of the same machine, Q4_0 being 1. Up to Q3_K the order is that
-# of the bits: memory is what they wait for. Q3_K and Q2_K need more arithmetic for a weight, and win less than their bits promise.
+# This is how fast these kernels are, decoding with two threads from the memory of the same machine, Q4_0 being 1. Up to Q3_K the order is
+# that of the bits: memory is what they wait for. Q3_K and Q2_K need more arithmetic for a weight, and win less than their bits promise.
 
 # %%
 kernels_picture(rows)

@@ -7,13 +7,11 @@
 # The models that this package reads in Q4_0 come from Google as "QAT" releases: the rounding took part in the last stretch of their
 # training. This notebook repeats that on a small scale, with the model family that ships with the package, against a fair opponent: the
 # same network, trained for just as long on the same text without rounding, and rounded afterwards. All trainings were done before, by
-# `python -m refimpl.tiny.training.qat`; what they found ships with the package. Reading the code needs the `train` extra (torch).
+# `python -m refimpl.tiny.training.qat`; what they found ships with the package. This notebook needs no torch; to
+# repeat the training, install the `train` extra.
 
 # %%
-import warnings
-
 import numpy as np
-import torch
 
 import refimpl
 from refimpl.files import qat_grid, recover_scales
@@ -21,24 +19,21 @@ from refimpl.formats.quants.basic import q4_0
 from refimpl.lab.explain import qat_figures
 from refimpl.lab.explain.show import source, table
 from refimpl.tiny import qat_results
-from refimpl.tiny.training import grids
-
-warnings.filterwarnings("ignore", message="IProgress not found")     # of tqdm, which transformers imports
-from refimpl.tiny.training import qat  # noqa: E402
 
 # %% [markdown]
 # ## The grid
 #
-# Q4_0 cuts every row of a matrix into blocks of 32 weights. A block stores one scale $d$ in 16 bits and a level $q$ of 4 bits for each
-# weight. The scale is chosen so that the weight of largest magnitude, with its sign, lands on the level $-8$:
+# Q4_0 cuts every row of a matrix into blocks of 32 weights. A block stores one scale $d$ in 16 bits and a code $q$ of 4 bits for each
+# weight. The scale is chosen so that the weight of largest magnitude, with its sign, gets the code $-8$:
 #
 # $$ d = \frac{x_{\max}}{-8}, \qquad q_j = \operatorname{round}(x_j / d) \in \{-8, \dots, 7\}, \qquad w_j = d\, q_j $$
 #
-# With $-4$ in place of $-8$ and the levels $-4 \dots 3$ this is a grid of 3 bits, with $-2$ one of 2 bits. Both are some of Q4_0's levels,
-# so a Q4_0 file can hold them. (Source: ggml's `quantize_row_q4_0_ref`.)
+# With $-4$ in place of $-8$ and the codes $-4 \dots 3$ this is a grid of 3 bits, with $-2$ one of 2 bits. Their codes are some of Q4_0's,
+# so a Q4_0 file can hold them. (Source: ggml's `quantize_row_q4_0_ref`.) The code of
+# the training is in torch; its source is shown without importing it.
 
 # %%
-source(grids.SignedMaximum)
+source("refimpl.tiny.training.grids.SignedMaximum")
 
 # %% [markdown]
 # One block of the model that ships, shifted off its grid a little so that there is something to round:
@@ -46,15 +41,13 @@ source(grids.SignedMaximum)
 # %%
 model = refimpl.load(backend="reference")
 matrix = model.weights.layers[0].attention.query_AD.float32()
-noisy = torch.from_numpy(matrix + np.random.default_rng(0).normal(0, 0.01, matrix.shape).astype(np.float32))
-shown = {"4 bits": grids.Q4_0, "3 bits": grids.THREE_BITS, "2 bits": grids.TWO_BITS}
-qat_figures.block_picture(noisy[0, :32].numpy(), {name: g.round(noisy)[0, :32].numpy() for name, g in shown.items()},
-                        {name: float(g.encode(noisy).scales[0][0, 0]) for name, g in shown.items()})
+noisy = matrix + np.random.default_rng(0).normal(0, 0.01, matrix.shape).astype(np.float32)
+qat_figures.block_picture(noisy[0, :32], {"4 bits": 8, "3 bits": 4, "2 bits": 2})
 
 # %% [markdown]
-# Two other grids take part. **W4A16**, in which checkpoints for GPUs are released, has levels $-8 \dots 7$ too, but a scale of
+# Two other grids take part. **W4A16**, in which checkpoints for GPUs are released, has codes $-8 \dots 7$ too, but a scale of
 # $|x|_{\max} / 7.5$ in bfloat16. **Q4_K** has a minimum besides the scale, $w = d\,s\,q - d_{\min} m$, so that
-# no level is wasted on one side.
+# no code is wasted on one side.
 #
 # ## Training through the rounding
 #
@@ -64,11 +57,11 @@ qat_figures.block_picture(noisy[0, :32].numpy(), {name: g.round(noisy)[0, :32].n
 #
 # $$ \frac{\partial L}{\partial x} := \frac{\partial L}{\partial w}\bigg|_{w = w(x)} $$
 #
-# So many small steps in one direction add up in $x$ until a level is crossed. (Learned step size quantization, Esser et al. 2020,
+# So many small steps in one direction add up in $x$ until the code changes. (Learned step size quantization, Esser et al. 2020,
 # arXiv:1902.08153, trains the scale too; here it follows from the weights in every step, because that is what the file's rule does.)
 
 # %%
-source(grids.on_grid, qat.train_branch)
+source("refimpl.tiny.training.grids.on_grid", "refimpl.tiny.training.qat.train_branch")
 
 # %% [markdown]
 # ## The comparison
@@ -77,7 +70,7 @@ source(grids.on_grid, qat.train_branch)
 # seeds for the order of the text: a float control and one training on each grid. Same batches, same number of steps, and a learning rate
 # that falls to 0 in each. The control is then rounded to every grid ("rounded"); the others end on theirs ("trained"). Measured on modules
 # of Python's library that no training has seen: bits per byte, and against the control of the same seed the mean KL divergence and how
-# often the likeliest token is the same.
+# often the most probable token is the same (top-1).
 
 # %%
 found = qat_results.results()
@@ -103,7 +96,7 @@ qat_figures.comparison_picture(found, qat_results.TITLES)
 # controls that saw the same text in another order differ much more still:
 
 # %%
-table(["compared", "KL, nats", "same favourite"],
+table(["compared", "KL, nats", "same top-1"],
       [[f"control of seed {row['seed']} and of seed 0", f"{row['kl']:.3f}", f"{row['top1']:.1%}"]
        for row in found["releases"] if row["converted"] == "control of seed 0"])
 
@@ -112,7 +105,7 @@ table(["compared", "KL, nats", "same favourite"],
 # without any training: a scale chosen by least squares in place of the rule.
 
 # %%
-table(["control to Q4_0", "bits per byte", "KL, nats", "same favourite"],
+table(["control to Q4_0", "bits per byte", "KL, nats", "same top-1"],
       [[m["converted"], f"{m['bits_per_byte']:.4f} ± {m['bits_per_byte_sd']:.4f}", f"{m['kl']:.4f} ± {m['kl_sd']:.4f}", f"{m['top1']:.1%}"]
        for m in found["releases_mean"] if m["converted"].startswith("Q4_0 by")])
 
@@ -120,7 +113,7 @@ table(["control to Q4_0", "bits per byte", "KL, nats", "same favourite"],
 # ## What the weights do meanwhile
 #
 # All weights in units of their block's scale, at five moments of the training to 2 bits, below the same of the float control. The dotted
-# lines are the borders between levels. (The spike of the largest weights at $-2$, which are there by definition, is cut off.)
+# lines are the borders between codes. (The spike of the largest weights at $-2$, which are there by definition, is cut off.)
 
 # %%
 history = found["history"]
@@ -130,18 +123,18 @@ qat_figures.histogram_pictures({"float control": history["float"]["histograms"],
 qat_figures.histogram_pictures({"float control": history["float"]["histograms"], "4 bits": history["q4_0"]["histograms"]}, "q4_0", 8)
 
 # %% [markdown]
-# The weights do **not** gather on the levels, although one might expect it. Nothing pulls a weight towards a level: the loss sees only
-# the level, and is the same for all weights between two borders. On the grid lies what is computed with, and written to the file. What
-# the training leaves behind is the opposite, and plainer where the levels are few. Here is the density of the weights at the last step,
-# divided by the float control's:
+# The weights do **not** gather on the grid points, although one might expect it. Nothing pulls a weight towards one: the loss depends on
+# the code only, and is the same for all weights between two borders. The rounded weights, with which the model computes and which the file
+# holds, are on the grid. The unrounded ones do the opposite, more clearly the fewer codes there are. Here is the density of the weights at
+# the last step, divided by the float control's:
 
 # %%
 qat_figures.density_picture({"2 bits": (history["2-bit"]["histograms"], history["float"]["histograms"], "2-bit", 2),
                            "4 bits": (history["q4_0"]["histograms"], history["float"]["histograms"], "q4_0", 8)})
 
 # %% [markdown]
-# Weights gather at the *borders*. One that would like to lie between two levels is pushed up while it counts as the lower one, and down
-# while it counts as the upper one, and so it stays where it changes sides (Nagel et al. 2022, arXiv:2203.11086, section 2, who call it
+# Weights gather at the *borders*. One that would like to lie between two grid points is pushed up while it counts as the lower one, and
+# down while it counts as the upper one, and so it stays where it changes sides (Nagel et al. 2022, arXiv:2203.11086, section 2, who call it
 # oscillation). Each change of sides is a code that flips. The codes settle only because the learning rate falls:
 
 # %%
@@ -151,18 +144,19 @@ qat_figures.flips_picture({name: history[name] for name in ("q4_k", "w4a16", "q4
 # ## From the training to a file
 #
 # The file gets the codes and scales of the last step. Rounding numbers that are on a grid a second time is not safe, and that is the trap
-# of releases that hold only the products $d\,q$ as bfloat16 numbers ("unquantized" QAT checkpoints). The rule takes the largest weight for
-# level $-8$. If the training's largest level in that block was $+7$ or $-7$, all other levels now fall between those of the new scale.
+# of releases that hold only the products $d\,q$ as bfloat16 numbers ("unquantized" QAT checkpoints). The rule gives the largest weight the
+# code $-8$. If its code in the training was $+7$ or $-7$, all other weights now fall between the grid points of the new scale.
 # Finding the scale from the numbers themselves is possible, because they are on a quantization grid:
 
 # %%
 source(recover_scales.recover_grid, recover_scales._on_grid)
 
 # %% [markdown]
-# A live example: a matrix of the built-in model on the W4A16 grid, as bfloat16 numbers. Off the grid, by the rule, and by finding the grid:
+# A live example: a matrix of the built-in model on the W4A16 grid, as bfloat16 numbers. What the conversion to Q4_0 loses by the rule, and
+# by finding the grid:
 
 # %%
-release = grids.W4A16.round(noisy).bfloat16().float().numpy()
+release = qat_figures.on_w4a16(noisy)
 distance = qat_grid.distance_of(release).described()
 table(["blocks on a grid", "lost by finding it", "lost by the rule", "weights that the rule moves"],
       [[f"{distance[key]:.2%}" for key in ("on_grid", "grid_rms", "rule_rms", "moved_by_rule")]])
@@ -178,9 +172,9 @@ qat_figures.releases_picture(found, qat_results.TITLES)
 
 # %%
 means = found["releases_mean"]
-table(["trained on", "converted", "KL, nats", "same favourite"],
+table(["trained on", "converted", "KL, nats", "same top-1"],
       [[qat_results.TITLES[m["trained"]], m["converted"], f"{m['kl']:.4f}", f"{m['top1']:.1%}"] for m in means
-       if m["converted"] in ("naive", "recover_scales")])
+       if m["converted"] in qat_results.RELEASES])
 
 # %% [markdown]
 # Grids that always put their largest weight on $-8$, $-4$ or $-2$ survive the rule, because the rule finds their scale or an exact

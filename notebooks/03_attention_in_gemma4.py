@@ -219,35 +219,35 @@ shares = attention_maps.habits(maps, ids)
 attention_maps.habits_picture(shares)
 
 # %% [markdown]
-# Head 2 of layer 1 does one thing only: it looks at the token before. The heads 1 and 2 of the full layer look *behind the same
+# Head 2 of layer 1 does one thing only: it looks at the token before. The heads 1 and 2 of the full layer look *after the same
 # token*: at what followed when the token that is looking stood here earlier. Both together are the pair that Olsson et al. 2022
-# (arXiv:2209.11895) call an induction head: one head tells every token what stood before it, the other finds the token that stood
-# behind an earlier copy, and the model can copy what came next.
+# (arXiv:2209.11895) call an induction head: one head gives every token the token before it, the other finds the token that
+# came after an earlier copy, and the model can copy it.
 #
-# Three looks in detail. The token with the red ground looks; the darker the blue, the more weight a token gets. First, a newline in
+# Three examples. The token on red is the query; the darker the blue, the more weight a token gets. First, a newline in
 # layer 1, head 1: it looks at the spaces that began its line, and the next thing to write are the spaces of the next line.
 
 # %%
-pieces = [model.tokenizer.decode([token], special=True) for token in ids]
-newline = pieces.index(":", 100) + 1
-attention_maps.look_picture(pieces, maps[1][1, newline], newline)
+tokens = [model.tokenizer.decode([token], special=True) for token in ids]
+newline = tokens.index(":", 100) + 1
+attention_maps.look_picture(tokens, maps[1][1, newline], newline)
 
 # %% [markdown]
 # Layer 4, head 0, at the quotes that open a docstring: the name of the function.
 
 # %%
-quotes = pieces.index("pop") + pieces[pieces.index("pop"):].index('"""')
-attention_maps.look_picture(pieces, maps[4][0, quotes], quotes)
+quotes = tokens.index("pop") + tokens[tokens.index("pop"):].index('"""')
+attention_maps.look_picture(tokens, maps[4][0, quotes], quotes)
 
 # %% [markdown]
 # The full layer, head 3, at the second `new`: what followed the first one. It is further back than the window of the other layers
 # reaches.
 
 # %%
-new = pieces.index("new", pieces.index("new") + 1)
-attention_maps.look_picture(pieces, maps[5][3, new], new)
+new = tokens.index("new", tokens.index("new") + 1)
+attention_maps.look_picture(tokens, maps[5][3, new], new)
 
 # %%
 best = int(maps[5][3, new].argmax())
 table(["token", "looks most at", "tokens back", "its weight", "the model's next token"],
-      [[pieces[new], pieces[best], new - best, f"{maps[5][3, new, best]:.2f}", model.tokenizer.decode([int(logits[new].argmax())])]])
+      [[tokens[new], tokens[best], new - best, f"{maps[5][3, new, best]:.2f}", model.tokenizer.decode([int(logits[new].argmax())])]])

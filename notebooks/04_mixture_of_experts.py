@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 4. A mixture of experts
 #
-# **The 26B-A4B has 25 thousand million weights. Why does a token read only a sixth of them, who chooses which, and when does that
+# **The 26B-A4B has 26 billion weights. Why does a token read only a sixth of them, who chooses which, and when does that
 # stop being cheap?**
 #
 # In every layer of this model the feed-forward network is split: a small dense one, which every token uses, and 128 *experts*,
@@ -37,7 +37,7 @@ from refimpl.tiny.evaluate import model_bits
 source(moe.route, moe.run_experts)
 
 # %% [markdown]
-# Around them: the router reads the residual stream behind a norm without a weight, the experts read it behind a norm of their own,
+# Around them: the router reads the residual stream after a norm without a weight, the experts after a norm of their own,
 # the dense network runs beside them, and both results are normalised before they are added.
 
 # %%
@@ -47,7 +47,7 @@ source(gemma4.moe_ffn)
 # ## Real choices
 #
 # The text: 256 tokens from the middle of every longer file of Python's own library that was held out when the model was trained.
-# `tap` hands out what the routers decided.
+# `tap` reports what the routers decided.
 
 # %%
 source(experts.tapped, experts.route)
@@ -57,7 +57,7 @@ model = refimpl.load(threads=1)
 passages = [experts.passage(model, text, 256) for text in read_corpus().heldout.values() if len(text) > 6000]
 texts = [part.ids for part in passages]
 kinds = np.concatenate([part.kind_T for part in passages])
-pieces = [piece for part in passages for piece in part.pieces]
+chunks = [chunk for part in passages for chunk in part.chunks]
 routes = experts.route(model, texts)
 n_layer, n_tok, n_used = routes.id_LTX.shape
 n_expert = routes.logit_LTE.shape[-1]
@@ -77,15 +77,15 @@ shares = {f"layer {i}": experts.share_by_kind(routes.id_LTX[i], kinds, n_expert)
 experts.kinds_picture(shares, kinds)
 
 # %% [markdown]
-# A column is an expert, a row a kind of token (in brackets how many there are). Nobody told the router what a keyword is, and yet the
+# A column is an expert, a row a kind of token (in brackets how many there are). The router was never taught what a keyword is, and yet the
 # bright blocks along the diagonal are experts that one kind of token visits far more often than the others do. (A row of few tokens
 # is noisy.) The choice is made from the state of the token, so it is about words more than about kinds. For each kind, the expert of
 # layer 2 that prefers it most (of those with at least 25 of its tokens), and what goes through it most often:
 
 # %% tags=["text"]
-table(["kind", "expert", "times as often as any token", "commonest tokens"],
-      [[kind, expert, f"{times:.1f}", " ".join(f"`{piece!r}`" for piece in common)]
-       for kind, expert, times, common in experts.specialists(routes.id_LTX[2], kinds, pieces, n_expert, 25)])
+table(["kind", "expert", "times as often as any token", "most frequent tokens"],
+      [[kind, expert, f"{times:.1f}", " ".join(f"`{token!r}`" for token in common)]
+       for kind, expert, times, common in experts.specialists(routes.id_LTX[2], kinds, chunks, n_expert, 25)])
 
 # %% [markdown]
 # ## Is the work shared evenly?
@@ -125,7 +125,7 @@ table(["expert", *range(1, n_used + 1)], [["share of the weight", *(f"{100 * sha
 # What would change if the router chose fewer, or more? Nothing has to be trained for that: the sum just has fewer members, and the
 # weights are divided by their new sum. Left, the probability that the first $k$ experts hold before that division; in the middle, how
 # far the experts' output of a layer is from that with 8 (mean over tokens, the band from the best to the worst layer); right, what
-# the whole model then needs to say the text, in bits per token: less is better.
+# the whole model then needs for the text, in bits per token: less is better.
 
 # %%
 source(experts.with_used, experts.shortened_error)
@@ -133,8 +133,8 @@ source(experts.with_used, experts.shortened_error)
 # %% tags=["text"]
 counts = [1, 2, 3, 4, 6, 8, 16, 32]
 error = experts.shortened_error(model, texts, counts)
-n_said = sum(len(ids) - 1 for ids in texts)
-bits = [sum(model_bits(experts.with_used(model, k), ids) for ids in texts) / n_said for k in counts]
+n_scored = sum(len(ids) - 1 for ids in texts)
+bits = [sum(model_bits(experts.with_used(model, k), ids) for ids in texts) / n_scored for k in counts]
 experts.fewer_picture(routes.probability_LTE, n_used, counts, error, bits)
 
 # %% tags=["text"]
@@ -169,7 +169,7 @@ table(["", "GB per token", "times the 26B-A4B"],
 # %% [markdown]
 # ## When it stops being cheap: several rows at once
 #
-# A dense model reads the same weights for one row as for five, so that checking four drafts costs little more than writing one token
+# A dense model reads the same weights for one row as for five, so that verifying four draft tokens costs little more than writing one token
 # (notebook 5). Experts are different: every row picks its own. If $n$ rows chose 8 of 128 evenly and independently, an expert would
 # be missed by all of them with probability $(1 - 8/128)^n$, and they would need
 #
@@ -193,7 +193,9 @@ table(["rows", *rows], [
 
 # %% [markdown]
 # Neighbours share experts, because they are about the same thing. Tokens from anywhere share hardly more than chance makes them, and
-# that little comes from the uneven load. So the formula is an upper estimate, and for the few rows of a draft a close one. With it, a
+# that little comes from the uneven load. So the formula is an upper estimate, and for the few rows of a draft
+# a close one (this is a small trained model; the measurements in `refimpl/lab/bench/README.md` take tokens from anywhere, the formula's
+# case). With it, a
 # call of $n$ rows of the true shapes reads this many bytes of weights, as a multiple of what one row reads:
 
 # %%
@@ -202,5 +204,5 @@ table(["rows in a call", 1, 2, 3, 4, 5, 9],
        for name in ("26B-A4B", "12B", "31B")])
 
 # %% [markdown]
-# As far as reading goes, a dense model verifies drafts for free; the 26B-A4B pays for every one. That is why drafting helps it less
+# As far as reading goes, a dense model verifies draft tokens for free; the 26B-A4B pays for every one. That is why drafting helps it less
 # (notebook 5).

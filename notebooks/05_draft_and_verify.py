@@ -5,7 +5,7 @@
 #
 # Writing a token means reading all the weights that it uses. Checking five tokens at once means reading them once (notebook 4 shows
 # what experts change about that). So a small *drafter* proposes the next few tokens, and the large *target* runs all of them in one
-# call. Where it would have chosen the same, the proposals stand; at the first difference its own choice is taken and the rest is
+# call. Where it would have chosen the same, the proposals are kept; at the first difference its own choice is taken and the rest is
 # thrown away. The target here is the small model that ships with the package, the drafter the one that was trained for it.
 
 # %%
@@ -20,15 +20,15 @@ from refimpl.lab.explain.weight_traffic import drafter_bytes, read_bytes
 # %% [markdown]
 # ## The loop
 #
-# A round is: draft $k$ tokens, run the latest token and all drafts through the target, let it choose behind each of these $k + 1$
-# rows, keep the choices up to the first one that is not the draft. So a round gives at least 1 token, and at most $k + 1$. Rows that
-# do not count are never committed to the cache.
+# A round is: draft $k$ tokens, run the latest token and all draft tokens through the target, let it choose after each of these $k + 1$
+# rows, keep the choices up to the first one that differs from the draft token. So a round gives at least 1 token, and at most $k + 1$.
+# Rows after the first difference are never committed to the cache.
 
 # %%
 source(speculative.accept, speculative.speculative)
 
 # %% [markdown]
-# A draft itself is greedy: the drafter's likeliest token, then the likeliest behind that one. It reads the keys and values of the
+# Drafting is greedy: the drafter's most probable token, then the most probable one after that. The drafter reads the keys and values of the
 # target, so it starts each round from what the target knows.
 
 # %%
@@ -37,7 +37,7 @@ source(drafter.Drafter.draft)
 # %% [markdown]
 # ## One text, round by round
 #
-# `decide` in the loop above is where this notebook looks in: what follows was recorded by the real loop.
+# The loop above yields its rounds; all that follows is taken from them.
 
 # %%
 source(drafting.run)
@@ -52,21 +52,21 @@ drafted = drafting.run(model, prompt, 56, small, draft_length.FixedDraftLength(4
 drafting.rounds_picture(model.tokenizer, drafted.rounds)
 
 # %% [markdown]
-# Every line is a round of 4 drafts (the last is cut short where the text ends). Green drafts were accepted; behind them stands the
-# target's own token, which replaces a red draft or follows four green ones. Dots are spaces, arrows newlines. The same as a text:
+# Every line is a round of 4 draft tokens (the last is cut short where the text ends). Green ones were accepted; after them comes the
+# target's own token, which replaces a red one or follows four green ones. Dots are spaces, arrows newlines. The same as a text:
 
 # %%
 drafting.authors_picture(model.tokenizer, prompt, drafted)
 
 # %%
 n_accepted = sum(r.n_accepted for r in drafted.rounds)
-table(["tokens", "calls of the target", "accepted drafts", "drafts made"],
+table(["tokens", "calls of the target", "accepted draft tokens", "draft tokens made"],
       [[len(drafted.ids), len(drafted.rounds), n_accepted, sum(len(r.drafted) for r in drafted.rounds)]])
 
 # %% [markdown]
 # ## Why the text is the same
 #
-# The target's choice behind an accepted draft is made from the same tokens as without a drafter. What is left is arithmetic: does a
+# The target's choice after an accepted draft token is made from the same tokens as without a drafter. What is left is arithmetic: does a
 # row give the same logits in a call of five rows as in a call of one? Here yes, to the last bit, because no sum depends on how many
 # rows are computed together. And the sampler draws one random number for each token that is emitted, as it does without a drafter, so
 # sampled text is the same as well. Leviathan et al. 2023 (arXiv:2211.17192, section 2.3) accept by a ratio of probabilities, which
@@ -90,9 +90,10 @@ drafting.authors_picture(model.tokenizer, prompt, drafted_warm)
 # %% [markdown]
 # ## How many are accepted
 #
-# Six beginnings of Python code, 64 tokens behind each, greedy and at temperature 0.7, with 1 to 8 drafts in a round. `acceptance`
-# gives $a_i$, the share of rounds in which the drafts 1 to $i$ were all accepted, and $\alpha$, the share of accepted ones among all
-# drafts that were judged.
+# Six beginnings of Python code, 64 tokens after each, greedy and at temperature 0.7, with 1 to 8 draft tokens in a round.
+# `acceptance` gives $a_i$, the share of rounds in which draft tokens 1 to $i$ were all accepted, and $\alpha$, the share of accepted ones
+# among all that were judged. (The model card, `refimpl/tiny/README.md`, has the same for 120 prompts of held-out modules: other texts,
+# slightly other figures.)
 
 # %%
 source(drafting.acceptance)
@@ -107,49 +108,49 @@ beginnings = [
     'def main():\n    parser = argparse.ArgumentParser(description=__doc__)\n']
 prompts = [model.tokenizer.encode(text) for text in beginnings]
 ways = {"greedy": {}, "temperature 0.7": warm}
-depths = [1, 2, 3, 4, 6, 8]
+lengths = [1, 2, 3, 4, 6, 8]
 found = {way: {k: [r for ids in prompts
-                   for r in drafting.run(model, ids, 64, small, draft_length.FixedDraftLength(k), **options).rounds] for k in depths}
+                   for r in drafting.run(model, ids, 64, small, draft_length.FixedDraftLength(k), **options).rounds] for k in lengths}
          for way, options in ways.items()}
 chances, alphas = ({way: drafting.acceptance(found[way][8], 8)[part] for way in ways} for part in (0, 1))
 drafting.acceptance_picture(chances, alphas)
 
 # %% [markdown]
-# Dashed, what would follow if every draft were accepted with the same probability $\alpha$, whatever came before. Real acceptance is
+# Dashed, what would follow if every draft token were accepted with the same probability $\alpha$, whatever came before. Real acceptance is
 # not like that: some places are easy and others are hard, and a round that has come far is in an easy place.
 #
 # ## Tokens a round
 #
-# With independent drafts of one and the same $\alpha$, the expected number of tokens in a round of $k$ drafts is
+# With independent draft tokens of the same $\alpha$, the expected number of tokens in a round of $k$ of them is
 #
 # $$ E = 1 + \alpha + \alpha^2 + \dots + \alpha^k = \frac{1 - \alpha^{k+1}}{1 - \alpha} $$
 #
 # (Leviathan et al. 2023, section 3.1, equation 1). Without that assumption it is $E = 1 + a_1 + a_2 + \dots + a_k$, which is no more
-# than counting: a round gives one token of the target, and draft $i$ if the first $i$ were all accepted.
+# than counting: a round gives one token of the target, and draft token $i$ if the first $i$ were all accepted.
 
 # %%
 source(drafting.expected_tokens)
 
 # %%
-measured = {way: {k: drafting.tokens_per_round(found[way][k], k) for k in depths} for way in ways}
-formula = {way: {k: drafting.expected_tokens(drafting.acceptance(found[way][k], k)[1], k) for k in depths} for way in ways}
-foretold = {way: {k: 1 + sum(chances[way][:k]) for k in depths} for way in ways}
-drafting.tokens_picture(measured, formula, foretold)
+measured = {way: {k: drafting.tokens_per_round(found[way][k], k) for k in lengths} for way in ways}
+formula = {way: {k: drafting.expected_tokens(drafting.acceptance(found[way][k], k)[1], k) for k in lengths} for way in ways}
+predicted = {way: {k: 1 + sum(chances[way][:k]) for k in lengths} for way in ways}
+drafting.tokens_picture(measured, formula, predicted)
 
 # %%
-counted = {way: {k: 1 + sum(drafting.acceptance(found[way][k], k)[0]) for k in depths} for way in ways}
-table(["tokens a round, drafts:", *depths],
-      [[f"{way}: {name}", *(f"{values[way][k]:.2f}" for k in depths)] for way in ways
+counted = {way: {k: 1 + sum(drafting.acceptance(found[way][k], k)[0]) for k in lengths} for way in ways}
+table(["tokens a round, draft length:", *lengths],
+      [[f"{way}: {name}", *(f"{values[way][k]:.2f}" for k in lengths)] for way in ways
        for name, values in (("measured", measured), ("1 + a_1 + ... of the same rounds", counted), ("equation 1", formula))])
 
 # %% [markdown]
 # The sum is exact for the rounds it was counted in. It is not for rounds of another length (dotted in the picture): longer rounds
-# begin more often just behind a difference, where the text is hard to foresee, and so have other $a_i$. That is why `auto` goes on
+# begin more often just after a difference, where the text is hard to predict, and so have other $a_i$. That is why `auto` goes on
 # measuring while it drafts.
 #
 # ## When it does not pay
 #
-# A round of $k$ drafts costs $k$ steps of the drafter and one call of $k + 1$ rows. Plain decoding gets one token for a call of one
+# A round of $k$ draft tokens costs $k$ steps of the drafter and one call of $k + 1$ rows. Plain decoding gets one token for a call of one
 # row. So
 #
 # $$ \text{rate}(k) = \frac{1 + a_1 + \dots + a_k}{\text{verify}(k) + k \cdot \text{draft}} $$
@@ -174,16 +175,16 @@ curves = chances | {"never right": [0.0] * 8}
 drafting.costs_picture(cost, curves)
 
 # %% tags=["machine"]
-table(["", "best number of drafts", "tokens a second, plain", "tokens a second, best"],
+table(["", "best draft length", "tokens a second, plain", "tokens a second, best"],
       [[way, drafting.best(cost.verify, cost.draft, accepted), f"{1 / cost.verify[0]:.0f}",
         f"{max(drafting.rates(cost.verify, cost.draft, accepted)):.0f}"] for way, accepted in curves.items()])
 
 # %% [markdown]
-# A ring marks the best depth of each curve. `--draft-max auto` works it out while it writes. Below, how many tokens it drafted in
-# each round, with the trained drafter, and with a stubborn one that always proposes the same token. It begins with three rounds
-# without drafts and three with one, to learn both costs; then it drafts what pays, and now and then one more, to see whether that has
-# changed. While nothing pays, it asks the drafter so rarely that all its questions together cost half a percent of the time.
-# (`Charged`: every round costs what was measured above, so that other programs on the machine do not blur the picture.)
+# A ring marks the best draft length of each curve. `--draft-max auto` finds it while it writes. Below, how many tokens it drafted in each
+# round, with the trained drafter, and with a stubborn one that always proposes the same token. It begins with three rounds without a draft
+# token and three with one, to learn both costs; then it drafts what pays, and now and then one more, to see whether that has changed. While
+# nothing pays, it tries the drafter so rarely that all trials together cost half a percent of the time. (`Charged`: every round costs what
+# was measured above, so that other programs on the machine do not blur the picture.)
 
 # %%
 source(drafting.Charged, drafting.Stubborn)
@@ -192,7 +193,7 @@ source(drafting.Charged, drafting.Stubborn)
 stubborn = drafting.Stubborn(small, token=model.tokenizer.bos)
 chosen = {"the trained drafter": drafting.run(model, prompt, 128, small, drafting.Charged(cost)),
           "a drafter that is never right": drafting.run(model, prompt, 128, stubborn, drafting.Charged(cost))}
-drafting.depths_picture(chosen)
+drafting.lengths_picture(chosen)
 
 # %%
 again = drafting.run(model, prompt, 128)
@@ -204,7 +205,8 @@ table(["", "text the same as without"], [[name, run.ids == again.ids] for name, 
 # This model is so small that much of its time is not spent on reading weights. The large ones are bound by it, so that the bytes that
 # a call reads stand for its time: an estimate, which leaves out everything else. The acceptance is what users of the real drafters
 # reported, for the 31B on code (.92 .79 .68 .59, two RTX 3090, club-3090 pull request 68) and for the 26B-A4B (.84 .60 .39 .27, DGX
-# Spark, spark-vllm-docker number 343); for the 12B the 31B's is assumed.
+# Spark, spark-vllm-docker number 343); for the 12B the 31B's is assumed. (The simulations in
+# `refimpl/lab/bench/README.md` take 0.9 for each draft token of the 12B and the 31B instead.)
 
 # %%
 source(read_bytes, drafter_bytes)
@@ -217,10 +219,10 @@ gains = {name: [verify[name][0] * rate for rate in drafting.rates(verify[name], 
 drafting.gains_picture(gains)
 
 # %%
-table(["drafts", *range(5), "a step of the drafter reads, of what a token reads"],
+table(["draft tokens", *range(5), "a step of the drafter reads, of what a token reads"],
       [[name, *(f"{ratio:.2f}" for ratio in gains[name]), f"{100 * drafter_bytes(name) / verify[name][0]:.0f} %"] for name in gains])
 
 # %% [markdown]
-# The dense models gain with every draft. In the mixture of experts each further row brings its own experts to read, and the drafter
-# is large beside what a token reads, so that a draft must be accepted often to pay for itself. With an acceptance of 0 nothing ever
+# The dense models gain with every draft token. In the mixture of experts each further row brings its own experts to read, and the drafter
+# is large beside what a token reads, so that a draft token must be accepted often to pay for itself. With an acceptance of 0 nothing ever
 # pays.

@@ -38,9 +38,9 @@ def routes(model, passages):
 
 def test_kinds_of_letters():
     text = 'if x1 == 25:  # "no" if\n    s = f"is {y} in" \'a\'\n'
-    pieces = ["if ", "x", "1", " ==", " ", "25", ":", "  ", "# ", '"no" ', "if\n", "    ", "s ", "= ", 'f"', "is", "\n"]
-    pieces[-1:] = [" {", "y", "} ", "in", '" ', "'a", "'\n"]
-    kinds = [KINDS[kind] for kind in kinds_of(text, pieces)]
+    chunks = ["if ", "x", "1", " ==", " ", "25", ":", "  ", "# ", '"no" ', "if\n", "    ", "s ", "= ", 'f"', "is", "\n"]
+    chunks[-1:] = [" {", "y", "} ", "in", '" ', "'a", "'\n"]
+    kinds = [KINDS[kind] for kind in kinds_of(text, chunks)]
     assert kinds[:16] == ["keyword", "name", "name", "operator", "space", "number", "operator", "space", "comment", "comment", "comment",
                           "space", "name", "operator", "string", "string"]
     assert kinds[-2:] == ["string", "string"]
@@ -51,10 +51,10 @@ def test_kinds_of_letters():
 def test_a_passage_lies_in_the_middle(model):
     text = "".join(f"x{i} = {i}\n" for i in range(200))
     part = passage(model, text, 100)
-    assert len(part.ids) == 101 and len(part.pieces) == len(part.kind_T) == 100 and part.ids[0] == model.tokenizer.bos
-    at = text.index("".join(part.pieces))
-    assert 0.4 < (at + len("".join(part.pieces)) / 2) / len(text) < 0.6
-    assert len(passage(model, "x = 1\n", 100).pieces) == len(model.tokenizer.encode("x = 1\n")) - 1
+    assert len(part.ids) == 101 and len(part.chunks) == len(part.kind_T) == 100 and part.ids[0] == model.tokenizer.bos
+    at = text.index("".join(part.chunks))
+    assert 0.4 < (at + len("".join(part.chunks)) / 2) / len(text) < 0.6
+    assert len(passage(model, "x = 1\n", 100).chunks) == len(model.tokenizer.encode("x = 1\n")) - 1
 
 
 def test_routes_are_what_the_routers_did_over_several_calls(model):
@@ -76,8 +76,8 @@ def test_shares_and_load_count_every_pick(routes, passages):
     np.testing.assert_allclose(share[present].sum(axis=1), 8)
     assert picks(routes.id_LTX[0], 128).sum() == routes.id_LTX[0].size
     assert experts.load(routes.id_LTX[0], 128).mean() == pytest.approx(1)
-    pieces = [piece for part in passages for piece in part.pieces]
-    kind, expert, times, _ = experts.specialists(routes.id_LTX[2], kind_T, pieces, 128, 10)[0]
+    chunks = [chunk for part in passages for chunk in part.chunks]
+    kind, expert, times, _ = experts.specialists(routes.id_LTX[2], kind_T, chunks, 128, 10)[0]
     assert kind == "keyword" and times == pytest.approx(share_by_kind(routes.id_LTX[2], kind_T, 128)[0, expert]
                                                         / picks(routes.id_LTX[2], 128)[:, expert].mean())
 

@@ -29,7 +29,7 @@ def test_weights_times_values_are_the_output(n_keys):
 
 @pytest.fixture(scope="module")
 def looked():
-    """(model, ids, pieces, maps) of the code in the notebook."""
+    """(model, ids, tokens, maps) of the code in the notebook."""
     nodes = ast.walk(ast.parse(NOTEBOOK.read_text()))
     code = next(node.value.value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code")
     model = load(threads=1)
@@ -67,19 +67,19 @@ def test_habits_of_made_up_heads():
 
 
 def test_what_the_notebook_says_of_the_heads(looked):
-    model, ids, pieces, maps = looked
+    model, ids, tokens, maps = looked
     share = {habit: habits(maps, ids)[:, :, i] for i, habit in enumerate(HABITS)}
     assert share["the one before"][1, 2] > 0.8                                          # "does one thing only"
     after = share["after the same token"]
     assert sorted(np.argsort(after, axis=None)[-2:]) == [5 * 4 + 1, 5 * 4 + 2] and after[5, 1:3].min() > 0.15
     assert share["<bos>"][5].max() > 0.4                                                # the sink
-    newline = pieces.index(":", 100) + 1
-    assert pieces[newline] == "\n" and pieces[int(maps[1][1, newline].argmax())].isspace()
-    assert pieces[int(maps[1][1, newline].argmax()) - 1].endswith("\n")                # the spaces that began its line
+    newline = tokens.index(":", 100) + 1
+    assert tokens[newline] == "\n" and tokens[int(maps[1][1, newline].argmax())].isspace()
+    assert tokens[int(maps[1][1, newline].argmax()) - 1].endswith("\n")                # the spaces that began its line
     assert model.tokenizer.decode([int(model.logits(ids)[newline].argmax())]).isspace()
-    quotes = pieces.index("pop") + pieces[pieces.index("pop"):].index('"""')
-    assert pieces[int(maps[4][0, quotes].argmax())] == "pop"
-    new = pieces.index("new", pieces.index("new") + 1)
+    quotes = tokens.index("pop") + tokens[tokens.index("pop"):].index('"""')
+    assert tokens[int(maps[4][0, quotes].argmax())] == "pop"
+    new = tokens.index("new", tokens.index("new") + 1)
     best = int(maps[5][3, new].argmax())
-    assert (pieces[best - 1], pieces[best]) == ("new", "est") and new - best > 64
+    assert (tokens[best - 1], tokens[best]) == ("new", "est") and new - best > 64
     assert model.tokenizer.decode([int(model.logits(ids)[new].argmax())]) == "est"

@@ -15,6 +15,8 @@ import pytest
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notebooks"))
 import build  # noqa: E402  (a script, no package)
 
+from refimpl.lab.explain import show  # noqa: E402
+
 SOURCES = build.sources()
 MOST_BYTES = 600_000
 FAST = ("01", "03")
@@ -82,6 +84,19 @@ def test_what_it_uses_of_the_package_exists(source):
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             assert hasattr(modules[node.value.id], node.attr), f"{modules[node.value.id].__name__} has no {node.attr}"
+
+
+@notebooks
+def test_it_needs_no_torch(source):
+    """Nobody installs gigabytes to read a notebook. What it shows by name, without importing it, exists."""
+    for cell in build.read(source).cells:
+        for node in ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ():
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)] if isinstance(node, ast.ImportFrom) else []
+            assert not [m for m in modules if m.startswith(("torch", "transformers", "refimpl.tiny.training"))], cell.source
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "source":
+                for name in (part.value for part in node.args if isinstance(part, ast.Constant)):
+                    assert show.source(name).data
 
 
 @pytest.mark.parametrize("source", [pytest.param(source, marks=() if source.stem.startswith(FAST) else pytest.mark.exhaustive,

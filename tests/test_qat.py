@@ -13,6 +13,7 @@ from refimpl.formats.gguf_writer import write_gguf
 from refimpl.formats.quants.blocks import BLOCKS, bytes_of, fields_of, pack
 from refimpl.formats.quants.codecs import dequantize
 from refimpl.formats.quants.k.q4_k import pack_scales
+from refimpl.lab.explain import qat_figures
 from refimpl.loading.hf_names import gguf_metadata, gguf_name
 from refimpl.loading.model import BUILT_IN
 from refimpl.tiny import corpus, qat_results
@@ -75,11 +76,20 @@ def test_grids_of_fewer_bits_are_rounded_to_nearest(grid, n_codes):
     assert codes.q.min() == -grid.half and codes.q.max() == grid.half - 1 and len(codes.q.unique()) == n_codes
     every = torch.arange(-grid.half, grid.half)[:, None, None] * d
     nearest = (every - blocks).abs().amin(0)
-    # float32's scale chooses the level, float16's is stored: a weight half-way between two may fall to the other side
+    # float32's scale chooses the code, float16's is stored: a weight half-way between two may fall to the other side
     assert ((grid.decode(codes) - blocks).abs() <= nearest + grid.half * (d.abs() * 2.0 ** -10 + 2.0 ** -24)).all()
     fields = fields_of(qat_export.q4_0_bytes(w, grid), BLOCKS["Q4_0"])
     assert np.array_equal(fields["d"].reshape(-1), codes.scales[0].numpy()[:, 0])
     assert same_bits(dequantize(qat_export.q4_0_bytes(w, grid), "Q4_0"), grid.round(w))
+
+
+@pytest.mark.parametrize("grid", [grids.Q4_0, grids.THREE_BITS, grids.TWO_BITS], ids=lambda grid: grid.name)
+def test_the_notebook_rounds_as_the_training_does(grid):
+    """Without torch."""
+    w = weights(64, 96)
+    rounded, d = qat_figures.on_signed_maximum(w.numpy(), grid.half)
+    assert same_bits(rounded, grid.round(w)) and same_bits(d, grid.encode(w).scales[0].float()[:, 0])
+    assert same_bits(qat_figures.on_w4a16(w.numpy()), grids.W4A16.round(w))
 
 
 def test_w4a16_is_what_compressed_tensors_reads():
@@ -204,7 +214,7 @@ def test_a_run_is_resumed_and_its_branches_see_the_same_batches(model, tokenizer
         qat.main([*command[:-1], "2"])
     qat_release.main(["--out", str(out)])
     found = qat_results.gather(out)
-    assert {row["converted"] for row in found["releases"]} == {"naive", "lattice", qat_release.RULE, qat_release.LEAST_SQUARES}
+    assert {row["converted"] for row in found["releases"]} == {*qat_results.RELEASES, qat_release.RULE, qat_release.LEAST_SQUARES}
     assert found["against"][0]["grid"] == "2-bit" and "2 bits, trained" in qat_results.as_text(found)
 
 
@@ -220,7 +230,7 @@ def test_the_results_that_ship_agree_with_their_rows():
     against = {entry["grid"]: entry for entry in found["against"]}
     assert all(x < 0 for grid in ("2-bit", "3-bit") for x in against[grid]["difference"]), "with few bits training on the grid helps"
     releases = {(m["trained"], m["converted"]): m for m in found["releases_mean"]}
-    assert releases["w4a16", "naive"]["kl"] > 5 * releases["w4a16", "lattice"]["kl"]
+    assert releases["w4a16", "absmax"]["kl"] > 5 * releases["w4a16", "recovered"]["kl"]
     assert Path(qat_results.FILE).stat().st_size < 100_000
     text = qat_results.as_text(found)
     assert "Q4_0, 2 bits, trained" in text and "W4A16" in text

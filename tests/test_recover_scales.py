@@ -184,7 +184,7 @@ def test_grid_on_the_command_line(released, tmp_path, capsys):
     write_gguf(tmp_path / "q.gguf", {"general.architecture": "gemma4"}, [("a.weight", "Q4_0", quantize(np.ones((2, 64), F32), "Q4_0"))])
     with pytest.raises(ValueError, match="no float matrix.*only Q4_0; give a file in F32"):
         app(["inspect", "--grid", "-m", str(tmp_path / "q.gguf")], standalone_mode=False)
-    with pytest.raises(Exception, match="--grid wants a file of float weights"):
+    with pytest.raises(Exception, match="--grid needs a file of float weights"):
         app(["inspect", "--grid"], standalone_mode=False)
 
 

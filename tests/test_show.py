@@ -30,6 +30,18 @@ def test_source_of_a_method_is_not_indented_and_of_a_kernel_is_python():
     assert "def route(" in source(route).data
 
 
+def test_source_by_name_is_the_same_and_imports_nothing():
+    name = "refimpl.lab.explain.cache_memory"
+    from refimpl.lab.explain import cache_memory
+    function = next(value for value in vars(cache_memory).values() if getattr(value, "__module__", "") == name)
+    assert source(f"{name}.{function.__name__}").data == source(function).data
+    with pytest.raises(ValueError, match="^refimpl.model.cache has no nothing$"):
+        source("refimpl.model.cache.nothing")
+    code = "import sys; from refimpl.lab.explain.show import source; print(source('refimpl.tiny.training.grids.on_grid').data[-9:]); "
+    code += "print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith("\n```\nFalse\n")
+
+
 def test_a_table_keeps_its_columns():
     assert table(["a", "b"], [["x|y", 1]]).data == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
 

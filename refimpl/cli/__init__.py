@@ -1,7 +1,7 @@
 """The command line: arguments in, text out. The only room that prints text for people; may import everything but tiny.training.
 
-Text goes to standard output; progress, timings and complaints to standard error. Exit status: 0, 1 for a failure (one line says what),
-2 for wrong usage, 130 after Ctrl-C.
+Text goes to standard output; progress, timings and errors to standard error. Exit status: 0; 1 for a failure, explained in one line; 2 for
+wrong usage; 130 after Ctrl-C.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from refimpl.cli.app import Failure, abandon_output, app, errors, write
 
 
 @app.callback(invoke_without_command=True)
-def _root(context: typer.Context, version: Annotated[bool, typer.Option("-V", "--version", help="print the version and stop")] = False):
+def _root(context: typer.Context, version: Annotated[bool, typer.Option("-V", "--version", help="print the version and exit")] = False):
     if version:
         import refimpl
 
@@ -34,7 +34,7 @@ def main():
 
 
 def status(args: list[str] | None = None) -> int:
-    """Runs `refimpl ARGS`, by default those of this process. Returns the exit status; whatever goes wrong is one line on standard error."""
+    """Runs `refimpl ARGS` (default: those of this process). Returns the exit status; an error is one line on standard error."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place: errors.print(f"note: {message}")
         try:
@@ -53,9 +53,9 @@ def status(args: list[str] | None = None) -> int:
 
 
 def complain(e: Exception, as_json: bool = False) -> int:
-    """One line for an error, and a JSON object on standard output if the command was to write one. Returns the exit status.
+    """Prints an error as one line, and as a JSON object on standard output if asked for. Returns the exit status.
 
-    An error that no part of refimpl means to raise keeps its traceback.
+    An unexpected error keeps its traceback.
     """
     from refimpl.formats.gguf import GGUFError
     from refimpl.model.cache import ContextFull

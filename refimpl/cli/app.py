@@ -1,4 +1,4 @@
-"""What all commands share: the options that several have, output, progress, loading."""
+"""Shared by all commands: common options, output, progress, loading."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ class Commands(TyperGroup):
     """The commands in the order of use."""
 
     def list_commands(self, ctx):
-        """Names, as --help lists them."""
+        """Their names, in the order of --help."""
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
@@ -37,7 +37,7 @@ class Command(TyperCommand):
     """A command that also takes llama.cpp's options."""
 
     def parse_args(self, ctx, args):
-        """The arguments, after llama.cpp's own are dealt with."""
+        """Parses the arguments, after llama.cpp's own are removed."""
         takes_value = {name: not (option.is_flag or option.count) for option in self.params if option.param_type_name == "option"
                        for name in (*option.opts, *option.secondary_opts)} | dict.fromkeys(ctx.help_option_names, False)
         try:
@@ -54,7 +54,7 @@ class _App(typer.Typer):
 
 app = _App(cls=Commands, pretty_exceptions_enable=False, rich_markup_mode=None, epilog=EXAMPLES,
            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-           help="Gemma 4 inference from scratch, readable and checked. Without a model: the small one that ships.")
+           help="Gemma 4 inference from scratch, readable and checked. Without -m: the small built-in model.")
 
 MODEL = "GGUF file (of a split one the first part), Hugging Face directory, or hf:owner/name[@revision][:type or file] to download one"
 Positional = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="the model, another way to give -m")]
@@ -76,11 +76,11 @@ BackendName = Annotated[str, typer.Option("--backend", help="kernels: compiled, 
 Seed = Annotated[int, typer.Option("-s", "--seed", min=0, help="same seed, same text")]
 Draft = Annotated[str | None, typer.Option("--draft", "-md", "--model-draft", show_default=False, help="the model's drafter (file, "
                                            "directory or hf:...): faster, same text; none: without one (default: the built-in model's)")]
-DraftMax = Annotated[str, typer.Option("--draft-max", "--draft-n", help="draft tokens per step (1 to 8), or auto: as many as pay")]
+DraftMax = Annotated[str, typer.Option("--draft-max", "--draft-n", help="draft tokens per step (1 to 8); auto: from measured costs")]
 DraftMinP = Annotated[float, typer.Option("--draft-min-p", "--draft-p-min", min=0.0, max=1.0, help="drafting "
                                              "stops before a token less probable than this")]
-DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense; centroid, if the drafter has one (then the "
-                                               "default); or how many tokens of the vocabulary to consider")]
+DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=False, help="dense; centroid, if the drafter has it (then the "
+                                               "default); or a number: only the first N tokens of the vocabulary")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
 NewTokens = Annotated[int, typer.Option("-n", "--predict", "--n-predict", min=-1, help="new tokens at most; -1: until the text ends")]
@@ -88,11 +88,11 @@ Force = Annotated[bool, typer.Option("--force", help="overwrite a file that exis
 
 
 class Failure(Exception):
-    """A reason to stop that the user can do something about."""
+    """An error that the user can fix: one line, no traceback."""
 
 
 def write(text: str):
-    """To standard output, at once. An OSError names it, but for the one of a closed pipe."""
+    """Writes to standard output and flushes. An OSError names standard output, except for a closed pipe."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -104,14 +104,14 @@ def write(text: str):
 
 
 def abandon_output():
-    """Nobody can take our output: keeps the interpreter from trying again, and complaining, when it closes."""
+    """After a failed write: keeps the interpreter from trying, and failing, again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A temporary name beside `path`, which becomes `path` when the block has ended well, and is removed when it has not."""
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")          # with the suffix, which may say the format
+    """Yields a temporary path beside `path`; it is renamed to `path` if the block succeeds, else removed."""
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")          # same suffix, which may select the format
     try:
         yield temporary
         os.replace(temporary, path)
@@ -121,7 +121,7 @@ def replacing(path: Path):
 
 @contextlib.contextmanager
 def bar(what: str, total: int, unit: int = 1):
-    """A progress bar on standard error, counting in `unit`s, gone when done, silent when that is no terminal. Yields step(n)."""
+    """A progress bar on standard error in multiples of `unit`, removed at the end; silent if that is no terminal. Yields advance(n)."""
     if not errors.is_terminal:
         yield lambda n: None
         return
@@ -131,11 +131,11 @@ def bar(what: str, total: int, unit: int = 1):
         yield lambda n: progress.advance(task, n / unit)
 
 
-_compiled = [0]         # kernels compiled since `tell_of_compiling`
+_compiled = [0]         # number of kernels compiled since `announce_compiling`
 
 
-def tell_of_compiling():
-    """Says on standard error that kernels are being compiled, when they are: at the first use on a machine."""
+def announce_compiling():
+    """From now on reports on standard error when kernels are compiled: at their first use on a machine."""
     _compiled[0] = 0
     _listen()
 
@@ -145,13 +145,13 @@ def _listen():
     from refimpl.kernels.machine.isa import ISA
     from refimpl.kernels.machine.jit import announce
 
-    def tell(name: str, weight_types: tuple[str, ...]):
+    def compiling(name: str, weight_types: tuple[str, ...]):
         _compiled[0] += 1
         if _compiled[0] == 1:
             errors.print(f"compiling kernels for {ISA} (first use on this machine of {' '.join(weight_types) or name}; up to a minute)")
         if errors.is_terminal:
             errors.print(f"  {_compiled[0]}: {' '.join((name, *weight_types))}")
-    announce(tell)
+    announce(compiling)
 
 
 def fetched(model: str | None, positional: str | None = None) -> Path | None:
@@ -165,7 +165,7 @@ def fetched(model: str | None, positional: str | None = None) -> Path | None:
 
 
 def refuse_overwriting(path: Path, force: bool):
-    """Called before any work. Devices and pipes are no files to be lost."""
+    """Raises if `path` is an existing file (devices and pipes are fine), or its folder is missing. Called before any work."""
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if not force and path.is_file():
@@ -173,10 +173,10 @@ def refuse_overwriting(path: Path, force: bool):
 
 
 def load(path: Path | None, backend: str, arithmetic: str | None, threads: int | None, n_ctx: int, verbose: bool):
-    """The model, and what is odd about its file or this machine on standard error."""
+    """Loads the model; notes about its file or this machine go to standard error."""
     import refimpl
 
-    tell_of_compiling()
+    announce_compiling()
     m = refimpl.load(path, backend=backend, arithmetic=arithmetic, threads=threads, n_ctx=n_ctx, progress=bar)
     for warning in m.tokenizer.warnings:
         errors.print(f"note: {warning}")
@@ -198,7 +198,7 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
 
 
 def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_min_p: float, head: str | None) -> dict[str, object]:
-    """The arguments of `stream` that have to do with drafting. Offers a drafter that lies beside the model, and loads none unasked."""
+    """The drafting arguments of `stream`. Mentions a drafter that lies beside the model, but loads it only on request."""
     import refimpl
     from refimpl.loading.drafter import drafters_beside
 
@@ -214,7 +214,7 @@ def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_m
 
 
 def number_or_word(word: str | None) -> int | str | None:
-    """An option that is a number or a word; whoever takes it refuses what is senseless."""
+    """The value of an option that is a number or a word, not validated."""
     try:
         return int(word)
     except (TypeError, ValueError):

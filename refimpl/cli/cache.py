@@ -11,12 +11,12 @@ from refimpl.cli.app import Json, app, write
 @app.command()
 def cache(
     clear: Annotated[str | None, typer.Option("--clear", show_default=False, metavar="WHAT", help="delete: old (compiled kernels of other "
-                                              "versions), kernels (all of them; they are compiled again when needed), or a model that is "
-                                              "listed (owner/name, with --force)")] = None,
+                                              "versions), kernels (all; they are compiled again when needed), or a listed model "
+                                              "(owner/name, with --force)")] = None,
     force: Annotated[bool, typer.Option("--force", help="with --clear owner/name: really delete the downloaded model")] = False,
     as_json: Json = False,
 ):
-    """Show or clear what is kept on disk: kernels and models."""
+    """Show or clear the files kept on disk: compiled kernels and downloaded models."""
     from refimpl.cli.show.table import size, table
     from refimpl.kernels.machine.cache_folder import cache_root, kernel_folders, remove
 
@@ -32,7 +32,7 @@ def cache(
         if not found:
             raise typer.BadParameter(f"--clear {clear}: expected old, kernels, or a downloaded model (owner/name)")
         if not force:
-            raise typer.BadParameter(f"--clear {clear}: deletes {size(found[0].size_on_disk)} that other programs may use too; "
+            raise typer.BadParameter(f"--clear {clear}: deletes {size(found[0].size_on_disk)} that other programs may share; "
                                      "--force confirms it")
         from huggingface_hub import scan_cache_dir
 
@@ -49,7 +49,7 @@ def cache(
     else:
         rows = [("kernels, in use" if f.in_use else "kernels, of another version", size(f.n_bytes), f.path) for f in kernels]
         rows += [(f"model hf:{repo.repo_id}", size(repo.size_on_disk), repo.repo_path) for repo in models]
-        write((table(("what", "size", "where"), rows, left=(0, 2)) if rows else f"nothing (compiled kernels would be in {cache_root()})")
+        write((table(("what", "size", "where"), rows, left=(0, 2)) if rows else f"nothing (compiled kernels go to {cache_root()})")
               + "\n")
 
 

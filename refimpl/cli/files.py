@@ -1,4 +1,4 @@
-"""Commands about files: inspect, convert and synth."""
+"""Commands on files: inspect, convert and synth."""
 
 import json
 import signal
@@ -28,8 +28,8 @@ def inspect(
     positional: Positional = None,
     model: ModelPath = None,
     ctx: Context = None,
-    everything: Annotated[bool, typer.Option("--all", help="all metadata keys, too")] = False,
-    grid: Annotated[bool, typer.Option("--grid", help="for float weights instead: are they on the Q4_0 quantization grid, and what would "
+    everything: Annotated[bool, typer.Option("--all", help="show all metadata keys")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="instead, for float weights: are they on a Q4_0 quantization grid, and what would "
                                        "the usual conversion lose?")] = False,
     as_json: Json = False,
 ):
@@ -40,7 +40,7 @@ def inspect(
         from refimpl.files.qat_grid import describe_grid
 
         if ctx is not None or path is None:
-            raise typer.BadParameter("--grid wants a file of float weights (-m), and no -c")
+            raise typer.BadParameter("--grid needs a file of float weights (-m), and takes no -c")
         described = describe_grid(path, bar)
         text = grid_text(described)
     else:
@@ -56,8 +56,8 @@ def inspect(
 def convert(
     model: Annotated[str, typer.Argument(help="a Hugging Face directory, a GGUF file (the first part of a split one), or hf:owner/name")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the GGUF file to write")],
-    kind: Annotated[str, typer.Option("--type", help="auto: as it is, W4A16 as Q4_0; or F32, F16, BF16, Q8_0, Q4_0, Q4_K, ...: norms and "
-                                      "router F32, embeddings Q6_K under the types below Q8_0")] = "auto",
+    kind: Annotated[str, typer.Option("--type", help="auto: types unchanged, W4A16 as Q4_0; or F32, F16, BF16, Q8_0, Q4_0, Q4_K, ... "
+                                      "(norms and router stay F32; embeddings are Q6_K for types smaller than Q8_0)")] = "auto",
     force: Force = False, as_json: Json = False,
 ):
     """Write a GGUF file, from a Hugging Face directory or a GGUF."""
@@ -66,7 +66,7 @@ def convert(
 
     refuse_overwriting(output, force)
     source = fetched(model)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # as Ctrl-C: the half-written file goes
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # like Ctrl-C: the incomplete file is removed
     try:
         done = run(source, output, kind if kind == "auto" else kind.upper(), progress=bar)
     finally:
@@ -79,9 +79,9 @@ def convert(
 def synth(
     shape: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or one of them with -assistant: its drafter")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")],
-    recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0, q4_k_m, or one type for all: q2_k, q3_k, iq4_nl, "
+    recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0, q4_k_m, or a single type: q2_k, q3_k, iq4_nl, "
                                                          "iq4_xs, mxfp4")] = "google-q4_0",
-    layers: Annotated[int | None, typer.Option("--layers", min=2, help="only so many layers", show_default=False)] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=2, help="only this many layers", show_default=False)] = None,
     seed: Seed = 0, force: Force = False,
 ):
     """Write a file of a model's shape with random weights. For measuring speed and memory."""

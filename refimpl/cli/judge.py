@@ -1,4 +1,4 @@
-"""trace and compare: for people who test engines."""
+"""trace and compare: for testing other engines."""
 
 import contextlib
 import json
@@ -17,6 +17,7 @@ from refimpl.cli.app import (
     ModelPath,
     Positional,
     Threads,
+    announce_compiling,
     app,
     bar,
     errors,
@@ -25,7 +26,6 @@ from refimpl.cli.app import (
     number_or_word,
     refuse_overwriting,
     replacing,
-    tell_of_compiling,
     write,
 )
 from refimpl.cli.run import read_prompt
@@ -39,18 +39,18 @@ def trace(
     token_ids: Annotated[str | None, typer.Option("--ids", help="token ids instead of a text: 2,105,9731")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the .safetensors to write")] = None,
     tensors: Annotated[str, typer.Option("--tensors", help="names to keep, with * and ?: l_out-*,ffn_moe_*-3")] = "*",
-    positions: Annotated[str | None, typer.Option("--positions", show_default=False, help="what to keep: 0:8,100 (default: all)")] = None,
-    logits: Annotated[str | None, typer.Option("--logits", show_default=False, help="all, or how many of the largest (default: all of a "
+    positions: Annotated[str | None, typer.Option("--positions", show_default=False, help="positions: 0:8,100 (default: all)")] = None,
+    logits: Annotated[str | None, typer.Option("--logits", show_default=False, help="all, or a number of the largest (default: all for a "
                                                "vocabulary up to 65,536, else 256)")] = None,
-    draft: Annotated[str | None, typer.Option("--draft", show_default=False, help="a drafter, whose steps after the prompt are kept too; "
+    draft: Annotated[str | None, typer.Option("--draft", show_default=False, help="also trace this drafter's steps after the prompt; "
                                               "built-in: the built-in model's")] = None,
-    draft_max: Annotated[int, typer.Option("--draft-max", min=1, max=8, help="with --draft: steps")] = 4,
-    rounds: Annotated[int, typer.Option("--rounds", min=0, help="with --draft: speculative rounds to keep")] = 0,
+    draft_max: Annotated[int, typer.Option("--draft-max", min=1, max=8, help="with --draft: number of steps")] = 4,
+    rounds: Annotated[int, typer.Option("--rounds", min=0, help="with --draft: speculative rounds to trace")] = 0,
     draft_head: DraftHead = None,
-    names: Annotated[bool, typer.Option("--names", help="print the names there are, and stop")] = False,
+    names: Annotated[bool, typer.Option("--names", help="print all names, and exit")] = False,
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, threads: Threads = None, force: Force = False, as_json: Json = False,
 ):
-    """Write every named value of a run to a file. For `compare`, and for other engines' tests."""
+    """Write every intermediate value of a run to a file. For `compare`, and for other engines' tests."""
     import refimpl
     from refimpl.lab.compare.record import write_trace
 
@@ -85,15 +85,15 @@ def trace(
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="the trace to judge by (refimpl trace)")],
+    a: Annotated[str, typer.Argument(help="the correct trace (refimpl trace)")],
     b: Annotated[str, typer.Argument(help="what to judge: a trace, .npz (how to write one: python -m pydoc "
                                      "refimpl.lab.compare.engines.foreign), what llama.cpp printed (.txt) or saved (.bin), or an engine to "
                                      "run: transformers:DIRECTORY, llama.cpp:FILE.gguf")],
-    model: Annotated[Path | None, typer.Option("-m", "--model", show_default=False, help="the model, to measure how rounding grows in it "
-                                               "(default: the one the trace was made of)")] = None,
-    guess: Annotated[bool, typer.Option("--guess", help="guess how rounding grows, without running the model")] = False,
-    steps: Annotated[bool, typer.Option("--steps", help="judge every step from the engine's own values: all faults")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="in which transformers runs: float32, bfloat16 or float16")] = "float32",
+    model: Annotated[Path | None, typer.Option("-m", "--model", show_default=False, help="the model, to measure how rounding errors grow "
+                                               "in it (default: the one of the trace)")] = None,
+    guess: Annotated[bool, typer.Option("--guess", help="guess how rounding errors grow, without running the model")] = False,
+    steps: Annotated[bool, typer.Option("--steps", help="judge every step from the engine's own inputs: finds all faults")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="for transformers: float32, bfloat16 or float16")] = "float32",
     everything: Annotated[bool, typer.Option("--all", help="list every tensor")] = False,
     picture: Annotated[Path | None, typer.Option("--plot", show_default=False, help="write a heat map, layers by tensors (.png)")] = None,
     threads: Threads = None, force: Force = False, as_json: Json = False,
@@ -114,7 +114,7 @@ def compare(
         second = open_any(b, first.ids, dtype, threads or 1)
         found = None
         if not guess and first.ids == second.ids:
-            tell_of_compiling()
+            announce_compiling()
             found, why = model_of(first, second, model)
             if found is None and steps:
                 raise Failure(f"--steps runs the model: {why}; -m FILE names it")
@@ -136,7 +136,7 @@ def compare(
 
 @contextlib.contextmanager
 def exits_3(as_json: bool):
-    """An error becomes one line and exit status 3: 1 says that two engines differ."""
+    """An error becomes one line and exit status 3, because 1 means that the engines differ."""
     from refimpl.cli import complain
 
     try:
@@ -155,7 +155,7 @@ def ids_argument(text: str) -> list[int]:
 
 
 def positions_argument(text: str | None) -> list[int] | None:
-    """--positions as numbers: single ones, and first:end without the end."""
+    """--positions as numbers: single ones, and ranges first:end, end excluded."""
     found: list[int] = []
     for word in text.split(",") if text is not None else ():
         first, colon, end = word.partition(":")

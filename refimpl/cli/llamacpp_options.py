@@ -1,4 +1,4 @@
-"""llama.cpp's options that are not ours: those without a meaning here are accepted and named, those that would change the text refused."""
+"""llama.cpp's options that are not ours: those without effect here are accepted with a note, those that would change the text refused."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,27 +14,28 @@ NOTHING = {name: (names, takes) for names, takes in (
     ("--no-warmup", SWITCH), ("--swa-full", SWITCH), ("-co --color", MAYBE), ("--prio", VALUE), ("--poll", VALUE),
     ("--log-disable", SWITCH)) for name in names.split()}
 WHY = "refimpl runs on the CPU and chooses this itself"
-# the value at which an option does nothing, if it has one; what it is for
+# option: (the value that switches it off, or None; what it does)
 REFUSED = {name: (neutral, what) for names, neutral, what in (
     ("--repeat-penalty --repetition-penalty", 1.0, "a repetition penalty"), ("--presence-penalty", 0.0, "a presence penalty"),
     ("--frequency-penalty", 0.0, "a frequency penalty"), ("--repeat-last-n", 0.0, "a repetition penalty"),
     ("--mirostat", 0.0, "mirostat sampling"), ("--typical --typical-p", 1.0, "typical sampling"), ("--top-nsigma", -1.0, "top-nsigma"),
     ("--xtc-probability", 0.0, "XTC sampling"), ("--dry-multiplier", 0.0, "DRY sampling"), ("--dynatemp-range", 0.0, "dynamic temperature"),
-    ("--samplers --sampler-seq", None, "another order of samplers"), ("--grammar --grammar-file --json-schema", None, "grammars"),
-    ("--logit-bias", None, "logit biases"), ("--lora --lora-scaled", None, "LoRA adapters"), ("--ignore-eos", None, "text beyond its end"),
-    ("--rope-scaling --rope-scale --rope-freq-base --rope-freq-scale", None, "another RoPE than the model's"),
-    ("--chat-template --chat-template-file", None, "another chat template than the file's"), ("--reverse-prompt", None, "stop texts"),
+    ("--samplers --sampler-seq", None, "a custom order of samplers"), ("--grammar --grammar-file --json-schema", None, "grammars"),
+    ("--logit-bias", None, "logit biases"), ("--lora --lora-scaled", None, "LoRA adapters"), ("--ignore-eos", None, "text after its end"),
+    ("--rope-scaling --rope-scale --rope-freq-base --rope-freq-scale", None, "changing the model's RoPE"),
+    ("--chat-template --chat-template-file", None, "a chat template other than the file's"), ("--reverse-prompt", None, "stop texts"),
     ("--image --audio --mmproj -mm", None, "refimpl reads text only")) for name in names.split()}
 ALIASES = {"-hf": "-m", "-hfr": "-m", "--hf-repo": "-m", "-hfd": "--draft", "--hf-repo-draft": "--draft"}       # the value is owner/name
 
 
 class Refused(ValueError):
-    """An option that would change the text, or one that is given in another way here. One line."""
+    """An option that would change the text, or is spelled differently here. One line."""
 
 
 def ours(args: Sequence[str], takes_value: Callable[[str], bool | None], note: Callable[[str], None]) -> list[str]:
-    """`args` without llama.cpp's options that mean nothing here, each of which one call of `note` names. Values of our own options
-    are left alone: `takes_value(name)` is None for a name that is no option of the command. Raises Refused.
+    """`args` without llama.cpp's options that have no effect here; `note` is called once with their names.
+
+    `takes_value(name)`: does this option of the command take a value; None if it is not one of ours. Raises Refused.
     """
     kept, rest, named = [], list(args), {}
     while rest:
@@ -67,7 +68,7 @@ def ours(args: Sequence[str], takes_value: Callable[[str], bool | None], note: C
         else:
             kept.append(arg)
     if named:
-        note(f"{', '.join(named.values())} mean{'' if len(named) > 1 else 's'} nothing here: {WHY}")
+        note(f"{', '.join(named.values())} {'have' if len(named) > 1 else 'has'} no effect here: {WHY}")
     return kept
 
 

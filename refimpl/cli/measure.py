@@ -14,13 +14,13 @@ from refimpl.cli.app import (
     ModelPath,
     Positional,
     Threads,
+    announce_compiling,
     app,
     bar,
     chances_argument,
     errors,
     fetched,
     number_or_word,
-    tell_of_compiling,
     write,
 )
 
@@ -28,23 +28,23 @@ from refimpl.cli.app import (
 @app.command()
 def bench(
     positional: Positional = None, model: ModelPath = None,
-    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="tokens of the prompt; 0 leaves it out")] = 512,
-    n_new: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="new tokens; 0 leaves them out")] = 64,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="tokens of the prompt; 0 skips this test")] = 512,
+    n_new: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="new tokens; 0 skips this test")] = 64,
     depth: Annotated[int, typer.Option("-d", "--n-depth", min=0, help="tokens of context before the new ones")] = 0,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="runs of each test")] = 5,
     threads: Threads = None,
-    versus: Annotated[str | None, typer.Option("--vs", help="llama.cpp: run it in turn, on the same file and ids")] = None,
-    draft: Annotated[str | None, typer.Option("--draft", show_default=False, help="measure new tokens with this drafter and without; "
+    versus: Annotated[str | None, typer.Option("--vs", help="llama.cpp: measure it in turn, on the same file and ids")] = None,
+    draft: Annotated[str | None, typer.Option("--draft", show_default=False, help="measure new tokens with and without this drafter; "
                                               "built-in: the built-in model's")] = None,
-    draft_max: Annotated[str, typer.Option("--draft-max", help="with --draft: drafts at a time, some to compare: auto,1,2")] = "auto",
+    draft_max: Annotated[str, typer.Option("--draft-max", help="with --draft: draft tokens per step; to compare: auto,1,2")] = "auto",
     draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     accept: Annotated[str | None, typer.Option("--accept", show_default=False, help="with --draft: a SIMULATION with the chances that the "
-                                               "first draft, the first two, ... are accepted: .84,.60,.39")] = None,
+                                               "first draft token, the first two, ... are accepted: .84,.60,.39")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", show_default=False, help="with --draft: the text to continue")] = None,
     temp: Annotated[float, typer.Option("--temp", min=0.0, help="with --draft: temperature")] = 0.0,
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
 ):
-    """Measure the speed of a prompt and of new tokens. Says how near it is to what memory allows; with --draft, what drafting gains."""
+    """Measure the speed of a prompt and of new tokens. Also in percent of the memory bandwidth; with --draft, the speed-up by drafting."""
     from refimpl.cli.show.bench import as_text, draft_text
     from refimpl.lab.bench.bench import Plan
     from refimpl.lab.bench.bench import bench as measure
@@ -59,13 +59,13 @@ def bench(
     if draft is None and (accept is not None or prompt is not None):
         raise typer.BadParameter("--accept and --prompt need --draft")
     model = fetched(model, positional)
-    tell_of_compiling()
+    announce_compiling()
     if draft is not None:
         from refimpl.lab.bench.draft_bench import draft_bench
 
-        depths = [number_or_word(word) for word in draft_max.split(",")]
+        lengths = [number_or_word(word) for word in draft_max.split(",")]
         result = draft_bench(
-            model, None if draft == "built-in" else draft, Plan(0, n_new, depth, repetitions), depths, chances=chances_argument(accept),
+            model, None if draft == "built-in" else draft, Plan(0, n_new, depth, repetitions), lengths, chances=chances_argument(accept),
             min_p=draft_min_p, head=number_or_word(draft_head), temperature=temp, prompt=prompt, threads=threads, backend=backend,
             arithmetic=arithmetic, progress=bar)
         write((json.dumps(result) if as_json else draft_text(result)) + "\n")

@@ -44,9 +44,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text to continue; - reads standard input")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="read the prompt from a file")] = None,
     predict: NewTokens = 128,
-    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a question: use the file's chat template")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message: apply the file's chat template")] = False,
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
-    special: Annotated[bool, typer.Option("--special", help="special tokens in the prompt count, and are shown in the text")] = False,
+    special: Annotated[bool, typer.Option("--special", help="parse special tokens in the prompt, and show them in the text")] = False,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
@@ -60,7 +60,7 @@ def generate(
         raise typer.BadParameter("--think needs --chat")
     text = read_prompt(prompt, file)
     model = fetched(model, positional)
-    room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256        # a token is at least a byte; 256 for a template
+    room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256        # a token has a byte or more; 256 for a template
     m = load(model, backend, arithmetic, threads, room, verbose)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     if chat:
@@ -73,9 +73,9 @@ def generate(
         write(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)) + "\n")
     else:
         write("\n")
-        tell_stop(m, out.stats, ctx, verbose)
+        show_stop(m, out.stats, ctx, verbose)
     if verbose:
-        tell(out.stats)
+        show_stats(out.stats)
     if interrupted:
         raise typer.Exit(130)
 
@@ -113,10 +113,10 @@ def chat(
         out, _ = answer(m, chat_ids(m, messages, think), max_new_tokens=predict, n_ctx=ctx, special=False, temperature=temp, top_k=top_k,
                         top_p=top_p, min_p=min_p, seed=seed, **drafting)
         write("\n")
-        tell_stop(m, out.stats, ctx, verbose)
+        show_stop(m, out.stats, ctx, verbose)
         messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
         if verbose:
-            tell(out.stats)
+            show_stats(out.stats)
 
 
 # ---- helpers
@@ -144,7 +144,7 @@ def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
 
 
 def answer(m, ids: list[int], *, echo: str = "", silent: bool = False, **options):
-    """Reads the prompt under a progress bar, then prints `echo` and the answer as it is made. (Output, did Ctrl-C cut it short)."""
+    """Runs the prompt with a progress bar, then prints `echo` and the answer token by token. Returns (Output, was it interrupted)."""
     from refimpl.decode.generate import Output, PromptDone, Stats, Text, events
 
     new_ids, chunks, stats, interrupted = [], [], Stats(), False
@@ -159,14 +159,14 @@ def answer(m, ids: list[int], *, echo: str = "", silent: bool = False, **options
                 if not silent:
                     write(event.text)
     except KeyboardInterrupt:
-        if not stats.n_prompt:              # nothing has been said yet
+        if not stats.n_prompt:              # before the first token
             raise
         stats.stop, interrupted = "interrupted", True
     return Output(new_ids, "".join(chunks), stats), interrupted
 
 
-def tell_stop(m, stats, n_ctx: int | None, verbose: bool):
-    """Why a text ends where the model did not end it, for people: on a terminal, or with -v."""
+def show_stop(m, stats, n_ctx: int | None, verbose: bool):
+    """Prints why a text was cut, on a terminal or with -v."""
     if not (verbose or sys.stdout.isatty()):
         return
     if stats.stop == "limit":
@@ -176,7 +176,7 @@ def tell_stop(m, stats, n_ctx: int | None, verbose: bool):
 
 
 def report(stats) -> dict[str, object]:
-    """The figures of a run, for programs."""
+    """The statistics of a run for --json."""
     from refimpl.decode.draft_stats import figures
 
     return {"n_prompt": stats.n_prompt, "n_generated": stats.n_generated, "prompt_seconds": round(stats.prompt_seconds, 4),
@@ -185,14 +185,14 @@ def report(stats) -> dict[str, object]:
             {"draft": figures(stats.draft)} if stats.draft else {})
 
 
-def tell(stats):
-    """The figures of a run, for people."""
+def show_stats(stats):
+    """Prints the statistics of a run (-v)."""
     errors.print(f"prompt {stats.n_prompt} tokens, {stats.prompt_per_second:.1f}/s; new {stats.n_generated} tokens, "
                  f"{stats.decode_per_second:.1f}/s; stopped by {stats.stop}")
     if stats.draft and stats.draft.rounds:
         d = stats.draft
         shares = ", ".join(f"{100 * share:.0f} %" for share in d.acceptance) or "none made"
         experts = f"; {d.experts_per_layer:.1f} distinct experts a layer" if d.expert_layers else ""
-        errors.print(f"{d.rounds} rounds of {d.tokens_per_round:.2f} tokens, {d.n_accepted} of {d.n_proposed} drafts accepted, by position "
-                     f"{shares}{experts}; draft {d.draft_seconds:.2f} s, verify {d.verify_seconds:.2f} s, "
+        errors.print(f"{d.rounds} rounds of {d.tokens_per_round:.2f} tokens, {d.n_accepted} of {d.n_proposed} draft tokens accepted, "
+                     f"by position {shares}{experts}; draft {d.draft_seconds:.2f} s, verify {d.verify_seconds:.2f} s, "
                      f"other {max(0.0, stats.decode_seconds - d.draft_seconds - d.verify_seconds):.2f} s")

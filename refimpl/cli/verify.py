@@ -11,13 +11,13 @@ from refimpl.cli.app import Json, ModelPath, Positional, Threads, app, bar, erro
 @app.command()
 def verify(
     positional: Positional = None, model: ModelPath = None,
-    sha256: Annotated[list[str] | None, typer.Option("--sha256", show_default=False, help="hexadecimal SHA-256 the file must have; of a "
-                                                     "split model once for each part")] = None,
-    run: Annotated[bool, typer.Option("--run/--no-run", help="compute with it too, on every instruction set of this machine")] = True,
-    strict: Annotated[bool, typer.Option("--strict", help="metadata keys that this version does not know are an error")] = False,
+    sha256: Annotated[list[str] | None, typer.Option("--sha256", show_default=False, help="expected SHA-256 of the file, hexadecimal; for "
+                                                     "a split model once for each part")] = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="also compute with it, on every instruction set of this machine")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="unknown metadata keys are an error")] = False,
     threads: Threads = None, as_json: Json = False,
 ):
-    """Check that a file is whole and this machine right. Without -m: this machine, with the built-in model."""
+    """Check that a file is complete and this machine computes correctly. Without -m: with the built-in model."""
     from refimpl.cli.show.verify import as_text
     from refimpl.files.verify import verify as check
 

@@ -1,8 +1,8 @@
 """From logits to the next token: greedy, or one random draw after temperature, top-k, top-p and min-p.
 
 The order is that of transformers (`GenerationMixin._get_logits_processor`): the logits are divided by the temperature first, then
-top-k, top-p and min-p each narrow what the one before left. llama.cpp's default order applies the temperature last, so with a
-temperature other than 1 its top-p and min-p keep other tokens.
+top-k, top-p and min-p filter in turn. llama.cpp's default order applies the temperature last, so with a temperature other than 1 its
+top-p and min-p keep other tokens.
 
     weight  exp((logit - largest logit) / temperature), in float64
     top-k   keep logits >= the k-th largest (all tokens equal to the k-th stay, as in transformers)
@@ -10,7 +10,7 @@ temperature other than 1 its top-p and min-p keep other tokens.
     min-p   keep tokens at least min_p times as probable as the most probable one
     draw    u uniform in [0, 1): the first kept token, in order of id, whose cumulative probability exceeds u
 
-A draw takes exactly one number from the generator, so the n-th token depends on the seed, n and the logits alone.
+A draw takes exactly one number from the generator, so the n-th token depends only on the seed, n and the logits.
 """
 
 import math
@@ -34,7 +34,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        """Checks every value, here so that nothing later has to."""
+        """Checks every value once."""
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
@@ -49,7 +49,7 @@ class Sampling:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object], **overrides: object) -> "Sampling":
-        """What a GGUF file recommends (`general.sampling.*`), else Gemma's defaults. An override of None counts as not given."""
+        """The settings of a GGUF file (`general.sampling.*`), else Gemma's defaults. An override of None counts as not given."""
         values = {}
         for name, key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p"), ("min_p", "min_p")):
             if (value := metadata.get(f"general.sampling.{key}")) is not None:
@@ -58,7 +58,7 @@ class Sampling:
 
 
 class Sampler:
-    """Picks tokens by one `Sampling`, with a generator of its own: the same seed gives the same picks."""
+    """Picks tokens by a `Sampling`, with its own random generator: the same seed gives the same picks."""
 
     def __init__(self, sampling: Sampling, suppress: Iterable[int] = ()):
         """`suppress`: ids that are never picked (GGUF's tokenizer.ggml.suppress_tokens)."""
@@ -67,7 +67,7 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
 
     def pick(self, logits_V: np.ndarray) -> int:
-        """The id of the next token. Greedy takes the largest logit, of equal ones the lowest id, and draws nothing.
+        """The id of the next token. Greedy takes the largest logit (the lowest id of equal ones) and draws nothing.
 
         Raises ValueError if the logits hold NaN or +inf, or nothing but -inf.
         """
@@ -76,11 +76,11 @@ class Sampler:
         id_K, p_K = self.distribution(logits_V)
         cumulative_K = np.cumsum(p_K)
         threshold = self._random.random() * cumulative_K[-1]
-        # "right" is the strict comparison of the rule above; the minimum is for a product that rounds up to the whole sum
+        # "right": the strict comparison of the rule above; the minimum is for a threshold that rounds up to the whole sum
         return int(id_K[min(np.searchsorted(cumulative_K, threshold, side="right"), len(id_K) - 1)])
 
     def distribution(self, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `pick` draws from: the ids that are left, ascending, and their probabilities (float64, summing to 1).
+        """The distribution `pick` draws from: the remaining ids, ascending, and their probabilities (float64, sum 1).
 
         Greedy is a single id. Draws nothing. Errors as in `pick`.
         """
@@ -88,9 +88,9 @@ class Sampler:
         if s.temperature == 0:
             return np.array([np.argmax(logits_V)]), np.ones(1)
         id_K = np.arange(logits_V.size)
-        if 0 < s.top_k < logits_V.size:  # before the division, which keeps the order but could round two logits into a tie
+        if 0 < s.top_k < logits_V.size:  # before the division, which could round two logits to a tie
             id_K = np.flatnonzero(logits_V >= np.partition(logits_V, -s.top_k)[-s.top_k])
-        with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -inf, and their weight to 0
+        with np.errstate(over="ignore"):  # with a tiny temperature all but the largest are -inf, of weight 0
             weight_K = np.exp((logits_V[id_K].astype(np.float64) - logits_V.max()) / s.temperature)
         if s.top_p < 1:
             kept_K = _top_p(weight_K, s.top_p)
@@ -121,7 +121,7 @@ def _top_p(weight_K: np.ndarray, p: float) -> np.ndarray:
     A token stays if the mass of it and everything less probable exceeds 1 - p.
     """
     cut = (1.0 - p) * weight_K.sum()
-    # Tokens lighter than cut / K weigh less than the cut all together, so none of them can stay: sorting the others is enough.
+    # All tokens lighter than cut / K together weigh less than the cut, so none of them stays: only the others are sorted.
     candidate_C = np.flatnonzero(weight_K >= cut / len(weight_K) * (1.0 - 1e-9))
     order_C = candidate_C[np.argsort(-weight_K[candidate_C], kind="stable")]  # stable: of equal weights the lower id first
     mass_C = np.cumsum(weight_K[order_C])
@@ -130,7 +130,7 @@ def _top_p(weight_K: np.ndarray, p: float) -> np.ndarray:
 
 
 def _as_written(value: object) -> object:
-    """0.95 where the file's float32 says 0.949999988: the shortest decimal that rounds to it."""
+    """0.95 for a float32 of 0.949999988: the shortest decimal that rounds to it."""
     return float(str(np.float32(value))) if isinstance(value, float | np.floating) else value
 
 

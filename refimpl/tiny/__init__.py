@@ -1,1 +1,1 @@
-"""The model and the drafter that ship, and what they were measured by. May import everything; nobody imports it."""
+"""The model and the drafter that ship, and how they are measured. May import everything but `training`; nothing imports it."""

@@ -4,11 +4,11 @@ Four parts, chosen by the MD5 of each file's path, so that every machine with th
 
 - `library`: modules to learn from;
 - `tests`: the library's test folders, to learn from as well (twice as much text, but another style);
-- `validation`: modules watched while training;
+- `validation`: modules measured while training;
 - `heldout`: modules that nothing is tuned on; the figures in README.md of this folder are measured on them.
 
 The tests of a held-out or validation module (`test_textwrap.py` for `textwrap.py`) are left out altogether, because they quote it.
-Generated tables (character sets, Unicode names, help topics) and files that are no UTF-8 are left out too.
+Generated tables (character sets, Unicode names, help topics) and files that are not UTF-8 are left out too.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """How good is the built-in model? Bits per byte of the held-out modules: `python -m refimpl.tiny.evaluate [model.gguf]`.
 
-Beside it, on the same text: a 5-gram model over the same vocabulary from the same training text, and `xz -9` of the held-out files.
-Needs the standard library of the Python that the model was trained on; another version's text is other text.
+Two baselines on the same text: a 5-gram model with the same vocabulary and training text, and `xz -9` of the held-out files.
+Needs the standard library of the Python that the model was trained on; other versions have other text.
 """
 
 import argparse
@@ -22,7 +22,7 @@ WINDOW = 512
 
 
 def model_bits(model: Model, ids: list[int], advance: Callable[[int], None] = lambda n_tokens: None) -> float:
-    """Bits the model needs for ids[1:]: windows of 512 that overlap by half, only the new tokens of each counted."""
+    """Bits the model needs for ids[1:]: windows of 512 tokens that overlap by half; each token is scored once."""
     bits, end, lo = 0.0, 1, 0
     while end < len(ids):
         hi = min(lo + WINDOW, len(ids) - 1)

@@ -1,9 +1,9 @@
-"""How good is the built-in drafter? `python -m refimpl.tiny.evaluate_drafter`: drafts accepted on held-out code, position by position.
+"""How good is the built-in drafter? `python -m refimpl.tiny.evaluate_drafter`: acceptance on held-out code, position by position.
 
-The target continues prompts from the held-out modules, and the same prompts are run with each way to draft: the drafter, and two that
-need no network. `copy` looks for the latest earlier place where the last two tokens (or the last one) stood, and proposes what followed
-there (Saxena 2023, "prompt lookup"). `bigram` proposes what followed the last token most often in the training text. Continuations of
-a small model repeat themselves, which is easy to foresee: what these two reach is the part that takes no skill.
+The target continues prompts from the held-out modules; the same prompts are run with the drafter and with two baselines without a network.
+`copy` looks for the latest earlier occurrence of the last two tokens (or the last one) and proposes what followed there (Saxena 2023,
+"prompt lookup"). `bigram` proposes what followed the last token most often in the training text. A small model repeats itself, which is
+easy to predict: the baselines show how much of the acceptance is due to that.
 """
 
 import argparse
@@ -24,13 +24,13 @@ PROMPT, NEW = 160, 96
 
 
 class Copy:
-    """Proposes what followed the last two tokens, or the last one, when they stood in the text before."""
+    """Proposes what followed the last two tokens, or the last one, at their latest earlier occurrence."""
 
     def __init__(self, target: Model, text: list[int]):
         self.target, self.text, self.auto = target, text, AutoDraftLength()
 
     def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
-        """As Drafter has it."""
+        """As in Drafter."""
         known = self.text[:cache.length] + [token]
         for length in (2, 1):
             for at in range(len(known) - length - 1, -1, -1):
@@ -51,7 +51,7 @@ class Bigram:
         self.next_V[pair[order] // n] = pair[order] % n         # the most frequent is written last
 
     def draft(self, token, state_C, cache, n: int, min_p: float) -> list[int]:
-        """As Drafter has it."""
+        """As in Drafter."""
         proposed = []
         for _ in range(n):
             token = int(self.next_V[token])
@@ -60,7 +60,7 @@ class Bigram:
 
 
 def evaluate(n_prompt: int, n_draft: int, temperature: float, seed: int = 0) -> dict[str, dict[str, object]]:
-    """`figures` of the drafter and both baselines, over `n_prompt` prompts with `n_draft` drafts in a round."""
+    """`figures` of the drafter and both baselines, over `n_prompt` prompts with rounds of `n_draft` draft tokens."""
     model, corpus = load(), read_corpus()
     rng = np.random.default_rng(seed)
     held = [ids for ids in (encode_file(model, text) for text in corpus.heldout.values()) if len(ids) > PROMPT]
@@ -87,11 +87,11 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.evaluate_drafter", description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=120)
-    parser.add_argument("--drafts", type=int, default=4, help=f"in a round, 1 to {MAX_DRAFT}")
+    parser.add_argument("--draft-max", type=int, default=4, help=f"draft tokens in a round, 1 to {MAX_DRAFT}")
     parser.add_argument("--temp", type=float, nargs="*", default=[0.0, 0.7])
     args = parser.parse_args()
     for temperature in args.temp:
-        found = evaluate(args.prompts, args.drafts, temperature)
+        found = evaluate(args.prompts, args.draft_max, temperature)
         print(json.dumps({"temperature": temperature, "prompts": args.prompts} | found, indent=1))
 
 

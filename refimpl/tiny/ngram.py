@@ -1,4 +1,4 @@
-"""A 5-gram model with interpolated Kneser-Ney smoothing: what a table of counts can do, as a baseline for the trained model.
+"""A 5-gram model with interpolated Kneser-Ney smoothing: a table of counts as the baseline of the trained model.
 
 Kneser & Ney 1995; the interpolated form and its discount are in Chen & Goodman 1998 (TR-10-98), section 3. An n-gram is packed into
 one integer of 12 bits a token, so that five of a vocabulary of 4,096 fit into 60 bits and all counting is sorting.

@@ -1,6 +1,6 @@
-"""What `qat.py` and `qat_release.py` found, as it ships with the package: `results()`, and `as_text` for a table.
+"""Results of `qat.py` and `qat_release.py`, as they ship with the package: `results()`, and `as_text` for tables.
 
-`python -m refimpl.tiny.qat_results tiny-qat` gathers it from a folder of these two into `qat.json` beside this file. Needs no torch.
+`python -m refimpl.tiny.qat_results tiny-qat` gathers them from the folder of such a run into `qat.json` beside this file. Needs no torch.
 
 The results that ship started from a checkpoint of the run that made the built-in model: in float, at full learning rate, about a third of
 its 3,700 steps in. `python -m refimpl.tiny.training.train --steps 1200 --decay 0.01 --qat 0 --out tiny-float` makes one like it.
@@ -16,6 +16,7 @@ from pathlib import Path
 FILE = Path(__file__).with_name("qat.json")
 ORDER = ("float", "q4_k", "q4_0", "w4a16", "3-bit", "2-bit")
 TITLES = {"float": "float", "q4_k": "Q4_K", "q4_0": "Q4_0", "w4a16": "W4A16", "3-bit": "Q4_0, 3 bits", "2-bit": "Q4_0, 2 bits"}
+RELEASES = ("absmax", "recovered")      # conversions of a release to Q4_0: llama.cpp's rule, the grid found again (recover_scales.py)
 METRICS = ("bits_per_byte", "nats", "kl", "top1", "moved")
 SHOWN_HISTORY = {"float": ("q4_0", "2-bit"), "q4_0": ("q4_0",), "2-bit": ("2-bit",)}     # histograms kept, of seed 0
 
@@ -26,13 +27,13 @@ def results() -> dict[str, object]:
 
 
 def gather(folder: Path) -> dict[str, object]:
-    """The contents of a run's folder in one piece.
+    """The contents of a run's folder as one object.
 
     settings  of the run, with the Python whose library was the text
-    rows      one for each seed and way: trained (on a grid, or "float"), stored, bits_per_byte, nats a token; kl, top1 against the control
-    mean      for each way the mean over seeds, their standard deviation (0 for a single seed) and number
+    rows      one for each seed and pair: trained (on a grid, or "float"), stored, bits_per_byte, nats a token; kl, top1 against the control
+    mean      for each pair the mean over seeds, their standard deviation (0 for a single seed) and number
     against   for each grid and seed, trained on it minus control rounded to it, in bits per byte; and the share of the loss won back
-    releases  the same for conversions of bfloat16 releases, kl and top1 against the release
+    releases  the same for conversions of bfloat16 releases (RELEASES), kl and top1 against the release
     history   of seed 0: losses (means of 10 steps), share of codes that change in a step, histograms of w / d
     """
     rows = _read(folder / "rows.jsonl")
@@ -92,7 +93,7 @@ def _against(rows) -> list[dict[str, object]]:
 def as_text(found: dict[str, object]) -> str:
     """Tables of the means, with standard deviations over the seeds."""
     mean = {(m["trained"], m["stored"]): m for m in found["mean"]}
-    lines = ["weights               bits per byte     KL from control   same favourite   seeds"]
+    lines = ["weights               bits per byte     KL from control   same top-1       seeds"]
     for name in ORDER:
         for trained in dict.fromkeys(("float", name)):
             if (m := mean.get((trained, name))) is not None:
@@ -103,10 +104,10 @@ def as_text(found: dict[str, object]) -> str:
     for entry in found["against"]:
         lines.append(f"{TITLES[entry['grid']]:<22}{entry['mean']:+.4f}  each seed: {', '.join(f'{x:+.4f}' for x in entry['difference'])}"
                      f"  rounding costs {entry['rounding_costs']:.4f}, of which {entry['share_won_back']:.0%} won back")
-    lines += ["", "weights               converted             KL from release  same favourite   moved by it"]
+    lines += ["", "weights               converted             KL from release  same top-1       moved by it"]
     for m in found["releases_mean"]:
-        if m["converted"] in ("naive", "lattice"):
-            moved = f"{m['moved']:.1%}" if m["converted"] == "naive" else ""
+        if m["converted"] in RELEASES:
+            moved = f"{m['moved']:.1%}" if m["converted"] == "absmax" else ""
             lines.append(f"{TITLES[m['trained']]:<22}{m['converted']:<22}{_with_spread(m, 'kl'):<17}{_with_spread(m, 'top1'):<17}{moved}")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What `bench` measured, as text."""
+"""Results of `bench` as text."""
 
 from refimpl.cli.show.table import size, table
 

@@ -6,7 +6,7 @@ from refimpl.cli.show.table import table
 from refimpl.lab.compare.compare import Comparison, Judgement
 from refimpl.lab.compare.names import NAMES, Name
 
-AROUND = 3              # rows of the table before the first tensor that departs, and after it
+AROUND = 3              # rows of the table before and after the first tensor that departs
 
 
 def as_text(result: Comparison, everything: bool = False) -> str:
@@ -42,7 +42,7 @@ def as_text(result: Comparison, everything: bool = False) -> str:
 
 
 def _arithmetic(result: Comparison) -> list[str]:
-    """At which arithmetic it was judged; loudly where that hides what a float engine gets wrong."""
+    """The arithmetic of the tolerances, with a warning if it hides errors of a float engine."""
     ours, theirs = result.arithmetic
     if not ours:
         return []
@@ -53,7 +53,7 @@ def _arithmetic(result: Comparison) -> list[str]:
 
 
 def where(first: Judgement) -> str:
-    """Position and element, and by how much they differ."""
+    """Position and element, and the difference."""
     place = f"position {first.position}" + (f", element {', '.join(map(str, first.index))}" if first.index else "")
     values = f": {first.ours:.7g} and {first.theirs:.7g}" if first.index else ""
     return f"{place}{values} (deviation of the row {first.error:.2g}, tolerance {first.tolerance:.2g})"

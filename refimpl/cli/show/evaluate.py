@@ -1,4 +1,4 @@
-"""What `eval` measured, as text."""
+"""Results of `eval` as text."""
 
 from collections.abc import Mapping
 
@@ -15,10 +15,10 @@ def as_text(result: Mapping[str, object]) -> str:
         rows.append(("bits per byte", f"{result['bits_per_byte']:.4f}"))
     lines += ["", table(("this model", ""), rows, left=(0, 1))]
     if "comparison" in result:
-        base = result["against"] or f"{result['base']['path']}: {result['base']['model']}, {result['base']['n_top']} tokens kept a row"
+        base = result["against"] or f"{result['base']['path']}: {result['base']['model']}, {result['base']['n_top']} tokens a position"
         lines += ["", table(("against", base), _comparison(result["comparison"]), left=(0, 1))]
     if result["output"]:
-        lines += ["", f"kept in {result['output']}"]
+        lines += ["", f"saved in {result['output']}"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What `inspect` says of a file: what it is, whether it fits this machine, its layers, its types."""
+"""Results of `inspect` as text: what the file is, whether it fits this machine, its layers, its types."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ from refimpl.cli.show.table import size, table
 
 GRID_NOTES = ("on grid: blocks of 32 weights that are one scale times codes -8 .. 7, to the precision of their format",
               "error, best scale or by the rule: what Q4_0 loses with the best scale or llama.cpp's (largest / -8), relative RMS",
-              "moved: weights that the rule places elsewhere than the best scale does, by more than 1/16 of a step")
+              "moved: weights that the rule moves from where the best scale has them, by more than 1/16 of a step")
 
 
 def as_text(described: dict[str, object], everything: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""The one style in which the command line draws tables."""
+"""Tables and sizes, in one style for all commands."""
 
 import io
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 10_000       # tables are never folded: a terminal may wrap a line, a file keeps it whole
+WIDE = 10_000       # tables are never folded: a terminal may wrap lines, a file keeps them
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", left: Sequence[int] = (0,)) -> str:
-    """A table as plain text without trailing blanks: a heading, a rule, a line for each row. Columns whose index is in `left` are aligned
-    to the left, the others to the right; cells are shown by `str`.
+    """A table as plain text without trailing blanks: heading, rule, one line for each row. Columns with an index in `left` are
+    left-aligned, the others right-aligned; cells are converted by `str`.
     """
     drawn = Table(title=title or None, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
                   header_style="")
@@ -26,7 +26,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people, in powers of 1000 as disks are sold."""
+    """Bytes in decimal units: 1.23 GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= scale:
             return f"{n_bytes / scale:.2f} {unit}"

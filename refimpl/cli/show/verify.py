@@ -1,4 +1,4 @@
-"""What `verify` says of a file and this machine."""
+"""Results of `verify` as text."""
 
 
 def as_text(result: dict[str, object]) -> str:

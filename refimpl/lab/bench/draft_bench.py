@@ -1,11 +1,10 @@
-"""How much faster with a drafter: plain and speculative decoding in turn, with the same model, the same cache lengths, the same machine.
+"""Speed-up by a drafter: plain and speculative decoding in turn, with the same model, cache lengths and machine.
 
-A file with random contents accepts nothing, so its speed with a real drafter has to be estimated. A SIMULATION does that: the drafter
-drafts and the target verifies at their real cost, but how many draft tokens are accepted follows given chances, and the tokens in the rows
-are random, so that the experts they need differ as much as those of unrelated words. (In a random model the draft tokens would be a single
-one again and again, and share their experts.)
+A file with random weights accepts nothing, so its speed with a real drafter is estimated by a SIMULATION: the drafter drafts and the target
+verifies at their real cost, but the number of accepted draft tokens follows given chances, and the tokens in the rows are random, so that
+their experts differ as much as those of unrelated tokens. (A random model would draft one and the same token, which shares its experts.)
 
-The first run of each way is not counted. "auto" has measured what a round costs by then, as it would in the first answer of a chat.
+The first run of each draft length is not counted; in it "auto" learns the cost of a round, as in the first answer of a chat.
 """
 
 import itertools
@@ -31,20 +30,20 @@ from refimpl.model.cache import Cache
 from refimpl.progress import silent
 
 GOLDEN = (5**0.5 - 1) / 2
-CONTEXT = 16                # tokens that everything starts from at depth 0
+CONTEXT = 16                # tokens of context at depth 0
 
 
 class Simulated:
-    """Drafter and sampler of a simulation, at the real cost of both: the draft tokens are random, accepted with the given chances.
+    """Drafter and sampler of a simulation, at the real cost of both: random draft tokens, accepted with given chances.
 
-    Instead of dice it takes the fractional parts of multiples of the golden ratio, from a random one on, which fill 0..1 evenly in short
-    runs too, so that these have the chances asked for.
+    In place of random numbers it takes fractional parts of multiples of the golden ratio, which fill 0..1 evenly even in short runs, so
+    that each run has the acceptance asked for.
     """
 
     def __init__(self, drafter: Drafter, sampler: Sampler, chances: Sequence[float], ids: Sequence[int], rng: np.random.Generator):
         self.drafter, self.sampler, self.chances, self.ids, self.rng = drafter, sampler, chances, np.array(ids), rng
         self.turns = itertools.count(int(rng.integers(1 << 20)))
-        self.choices = iter(())             # the target's, in the round that comes next
+        self.choices = iter(())             # the target's, in the next round
 
     def draft(self, token: int, state_C: np.ndarray, cache: Cache, n: int, min_p: float) -> list[int]:
         """As in Drafter."""
@@ -67,19 +66,19 @@ class Simulated:
         return int(self.ids[self.rng.integers(len(self.ids))])
 
 
-def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike | None, plan: Plan, depths: Sequence[int | str], *,
+def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike | None, plan: Plan, lengths: Sequence[int | str], *,
                 chances: Sequence[float] | None = None, min_p: float = 0.0, head: str | int | None = None, temperature: float = 0.0,
                 prompt: str | None = None, threads: int | None = None, backend: str = "kernels", arithmetic: str | None = None,
                 progress: Callable[..., AbstractContextManager] = silent) -> dict[str, object]:
-    """Tokens per second without a drafter and with each of `depths` ("auto" or a number of drafts), in turn, and their ratios.
+    """Tokens per second without a drafter and with each draft length of `lengths` ("auto" or 1 to 8), in turn, and their ratios.
 
-    `plan.n_new` tokens after `prompt`, or after `plan.depth` (at least CONTEXT) random ones; `chances` (that draft
-    tokens 1 to i are all accepted, by i) make it a simulation. The other
-    arguments are those of `load`, `load_drafter` and `stream`. Raises ValueError with one line for what cannot be measured.
+    `plan.n_new` tokens after `prompt`, or after `plan.depth` (at least CONTEXT) random ones; `chances` (that draft tokens 1 to i are all
+    accepted, by i) make it a simulation. The other arguments are those of `load`, `load_drafter` and `stream`. Raises ValueError with one
+    line for what cannot be measured.
     """
-    ways = {"plain": None} | {str(depth): depth for depth in depths}
-    for depth in depths:
-        draft_length_of(depth, AutoDraftLength())
+    ways = {"plain": None} | {str(length): length for length in lengths}
+    for length in lengths:
+        draft_length_of(length, AutoDraftLength())
     if chances is not None and not (len(chances) and 1 >= max(chances) >= min(chances) >= 0 and list(chances) == sorted(chances)[::-1]):
         raise ValueError(f"acceptance {', '.join(map(str, chances))}: expected chances of 0 to 1, each at most the one before it "
                          "(that all draft tokens up to here are accepted)")
@@ -93,10 +92,10 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
     stats: dict[str, DraftStats] = {way: DraftStats() for way in ways}
     with progress("decode", (plan.repetitions + 1) * len(ways)) as step:
         for turn in range(plan.repetitions + 1):
-            for way, depth in ways.items():
+            for way, length in ways.items():
                 time.sleep(PAUSE)
                 found = DraftStats()
-                took = _run(model, drafter, depth, context, ids, plan, chances, min_p, temperature, turn, found)
+                took = _run(model, drafter, length, context, ids, plan, chances, min_p, temperature, turn, found)
                 step(1)
                 if turn:                                # the first is not counted
                     seconds[way].append(took)

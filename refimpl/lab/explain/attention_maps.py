@@ -48,9 +48,9 @@ def habits(maps: Sequence[np.ndarray], ids: Sequence[int]) -> np.ndarray:
     looks. The first two tokens do not count, for whom most of these are one and the same.
     """
     pos, ids = np.arange(len(ids)), np.asarray(ids)
-    behind = np.concatenate([[-1], ids[:-1]])
+    before = np.concatenate([[-1], ids[:-1]])
     free_TS, found = np.tril(np.ones((len(ids), len(ids)), bool)), []
-    for fits in (pos[:, None] == pos, pos[:, None] == pos + 1, ids[:, None] == ids, ids[:, None] == behind, pos == 0, free_TS):
+    for fits in (pos[:, None] == pos, pos[:, None] == pos + 1, ids[:, None] == ids, ids[:, None] == before, pos == 0, free_TS):
         taken_TS = fits & free_TS
         free_TS = free_TS & ~taken_TS
         found.append([(weight_NTS * taken_TS).sum(axis=-1)[:, 2:].mean(axis=-1) for weight_NTS in maps])
@@ -122,13 +122,13 @@ def habits_picture(share_LNB: np.ndarray):
     return picture(fig, "Share of each head's attention by kind of place.")
 
 
-def look_picture(pieces: Sequence[str], weight_S: np.ndarray, query: int):
+def look_picture(tokens: Sequence[str], weight_S: np.ndarray, query: int):
     """The text up to token `query`, which has a red ground; the darker the ground of the others, the more weight it gives them."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
     shades = [to_hex(colormaps["Blues"](0.9 * float(weight))) if weight > 0.01 else "#FFFFFF" for weight in weight_S[:query + 1]]
     inks = ["white" if weight > 0.6 else BLACK for weight in weight_S[:query]] + ["white"]
-    fig = text_figure(pieces[:query + 1], shades[:query] + [RED], inks, width=72)
+    fig = text_figure(tokens[:query + 1], shades[:query] + [RED], inks, width=72)
     best = np.argsort(-weight_S, kind="stable")[:3]
-    return picture(fig, "Text shaded by attention weight; the most goes to " + ", ".join(repr(pieces[s]) for s in best))
+    return picture(fig, "Text shaded by attention weight; the most goes to " + ", ".join(repr(tokens[s]) for s in best))

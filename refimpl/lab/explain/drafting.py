@@ -1,4 +1,4 @@
-"""Notebook 5: every round of drafting and verifying, token by token; what acceptance says about speed; pictures."""
+"""Notebook 5: rounds of drafting and verifying, token by token; what acceptance says about speed; pictures."""
 
 import itertools
 import statistics
@@ -42,7 +42,7 @@ class Witness(Sampler):
 
 
 class Stubborn:
-    """A drafter at its real cost that proposes one and the same token whatever comes: as good as useless."""
+    """A drafter at its real cost that always proposes the same token: as good as useless."""
 
     def __init__(self, drafter: Drafter, token: int):
         self.drafter, self.token, self.target, self.auto = drafter, token, drafter.target, AutoDraftLength()
@@ -55,7 +55,7 @@ class Stubborn:
 def run(model: Model, ids: Sequence[int], n_new: int, drafter: Drafter | Stubborn | None = None,
         draft_length: DraftLength | None = None, **sampling) -> Run:
     """`n_new` tokens after `ids`, with a drafter (`draft_length`: of the rounds) or without. `sampling` as in Sampling; greedy
-    unless a temperature is given. It does not stop at the end of a text, so that all runs are of one length.
+    unless a temperature is given. Does not stop at the end of a text, so that all runs are equally long.
     """
     witness = Witness(Sampling(**{"temperature": 0.0, "top_k": 0, "top_p": 1.0} | sampling), model.tokenizer.suppress)
     cache, rounds = model.new_cache(len(ids) + n_new), []
@@ -71,9 +71,9 @@ def run(model: Model, ids: Sequence[int], n_new: int, drafter: Drafter | Stubbor
 
 
 def acceptance(rounds: Sequence[Round], n_draft: int) -> tuple[list[float], float]:
-    """(a_1 ... a_n, alpha): the share of rounds in which drafts 1 to i were all accepted, and of drafts that came to be judged.
+    """(a_1 ... a_n, alpha): the share of rounds in which draft tokens 1 to i were all accepted, and of those that were judged.
 
-    A draft is judged if all before it were accepted. Rounds cut short, at the end of a text, do not count.
+    A draft token is judged if all before it were accepted. Rounds cut short, at the end of a text, do not count.
     """
     accepted = [r.n_accepted for r in rounds if len(r.drafted) == n_draft]
     judged = sum(min(n + 1, n_draft) for n in accepted)
@@ -81,12 +81,12 @@ def acceptance(rounds: Sequence[Round], n_draft: int) -> tuple[list[float], floa
 
 
 def tokens_per_round(rounds: Sequence[Round], n_draft: int) -> float:
-    """Tokens that a round of `n_draft` drafts gave, on average. Rounds cut short do not count."""
+    """Tokens that a round of `n_draft` draft tokens gave, on average. Rounds cut short do not count."""
     return statistics.fmean(len(r.emitted) for r in rounds if len(r.drafted) == n_draft)
 
 
 def expected_tokens(alpha: float, n_draft: int) -> float:
-    """(1 - alpha^(n + 1)) / (1 - alpha): tokens of a round if each draft were accepted with probability alpha, whatever came before.
+    """(1 - alpha^(n + 1)) / (1 - alpha): tokens of a round if each draft token were accepted with probability alpha.
 
     Leviathan et al. 2023 (arXiv:2211.17192), section 3.1, equation 1.
     """
@@ -104,7 +104,7 @@ class Costs:
 
 
 def costs(model: Model, drafter: Drafter, ids: Sequence[int], turns: int = 15) -> Costs:
-    """Measures both behind `ids`, each once in every turn, with other tokens of the text in the rows every time. Commits nothing.
+    """Measures both after `ids`, each once a turn, every time with other tokens of the text in the rows. Commits nothing.
 
     The quickest turn is the one that other programs on the machine disturbed least.
     """
@@ -125,7 +125,7 @@ def costs(model: Model, drafter: Drafter, ids: Sequence[int], turns: int = 15) -
 
 
 class Charged(AutoDraftLength):
-    """The automatic depth, charged with costs measured before instead of those of the moment, which other programs may disturb."""
+    """The automatic draft length, with costs measured before instead of those of the moment, which other programs may disturb."""
 
     def __init__(self, costs: Costs):
         super().__init__()
@@ -137,24 +137,24 @@ class Charged(AutoDraftLength):
 
 
 def rates(verify: Sequence[float], draft: float, accepted: Sequence[float]) -> list[float]:
-    """Tokens per unit of cost with 0, 1, ... drafts, as `best_draft_length` has it (decode/draft_length.py)."""
+    """Tokens per unit of cost with 0, 1, ... draft tokens: what `best_draft_length` (decode/draft_length.py) maximises."""
     expected = np.cumsum([1.0, *accepted, *[0.0] * len(verify)])
     return [float(tokens / (cost + n * draft)) for n, (tokens, cost) in enumerate(zip(expected, verify))]
 
 
 def best(verify: Sequence[float], draft: float, accepted: Sequence[float]) -> int:
-    """`best_draft_length` among as many drafts as both lists have."""
+    """`best_draft_length`, of at most as many draft tokens as both lists have."""
     return best_draft_length(verify[:len(accepted) + 1], draft, accepted)
 
 
 # ---- pictures
 
 IDLE = "#DDDDDD"
-KEY = ((GREEN, "draft, accepted"), (RED, "draft, rejected"), (IDLE, "draft behind it, not judged"), (BLUE, "the target's own"))
+KEY = ((GREEN, "draft token, accepted"), (RED, "rejected"), (IDLE, "after a rejected one, not judged"), (BLUE, "the target's own"))
 
 
 def rounds_picture(tokenizer: Tokenizer, rounds: Sequence[Round]):
-    """One line for each round: its drafts, and the token that the target put behind the accepted ones."""
+    """One line for each round: its draft tokens, and the token that the target put after the accepted ones."""
     def text(token: int) -> str:
         return visible(tokenizer.decode([token], special=True))
     lines = []
@@ -164,44 +164,45 @@ def rounds_picture(tokenizer: Tokenizer, rounds: Sequence[Round]):
             back, ink = (GREEN, "white") if i < r.n_accepted else (RED, "white") if i == r.n_accepted else (IDLE, "0.4")
             line.append((text(token), back, ink))
         lines.append([*line, ("\u2192", "white", "0.4"), (text(r.emitted[-1]), BLUE, "white")])
-    return picture(lines_figure(lines, KEY), "Rounds of drafting: accepted drafts, rejected ones, and the target's own tokens.")
+    return picture(lines_figure(lines, KEY), "Rounds of drafting: accepted draft tokens, rejected ones, and the target's own tokens.")
 
 
 def authors_picture(tokenizer: Tokenizer, prompt: Sequence[int], run: Run, width: int = 84):
-    """The text of a run: the prompt, tokens that were accepted drafts, and tokens that the target chose itself."""
+    """The text of a run: the prompt, accepted draft tokens, and tokens that the target chose itself."""
     backs = ["#FFFFFF"] * len(prompt) + [BLUE]
     for r in run.rounds:
         backs += [GREEN] * (len(r.emitted) - 1) + [BLUE]
-    pieces = [tokenizer.decode([token], special=True) for token in [*prompt, *run.ids]]
+    tokens = [tokenizer.decode([token], special=True) for token in [*prompt, *run.ids]]
     inks = [BLACK if back == "#FFFFFF" else "white" for back in backs]
-    fig = text_figure(pieces, backs[:len(pieces)], inks[:len(pieces)], width, ((GREEN, "accepted drafts"), (BLUE, "the target's own")))
+    key = ((GREEN, "accepted draft tokens"), (BLUE, "the target's own"))
+    fig = text_figure(tokens, backs[:len(tokens)], inks[:len(tokens)], width, key)
     return picture(fig, "The text, coloured by who wrote it.")
 
 
 def acceptance_picture(curves: Mapping[str, Sequence[float]], alphas: Mapping[str, float]):
-    """Share of rounds in which drafts 1 to i were all accepted, and alpha^i, dashed."""
+    """Share of rounds in which draft tokens 1 to i were all accepted, and alpha^i, dashed."""
     fig, axes = figure(7, 3)
     for (name, chances), colour in zip(curves.items(), (GREEN, ORANGE)):
         n = range(1, len(chances) + 1)
         axes.plot(n, chances, "o-", color=colour, lw=2, ms=5, label=name)
         axes.plot(n, [alphas[name] ** i for i in n], "--", color=colour, lw=1, label=f"{alphas[name]:.2f} to the power of i")
-    axes.set(xlabel="drafts 1 to i", ylabel="rounds in which all were accepted", ylim=(0, 1))
+    axes.set(xlabel="draft tokens 1 to i", ylabel="rounds in which all were accepted", ylim=(0, 1))
     legend(axes, ncols=2)
     return picture(fig, "Acceptance by position, greedy and sampled.")
 
 
 def tokens_picture(measured: Mapping[str, Mapping[int, float]], formula: Mapping[str, Mapping[int, float]],
-                   foretold: Mapping[str, Mapping[int, float]]):
-    """Tokens a round over the number of drafts: measured, by equation 1, and as the longest rounds foretell it."""
+                   predicted: Mapping[str, Mapping[int, float]]):
+    """Tokens a round over the draft length: measured, by equation 1, and as predicted from the longest rounds."""
     fig, panels = figure(9, 3.2, 1, len(measured), sharey=True)
     for axes, name in zip(panels, measured):
         axes.plot(*zip(*formula[name].items()), "--", color=BLUE, lw=1.5, label="equation 1, \u03b1 of the same rounds")
-        axes.plot(*zip(*foretold[name].items()), ":", color=RED, lw=2, label="1 + a\u2081 + ... of the rounds of 8")
+        axes.plot(*zip(*predicted[name].items()), ":", color=RED, lw=2, label="1 + a\u2081 + ... of the rounds of 8")
         axes.plot(*zip(*measured[name].items()), "o", color=BLACK, ms=6, label="measured")
-        axes.set(title=name, xlabel="drafts in a round", ylim=(0, None))
+        axes.set(title=name, xlabel="draft tokens in a round", ylim=(0, None))
     panels[0].set_ylabel("tokens a round")
     legend(panels[0], loc="lower right")
-    return picture(fig, "Tokens per round over the number of drafts, measured and expected.")
+    return picture(fig, "Tokens per round over the draft length, measured and expected.")
 
 
 def costs_picture(costs: Costs, chances: Mapping[str, Sequence[float]]):
@@ -209,40 +210,41 @@ def costs_picture(costs: Costs, chances: Mapping[str, Sequence[float]]):
     fig, (left, right) = figure(9, 3.2, 1, 2)
     n = range(len(costs.verify))
     verify, draft = [1e3 * seconds for seconds in costs.verify], [1e3 * costs.draft * k for k in n]
-    left.bar(n, verify, color=BLUE, label="the target: one row more than drafts")
+    left.bar(n, verify, color=BLUE, label="the target: one row more")
     left.bar(n, draft, bottom=verify, color=ORANGE, label="the drafter")
-    left.set(xlabel="drafts in a round", ylabel="milliseconds a round", ylim=(0, 1.3 * (verify[-1] + draft[-1])))
+    left.set(xlabel="draft tokens in a round", ylabel="milliseconds a round", ylim=(0, 1.3 * (verify[-1] + draft[-1])))
     legend(left, loc="upper left")
     for (name, accepted), colour in zip(chances.items(), (GREEN, ORANGE, RED)):
         found = rates(costs.verify, costs.draft, accepted)
         best = max(range(len(found)), key=found.__getitem__)
         right.plot(range(len(found)), found, "o-", color=colour, ms=4, label=name)
         right.plot(best, found[best], "o", color=colour, ms=10, mfc="none")
-    right.set(xlabel="drafts in a round", ylabel="tokens a second", ylim=(0, None))
+    right.set(xlabel="draft tokens in a round", ylabel="tokens a second", ylim=(0, None))
     legend(right)
     return picture(fig, "Costs of a round and the tokens per second that follow.")
 
 
-def depths_picture(runs: Mapping[str, Run]):
+def lengths_picture(runs: Mapping[str, Run]):
     """How many tokens were drafted in each round, one panel for each run."""
     fig, panels = figure(9, 1.5 * len(runs) + 0.3, len(runs), 1, sharey=True)
     most = max(len(r.drafted) for run in runs.values() for r in run.rounds)
     for axes, (name, run) in zip(panels, runs.items()):
-        depth = [len(r.drafted) for r in run.rounds]
-        axes.bar(range(1, len(depth) + 1), depth, width=1, color=ORANGE, label="drafted")
-        axes.bar(range(1, len(depth) + 1), [r.n_accepted for r in run.rounds], width=1, color=GREEN, label="accepted")
-        axes.set(title=name, ylabel="tokens", xlim=(0.5, len(depth) + 0.5), yticks=range(0, most + 1, 2), ylim=(0, most + 1.5))
+        length = [len(r.drafted) for r in run.rounds]
+        axes.bar(range(1, len(length) + 1), length, width=1, color=ORANGE, label="drafted")
+        axes.bar(range(1, len(length) + 1), [r.n_accepted for r in run.rounds], width=1, color=GREEN, label="accepted")
+        axes.set(title=name, ylabel="tokens", xlim=(0.5, len(length) + 0.5), yticks=range(0, most + 1, 2), ylim=(0, most + 1.5))
     panels[-1].set_xlabel("round")
     legend(panels[0], loc="upper right", ncols=2)
-    return picture(fig, "Drafts in each round as the automatic depth chose them.")
+    return picture(fig, "Draft tokens in each round, as the automatic draft length chose.")
 
 
 def gains_picture(gains: Mapping[str, Sequence[float]]):
-    """Speed against plain decoding over the number of drafts, one line for each entry."""
+    """Speed against plain decoding over the draft length, one line for each entry."""
     fig, axes = figure(7, 3.2)
     for (name, ratio), colour in zip(gains.items(), COLOURS):
         axes.plot(range(len(ratio)), ratio, "o-", color=colour, ms=5, label=name)
     axes.axhline(1, color="0.5", lw=0.8, ls="--")
-    axes.set(xlabel="drafts in a round", ylabel="tokens for the same bytes,\nplain decoding = 1", ylim=(0, None), xticks=range(len(ratio)))
+    axes.set(xlabel="draft tokens in a round", ylabel="tokens for the same bytes,\nplain decoding = 1", ylim=(0, None),
+             xticks=range(len(ratio)))
     legend(axes, loc="upper left")
     return picture(fig, "Estimated gain of drafting for the true shapes.")

@@ -40,10 +40,10 @@ class Routes:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens from the midst of a Python file: their ids, with <bos> in front, and without it what they say and their places in KINDS."""
+    """Tokens from the middle of a Python file: their ids, with <bos> in front; without it, the text of each and its index in KINDS."""
 
     ids: list[int]
-    pieces: list[str]
+    chunks: list[str]
     kind_T: np.ndarray
 
 
@@ -51,9 +51,9 @@ def passage(model: Model, text: str, n_tok: int) -> Passage:
     """`n_tok` tokens from the middle of a Python source (all of a shorter one)."""
     bos, *ids = model.tokenizer.encode(text)
     stream = model.tokenizer.stream(special=False)
-    pieces = [stream.push(token) for token in ids]
+    chunks = [stream.push(token) for token in ids]
     part = slice(max(0, (len(ids) - n_tok) // 2), max(0, (len(ids) - n_tok) // 2) + n_tok)
-    return Passage([bos, *ids[part]], pieces[part], kinds_of(text, pieces)[part])
+    return Passage([bos, *ids[part]], chunks[part], kinds_of(text, chunks)[part])
 
 
 def tapped(model: Model, texts: Sequence[Sequence[int]], names: Sequence[str]) -> list[np.ndarray]:
@@ -77,14 +77,14 @@ def route(model: Model, texts: Sequence[Sequence[int]]) -> Routes:
     return Routes(*tapped(model, texts, ("ffn_moe_topk", "ffn_moe_weights", "ffn_moe_logits")))
 
 
-def kinds_of(text: str, pieces: Sequence[str]) -> np.ndarray:
-    """For each of `pieces`, which together begin the Python source `text`: its place in KINDS. int (T,).
+def kinds_of(text: str, chunks: Sequence[str]) -> np.ndarray:
+    """For each of `chunks`, which together begin the Python source `text`: its index in KINDS. int (T,).
 
-    A piece is what its first letter is that is no space, by Python's own tokenizer; one of spaces and newlines alone is "space", also
-    within a string. Raises ValueError where the pieces are not the beginning of the text.
+    The kind of a chunk is that of its first letter that is not a space, by Python's own tokenizer; spaces and newlines alone are
+    "space", also within a string. Raises ValueError where the chunks are not the beginning of the text.
     """
-    if not text.startswith("".join(pieces)):
-        raise ValueError("these pieces are not the beginning of the text")
+    if not text.startswith("".join(chunks)):
+        raise ValueError("these chunks are not the beginning of the text")
     starts = np.cumsum([0, *map(len, text.splitlines(keepends=True))])
     kind_of_letter = np.full(len(text) + 1, KINDS.index("space"))
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -97,10 +97,10 @@ def kinds_of(text: str, pieces: Sequence[str]) -> np.ndarray:
             first, end = (starts[line - 1] + column for line, column in (token.start, token.end))
             kind_of_letter[first:end] = KINDS.index(kind)
     kinds, at = [], 0
-    for piece in pieces:
-        blank = len(piece) - len(piece.lstrip())
-        kinds.append(kind_of_letter[at + blank] if blank < len(piece) else KINDS.index("space"))
-        at += len(piece)
+    for chunk in chunks:
+        blank = len(chunk) - len(chunk.lstrip())
+        kinds.append(kind_of_letter[at + blank] if blank < len(chunk) else KINDS.index("space"))
+        at += len(chunk)
     return np.array(kinds)
 
 
@@ -118,9 +118,9 @@ def picks(id_TX: np.ndarray, n_expert: int) -> np.ndarray:
     return picked_TE
 
 
-def specialists(id_TX: np.ndarray, kind_T: np.ndarray, pieces: Sequence[str], n_expert: int, at_least: int
+def specialists(id_TX: np.ndarray, kind_T: np.ndarray, chunks: Sequence[str], n_expert: int, at_least: int
                 ) -> list[tuple[str, int, float, list[str]]]:
-    """For each kind the expert that prefers it most: (kind, expert, how many times as often as for any token, its commonest pieces).
+    """For each kind the expert that prefers it most: (kind, expert, how many times as often as for any token, its most frequent tokens).
 
     Among experts with `at_least` tokens of the kind; a kind without any is left out.
     """
@@ -131,8 +131,8 @@ def specialists(id_TX: np.ndarray, kind_T: np.ndarray, pieces: Sequence[str], n_
         if enough_E.any():
             times_E = np.where(enough_E, share[kind] / np.maximum(overall_E, 1e-9), 0)
             expert = int(times_E.argmax())
-            common = Counter(pieces[t] for t in np.flatnonzero((id_TX == expert).any(axis=1))).most_common(6)
-            found.append((name, expert, float(times_E[expert]), [piece for piece, _ in common]))
+            common = Counter(chunks[t] for t in np.flatnonzero((id_TX == expert).any(axis=1))).most_common(6)
+            found.append((name, expert, float(times_E[expert]), [chunk for chunk, _ in common]))
     return found
 
 
@@ -153,7 +153,7 @@ def balance_loss(id_TX: np.ndarray, probability_TE: np.ndarray) -> float:
 
 
 def with_used(model: Model, n_used: int) -> Model:
-    """The same model, its routers told to choose `n_used` experts. Raises ValueError for more than it has, or none."""
+    """The same model with routers that choose `n_used` experts. Raises ValueError for more than it has, or none."""
     for layer in model.config.layers:
         if isinstance(layer.ffn, MoeFfn) and not 1 <= n_used <= layer.ffn.n_expert:
             raise ValueError(f"n_used={n_used}: layer {layer.index} has {layer.ffn.n_expert} experts")

@@ -1,25 +1,50 @@
-"""Pictures of quantization-aware training: what was lost and won back, where weights lie on the grid, how codes change, releases."""
+"""Notebook 2: rounding to the grids of the training, in NumPy; pictures of losses, of weights on the grid, of changing codes."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from refimpl.formats.quants.basic.q4_0 import symmetric_codes
+from refimpl.formats.quants.codecs import dequantize, quantize
 from refimpl.lab.explain.show import BLUE, GREEN, ORANGE, RED, figure, legend, picture
 
 ROUNDED, TRAINED = ORANGE, BLUE
 BINS_PER_LEVEL = 16
 
 
-def block_picture(weights: np.ndarray, rounded: Mapping[str, np.ndarray], scales: Mapping[str, float]):
-    """One block of 32 weights, and the levels that each grid has for it: the lines are what can be stored."""
-    fig, panels = figure(9, 2.6, 1, len(rounded), sharey=True)
-    for axes, (name, values) in zip(panels, rounded.items()):
-        for level in range(-8, 9):
-            axes.axhline(level * abs(scales[name]), color="0.9", lw=0.8, zorder=0)
+def on_signed_maximum(w: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 weights -> (the weights rounded to the codes -half .. half - 1, the scale of each block of 32). Half 8 is Q4_0.
+
+    The numbers of `SignedMaximum` in refimpl/tiny/training/grids.py, which needs torch.
+    """
+    d, q = symmetric_codes(w.reshape(-1, 32), half)
+    d = d.astype(np.float16).astype(np.float32)
+    return (d[:, None] * (q.astype(np.float32) - half)).reshape(w.shape), d
+
+
+def on_w4a16(w: np.ndarray) -> np.ndarray:
+    """float32 weights -> the weights of a W4A16 file: the numbers of `Symmetric` in refimpl/tiny/training/grids.py."""
+    blocks = w.reshape(-1, 32)
+    scale = _bfloat16(np.abs(blocks).max(axis=1, keepdims=True) / np.float32(7.5))
+    q = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale != 0).round().clip(-8, 7).astype(np.int8)
+    return _bfloat16(scale * q.astype(np.float32)).reshape(w.shape)
+
+
+def _bfloat16(x: np.ndarray) -> np.ndarray:
+    return dequantize(quantize(x, "BF16"), "BF16")
+
+
+def block_picture(weights: np.ndarray, halves: Mapping[str, int]):
+    """One block of 32 weights, rounded to the grids of 2 * half codes (title -> half): the lines are what can be stored."""
+    fig, panels = figure(9, 2.6, 1, len(halves), sharey=True)
+    for axes, (name, half) in zip(panels, halves.items()):
+        values, (d,) = on_signed_maximum(weights, half)
+        for code in range(-half, half):
+            axes.axhline(code * d, color="0.9", lw=0.8, zorder=0)
         axes.vlines(np.arange(32), weights, values, color=RED, lw=1)
         axes.plot(np.arange(32), weights, "o", color="0.4", ms=3, label="weight")
         axes.plot(np.arange(32), values, "s", color=BLUE, ms=3, label="stored")
-        axes.set(title=name, xlabel="place in the block", ylim=(-1.15 * np.abs(weights).max(), 1.15 * np.abs(weights).max()))
+        axes.set(title=name, xlabel="index in the block", ylim=(-1.15 * np.abs(weights).max(), 1.15 * np.abs(weights).max()))
     legend(panels[-1])
     return picture(fig, "A block of 32 weights and where each grid puts them.")
 
@@ -56,7 +81,7 @@ def histogram_pictures(histories: Mapping[str, Sequence[Mapping[str, object]]], 
             axes.fill_between(centres, share, color=BLUE, lw=0, step="mid")
             for border in range(-half, half - 1):
                 axes.axvline(border + 0.5, color=RED, lw=0.5, ls=":")
-            # the largest weight of every block is level -half by definition: it is cut off
+            # the largest weight of every block has the code -half by definition: it is cut off
             axes.set(title=f"step {histogram['step']}", yticks=[], xticks=range(-half, half + 1, max(1, half // 2)),
                      ylim=(0, 1.15 * share[np.abs(centres + half) > 0.2].max()))
         row[0].set_ylabel(title)
@@ -64,8 +89,8 @@ def histogram_pictures(histories: Mapping[str, Sequence[Mapping[str, object]]], 
 
 
 def density_picture(histories: Mapping[str, tuple[Sequence[Mapping[str, object]], Sequence[Mapping[str, object]], str, int]]):
-    """A panel for each entry, title -> (histograms of a training, of its control, grid, half): how many times as dense weights lie at each
-    place in the last histogram of the training as in the control's.
+    """A panel for each entry, title -> (histograms of a training, of its control, grid, half): the density of weights at each
+    point in the last histogram of the training, divided by the control's.
     """
     fig, panels = figure(9, 2.6, 1, len(histories), squeeze=False)
     for axes, (title, (trained, control, grid, half)) in zip(panels[0], histories.items()):
@@ -93,15 +118,14 @@ def flips_picture(histories: Mapping[str, Mapping[str, object]], titles: Mapping
 
 
 def releases_picture(found: Mapping[str, object], titles: Mapping[str, str]):
-    """Agreement with a bfloat16 release after conversion to Q4_0 by the rule and by recovering the grid."""
+    """Agreement with a bfloat16 release after conversion to Q4_0: "absmax", by the rule, and "recovered", by finding the grid."""
     mean = {(m["trained"], m["converted"]): m for m in found["releases_mean"]}
-    names = [name for name in titles if (name, "naive") in mean]
+    names = [name for name in titles if (name, "absmax") in mean]
     fig, (left, right) = figure(9, 2.8, 1, 2)
     for axes, metric, factor, label in ((left, "top1", 100, "same top-1 token, %"), (right, "kl", 1, "KL from the release, nats")):
-        for shift, converted, colour in ((-0.2, "naive", ORANGE), (0.2, "lattice", BLUE)):
+        for shift, converted, colour in ((-0.2, "absmax", ORANGE), (0.2, "recovered", BLUE)):
             heights = [factor * mean[name, converted][metric] for name in names]
             axes.bar(np.arange(len(names)) + shift, heights, 0.36, color=colour, label=converted)
         axes.set(xticks=range(len(names)), xticklabels=[titles[name] for name in names], ylabel=label)
-    left.set_ylim(80, 100.5)
     legend(right)
-    return picture(fig, "Agreement of converted files with the release, by the rule and by recovering the grid.")
+    return picture(fig, "Agreement of converted files with the release, by the rule and by finding the grid.")

@@ -1,8 +1,9 @@
-"""How the notebooks show things: code with a link to its source, tables, pictures, text with a background colour for every token.
+"""What notebooks show: source code with a link, tables, pictures, text with a background colour for every token.
 
-matplotlib and IPython are imported where they are used: nothing else needs them.
+matplotlib and IPython are imported only where they are used.
 """
 
+import ast
 import inspect
 import io
 import textwrap
@@ -12,24 +13,44 @@ from pathlib import Path
 from refimpl.extras import require
 
 PACKAGE = Path(__file__).parent.parent.parent
-# Okabe and Ito's eight colours, which people with any colour vision can tell apart
+# Okabe and Ito's eight colours, distinguishable with any colour vision
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK, YELLOW)
-DPI = 100
+DPI = 144
 
 
-def source(*functions: Callable):
-    """The source of functions or classes of the package, as Markdown; each with a link to its line, relative to notebooks/."""
+def source(*functions: Callable | str):
+    """The source of functions or classes of the package, as Markdown; each with a link to its line, relative to notebooks/.
+
+    "refimpl.module.name" is read from the file, without importing the module.
+    """
     Markdown = require("IPython.display", "notebooks").Markdown
 
     parts = []
     for function in functions:
-        function = inspect.unwrap(getattr(function, "py_func", function))      # a kernel's Python body
-        file = Path(inspect.getsourcefile(function)).resolve().relative_to(PACKAGE.parent)
-        lines, first = inspect.getsourcelines(function)
+        file, lines, first = _read_source(function) if isinstance(function, str) else _source_of(function)
+        file = file.relative_to(PACKAGE.parent)
         link = f"[`{file.as_posix()}`](../{file.as_posix()}#L{max(1, first)})"
         parts.append(f"{link}\n\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```")
     return Markdown("\n\n".join(parts))
+
+
+def _source_of(function: Callable) -> tuple[Path, list[str], int]:
+    """(file, lines, number of the first line)"""
+    function = inspect.unwrap(getattr(function, "py_func", function))      # a kernel's Python body
+    return Path(inspect.getsourcefile(function)).resolve(), *inspect.getsourcelines(function)
+
+
+def _read_source(dotted: str) -> tuple[Path, list[str], int]:
+    """The same for a name on the top level of a module. Raises ValueError for one that is not there."""
+    module, _, name = dotted.rpartition(".")
+    file = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").resolve()
+    text = file.read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        if getattr(node, "name", None) == name:
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            return file, text.splitlines(keepends=True)[first - 1:node.end_lineno], first
+    raise ValueError(f"{module} has no {name}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]):
@@ -72,14 +93,14 @@ def legend(axes, **options):
 
 # ---- text
 
-def text_cells(pieces: Sequence[str], width: int) -> tuple[list[tuple[int, int, int, str]], int]:
-    """Where the characters of `pieces` stand on a page of `width` columns: (piece, line, column, part) of every run, and the lines.
+def text_cells(chunks: Sequence[str], width: int) -> tuple[list[tuple[int, int, int, str]], int]:
+    """Lays out `chunks` of text on a page of `width` columns: (chunk, line, column, part) of every run, and the number of lines.
 
-    A newline ends its line; a piece that reaches over the edge goes on in the next line.
+    A newline ends its line; a chunk that reaches over the edge continues in the next line.
     """
     runs, line, column = [], 0, 0
-    for i, piece in enumerate(pieces):
-        for part in piece.replace("\t", "    ").splitlines(keepends=True):
+    for i, chunk in enumerate(chunks):
+        for part in chunk.replace("\t", "    ").splitlines(keepends=True):
             shown = part.rstrip("\n")
             while shown:
                 if column == width:
@@ -93,17 +114,17 @@ def text_cells(pieces: Sequence[str], width: int) -> tuple[list[tuple[int, int, 
     return runs, line + (column > 0)
 
 
-def text_figure(pieces: Sequence[str], backs: Sequence[str], inks: Sequence[str], width: int = 96, key: Sequence[tuple[str, str]] = ()):
-    """A figure of running text: `backs[i]` is the colour behind piece i, `inks[i]` the colour of its letters.
+def text_figure(chunks: Sequence[str], backs: Sequence[str], inks: Sequence[str], width: int = 96, key: Sequence[tuple[str, str]] = ()):
+    """A figure of running text: `backs[i]` is the background colour of chunk i, `inks[i]` the colour of its letters.
 
     `key` explains colours, (colour, meaning) each. A newline is drawn as an arrow.
     """
-    runs, n_lines = text_cells(pieces, width)
+    runs, n_lines = text_cells(chunks, width)
     return _boxes([(line, column, part, backs[i], inks[i]) for i, line, column, part in runs], n_lines, width, key)
 
 
 def lines_figure(lines: Sequence[Sequence[tuple[str, str, str]]], key: Sequence[tuple[str, str]] = ()):
-    """A figure of boxes with text, line by line: (text, colour behind it, colour of its letters) each. `key` as in `text_figure`."""
+    """A figure of boxes with text, line by line: (text, background colour, colour of its letters) each. `key` as in `text_figure`."""
     boxes = []
     for i, line in enumerate(lines):
         column = 0.0
@@ -113,9 +134,9 @@ def lines_figure(lines: Sequence[Sequence[tuple[str, str, str]]], key: Sequence[
     return _boxes(boxes, len(lines), max(column + len(text) for _, column, text, _, _ in boxes) + 1, key)
 
 
-def visible(piece: str) -> str:
-    """A piece with its spaces and newlines drawn."""
-    return piece.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u2192")
+def visible(text: str) -> str:
+    """Text with its spaces, newlines and tabs drawn."""
+    return text.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u2192")
 
 
 def _boxes(boxes: Sequence[tuple[int, float, str, str, str]], n_lines: int, width: float, key: Sequence[tuple[str, str]]):

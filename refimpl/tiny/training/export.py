@@ -2,8 +2,8 @@
 
 With `--drafter` a trained drafter: `python -m refimpl.tiny.training.export drafter-run --drafter -o drafter.gguf`.
 
-All matrices are Q4_0 but the router's. The unrounded weights are quantized here for the first and only time, by the same rule that
-the training rounded them with, so the file holds exactly the weights of the last training steps.
+All matrices but the router's are Q4_0. The unrounded weights are quantized once, here, by the rule that the training rounded them
+with, so the file holds exactly the weights that the last steps computed with.
 """
 
 import argparse
@@ -25,14 +25,14 @@ VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_r
 def tokenizer_metadata(tokenizer_json: str) -> dict[str, object]:
     """The `tokenizer.ggml.*` keys of a vocabulary trained by `vocabulary.py`, typed as llama.cpp's converter does."""
     model = json.loads(tokenizer_json)["model"]
-    pieces = sorted(model["vocab"], key=model["vocab"].get)
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
     special = {*vocabulary.CONTROL, *vocabulary.MARKERS}
     types = [UNKNOWN if p == "<unk>" else USER_DEFINED if p in VISIBLE else CONTROL if p in special
-             else BYTE if p.startswith("<0x") and len(p) == 6 else NORMAL for p in pieces]
+             else BYTE if p.startswith("<0x") and len(p) == 6 else NORMAL for p in tokens]
     return {
         "tokenizer.ggml.model": "gemma4",
-        "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.scores": np.full(len(pieces), -1000.0, np.float32),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.full(len(tokens), -1000.0, np.float32),
         "tokenizer.ggml.token_type": np.array(types, np.int32),
         "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
         "tokenizer.ggml.bos_token_id": vocabulary.BOS,
@@ -46,7 +46,7 @@ def tokenizer_metadata(tokenizer_json: str) -> dict[str, object]:
 
 
 def about_file(name: str, description: str, more_sources: str = "") -> dict[str, object]:
-    """The `general.*` keys of a file that ships."""
+    """The `general.*` keys of the files that ship."""
     return {"general.name": name, "general.description": description, "general.license": "MIT",
             "general.source.description": f"Python {platform.python_version()} standard library, {corpus.LICENCE}{more_sources}",
             "general.file_type": 2,                    # mostly Q4_0
@@ -61,7 +61,7 @@ def export(run: Path, target: Path):
     config = json.loads((run / "config.json").read_text())
     about = about_file("refimpl tiny python", "A Gemma 4 MoE in miniature, trained on the Python standard library's source. "
                        "Writes Python-like text.") | {
-        # no top-k or top-p: cutting off the tail locks a model of this size into loops (8 of 48 texts; none without)
+        # no top-k or top-p: without the tail a model of this size gets into loops (8 of 48 texts; none with it)
         "general.sampling.temp": 0.7, "general.sampling.top_k": 0, "general.sampling.top_p": 1.0,
     }
     metadata = gguf_metadata(config) | about | tokenizer_metadata((run / "tokenizer.json").read_text())

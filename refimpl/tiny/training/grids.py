@@ -1,8 +1,8 @@
 """The grids that quantization-aware training rounds to: exactly the numbers a file will hold.
 
-A grid turns weights into codes (small integers and scales) and codes into weights; `round` is one after the other. Training computes with
-the rounded weights and moves the unrounded ones with the gradient found there, as if rounding were the identity: the straight-through
-estimator (Bengio et al. 2013, arXiv:1308.3432, section 4). What is exported are the codes, never numbers rounded a second time.
+A grid encodes weights as codes (small integers and scales) and decodes them; `round` does both. Training computes with the rounded weights
+and applies the gradient to the unrounded ones, as if rounding were the identity: the straight-through estimator (Bengio et al. 2013,
+arXiv:1308.3432, section 4). The codes themselves are exported; nothing is rounded a second time.
 
 The scale is recomputed from the weights in every step. Learned step size quantization (Esser et al. 2020, arXiv:1902.08153) trains it.
 """
@@ -16,7 +16,7 @@ import torch
 
 
 class Codes(NamedTuple):
-    """What is stored: levels q, int8 (n_blocks, ..., 32), and whatever scales the grid needs."""
+    """What is stored: codes q, int8 (n_blocks, ..., 32), and the scales of the grid."""
 
     q: torch.Tensor
     scales: tuple[torch.Tensor, ...]
@@ -28,22 +28,22 @@ class Grid:
     name: str
 
     def round(self, w: torch.Tensor) -> torch.Tensor:
-        """The weights as the file gives them back."""
+        """The weights as decoded from the file."""
         return self.decode(self.encode(w)).reshape(w.shape)
 
 
 @dataclass(frozen=True)
 class SignedMaximum(Grid):
-    """Levels -half .. half-1 of blocks of 32 along the row, scale = signed largest / -half in float16.
+    """Codes -half .. half-1 in blocks of 32 along the row, scale = signed largest / -half in float16.
 
-    half = 8 is Q4_0; 4 and 2 are 3 and 2 bits, whose levels are some of Q4_0's, so that a Q4_0 file holds them exactly.
+    half = 8 is Q4_0; 4 and 2 are 3 and 2 bits, whose codes are some of Q4_0's, so a Q4_0 file holds them exactly.
     """
 
     name: str
     half: int
 
     def encode(self, w: torch.Tensor) -> Codes:
-        """As ggml's quantize_row_q4_0_ref: the float32 scale chooses the level, the float16 one is stored."""
+        """As ggml's quantize_row_q4_0_ref: the float32 scale chooses the code, the float16 one is stored."""
         blocks = w.reshape(-1, 32)
         largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
         d = largest / -self.half
@@ -58,7 +58,7 @@ class SignedMaximum(Grid):
 
 @dataclass(frozen=True)
 class Symmetric(Grid):
-    """W4A16 checkpoints (compressed-tensors, symmetric, groups of 32): levels -8 .. 7, scale = largest magnitude / 7.5 in bfloat16.
+    """W4A16 checkpoints (compressed-tensors, symmetric, groups of 32): codes -8 .. 7, scale = largest magnitude / 7.5 in bfloat16.
 
     The product is rounded to bfloat16, as the compressed-tensors package and the kernels that read such files do.
     """
@@ -66,7 +66,7 @@ class Symmetric(Grid):
     name: str
 
     def encode(self, w: torch.Tensor) -> Codes:
-        """compressed-tensors' calculate_qparams (memoryless_minmax) for 4 symmetric bits; the stored scale chooses the level."""
+        """compressed-tensors' calculate_qparams (memoryless_minmax) for 4 symmetric bits; the stored scale chooses the code."""
         blocks = w.reshape(-1, 32)
         scale = (blocks.abs().amax(1, keepdim=True) / 7.5).bfloat16()
         wide = scale.float()
@@ -82,14 +82,14 @@ class Symmetric(Grid):
 class Affine(Grid):
     """Q4_K: w = (d * s) * q - (dmin * m), q in 0 .. 15, s and m of 6 bits for each 32 weights, d and dmin in float16 for each 256.
 
-    The rows of the tiny models are 32, 128 and 256 wide, so superblocks are taken along the flattened matrix: a grid to measure with, which
-    no file holds for these shapes. Lowest to highest weight in 15 steps, a quicker rule than the search of formats/quants/k/q4_k.py.
+    The rows of the tiny models are 32, 128 and 256 wide, so superblocks run along the flattened matrix: a grid for measuring, which no
+    file of these shapes can hold. Lowest to highest weight in 15 steps, a faster rule than the search of formats/quants/k/q4_k.py.
     """
 
     name: str
 
     def encode(self, w: torch.Tensor) -> Codes:
-        """Scales first, from the float ones' maximum, then the nearest level under the stored scales."""
+        """Scales first, from the float ones' maximum, then the nearest code under the stored scales."""
         x = w.reshape(-1, 8, 32)
         low = x.amin(2).clamp_(max=0)
         scale, minimum = (x.amax(2) - low).clamp_(min=0) / 15, -low
@@ -125,7 +125,7 @@ GRIDS: dict[str, Grid] = {grid.name: grid for grid in (Q4_0, THREE_BITS, TWO_BIT
 def on_grid(parameters: Iterable[torch.nn.Parameter], grid: Grid):
     """Inside, the parameters are rounded to the grid; afterwards they are as before, bit for bit.
 
-    Gradients found inside move the unrounded weights: the straight-through estimator.
+    Gradients computed inside are applied to the unrounded weights: the straight-through estimator.
     """
     parameters = list(parameters)
     latent = [p.detach().clone() for p in parameters]

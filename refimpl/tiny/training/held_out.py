@@ -1,4 +1,4 @@
-"""How far is one model from another on held-out text, and how many bits does it need for a byte of it? In float32, through torch."""
+"""Bits per byte of held-out text, and the divergence of one model from another on it. In float32, with torch."""
 
 import math
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from refimpl.tiny.training.network import NO_MASKS
 from refimpl.tiny.training.vocabulary import SPACE
 
 WINDOW = 512
-COUNTED = 256                   # the second half of a window is counted, the first is what it has to go on
-ROWS = 2048                     # logits held at a time
+COUNTED = 256                   # the second half of a window is scored, the first is its context
+ROWS = 2048                     # rows of logits in memory at a time
 BATCH = 8
 
 
 class HeldOut:
-    """`n_windows` windows, evenly spread over files of ids (each long enough), and the bytes that their counted halves stand for."""
+    """`n_windows` windows, evenly spread over files of ids (those that are long enough), and the UTF-8 bytes of their scored halves."""
 
     def __init__(self, files: list[np.ndarray], bytes_of_id: np.ndarray, n_windows: int):
         all_ = [ids[lo:lo + WINDOW + 1] for ids in files for lo in range(0, len(ids) - WINDOW, COUNTED)]
@@ -27,7 +27,7 @@ class HeldOut:
 
     @torch.no_grad()
     def states(self, model) -> torch.Tensor:
-        """The normed states before every counted token, float32 (tokens, D)."""
+        """The final normalised states from which every scored token is predicted, float32 (tokens, D)."""
         with _in_float32(model):
             parts = [model.model(input_ids=ids, attention_mask=NO_MASKS, use_cache=False).last_hidden_state[:, -COUNTED:]
                      for ids in self.ids_BT.split(BATCH)]
@@ -35,8 +35,8 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model, reference: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict[str, float]:
-        """Nats a token and bits a byte; against `reference`, the states and the head's matrix of another model, the mean KL divergence
-        KL(reference || model) in nats and the share of tokens where both have the same favourite.
+        """Nats per token and bits per byte; with `reference`, the states and the head's matrix of another model, also the mean
+        KL(reference || model) in nats and the share of tokens where both have the same top-1.
         """
         x_TD, w_VD, cap = self.states(model), model.model.embed_tokens.weight, model.config.final_logit_softcapping
         nats = kl = same = 0.0
@@ -55,13 +55,13 @@ class HeldOut:
 
 
 def bytes_of_ids(tokenizer) -> np.ndarray:
-    """UTF-8 bytes each piece of the vocabulary stands for; none for <bos>, <eos> and other markers."""
+    """Number of UTF-8 bytes of each token of the vocabulary; 0 for <bos>, <eos> and other control tokens."""
     n_bytes = np.zeros(tokenizer.get_vocab_size(), np.int64)
     special = tokenizer.get_added_tokens_decoder()
-    for piece, i in tokenizer.get_vocab().items():
+    for token, i in tokenizer.get_vocab().items():
         if i not in special:
-            is_byte = len(piece) == 6 and piece.startswith("<0x")
-            n_bytes[i] = 1 if is_byte else len(piece.replace(SPACE, " ").encode())
+            is_byte = len(token) == 6 and token.startswith("<0x")
+            n_bytes[i] = 1 if is_byte else len(token.replace(SPACE, " ").encode())
     return n_bytes
 
 
@@ -71,7 +71,7 @@ def _log_probabilities(x_TD: torch.Tensor, w_VD: torch.Tensor, cap: float) -> to
 
 @contextmanager
 def _in_float32(model):
-    """transformers' own experts instead of the training's, which compute in bfloat16."""
+    """Inside, transformers' own experts instead of those of the training, which compute in bfloat16."""
     quick = model.config._experts_implementation
     model.config._experts_implementation = "grouped_mm"
     try:

@@ -1,4 +1,4 @@
-"""The network that is trained: transformers' own Gemma 4 in miniature, with quicker attention, experts and loss behind its interfaces.
+"""The network that is trained: transformers' own Gemma 4 in miniature, with faster attention, experts and loss plugged in.
 
 The arithmetic is transformers' (a test compares loss and gradients); only the order of the work differs.
 """
@@ -18,7 +18,7 @@ SHAPE = dict(
     top_k_experts=8, moe_intermediate_size=32, final_logit_softcapping=30.0, max_position_embeddings=4096,
     pad_token_id=vocabulary.PAD, eos_token_id=vocabulary.EOS, bos_token_id=vocabulary.BOS, tie_word_embeddings=True)
 
-NO_MASKS = {"full_attention": None, "sliding_attention": None}      # block_attention knows what each layer sees
+NO_MASKS = {"full_attention": None, "sliding_attention": None}      # block_attention masks by itself
 
 
 def block_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, **_):
@@ -76,14 +76,14 @@ AttentionInterface.register("refimpl_block", block_attention)
 ExpertsInterface.register("refimpl_grouped", grouped_experts)
 
 
-# ---- the loss, without ever holding all logits
+# ---- the loss, without all logits in memory
 
 class CappedCrossEntropy(torch.autograd.Function):
-    """Mean over tokens of -log softmax(cap * tanh(x_TD @ w_VD.T / cap))[target_T], chunk by chunk; gradients found on the way."""
+    """Mean over tokens of -log softmax(cap * tanh(x_TD @ w_VD.T / cap))[target_T], chunk by chunk, gradients included."""
 
     @staticmethod
     def forward(ctx, x_TD, w_VD, target_T, cap):
-        """The loss, and its gradients while the logits are at hand."""
+        """The loss; also its gradients, while the logits are in memory."""
         grad_x, grad_w = torch.empty_like(x_TD), torch.zeros_like(w_VD)
         total, n, size = 0.0, x_TD.shape[0], 512
         w_low = w_VD.bfloat16()
@@ -102,13 +102,13 @@ class CappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """What forward has found, times the gradient of the loss."""
+        """The gradients from forward, times the gradient of the loss."""
         grad_x, grad_w = ctx.saved_tensors
         return grad * grad_x, grad * grad_w, None, None
 
 
 def router_losses(router_probabilities: list[torch.Tensor], n_used: int) -> torch.Tensor:
-    """Keeps all experts in use: E * sum_e(share of picks of e * mean probability of e), averaged over layers; 1 when even."""
+    """Load-balancing loss: E * sum_e(share of picks of e * mean probability of e), mean over layers; 1 when even."""
     total = 0.0
     for probability_TE in router_probabilities:
         n_experts = probability_TE.shape[-1]
@@ -119,7 +119,7 @@ def router_losses(router_probabilities: list[torch.Tensor], n_used: int) -> torc
 
 
 def build_model(seed: int) -> Gemma4ForCausalLM:
-    """A fresh model. Attention has no 1/sqrt(H) and the router an extra 1/sqrt(D), so their weights start to make up for it."""
+    """A new model. Attention has no 1/sqrt(H) and the router an extra 1/sqrt(D); the initial weights make up for both."""
     torch.manual_seed(seed)
     config = Gemma4TextConfig(**SHAPE)
     config._attn_implementation, config._experts_implementation = "refimpl_block", "refimpl_grouped"

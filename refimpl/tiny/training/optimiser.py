@@ -1,10 +1,10 @@
-"""What moves the weights: Muon for matrices, AdamW for the rest."""
+"""The optimiser: Muon for matrices, AdamW for the rest."""
 
 import torch
 
 
 def orthogonalised(g: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz: pushes all singular values of each matrix of a batch (..., rows <= cols) towards 1."""
+    """Newton-Schulz iteration: moves the singular values of each matrix of a batch (..., rows <= cols) towards 1."""
     x = g.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):

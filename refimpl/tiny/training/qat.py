@@ -2,12 +2,12 @@
 `python -m refimpl.tiny.training.qat` (needs the `train` extra).
 
 Every branch starts from one float checkpoint (`python -m refimpl.tiny.training.train --qat 0 --out tiny-float` makes one; with `--steps
-1200 --decay 0.01` it stops at full learning rate, as the one behind the results that ship), sees the batches of its seed and takes the same
+1200 --decay 0.01` it stops at full learning rate, like the one of the results that ship), sees the batches of its seed and takes the same
 number of steps, the learning rate falling to 0: one in float, the control, and one on each grid of grids.py. The control is then rounded
-to every grid: post-training quantization, with the same training behind it. All are measured on held-out text.
+to every grid: post-training quantization, after the same training. All are measured on held-out text.
 
-Results are appended to `rows.jsonl` run by run, and the unrounded weights kept; started again with the same options it goes on with the
-first run that is missing. The optimiser starts afresh at the base's learning rates, with a warm-up of `WARM_UP` steps.
+Results are appended to `rows.jsonl` run by run, and the unrounded weights are kept; the same command continues with the first run that is
+missing. The optimiser starts anew at the base's learning rates, with a warm-up of `WARM_UP` steps.
 """
 
 import argparse
@@ -33,13 +33,13 @@ CORE = ("float", "2-bit", "3-bit", "q4_0", "w4a16")          # of every seed, be
 
 
 def factor(step: int, steps: int) -> float:
-    """Learning-rate factor of a branch: up over WARM_UP steps, from there straight down to 0."""
+    """Learning-rate factor of a branch: linear warm-up over WARM_UP steps, then linear to 0."""
     return min((step + 1) / WARM_UP, (steps - step) / max(1, steps - WARM_UP))
 
 
 def histogram(parameters, grid: SignedMaximum) -> list[int]:
-    """How many unrounded weights lie where between the grid's levels: w / d with the block's own d, BINS_PER_LEVEL bins to a level
-    from -half - 0.5 to half + 0.5.
+    """Counts of the unrounded weights in units of their block's scale, w / d: BINS_PER_LEVEL bins for each code, from -half - 0.5 to
+    half + 0.5.
     """
     n_bins = (2 * grid.half + 1) * BINS_PER_LEVEL
     counts = torch.zeros(n_bins)
@@ -52,7 +52,7 @@ def histogram(parameters, grid: SignedMaximum) -> list[int]:
 
 
 def train_branch(model, flat_parts, windows: Windows, grid: Grid | None, args: argparse.Namespace, seed: int) -> dict[str, object]:
-    """Trains `model` in place, on `grid` or in float. What it saw on the way: loss, share of codes that changed in a step, histograms."""
+    """Trains `model` in place, on `grid` or in float. Returns its history: loss, share of codes that change in a step, histograms."""
     _, flat_grad, ((named, _),) = flat_parts
     optimiser = Optimiser(named, args.muon_lr, args.adam_lr)
     quantized = [p for name, p in model.named_parameters() if is_quantized(name)]
@@ -86,13 +86,13 @@ def train_branch(model, flat_parts, windows: Windows, grid: Grid | None, args: a
 
 
 def measure_rounded(model, quantized, grid: Grid, held: HeldOut, reference) -> dict[str, float]:
-    """The model as a file of this grid gives it back."""
+    """The model with the weights that a file on this grid holds."""
     with on_grid(quantized, grid):
         return held.measure(model, reference)
 
 
 def run_branch(model, flat_parts, base, windows, held: HeldOut, args, seed: int, name: str) -> list[dict[str, object]]:
-    """One branch: trained, kept, measured. The rows that are appended to rows.jsonl, its history in the first."""
+    """Trains, saves and measures one branch. Returns the rows for rows.jsonl; the first has the history."""
     model.load_state_dict(base)
     grid = None if name == "float" else GRIDS[name]
     history = train_branch(model, flat_parts, windows, grid, args, seed)
@@ -114,12 +114,12 @@ def run_branch(model, flat_parts, base, windows, held: HeldOut, args, seed: int,
 
 
 def state_file(out: str, name: str, seed: int) -> Path:
-    """Where the unrounded weights of a branch lie."""
+    """The file of a branch's unrounded weights."""
     return Path(out) / f"{name}-{seed}.pt"
 
 
 def save(flat: torch.Tensor, path: Path):
-    """Writes them, whole or not at all."""
+    """Writes them atomically."""
     torch.save(flat, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -145,7 +145,7 @@ def prepare(args: argparse.Namespace):
 
 
 def plan(args: argparse.Namespace) -> list[tuple[int, str]]:
-    """(seed, branch) in the order they run: what matters most first."""
+    """(seed, branch) in the order they run, the most important first."""
     seeds = range(args.seeds)
     return [(seed, name) for seed in seeds for name in CORE] + [(seed, "q4_k") for seed in seeds]
 
@@ -161,19 +161,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=96, help="held-out windows, of which 256 tokens each are counted")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=4e-3)
-    parser.add_argument("--quick", action="store_true", help="on a twentieth of the text, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="on a twentieth of the text, to check that everything works")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None):
-    """Runs whatever branch has no row yet."""
+    """Runs every branch that has no row yet."""
     args = parse_arguments(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key != "out"} | {"python": corpus.read_corpus().python}
     rows_file, settings_file = out / "rows.jsonl", out / "settings.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
-        raise SystemExit(f"{settings_file}: this folder was begun with other options; give them, or another --out")
+        raise SystemExit(f"{settings_file}: this folder belongs to a run with other options; repeat those, or give another --out")
     settings_file.write_text(json.dumps(settings, indent=1))
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
     done = {(row["seed"], row["trained"]) for row in rows}

@@ -1,6 +1,6 @@
-"""From a quantization-aware training to a file, without loss: the codes and scales are written as they are, and nothing is quantized again.
+"""Exports a quantization-aware training without loss: codes and scales are written as they are, and nothing is quantized again.
 
-Rounding numbers that are on a grid already is not safe: the scale is found again from rounded numbers, in another precision.
+Rounding numbers that are already on a grid is not safe: their scale would be computed again, from rounded numbers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,8 +18,8 @@ def q4_0_bytes(w: torch.Tensor, grid: SignedMaximum) -> np.ndarray:
     """Unrounded weights (*lead, D) -> uint8 (*lead, D // 32 * 18): Q4_0 blocks of the grid's codes, also of its 3 and 2 bits."""
     q, (d,) = grid.encode(w)
     shape = (*w.shape[:-1], w.shape[-1] // 32)
-    levels = (q.numpy() + np.int8(8)).astype(np.uint8).reshape(*shape, 32)
-    return bytes_of(BLOCKS["Q4_0"], d=d.numpy().reshape(shape), qs=pack(levels, n_bits=4, group=16))
+    codes = (q.numpy() + np.int8(8)).astype(np.uint8).reshape(*shape, 32)
+    return bytes_of(BLOCKS["Q4_0"], d=d.numpy().reshape(shape), qs=pack(codes, n_bits=4, group=16))
 
 
 def q4_0_tensors(config: Mapping[str, object], state: Mapping[str, torch.Tensor],
@@ -33,8 +33,8 @@ def q4_0_tensors(config: Mapping[str, object], state: Mapping[str, torch.Tensor]
 
 
 def w4a16_tensors(name: str, w: torch.Tensor, grid: Symmetric) -> dict[str, torch.Tensor]:
-    """A matrix (rows, cols) as compressed-tensors' pack-quantized format keeps it: `weight_packed` int32 (rows, cols / 8), `weight_scale`
-    bfloat16 (rows, cols / 32), `weight_shape` int64 (2,). Column 8j + k is in bits 4k .. 4k + 3 of word j, as level + 8.
+    """A matrix (rows, cols) in compressed-tensors' pack-quantized format: `weight_packed` int32 (rows, cols / 8), `weight_scale`
+    bfloat16 (rows, cols / 32), `weight_shape` int64 (2,). Column 8j + k is in bits 4k .. 4k + 3 of word j, as code + 8.
     """
     n_rows, n_cols = w.shape
     q, (scale,) = grid.encode(w)

@@ -1,11 +1,11 @@
-"""What becomes of a quantization-aware training whose weights are released as bfloat16 numbers:
+"""What is left of a quantization-aware training whose weights are released as bfloat16 numbers:
 `python -m refimpl.tiny.training.qat_release`.
 
-A release without codes holds the products scale * level, rounded to bfloat16. Converted to Q4_0 by llama.cpp's rule, and by finding its
-grid again (files/recover_scales.py), each is compared with the release itself. Two more comparisons, to judge the figures of qat.py by:
-the control rounded with least squares in place of the rule, and the controls of different seeds with each other.
+A release without codes holds the products scale * code, rounded to bfloat16. Converted to Q4_0 by llama.cpp's rule, and by finding its
+grid again (files/recover_scales.py), each is compared with the release itself. Two more comparisons put the figures of qat.py in
+proportion: the control rounded with least squares in place of the rule, and the controls of different seeds with each other.
 
-Needs the folder of a `python -m refimpl.tiny.training.qat`; what is there is measured, and appended to its `releases.jsonl`.
+Needs the folder of a `python -m refimpl.tiny.training.qat`; measures the branches in it and appends to its `releases.jsonl`.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from refimpl.tiny.training.grids import GRIDS
 from refimpl.tiny.training.optimiser import is_quantized
 from refimpl.tiny.training.qat import CORE, parse_arguments, prepare_held_out, state_file
 
-CONVERSIONS = {"naive": lambda x: quantize(x, "Q4_0"), "lattice": quantize_q4_0_on_grid}
+CONVERSIONS = {"absmax": lambda x: quantize(x, "Q4_0"), "recovered": quantize_q4_0_on_grid}      # qat_results.RELEASES
 RULE, LEAST_SQUARES = "Q4_0 by the rule", "Q4_0 by least squares"
 
 
 def through(conversion, w: torch.Tensor) -> torch.Tensor:
-    """The weights as Q4_0 gives them back after this conversion."""
+    """The weights after this conversion to Q4_0 and back."""
     return torch.from_numpy(dequantize(conversion(w.numpy()), "Q4_0"))
 
 
@@ -44,7 +44,7 @@ class Bench:
         self.out = args.out
 
     def load(self, name: str, seed: int) -> list[torch.nn.Parameter]:
-        """Puts the unrounded weights of a branch into the model. Returns the matrices."""
+        """Loads the unrounded weights of a branch into the model. Returns the matrices."""
         self.flat.copy_(torch.load(state_file(self.out, name, seed), weights_only=True))
         return [p for n, p in self.model.named_parameters() if is_quantized(n)]
 
@@ -72,7 +72,7 @@ class Bench:
         """The control rounded in two ways, and against the control of seed 0."""
         matrices = self.load("float", seed)
         reference, own = self.reference(), [p.data.clone() for p in matrices]
-        for name, convert in ((RULE, CONVERSIONS["naive"]), (LEAST_SQUARES, CONVERSIONS["lattice"])):
+        for name, convert in ((RULE, CONVERSIONS["absmax"]), (LEAST_SQUARES, CONVERSIONS["recovered"])):
             found = self.measure(matrices, [through(convert, w) for w in own], reference)
             yield {"seed": seed, "trained": "float", "converted": name} | found
         if seed:
@@ -81,7 +81,7 @@ class Bench:
 
 
 def main(argv: list[str] | None = None):
-    """Measures what has no row yet and whose weights are there."""
+    """Measures every branch whose weights are there and that has no row yet."""
     parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.training.qat_release", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="tiny-qat", help="folder of a `python -m refimpl.tiny.training.qat`")
     out = Path(parser.parse_args(argv).out)

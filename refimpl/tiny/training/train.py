@@ -1,16 +1,16 @@
-"""Trains the model that ships: `python -m refimpl.tiny.training.train` repeats it from nothing (needs the `train` extra).
+"""Trains the model that ships: `python -m refimpl.tiny.training.train` repeats it from scratch (needs the `train` extra).
 
-It can be stopped at any time and goes on from its last saved state when started again with the same options.
+A run can be stopped at any time; the same command resumes it from its last saved state.
 
 The model is transformers' own `Gemma4ForCausalLM` in the shape of the 26B-A4B, in miniature. The last part of the training is
-quantization-aware: every matrix is rounded to the Q4_0 grid before the forward pass, and the gradient found there moves the
-unrounded weights (a straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), so that the file loses nothing.
+quantization-aware: every matrix is rounded to the Q4_0 grid before the forward pass, and the gradient updates the unrounded
+weights (a straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), so the file loses nothing.
 
-Matrices learn with Muon (Jordan et al. 2024: momentum, orthogonalised by a Newton-Schulz iteration), everything else with
-AdamW. Two one-threaded processes, each with half of a batch, are faster on two cores than one process with two threads.
+Matrices are trained with Muon (Jordan et al. 2024: momentum, orthogonalised by a Newton-Schulz iteration), everything else with
+AdamW. Two single-threaded processes, each with half of a batch, are faster on two cores than one process with two threads.
 
-glibc gives large arrays back to the system at every free; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 in the environment
-keeps them and saves a quarter of the time.
+glibc returns large arrays to the system at every free; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 in the environment
+keeps them, which saves a quarter of the time.
 """
 
 import argparse
@@ -39,13 +39,13 @@ BALANCE, Z = 0.01, 1e-4       # weights of the load-balancing and router-logit l
 # ---- the data
 
 def encode_parts(tokenizer, part: dict[str, str]) -> list[np.ndarray]:
-    """One array of ids per file, with <bos> in front and <eos> behind."""
+    """One array of ids per file, <bos> first and <eos> last."""
     encoded = tokenizer.encode_batch(list(part.values()), add_special_tokens=False)
     return [np.array([vocabulary.BOS, *e.ids, vocabulary.EOS], np.int64) for e in encoded]
 
 
 class Windows:
-    """Random training windows: <bos>, then WINDOW - 1 tokens from the start of a line on; a share of them library code."""
+    """Random training windows: <bos>, then WINDOW - 1 tokens from the start of a line; a given share of them from library code."""
 
     def __init__(self, library: list[np.ndarray], tests: list[np.ndarray], newline_ids: np.ndarray):
         self.streams = [np.concatenate(library), np.concatenate(tests)]
@@ -54,7 +54,7 @@ class Windows:
     @classmethod
     def of(cls, tokenizer, text: corpus.Corpus) -> "Windows":
         """The windows of a corpus."""
-        newline_ids = np.array([i for piece, i in tokenizer.get_vocab().items() if set(piece) == {"\n"}])
+        newline_ids = np.array([i for token, i in tokenizer.get_vocab().items() if set(token) == {"\n"}])
         return cls(encode_parts(tokenizer, text.library), encode_parts(tokenizer, text.tests), newline_ids)
 
     def batch(self, rng: np.random.Generator, n: int, library_share: float):
@@ -95,12 +95,12 @@ def mean_nats(model, files: list[np.ndarray], max_windows: int | None = None) ->
 # ---- the run
 
 def schedule(step: int, steps: int, decay: float) -> float:
-    """Learning-rate factor: 100 steps up, constant, then straight down to 0 over the last share `decay` of the run."""
+    """Learning-rate factor: linear warm-up over 100 steps, constant, then linear to 0 over the last share `decay` of the run."""
     return min((step + 1) / 100, 1.0, (steps - step) / (steps * decay))
 
 
 def backward(model, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds the gradients of a batch to the parameters'. Returns (next-token loss in nats, router losses)."""
+    """Backpropagates a batch, adding to the gradients. Returns (next-token loss in nats, router losses)."""
     nats, balance = loss_of(model, ids_BT, target_BT, with_router=True)
     (nats + BALANCE * balance).backward()
     return nats, balance
@@ -112,7 +112,7 @@ def clip(flat_grad: torch.Tensor):
 
 
 def flatten(model, n_owners: int):
-    """Lays all parameters (and gradients) out in one array each, owner by owner, so that workers exchange single arrays.
+    """Puts all parameters, and all gradients, in one array each, owner by owner, so that workers exchange single arrays.
 
     Returns (flat, flat_grad, [(named parameters, slice)] per owner).
     """
@@ -195,7 +195,7 @@ def worker(rank: int, args: argparse.Namespace, tokenizer_json: str):
 
 
 def _progress(steps: int, done: int):
-    """A bar on standard error; silent when that is no terminal."""
+    """A progress bar on standard error; silent if that is not a terminal."""
     import sys
 
     from rich.console import Console
@@ -240,8 +240,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--library-share-end", type=float, default=0.7, help="the same while the learning rate falls")
     parser.add_argument("--evaluate-every", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--quick", action="store_true", help="a minute's run on a little text, to see that everything works: "
-                        "12 steps of 4 sequences in one process, whatever the other options say")
+    parser.add_argument("--quick", action="store_true", help="a minute on a little text, to check that everything works: "
+                        "12 steps of 4 sequences in one process, overriding other options")
     args = parser.parse_args(argv)
     if args.quick:
         args.steps, args.batch, args.workers, args.save_every, args.evaluate_every = 12, 4, 1, 4, 12
@@ -251,7 +251,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None):
-    """Trains, or goes on training, the model in `--out`."""
+    """Trains the model in `--out`, or continues."""
     args = parse_arguments(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

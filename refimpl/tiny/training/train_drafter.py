@@ -1,15 +1,15 @@
-"""Trains the drafter that ships: `python -m refimpl.tiny.training.train_drafter` repeats it from nothing (needs the `train` extra).
+"""Trains the drafter that ships: `python -m refimpl.tiny.training.train_drafter` repeats it from scratch (needs the `train` extra).
 
-The target, the built-in model, stays as it is. It first writes texts of its own, because these are what a drafter will be asked to
-foresee; half of the training is on them, half on the library's text. A drafter at position p knows the target's state of p - 1, the
-token at p, and the target's keys and values of 0..p - 1. It guesses the next token, and three more, each from the state it made itself one
-step before: the loss is taken after every one of the four steps, so it learns to go on from its own states.
+The target, the built-in model, is not changed. It first writes texts of its own, because these are what a drafter has to predict; half of
+the training is on them, half on the library's text. A drafter at position p has the target's state of p - 1, the token at p, and the
+target's keys and values of 0..p - 1. It predicts the next token, and three more, each from its own state of the step before: the loss
+covers all four steps, so it learns to continue from its own states.
 
     loss = - sum over steps j, tokens v of  P(v) * log Q_j(v),     P = softmax(target's logits at p + j, divided by SHARP)
 
-The last part is quantization-aware, as in train.py. All positions of a window are trained at once: the query of each sees only what lies
-before it. It can be stopped at any time and goes on from its last saved state. (The file that ships was trained with `--steps 900`,
-then on to 1500, so its learning rate fell twice.)
+The last part is quantization-aware, as in train.py. All positions of a window are trained at once: each query sees only the positions
+before it. A run can be stopped at any time; the same command resumes it from its last saved state. (The file that ships was trained with
+`--steps 900` and continued to 1500, so its learning rate fell twice.)
 """
 
 import argparse
@@ -36,15 +36,15 @@ from refimpl.tiny.training.optimiser import Optimiser
 from refimpl.tiny.training.train import schedule
 
 WIDTH, N_FF, STEPS = 96, 192, 4
-WINDOW, PROMPT = 512, 96      # tokens in a window; so many of them, in the target's own texts, are given
-SHARP = 0.7                   # nearer to the likeliest token, which is what a drafter proposes
+WINDOW, PROMPT = 512, 96      # tokens in a window, and in the prompt at the start of the target's own texts
+SHARP = 0.7                   # temperature of the labels: sharper, because a drafter proposes the most probable token
 TEMPERATURE = 0.7             # of the target's own texts
 
 
 # ---- the target's own texts
 
 def some_texts(task: tuple[int, list[np.ndarray], int]) -> np.ndarray:
-    """One process's share: int64 (n, WINDOW), the target's continuations of random places in `files`."""
+    """The share of one process: int64 (n, WINDOW), the target's continuations of random prompts from `files`."""
     import refimpl
 
     seed, files, n = task
@@ -64,7 +64,7 @@ def some_texts(task: tuple[int, list[np.ndarray], int]) -> np.ndarray:
 
 
 def write_texts(path: Path, files: list[np.ndarray], n: int, seed: int):
-    """Writes n texts to `path`, int64 (n, WINDOW), unless they are there already."""
+    """Writes n texts to `path`, int64 (n, WINDOW), unless the file exists."""
     if path.exists():
         return
     shares = [(seed + i, files, n // 2 + (i < n % 2)) for i in range(2)]
@@ -90,7 +90,7 @@ def load_target(path: str | None = None):
 
 
 def build_drafter(target, seed: int) -> Gemma4AssistantForCausalLM:
-    """A fresh drafter. Its head starts as the target's in its WIDTH largest directions, the projections into and out of them."""
+    """A new drafter. Its head starts as the target's, projected on its WIDTH largest singular directions, and so do the projections."""
     torch.manual_seed(seed)
     text = Gemma4TextConfig(**SHAPE | dict(
         hidden_size=WIDTH, intermediate_size=N_FF, num_hidden_layers=4, layer_types=["sliding_attention"] * 3 + ["full_attention"],
@@ -116,7 +116,7 @@ def build_drafter(target, seed: int) -> Gemma4AssistantForCausalLM:
 
 
 def masks(n_query: int, n_key: int, window: int) -> dict[str, torch.Tensor]:
-    """What the query of position 1, 2, ... n_query sees: keys of earlier positions, in sliding layers of the last window - 1."""
+    """Masks of the queries at positions 1 to n_query: they see keys of earlier positions, in sliding layers the last window - 1."""
     position, key = torch.arange(1, n_query + 1)[:, None], torch.arange(n_key)[None]
     full = key < position
     sliding = full & (position - key < window)
@@ -125,11 +125,11 @@ def masks(n_query: int, n_key: int, window: int) -> dict[str, torch.Tensor]:
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Mean over rows of - sum_v P[row, v] log softmax(z @ w.T)[row, v], and the rows' likeliest tokens; chunk by chunk."""
+    """Mean over rows of - sum_v P[row, v] log softmax(z @ w.T)[row, v], and each row's most probable token; chunk by chunk."""
 
     @staticmethod
     def forward(ctx, z_TD, w_VD, p_TV):
-        """The loss and the likeliest tokens, and the gradients while the logits are at hand."""
+        """The loss and the most probable tokens; also the gradients, while the logits are in memory."""
         grad_z, grad_w, n, total, best = torch.empty_like(z_TD), torch.zeros_like(w_VD), len(z_TD), 0.0, []
         w_low = w_VD.bfloat16()
         for lo in range(0, n, 512):
@@ -147,14 +147,14 @@ class SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        """What forward has found, times the gradient of the loss."""
+        """The gradients from forward, times the gradient of the loss."""
         grad_z, grad_w = ctx.saved_tensors
         return grad * grad_z, grad * grad_w, None
 
 
 def run(target, drafter, ids_BT: torch.Tensor, from_position: int):
-    """(losses of the steps, agreement (steps, rows) of each guess with the text) for the positions from `from_position` on."""
-    # queries at 1..n; the last guess of the last one needs a token to compare with
+    """(losses of the steps, bool (steps, rows): is the prediction the next token of the text) for positions from `from_position` on."""
+    # queries at 1..n; the last prediction of the last one needs a token to compare with
     window, n = SHAPE["sliding_window"], ids_BT.shape[1] - STEPS - 1
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         out = target.model(input_ids=ids_BT, attention_mask=NO_MASKS, use_cache=False, return_shared_kv_states=True)
@@ -162,7 +162,7 @@ def run(target, drafter, ids_BT: torch.Tensor, from_position: int):
         cap = target.config.final_logit_softcapping
         logit = torch.tanh((state_BTH @ target.model.embed_tokens.weight.T).float() / cap) * (cap / SHARP)
         p_BTV = logit.softmax(-1).bfloat16()
-        # in the type of the queries they will meet
+        # in the type of the queries
         shared = {kind: tuple(x.bfloat16() for x in out.shared_kv_states[kind]) for kind in ("full_attention", "sliding_attention")}
     mask, position = masks(n, ids_BT.shape[1], window), torch.arange(1, n + 1)[None]
     mask = {kind: m.bfloat16() for kind, m in mask.items()}
@@ -183,7 +183,7 @@ def run(target, drafter, ids_BT: torch.Tensor, from_position: int):
 
 @torch.no_grad()
 def acceptance(target, drafter, ids_NT: np.ndarray) -> list[float]:
-    """Cumulative, by position: how often the first, the first two, ... guesses are the tokens that the target wrote in its own texts."""
+    """How often the first, the first two, ... predictions are the tokens that the target wrote, on its own texts."""
     right = torch.cat([run(target, drafter, torch.from_numpy(ids_NT[i:i + 8]), PROMPT)[1] for i in range(0, len(ids_NT), 8)], 1)
     return [round(float(right[:j + 1].all(0).float().mean()), 4) for j in range(STEPS)]
 
@@ -191,7 +191,7 @@ def acceptance(target, drafter, ids_NT: np.ndarray) -> list[float]:
 # ---- the run
 
 def worker(rank: int, args: argparse.Namespace):
-    """One of two processes with one thread: the first learns from the library's text, the second from the target's own."""
+    """One of two single-threaded processes: the first trains on the library's text, the second on the target's own."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{args.out}/rendezvous", rank=rank, world_size=2)
     out = Path(args.out)
@@ -241,13 +241,13 @@ def worker(rank: int, args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None):
-    """Trains, or goes on training, the drafter in `--out`."""
+    """Trains the drafter in `--out`, or continues."""
     parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.training.train_drafter", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="drafter-run", help="folder for the texts, the state, the log and the result")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {WINDOW} tokens in a step")
     parser.add_argument("--texts", type=int, default=800, help="windows that the target writes first")
-    parser.add_argument("--watched", type=int, default=24, help="windows that acceptance is watched on")
+    parser.add_argument("--watched", type=int, default=24, help="windows that acceptance is measured on while training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=4e-3)

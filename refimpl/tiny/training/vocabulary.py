@@ -1,8 +1,8 @@
-"""The 4,096-piece vocabulary of the tiny models: byte-pair encoding with byte fallback, in Gemma 4's conventions.
+"""The vocabulary of 4,096 tokens of the tiny models: byte-pair encoding with byte fallback, in Gemma 4's conventions.
 
-Same parts as Gemma's tokenizer: a space is written U+2581, nothing else is normalised, a character without a piece falls
-back to its UTF-8 bytes. Pieces never mix newlines with other characters (llama.cpp's reader splits there). A piece may end in
-a space but not begin with one, so that a prompt like `def ` ends where a piece ends.
+Same parts as Gemma's tokenizer: a space is written U+2581, nothing else is normalised, a character without a token falls
+back to its UTF-8 bytes. Tokens never mix newlines with other characters (llama.cpp's tokenizer splits there). A token may end in
+a space but not begin with one, so that a prompt like `def ` ends at the end of a token.
 """
 
 import json
@@ -23,8 +23,8 @@ ALPHABET = 110
 def train_vocabulary(texts: Iterable[str], size: int = SIZE) -> Tokenizer:
     """Learns the merges from `texts`. Returns a `tokenizers` Tokenizer that encodes text without adding special tokens.
 
-    Characters that are not ASCII get a piece if they are among the commonest, up to 110 characters in all. They are counted here because
-    the library breaks ties by chance.
+    The most frequent characters beyond ASCII get a token, up to 110 characters in all. They are counted here because the library breaks
+    ties at random.
     """
     texts = list(texts)
     count = Counter()
@@ -32,17 +32,17 @@ def train_vocabulary(texts: Iterable[str], size: int = SIZE) -> Tokenizer:
         count.update(text.replace(" ", SPACE))
     ascii_ = [chr(c) for c in range(33, 127)] + ["\n", "\t", SPACE]
     others = sorted((c for c in count if c not in ascii_), key=lambda c: (-count[c], c))[:ALPHABET - len(ascii_)]
-    byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
     tokenizer = _pipeline(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\w+{SPACE}?|[^\w\n{SPACE}]+{SPACE}?|{SPACE}+|\n+"), "isolated")
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*CONTROL, *MARKERS, *byte_pieces], min_frequency=2,
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*CONTROL, *MARKERS, *byte_tokens], min_frequency=2,
                                   initial_alphabet=[*ascii_, *others], limit_alphabet=len(ascii_) + len(others), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer_from_parts(tokenizer.get_vocab(), _merges(tokenizer))
 
 
 def tokenizer_from_parts(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """The tokenizer as used (no pre-tokenizer): `vocab` piece -> id, `merges` in order of rank."""
+    """The tokenizer as used (no pre-tokenizer): `vocab` token -> id, `merges` in order of rank."""
     tokenizer = _pipeline(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.add_special_tokens([*CONTROL, *MARKERS])
     return tokenizer
