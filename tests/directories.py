@@ -38,17 +38,17 @@ def change_json(path, **new):
 
 def write_vocabulary(folder, n: int = V):
     """The vocabulary of random models as transformers would keep it."""
-    pieces = [*PIECES, *(f"<unused{i}>" for i in range(n - len(PIECES)))][:n]
+    tokens = [*PIECES, *(f"<unused{i}>" for i in range(n - len(PIECES)))][:n]
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     (folder / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": pieces[i]} | flags for i in range(5)],
+        "added_tokens": [{"id": i, "content": tokens[i]} | flags for i in range(5)],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
         "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
         "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
                                                      {"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": {p: i for i, p in enumerate(pieces)},
+                  "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": {p: i for i, p in enumerate(tokens)},
                   "merges": [["t", "h"]]}}))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>",

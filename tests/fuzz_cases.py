@@ -114,7 +114,7 @@ def record(name: str, value) -> bytes:
         item = {"b": BOOL, "i": I32, "u": U32, "f": F32}[value.dtype.kind]
         return array(name, item, len(value), value.tobytes())
     if isinstance(value, list):
-        return array(name, STRING, len(value), b"".join(string(piece) for piece in value))
+        return array(name, STRING, len(value), b"".join(string(item) for item in value))
     return key(name, {str: STRING, bool: BOOL, int: U32, float: F32}[type(value)], value)
 
 
@@ -200,7 +200,7 @@ def change_key(stream, keys, metadata, header):
     elif what == 6:
         header["n_keys"] = stream.pick((len(keys) + 1, len(keys) - 1, *LONGS))
     elif isinstance(value, list):
-        items = [piece.encode() for piece in value]
+        items = [item.encode() for item in value]
         for _ in range(1 + stream.number(3)):
             items[stream.number(len(items))] = stream.pick(TEXTS) if stream.number(2) else stream.pick(items)
         keys[name] = array(name, STRING, len(items), b"".join(map(string, items)))

@@ -10,7 +10,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`repos`: name -> {file: bytes}. What was asked stands in `requests`: (method, path, headers). Large files are served by `store`."""
+    """`repos`: name -> {file: bytes}. Requests are recorded in `requests`: (method, path, headers). Large files are served by `store`."""
 
     def __init__(self, repos, store=None):
         self.repos, self.store, self.requests = repos, store, []

@@ -36,7 +36,7 @@ def cache_arrays(n_tok, n_head, n_kv, head_dim, n_slots, dtype, seed=0, sharpnes
 
 
 def causal(n_tok, past, window):
-    """Ranges of n_tok rows behind `past` positions."""
+    """Ranges of n_tok rows after `past` positions."""
     end = past + 1 + np.arange(n_tok)
     return np.maximum(0, end - window), end
 
@@ -53,7 +53,7 @@ ATTENTION = {
     "spans and wrap": (5, 4, 2, 32, 1100, 5000, 1024),
     "decode": (1, 8, 1, 64, 700, 650, 2000),
     "eight heads to a key": (2, 16, 2, 16, 300, 250, 999),
-    "more rows than a piece of work": (70, 2, 1, 16, 150, 30, 80),
+    "more rows than a unit of work": (70, 2, 1, 16, 150, 30, 80),
 }
 
 

@@ -67,12 +67,12 @@ def state_of(model) -> dict[str, np.ndarray]:
             if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
 
 
-def tokenizer_metadata(pieces: list[str] = PIECES, n: int = V) -> dict[str, object]:
+def tokenizer_metadata(tokens: list[str] = PIECES, n: int = V) -> dict[str, object]:
     """A small vocabulary for random models: bytes, letters, one merge."""
-    pieces = [*pieces, *(f"<unused{i}>" for i in range(n - len(pieces)))]
+    tokens = [*tokens, *(f"<unused{i}>" for i in range(n - len(tokens)))]
     types = [3, 3, 3, 2, 3] + [6] * 256 + [1] * (len(PIECES) - 261) + [5] * (n - len(PIECES))
     return {
-        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["t h"],
         "tokenizer.ggml.scores": np.zeros(n, np.float32), "tokenizer.ggml.token_type": np.array(types, np.int32),
         "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 3,
         "tokenizer.ggml.padding_token_id": 0, "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False}
@@ -101,7 +101,7 @@ def oracle(model, ids) -> dict[str, np.ndarray]:
     """From transformers in float32, eager, without a cache: what the router decides, every layer's output, and the logits.
 
     The router's weights and the per-layer inputs are compared on their own because the layer's output does not depend on their
-    scale: a norm behind them takes any common factor out again.
+    scale: the norm after them removes any common factor.
     """
     values = {}
 
@@ -141,7 +141,7 @@ def worst(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def reference(path=None, **options):
-    """The model in the reference: exact unless told."""
+    """The model in the reference: exact by default."""
     return refimpl.load(path, backend="reference", **options)
 
 

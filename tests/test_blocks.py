@@ -247,12 +247,12 @@ def test_decode_every_scale_times_every_level(type_name):
     """All 65,536 halves; each with all 16 nibbles, or all 256 int8 values (in 8 blocks of 32)."""
     block = BLOCKS[type_name]
     if type_name == "Q4_0":
-        levels = pack(np.tile(np.arange(16, dtype=np.uint8), 2), n_bits=4, group=16)[None]
+        codes = pack(np.tile(np.arange(16, dtype=np.uint8), 2), n_bits=4, group=16)[None]
     else:
-        levels = np.arange(-128, 128, dtype=np.int8).reshape(8, 32)
+        codes = np.arange(-128, 128, dtype=np.int8).reshape(8, 32)
     scales = np.arange(65_536, dtype=np.uint16).view("<f2")
-    records = np.empty((len(scales), len(levels)), block.dtype)
-    records["d"], records["qs"] = scales[:, None], levels
+    records = np.empty((len(scales), len(codes)), block.dtype)
+    records["d"], records["qs"] = scales[:, None], codes
     raw = records.view(np.uint8)
     check_decode(raw, type_name, "every scale")
     if type_name == "Q4_0":
@@ -367,8 +367,8 @@ def encoder_inputs():
     rng = np.random.default_rng(SEED)
     normal = rng.standard_normal((64, 1024), dtype=np.float32)
     spikes = np.where(rng.random(normal.shape) < 0.02, normal * 100, normal).astype(np.float32)
-    lattice = rng.integers(-8, 9, normal.shape).astype(np.float32)  # equal magnitudes of both signs; many ties in the levels
-    lattice[:, ::32] = -8
+    on_grid = rng.integers(-8, 9, normal.shape).astype(np.float32)  # equal magnitudes of both signs; many ties in the codes
+    on_grid[:, ::32] = -8
     halves = (rng.integers(-254, 255, normal.shape) / 2).astype(np.float32)  # Q8_0: d = 1, so x.5 is a tie
     halves[:, ::32] = 127
     scattered = np.where(rng.random((64, 32, 1)) < 0.5, normal.reshape(64, 32, 32), 0).reshape(64, 1024).astype(np.float32)
@@ -383,7 +383,7 @@ def encoder_inputs():
         "constant": np.repeat(normal[:, :8], 128, axis=1),
         "positive": np.abs(normal) + np.float32(3),
         "spikes": spikes,
-        "lattice": lattice,
+        "on grid": on_grid,
         "halves": halves,
         "some blocks zero": scattered,
         "some blocks positive": np.where(scattered == 0, np.abs(normal) + np.float32(3), scattered),
@@ -461,9 +461,9 @@ def test_products_are_exact(type_name):
     for name in minimum:
         records[name] = 0
     w = dequantize(raw, type_name).reshape(*records.shape, -1).astype(np.float64)
-    levels = w / records[scale].astype(np.float64)[..., None]
+    codes = w / records[scale].astype(np.float64)[..., None]
     step = {"IQ3_XXS": 4, "IQ3_S": 1}.get(type_name, 8 if type_name.startswith("IQ") else 1)
-    assert np.array_equal(step * levels, np.rint(step * levels)) and np.abs(levels).max() >= {"Q1_0": 1, "TQ1_0": 1, "Q2_0": 2,
+    assert np.array_equal(step * codes, np.rint(step * codes)) and np.abs(codes).max() >= {"Q1_0": 1, "TQ1_0": 1, "Q2_0": 2,
                                                                                              "TQ2_0": 2}.get(type_name, 7)
 
 
@@ -498,14 +498,14 @@ def minmax_k(x, top, n_sub=8, most=63):
     return (step * np.rint(divide(parts + offset, step)).clip(0, top) - offset).reshape(x.shape)
 
 
-def absmax(x, levels, n_sub, most):
-    """The naive quantizer of superblocks without a minimum: the largest magnitude of a sub-block becomes the lowest level."""
+def absmax(x, codes, n_sub, most):
+    """The naive quantizer of superblocks without a minimum: the largest magnitude of a sub-block becomes the lowest code."""
     parts = x.reshape(-1, n_sub, 256 // n_sub)
-    scale = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1)[..., 0] / levels[0]
+    scale = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1)[..., 0] / codes[0]
     d = (np.abs(scale).max(-1, keepdims=True) / most).astype(np.float16).astype(np.float32)
     step = (d * np.rint(divide(scale, d)))[..., None]
     ratio = divide(parts, step)[..., None]
-    return (step * levels[np.abs(ratio - levels).argmin(-1)]).reshape(x.shape)
+    return (step * codes[np.abs(ratio - codes).argmin(-1)]).reshape(x.shape)
 
 
 def absmax_iq4_nl(x):
@@ -537,7 +537,7 @@ def test_search_error_on_normals(type_name):
 
 
 @pytest.mark.parametrize("type_name", SEARCHED)
-@pytest.mark.parametrize("kind", ["spikes", "positive", "lattice", "some blocks zero", "some blocks positive"])
+@pytest.mark.parametrize("kind", ["spikes", "positive", "on grid", "some blocks zero", "some blocks positive"])
 def test_search_error_is_below_naive_elsewhere(type_name, kind):
     x = INPUTS[kind]
     ours, naive = rms(dequantize(quantize(x, type_name), type_name) - x), rms(NAIVE[type_name](x) - x)
@@ -582,7 +582,7 @@ def test_search_edges(type_name):
 
 @pytest.mark.parametrize("type_name", SEARCHED)
 def test_search_is_exact_on_what_it_can_hold(type_name):
-    """Weights of the form (d * s) * q - (dmin * m), the levels used to both ends in each sub-block: nothing is lost."""
+    """Weights of the form (d * s) * q - (dmin * m), the codes used to both ends in each sub-block: nothing is lost."""
     rng = np.random.default_rng(SEED)
     if type_name in ("Q2_K", "Q4_K", "Q5_K"):
         top, n_sub, most = {"Q2_K": (3, 16, 15), "Q4_K": (15, 8, 63), "Q5_K": (31, 8, 63)}[type_name]
@@ -591,9 +591,9 @@ def test_search_is_exact_on_what_it_can_hold(type_name):
         s[:, 0], m[:, 0] = most, most
         x = q * s * 2.0**-10 - m * 2.0**-8
     else:
-        levels, n_sub, lowest = {"Q3_K": (np.arange(-4, 4), 16, -32), "Q6_K": (np.arange(-32, 32), 16, -128),
+        codes, n_sub, lowest = {"Q3_K": (np.arange(-4, 4), 16, -32), "Q6_K": (np.arange(-32, 32), 16, -128),
                                  "IQ4_NL": (IQ4, 8, -1), "IQ4_XS": (IQ4, 8, -32)}[type_name]
-        q = levels[np.concatenate([np.zeros((32, n_sub, 1), int), rng.integers(0, len(levels), (32, n_sub, 256 // n_sub - 1))], axis=-1)]
+        q = codes[np.concatenate([np.zeros((32, n_sub, 1), int), rng.integers(0, len(codes), (32, n_sub, 256 // n_sub - 1))], axis=-1)]
         s = rng.integers(-lowest // 2, max(-lowest, 1), (32, n_sub, 1)) if lowest < -1 else 2.0**rng.integers(-4, 5, (32, n_sub, 1))
         s[:, 0] = lowest
         x = q * s * 2.0**-10

@@ -54,11 +54,11 @@ def test_inspect_for_people_and_programs(small):
 def test_chat_keeps_the_history(tmp_path):
     from refimpl.text.chat import GEMMA4_TEMPLATE
 
-    pieces = tokenizer_metadata()["tokenizer.ggml.tokens"]
+    tokens = tokenizer_metadata()["tokenizer.ggml.tokens"]
     types = tokenizer_metadata()["tokenizer.ggml.token_type"].copy()
     for digit, marker in (("8", "<|turn>"), ("9", "<turn|>")):
-        types[pieces.index(digit)], pieces[pieces.index(digit)] = 3, marker
-    extra = {"tokenizer.chat_template": GEMMA4_TEMPLATE, "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": types}
+        types[tokens.index(digit)], tokens[tokens.index(digit)] = 3, marker
+    extra = {"tokenizer.chat_template": GEMMA4_TEMPLATE, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     path = write_model(tmp_path / "chat.gguf", random_model("12B"), extra=extra)
     code, out, err = run("chat", "-m", path, "-n", 5, "--temp", 0, "-v", stdin=b"\nhello\n\n  \nhow <|turn>\n/exit\nnot read\n")
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""compare: no alarm for correct engines, the right verdict on planted differences, one clear line for what cannot be compared."""
+"""compare: no alarm for correct engines, the right verdict on known differences, one clear line for what cannot be compared."""
 
 import copy
 import dataclasses

@@ -640,14 +640,14 @@ def test_writer_leaves_nothing_behind_when_the_disk_fails(tmp_path, monkeypatch)
 
 
 def test_writer_makes_deferred_arrays_one_at_a_time(tmp_path):
-    made, told = [], []
+    made, reported = [], []
 
     def make(k):
         made.append(k)
         return np.full(3, k, np.int8)
     deferred = [(f"w{k}", "I8", Deferred((3,), np.dtype(np.int8), lambda k=k: make(k))) for k in range(3)]
-    write_gguf(tmp_path / "m.gguf", {"general.architecture": "gemma4"}, deferred, lambda n_bytes: told.append((n_bytes, len(made))))
-    assert made == [0, 1, 2] and told == [(3, 1), (3, 2), (3, 3)]
+    write_gguf(tmp_path / "m.gguf", {"general.architecture": "gemma4"}, deferred, lambda n_bytes: reported.append((n_bytes, len(made))))
+    assert made == [0, 1, 2] and reported == [(3, 1), (3, 2), (3, 3)]
     with open_gguf(tmp_path / "m.gguf") as file:
         assert [file.raw(f"w{k}").view(np.int8).tolist() for k in range(3)] == [[0] * 3, [1] * 3, [2] * 3]
     wrong = Deferred((4,), np.dtype(np.int8), lambda: make(1))

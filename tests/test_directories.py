@@ -262,14 +262,14 @@ def test_chat_template_from_either_place(tmp_path, plain):
 
 
 def test_special_pieces(tmp_path, plain):
-    """Named in tokenizer_config.json in any of the ways in use, or marked in tokenizer.json; a control piece is no text."""
+    """Named in tokenizer_config.json in any of the ways in use, or marked in tokenizer.json; a control token is not text."""
     folder = shutil.copytree(plain, tmp_path / "m")
-    pieces = list(open_directory(folder).metadata["tokenizer.ggml.tokens"])
-    change_json(folder / "tokenizer_config.json", image_token=pieces[290], extra_special_tokens=[pieces[291]],
+    tokens = list(open_directory(folder).metadata["tokenizer.ggml.tokens"])
+    change_json(folder / "tokenizer_config.json", image_token=tokens[290], extra_special_tokens=[tokens[291]],
                 eos_token={"content": "<eos>", "lstrip": False})
     kinds = open_directory(folder).metadata["tokenizer.ggml.token_type"]
     assert [kinds[i] for i in (0, 1, 2, 3, 4, 5, 261, 290, 291, 292)] == [3, 3, 3, 3, 3, 6, 1, 3, 3, 1]
-    change_json(folder / "tokenizer_config.json", extra_special_tokens={"video_token": pieces[292]})
+    change_json(folder / "tokenizer_config.json", extra_special_tokens={"video_token": tokens[292]})
     assert [open_directory(folder).metadata["tokenizer.ggml.token_type"][i] for i in (291, 292)] == [1, 3]
 
 

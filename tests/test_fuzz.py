@@ -296,25 +296,25 @@ def test_what_a_file_says_about_its_context_takes_no_memory(tmp_path):
 
 BYTES = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
 CHAIN, POWERS = ["a" * n for n in range(1, 400)], ["a" * 2**n for n in range(15)]
-ABSURD = {      # pieces, merges, the type of the pieces, the unit of a long text
-    "a chain of merges": (CHAIN, [f"{piece} a" for piece in CHAIN[:-1]], 1, "a"),
-    "the same from the left": (CHAIN, [f"a {piece}" for piece in CHAIN[:-1]], 1, "a"),
-    "powers": (POWERS, [f"{piece} {piece}" for piece in POWERS[:-1]], 1, "a"),
+ABSURD = {      # tokens, merges, the type of the tokens, the unit of a long text
+    "a chain of merges": (CHAIN, [f"{token} a" for token in CHAIN[:-1]], 1, "a"),
+    "the same from the left": (CHAIN, [f"a {token}" for token in CHAIN[:-1]], 1, "a"),
+    "powers": (POWERS, [f"{token} {token}" for token in POWERS[:-1]], 1, "a"),
     "merges in a circle": (["a", "b", "ab", "ba", "aba", "bab", "abab"], ["a b", "b a", "ab a", "ba b", "aba b", "a bab"] * 50, 1, "ab"),
     "merges of nothing": (["a", "", "aa"], [" ", "a ", " a", "a a"], 1, "a"),
-    "a piece of a million characters": (["a", "b" * 10**6], [], 1, "ab"),
+    "a token of a million characters": (["a", "b" * 10**6], [], 1, "ab"),
     "all of it from bytes": (["b"], [], 1, "\U0001f642"),
-    "many pieces that are looked for first": ([f"<{i}>" for i in range(5000)], [], 4, "<77><"),
-    "nested pieces that are looked for first": (["a" * n + "b" for n in range(200)], [], 4, "a"),
-    "many control pieces": ([f"<|{i}|>" for i in range(20_000)], [], 3, "<|7|><|"),
-    "nested control pieces": (["a" * n + "b" for n in range(1, 256)], [], 3, "aaa"),
+    "many tokens that are looked for first": ([f"<{i}>" for i in range(5000)], [], 4, "<77><"),
+    "nested tokens that are looked for first": (["a" * n + "b" for n in range(200)], [], 4, "a"),
+    "many control tokens": ([f"<|{i}|>" for i in range(20_000)], [], 3, "<|7|><|"),
+    "nested control tokens": (["a" * n + "b" for n in range(1, 256)], [], 3, "aaa"),
 }
 
 
-def tokenizer_of(pieces, merges, kind):
-    types = np.array([3, 3, 3, 2] + [6] * 256 + [kind] * len(pieces), np.int32)
+def tokenizer_of(tokens, merges, kind):
+    types = np.array([3, 3, 3, 2] + [6] * 256 + [kind] * len(tokens), np.int32)
     return Tokenizer.from_metadata({
-        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": BYTES + pieces, "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": BYTES + tokens, "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.token_type": types, "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1}, "x")
 
 
@@ -330,13 +330,13 @@ def test_absurd_vocabularies_encode_in_time_that_goes_with_the_text(what):
         encode_chat(tokenizer, GEMMA4_TEMPLATE, [{"role": "user", "content": text[:20_000]}])
 
 
-@pytest.mark.parametrize("pieces, merges, kind, says", [
+@pytest.mark.parametrize("tokens, merges, kind, says", [
     (["a" * 257], [], 4, "more than 256 characters"), (["a" * 257], [], 3, "more than 256 characters"),
     ([f"{i}" for i in range(1 << 19)], [], 1, "expected at most 524288"), (["a"], ["a a"] * ((1 << 20) + 1), 1, "expected at most 1048576"),
     (["a"], ["a zq"], 1, "unknown token 'zq'"), (["a"], ["a a"], 1, "unknown token 'aa'"), (["a"], ["a" * 10**6], 1, "is not two tokens")])
-def test_vocabularies_beyond_the_limits_are_refused(pieces, merges, kind, says):
+def test_vocabularies_beyond_the_limits_are_refused(tokens, merges, kind, says):
     with pytest.raises(refimpl.TokenizerError, match=says) as caught:
-        tokenizer_of(pieces, merges, kind)
+        tokenizer_of(tokens, merges, kind)
     assert len(str(caught.value)) < 1000
 
 

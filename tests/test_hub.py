@@ -155,7 +155,7 @@ def test_a_file_is_downloaded_once_checked_once_and_there_without_network(hub, a
 
 
 def test_a_cut_connection_is_resumed_where_it_broke_off(hub, ask):
-    """huggingface_hub writes pieces of 10 MB, and asks for what comes after them."""
+    """huggingface_hub writes chunks of 10 MB, and asks for what comes after them."""
     data = DATA * 33
     server = hub({"u/m": {"m.gguf": data}})
     server.cut_after = [23_000_000, 5_000_000]

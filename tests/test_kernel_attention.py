@@ -80,8 +80,8 @@ def test_rows_in_any_company(name):
     q, k, v, first, end = attention_case(name)
     whole = attend(q, k, v, first, end)
     for size in (1, 2, 5):
-        pieces = [attend(q[t:t + size], k, v, first[t:t + size], end[t:t + size]) for t in range(0, len(q), size)]
-        assert same(np.concatenate(pieces), whole), size
+        parts = [attend(q[t:t + size], k, v, first[t:t + size], end[t:t + size]) for t in range(0, len(q), size)]
+        assert same(np.concatenate(parts), whole), size
     order = np.random.default_rng(1).permutation(len(q))
     assert same(attend(q[order], k, v, first[order], end[order]), whole[order])
 

@@ -158,7 +158,7 @@ def test_kernel_and_twin(case):
 
 @pytest.mark.parametrize("block", ["Q2_K", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"])
 def test_random_bytes_are_the_weights_that_the_reference_sees(block):
-    """Scales, minimums and levels that no quantizer writes. Exact arithmetic on unit vectors gives the weights themselves, bit for bit."""
+    """Scales, minimums and codes that no quantizer writes. Exact arithmetic on unit vectors gives the weights themselves, bit for bit."""
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 256, (40, 2 * BLOCKS[block].n_bytes), dtype=np.uint8)
     records = raw.view(BLOCKS[block].dtype)

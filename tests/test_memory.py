@@ -135,7 +135,7 @@ def test_one_line_says_what_is_needed_and_what_helps():
 
 
 def test_the_context_that_is_used_is_checked_not_only_the_one_at_load(moe, monkeypatch):
-    """Loading makes sure of 4,096 tokens, or those it is told of; a longer text is refused before it begins, not by the system."""
+    """Loading makes sure of 4,096 tokens, or `n_ctx` of them; a longer text is refused before it begins, not by the system."""
     from refimpl.loading import model as loading
     from refimpl.model.cache import cache_bytes
 

@@ -44,7 +44,7 @@ def model():
 @pytest.fixture(scope="module")
 def tokenizer():
     metadata = open_gguf(BUILT_IN).metadata
-    vocab = {piece: i for i, piece in enumerate(metadata["tokenizer.ggml.tokens"])}
+    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     return vocabulary.tokenizer_from_parts(vocab, [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]])
 
 
@@ -160,7 +160,7 @@ def test_held_out_measures_are_their_formulas(model, tokenizer):
     text = "".join(corpus.read_corpus().heldout.values())[:9000]
     ids = train.encode_parts(tokenizer, {"a": text})[0]
     n_bytes = held_out.bytes_of_ids(tokenizer)
-    assert n_bytes[ids].sum() == len(text.encode()), "the pieces of a text stand for all of its bytes"
+    assert n_bytes[ids].sum() == len(text.encode()), "the tokens of a text cover all of its bytes"
     held = held_out.HeldOut([ids], n_bytes, 2)
     assert held.ids_BT.shape == (2, 512) and len(held.target_T) == 512
     reference = held.states(model), model.model.embed_tokens.weight.detach().clone()

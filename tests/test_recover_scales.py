@@ -115,7 +115,7 @@ def test_bytes_are_q4_0_of_any_shape():
     found = recover_grid(x.reshape(-1, 32))
     assert np.array_equal(dequantize(raw, "Q4_0").reshape(-1, 32), found.restored())
     assert np.array_equal(fields_of(raw, BLOCKS["Q4_0"])["d"].reshape(-1), found.d)
-    big = rng.normal(size=(20000, 64)).astype(F32)          # more than one piece
+    big = rng.normal(size=(20000, 64)).astype(F32)          # more than one chunk
     assert np.array_equal(quantize_q4_0_on_grid(big)[12345], quantize_q4_0_on_grid(big[12345]))
     assert quantize_q4_0_on_grid(np.zeros((0, 64), F32)).shape == (0, 36)
 

@@ -39,7 +39,7 @@ class Scripted:
 
 @pytest.fixture
 def picked(monkeypatch):
-    """A hash of the logits behind every pick, in order."""
+    """A hash of the logits of every pick, in order."""
     seen, pick = [], Sampler.pick
 
     def watched(self, logit_V):
@@ -69,7 +69,7 @@ def run(picked, model, ids, n, **options):
 
 
 def assert_same(picked, model, drafter, ids, n, want, **options):
-    """The ids, the reason to stop, and the logits behind every id are those of the plain loop. Returns the statistics."""
+    """The ids, the reason to stop, and the logits of every id are those of the plain loop. Returns the statistics."""
     got = run(picked, model, ids, n, drafter=drafter, **options)
     assert got[0] == want[0] and got[3] == want[3]
     assert got[1] == want[1][:len(got[1])] and len(got[1]) == len(want[1])
@@ -212,7 +212,7 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(counts=st.lists(st.integers(0, 8), min_size=60, max_size=120), depth=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_any_accept_counts_leave_the_cache_of_the_committed_tokens(pairs, counts, depth, seed):
-    """Hundreds of rounds in all, rings of 16 slots: after every example each key and value in sight has the bits of a fresh cache."""
+    """Hundreds of rounds in all, rings of 16 slots: after every example each visible key and value has the bits of a fresh cache."""
     model, _ = pairs["26B-A4B"][0]
     truth = prompt(450, seed=seed)
 
@@ -280,12 +280,12 @@ OF_A_ROUND = {      # what only shows after a partial acceptance, and where: in 
     "wrong row carried": ("drafts", speculative, "state_TD[len(emitted) - 1]", "state_TD[-1]"),
     "rejected rows committed": ("text", speculative, "cache.advance(len(emitted))", "cache.advance(1 + len(drafted))"),
     "too little committed": ("drafts", speculative, "cache.advance(len(emitted))", "cache.advance(max(1, len(emitted) - 1))"),
-    "one key too many in sight": ("drafts", network.draft_step, "Step(pos_T, pos_T,", "Step(pos_T, pos_T + 1,"),
+    "one key too many visible": ("drafts", network.draft_step, "Step(pos_T, pos_T,", "Step(pos_T, pos_T + 1,"),
 }
 
 
 @pytest.mark.parametrize("what", OF_A_ROUND)
-def test_planted_in_the_round(pairs, what):
+def test_a_bug_in_the_round_is_caught(pairs, what):
     where, *change = OF_A_ROUND[what]
     model, drafter = pairs["26B-A4B"][0]
     with inject(Bug(*change, MOE, "")):
@@ -310,8 +310,8 @@ OF_A_STEP = {
 
 
 @pytest.mark.parametrize("what", OF_A_STEP)
-def test_planted_in_the_step(tmp_path, what):
-    """What transformers proposes (test_drafter.py compares it) is what a clean version proposes; a planted one must propose other ids."""
+def test_a_bug_in_the_step_is_caught(tmp_path, what):
+    """What transformers proposes (test_drafter.py compares it) is what a clean version proposes; one with a bug must propose other ids."""
     shape = "E2B" if what == "worst group" else "12B"
     paths = write_model(tmp_path / "m.gguf", random_model(shape)), write_drafter(
         tmp_path / "d.gguf", random_drafter(shape, n_centroid=20 if shape == "E2B" else 0))

@@ -105,9 +105,9 @@ def test_whole_models_share_what_the_published_ones_share():
 
 
 def test_vocabulary_has_gemmas_special_ids():
-    pieces = vocabulary_metadata()["tokenizer.ggml.tokens"]
-    assert len(pieces) == len(set(pieces)) == 262_144
-    assert pieces[2] == "<bos>" and pieces[106] == "<turn|>" and pieces[238] == "<0x00>" and pieces[493] == "<0xFF>"
+    tokens = vocabulary_metadata()["tokenizer.ggml.tokens"]
+    assert len(tokens) == len(set(tokens)) == 262_144
+    assert tokens[2] == "<bos>" and tokens[106] == "<turn|>" and tokens[238] == "<0x00>" and tokens[493] == "<0xFF>"
 
 
 def test_a_model_can_chat_with_its_own_template_and_vocabulary():

@@ -1,4 +1,4 @@
-"""Threads: what the system lets us have (made-up systems), what Numba is told, and who is kept quiet meanwhile."""
+"""Threads: what the system lets us have (made-up systems), what Numba is set to, and whose messages are suppressed meanwhile."""
 
 import math
 import os
@@ -229,7 +229,7 @@ def test_kernels_get_as_many_threads_as_running_says():
             assert threads.current() == numba.get_num_threads() == 1
         assert threads.current() == most
         with running(1):
-            thread = threading.Thread(target=elsewhere)         # which nobody has told anything
+            thread = threading.Thread(target=elsewhere)         # which was never configured
             thread.start()
             thread.join()
     assert found[0][0] == found[0][1]

@@ -215,7 +215,7 @@ def test_training_runs_the_steps_that_drafting_takes(tmp_path, monkeypatch):
             assert worst(seen[j][p - 1], z) < 2e-3, (p, j)
 
 
-def test_the_drafter_that_ships_foresees_held_out_code():
+def test_the_drafter_that_ships_predicts_held_out_code():
     """Six prompts are enough to see that it is the trained one; `python -m refimpl.tiny.evaluate_drafter` measures it."""
     from refimpl.tiny.evaluate_drafter import evaluate
 

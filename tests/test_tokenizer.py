@@ -37,24 +37,24 @@ def trained() -> HuggingFace:
 def with_visible_pieces(hf: HuggingFace) -> HuggingFace:
     """In the style of Gemma 3: HTML tags and runs of newlines are added tokens outside the merges; conversation markers are special."""
     vocab, merges = parts_of(hf)
-    for piece in VISIBLE:
-        vocab.setdefault(piece, len(vocab))
+    for token in VISIBLE:
+        vocab.setdefault(token, len(vocab))
     hf = tokenizer_from_parts(vocab, merges)
     plain = json.loads(hf.to_str())
     plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] not in VISIBLE]
     hf = HuggingFace.from_str(json.dumps(plain))
-    hf.add_tokens([AddedToken(piece, normalized=False, special="|" in piece) for piece in VISIBLE])
+    hf.add_tokens([AddedToken(token, normalized=False, special="|" in token) for token in VISIBLE])
     return hf
 
 
 def metadata_of(hf: HuggingFace, visible=()) -> dict[str, object]:
     vocab, merges = parts_of(hf)
-    pieces = sorted(vocab, key=vocab.get)
+    tokens = sorted(vocab, key=vocab.get)
     kind = dict.fromkeys([*CONTROL, *MARKERS], 3) | {f"<0x{b:02X}>": 6 for b in range(256)} | dict.fromkeys(visible, 4)
     return {
-        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.scores": np.zeros(len(pieces), np.float32),
-        "tokenizer.ggml.token_type": np.array([kind.get(piece, 1) for piece in pieces], np.int32),
+        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.zeros(len(tokens), np.float32),
+        "tokenizer.ggml.token_type": np.array([kind.get(token, 1) for token in tokens], np.int32),
         "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
         "tokenizer.ggml.bos_token_id": np.uint32(vocab["<bos>"]), "tokenizer.ggml.eos_token_id": vocab["<eos>"],
         "tokenizer.ggml.unknown_token_id": vocab["<unk>"], "tokenizer.ggml.padding_token_id": vocab["<pad>"],
@@ -72,7 +72,7 @@ snippets = st.sampled_from([
     *CONTROL, *MARKERS, *VISIBLE, "<0x41>", "</s>", " ", "  ", "\n", "\n\n\n\n", "\t", "\r\n", "def ", "self.", "return", " the",
     "12", "//", "#", "é", "e\u0301", "中", "文字", "🙂", "👩\u200d👩\u200d👧", SPACE, BOM, "\x00", MARK])
 any_id = st.integers(0, TOKENIZER.n_vocab - 1)
-byte_id = st.integers(*(PLAIN.get_vocab()[piece] for piece in ("<0x00>", "<0xFF>")))
+byte_id = st.integers(*(PLAIN.get_vocab()[token] for token in ("<0x00>", "<0xFF>")))
 texts = st.lists(st.one_of(snippets, st.text(max_size=6)), max_size=14).map("".join)
 thorough = settings(max_examples=700, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -111,16 +111,16 @@ def test_agrees_with_transformers_in_a_long_text():
 @thorough
 @given(ids=st.lists(st.one_of(any_id, byte_id), max_size=12), special=st.booleans())
 def test_stream_equals_decode_equals_the_rule(ids, special):
-    """Any ids at all: byte runs are UTF-8, a stray byte is one U+FFFD, hidden pieces do not end a run."""
+    """Any ids at all: byte runs are UTF-8, a stray byte is one U+FFFD, hidden tokens do not end a run."""
     visible = [i for i in ids if special or i not in hidden_ids()]
     expected = ""
     for is_byte, run in itertools.groupby(visible, key=lambda i: TOKENIZER.token(i).startswith("<0x")):
-        pieces = [TOKENIZER.token(i) for i in run]
+        tokens = [TOKENIZER.token(i) for i in run]
         if is_byte:
-            text = bytes(int(piece[3:5], 16) for piece in pieces).decode("utf-8", "surrogateescape")
+            text = bytes(int(token[3:5], 16) for token in tokens).decode("utf-8", "surrogateescape")
             expected += "".join(MARK if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
         else:
-            expected += "".join(pieces).replace(SPACE, " ")
+            expected += "".join(tokens).replace(SPACE, " ")
     assert TOKENIZER.decode(ids, special=special) == expected
     stream = TOKENIZER.stream(special=special)
     assert "".join([stream.push(i) for i in ids]) + stream.finish() == expected
@@ -214,15 +214,15 @@ def test_takes_lazy_string_arrays_and_leaves_them_alone():
 
 
 def damaged_by_google():
-    """Metadata with the defect of Google's QAT files: two pieces repeat others; and what it should be."""
+    """Metadata with the defect of Google's QAT files: two tokens repeat others; and what it should be."""
     metadata = dict(PAIRS["tiny"][2])
-    pieces = metadata["tokenizer.ggml.tokens"]
-    slashes = pieces.index("//") if "//" in pieces else len(pieces)
-    pieces = [*pieces, *[p for p in ("//", BOM) if p not in pieces]]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    slashes = tokens.index("//") if "//" in tokens else len(tokens)
+    tokens = [*tokens, *[p for p in ("//", BOM) if p not in tokens]]
     merges = [m for m in metadata["tokenizer.ggml.merges"] if m.replace(" ", "") != "//"]
-    damaged, sharp = len(pieces), pieces.index("#")
-    healthy = [*pieces, BOM + "//", BOM + "#"]
-    repeated = [*pieces, "//", "#"]
+    damaged, sharp = len(tokens), tokens.index("#")
+    healthy = [*tokens, BOM + "//", BOM + "#"]
+    repeated = [*tokens, "//", "#"]
     # the damaged twin of "#" before the real one, as in the file: 208867 before 236865
     for both in (healthy, repeated):
         both[sharp], both[damaged + 1] = both[damaged + 1], both[sharp]
@@ -290,7 +290,7 @@ def without(key):
 
 
 def replaced(old, new):
-    return changed("tokens", lambda tokens: [new if piece == old else piece for piece in tokens])
+    return changed("tokens", lambda tokens: [new if token == old else token for token in tokens])
 
 
 BAD_FILES = {
@@ -298,7 +298,7 @@ BAD_FILES = {
     "no model": (without("model"), "None"),
     "no tokens": (without("tokens"), "tokens is missing"),
     "empty tokens": (changed("tokens", lambda _: []), "empty"),
-    "tokens of bytes": (changed("tokens", lambda t: [piece.encode() for piece in t]), "array of strings"),
+    "tokens of bytes": (changed("tokens", lambda t: [token.encode() for token in t]), "array of strings"),
     "tokens is a string": (changed("tokens", "".join), "array of strings"),
     "tokens is a number": (changed("tokens", len), "array of strings"),
     "surrogate in a token": (replaced("return", "re\udc80"), "not valid UTF-8"),
@@ -310,11 +310,11 @@ BAD_FILES = {
     "model an array": (changed("model", lambda _: np.array([], np.int32)), "only 'gemma4'"),
     "short scores": (changed("scores", lambda s: s[:-2]), "scores for"),
     "no merges": (without("merges"), "merges is missing"),
-    "merge of one piece": (changed("merges", lambda m: [*m, "ab"]), "is not two tokens"),
-    "merge of three pieces": (changed("merges", lambda m: [*m, "a b c"]), "is not two tokens"),
+    "merge of one token": (changed("merges", lambda m: [*m, "ab"]), "is not two tokens"),
+    "merge of three tokens": (changed("merges", lambda m: [*m, "a b c"]), "is not two tokens"),
     "merge of nothing": (changed("merges", lambda m: [*m, "a "]), "is not two tokens"),
-    "merge of an unknown piece": (changed("merges", lambda m: [*m, "a zqzq"]), "unknown token 'zqzq'"),
-    "merge to an unknown piece": (changed("merges", lambda m: [*m, "# é"]), "unknown token '#é'"),
+    "merge of an unknown token": (changed("merges", lambda m: [*m, "a zqzq"]), "unknown token 'zqzq'"),
+    "merge to an unknown token": (changed("merges", lambda m: [*m, "# é"]), "unknown token '#é'"),
     "malformed byte": (replaced("<0x0A>", "<0x-1>"), "'<0x0A>'"),
     "byte in lower case": (replaced("<0xAB>", "<0xab>"), "'<0xAB>'"),
     "extra byte": (changed("token_type", lambda t: np.where(np.arange(len(t)) == 300, 6, t)), "has type byte but is"),

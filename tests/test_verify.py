@@ -125,12 +125,12 @@ def test_a_drafter_is_looked_at_and_not_run():
     assert result["ok"] and states(result)["numbers"] == "ok" and states(result)["same bits"] == "left out"
 
 
-@pytest.mark.parametrize("pieces,finite", [((0x0000, 0x0000, 0xC000, 0x7000), False), ((0x0000, 0x0000, 0xB000, 0x7000), True)])
-def test_a_scale_in_four_pieces_is_looked_at(pieces, finite):
+@pytest.mark.parametrize("parts,finite", [((0x0000, 0x0000, 0xC000, 0x7000), False), ((0x0000, 0x0000, 0xB000, 0x7000), True)])
+def test_a_scale_in_four_parts_is_checked(parts, finite):
     """IQ1_M keeps its half in the upper nibbles of four words: 0x7C00 is infinite, 0x7B00 is 57344."""
     block = BLOCKS["IQ1_M"]
     scales = np.zeros((2, 3, 4), np.uint16)
-    scales[1, 2] = pieces
+    scales[1, 2] = parts
     raw = bytes_of(block, qs=np.zeros((2, 3, 32), np.uint8), qh=np.zeros((2, 3, 16), np.uint8), scales=scales)
     assert list(not_finite(raw, block)) == ([] if finite else [("a scale", 1, 5)])
 

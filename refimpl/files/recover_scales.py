@@ -30,7 +30,7 @@ SLACK = _F32(2.0 ** -6.9)       # the largest weight and another one may each be
 
 
 class Grid(NamedTuple):
-    """Blocks as x ~ d * q. `exact`: as far as their format tells, the numbers are products of d, or of a scale that float16 rounds to d."""
+    """Blocks as x ~ d * q. `exact`: to their format's precision, the numbers are products of d, or of a scale that float16 rounds to d."""
 
     d: np.ndarray               # float16 (n,)
     q: np.ndarray               # int8 (n, 32), -8 .. 7

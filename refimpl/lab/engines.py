@@ -13,7 +13,7 @@ KERNELS, REFERENCE, LLAMACPP, TRANSFORMERS = "kernels", "reference", "llama.cpp"
 TRACED = (TRANSFORMERS, LLAMACPP)                   # compare B
 EVALUATED = (KERNELS, REFERENCE, LLAMACPP)          # eval --backend, --against
 TIMED = (LLAMACPP,)                                 # bench --vs
-ARITHMETIC = {KERNELS: "q8", REFERENCE: "exact"}    # what each of our backends takes unless told otherwise
+ARITHMETIC = {KERNELS: "q8", REFERENCE: "exact"}    # default of each of our backends
 
 
 def known(name: str, choices: tuple[str, ...]) -> str:

@@ -136,10 +136,10 @@ def _check_memory(opponent: str, file: GGUFFile):
 
 
 def random_ids(model: Model, plan: Plan) -> tuple[list[int], list[int], list[int]]:
-    """Ids of ordinary pieces for the prompt, the context and the new tokens. The same seed gives the same ones."""
+    """Ids of normal tokens for the prompt, the context and the new tokens. The same seed gives the same ones."""
     ordinary = np.flatnonzero(np.asarray(model.file.metadata["tokenizer.ggml.token_type"]) == NORMAL)
     if not len(ordinary):
-        raise ValueError(f"{model.file.path}: the vocabulary has no ordinary pieces to make a prompt of")
+        raise ValueError(f"{model.file.path}: the vocabulary has no normal tokens to make a prompt of")
     rng = np.random.default_rng(plan.seed)
     prompt, context, new = (rng.choice(ordinary, n).tolist() for n in (plan.n_prompt, plan.depth, plan.n_new))
     return prompt, context, new

@@ -1,7 +1,7 @@
 """The names of a forward pass's values, in the order in which it computes them: llama.cpp's names of its graph, and their place in
 transformers.
 
-A name in a trace is `NAME`, `NAME-LAYER`, or one of these behind a place: `draft0.` (step 0 of a draft after the prompt), `round1.draft0.`
+A name in a trace is `NAME`, `NAME-LAYER`, or one of these after a prefix: `draft0.` (step 0 of a draft after the prompt), `round1.draft0.`
 and `round1.verify.` (speculative rounds, `round1.drafted` and `round1.emitted` are ids).
 """
 

@@ -9,7 +9,7 @@ so it is measured and not bounded: the model runs in exact arithmetic, and again
 
 and what then lies between the two runs, tensor by tensor, is the noise of an engine of that arithmetic. For `q8` the second run is our own
 8-bit arithmetic, which rounds activations as ggml does, moved by float16's roundoff besides, because llama.cpp keeps keys and values in
-float16 and looks GELU up in a table of float16. The largest row counts; rows behind an expert that changed places do not (compare.py);
+float16 and looks GELU up in a table of float16. The largest row counts; rows after an expert that changed places do not (compare.py);
 several seeds, the worst of them.
 
 Two engines are each away from exact arithmetic, so the tolerance is SAFETY times the sum of both noises. SAFETY = 5: the largest

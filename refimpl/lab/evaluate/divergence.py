@@ -5,7 +5,7 @@ them, and t = 1 - p(S) the mass of the tail. KL(p || q) = sum of p log(p / q), i
 the tail, of which t and q are known and p is not. `divergence_bounds` says between which values it lies:
 
 - at least t log(t / q(tail)): the log-sum inequality (Cover & Thomas 2006, theorem 2.7.1), or: putting tokens together never makes two
-  distributions easier to tell apart;
+  distributions easier to distinguish;
 - at most its largest value over all tails that are possible, those with 0 <= p <= m and sum t. The sum of p log p - p log q is convex in
   p, so that it is largest in a corner of these: as many tokens at m as fit into t (n of them, n = floor(t / m)), one with the rest r, the
   others 0. The sum of p log p is then n m log m + r log r whichever tokens they are; the sum of -p log q is largest where the n that q

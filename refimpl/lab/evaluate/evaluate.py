@@ -94,9 +94,9 @@ def _windows_of(texts, file: GGUFFile, tokenizer: Tokenizer, n_ctx: int, stride:
 
 
 def vocabulary_hash(file: GGUFFile) -> str:
-    """SHA-256 of the pieces in order: two models can be compared where it is the same."""
-    pieces = file.metadata.get("tokenizer.ggml.tokens")
-    return hashlib.sha256("\n".join(map(repr, pieces)).encode()).hexdigest() if pieces is not None else ""
+    """SHA-256 of the tokens in order: models with the same one can be compared."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    return hashlib.sha256("\n".join(map(repr, tokens)).encode()).hexdigest() if tokens is not None else ""
 
 
 def _same_vocabulary(path: Path, theirs: str, file: GGUFFile):

@@ -4,7 +4,7 @@
     arithmetic    how the engine rounds: "float32", "bfloat16", "float16", "q8" or "exact"; in safetensors, in the metadata
     positions     optional, int (R,): which positions the rows are, all of them where it is not there
     NAME[-LAYER]  a value, (R, ...), under a name that `refimpl trace --names` lists; an axis of 1 in front (a batch) is dropped, and
-                  the axes behind the first may be flattened. bfloat16 is stored as float32.
+                  the axes after the first may be flattened. bfloat16 is stored as float32.
 
 Any of the names may be missing. Arrays with other names are listed and not compared. From an engine in PyTorch, for example:
 
