@@ -16,7 +16,7 @@ def cache(
     force: Annotated[bool, typer.Option("--force", help="with --clear owner/name: really delete the downloaded model")] = False,
     as_json: Json = False,
 ):
-    """Show or clear the files kept on disk: compiled kernels and downloaded models."""
+    """Show or clear compiled kernels and downloads. All that refimpl keeps on disk."""
     from refimpl.cli.show.table import size, table
     from refimpl.kernels.machine.cache_folder import cache_root, kernel_folders, remove
 

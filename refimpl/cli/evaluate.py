@@ -45,7 +45,7 @@ def evaluate(
     backend: Annotated[str, typer.Option("--backend", help="kernels, reference, or llama.cpp in a separate process")] = "kernels",
     arithmetic: Arithmetic = None, force: Force = False, as_json: Json = False,
 ):
-    """Measure perplexity on a text, and KL divergence from another engine, file or earlier run."""
+    """Measure perplexity, and KL divergence. The divergence from another engine, file or earlier run."""
     from refimpl.cli.show.evaluate import as_text
     from refimpl.lab.evaluate.evaluate import evaluate as measure
     from refimpl.lab.evaluate.logit_sources import other_side, side_of

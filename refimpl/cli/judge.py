@@ -50,7 +50,7 @@ def trace(
     names: Annotated[bool, typer.Option("--names", help="print all names, and exit")] = False,
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, threads: Threads = None, force: Force = False, as_json: Json = False,
 ):
-    """Write every intermediate value of a run to a file. For `compare`, and for other engines' tests."""
+    """Write every value of a run to a file. For `compare`, and for other engines' tests."""
     import refimpl
     from refimpl.lab.compare.record import write_trace
 

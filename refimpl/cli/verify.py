@@ -17,7 +17,7 @@ def verify(
     strict: Annotated[bool, typer.Option("--strict", help="unknown metadata keys are an error")] = False,
     threads: Threads = None, as_json: Json = False,
 ):
-    """Check that a file is complete and this machine computes correctly. Without -m: with the built-in model."""
+    """Check a file, and this machine's arithmetic. Without -m: with the built-in model."""
     from refimpl.cli.show.verify import as_text
     from refimpl.files.verify import verify as check
 
