@@ -229,6 +229,7 @@ def test_the_results_that_ship_agree_with_their_rows():
         assert len(values) == mean["seeds"] and mean["bits_per_byte"] == pytest.approx(np.mean(values), abs=2e-5)
     against = {entry["grid"]: entry for entry in found["against"]}
     assert all(x < 0 for grid in ("2-bit", "3-bit") for x in against[grid]["difference"]), "with few bits training on the grid helps"
+    assert found["releases_mean"] == qat_results._means(found["releases"], ("trained", "converted"))
     releases = {(m["trained"], m["converted"]): m for m in found["releases_mean"]}
     assert releases["w4a16", "absmax"]["kl"] > 5 * releases["w4a16", "recovered"]["kl"]
     assert Path(qat_results.FILE).stat().st_size < 100_000

@@ -37,7 +37,7 @@ def gather(folder: Path) -> dict[str, object]:
     history   of seed 0: losses (means of 10 steps), share of codes that change in a step, histograms of w / d
     """
     rows = _read(folder / "rows.jsonl")
-    releases = _read(folder / "releases.jsonl")
+    releases = [_rounded(row) for row in _read(folder / "releases.jsonl")]
     histories = {row["trained"]: row["history"] for row in rows if "history" in row and row["seed"] == 0}
     for name, history in histories.items():
         kept = SHOWN_HISTORY.get(name, ())
@@ -47,7 +47,7 @@ def gather(folder: Path) -> dict[str, object]:
     settings = json.loads((folder / "settings.json").read_text())
     del settings["base"], settings["quick"]                     # a path of somebody's machine
     return {"settings": settings, "rows": rows, "mean": _means(rows, ("trained", "stored")),
-            "against": _against(rows), "releases": [_rounded(row) for row in releases],
+            "against": _against(rows), "releases": releases,
             "releases_mean": _means(releases, ("trained", "converted")), "history": histories}
 
 

@@ -145,22 +145,22 @@ def per_row(function: Callable | None = None, *, shared: tuple[str, ...] = ()) -
 
 
 class _Listener(event.Listener):
-    def __init__(self, notify: Callable[[str, tuple[str, ...]], None]):
-        self.notify, self.depth = notify, 0
+    def __init__(self, callback: Callable[[str, tuple[str, ...]], None]):
+        self.callback, self.depth = callback, 0
 
     def on_start(self, what):
         self.depth += 1
         function = what.data["dispatcher"].py_func
         if self.depth == 1 and (function.__module__ or "").startswith("refimpl."):
-            self.notify(function.__name__, tuple(dict.fromkeys(t.weight_type for t in what.data["args"] if hasattr(t, "weight_type"))))
+            self.callback(function.__name__, tuple(dict.fromkeys(t.weight_type for t in what.data["args"] if hasattr(t, "weight_type"))))
 
     def on_end(self, what):
         self.depth -= 1
 
 
-def announce(notify: Callable[[str, tuple[str, ...]], None]):
-    """From now on calls `notify(kernel, weight types)` whenever a kernel is about to be compiled, not when it comes from disk.
+def announce(callback: Callable[[str, tuple[str, ...]], None]):
+    """From now on calls `callback(kernel, weight types)` whenever a kernel is about to be compiled, not when it comes from disk.
 
     The weight types are those it is compiled for, such as ("Q4_0",), and () for a kernel without weights.
     """
-    event.register("numba:compile", _Listener(notify))
+    event.register("numba:compile", _Listener(callback))
