@@ -13,6 +13,7 @@ import pytest
 from systems import V1, V2, put
 from threadpoolctl import threadpool_info
 
+from refimpl import host
 from refimpl.host import control_groups, cpu_quota, default_threads, physical_cores
 from refimpl.kernels.machine import threads
 from refimpl.kernels.machine.threads import prepare, running
@@ -77,7 +78,7 @@ def test_groups_are_listed_innermost_first_and_stay_below_the_mount(tmp_path):
 def test_default_is_cores_within_the_quota_and_at_least_one(tmp_path, monkeypatch, quota, wanted):
     put(tmp_path, V2 | {"sys/fs/cgroup/user/cpu.max": quota})
     put(tmp_path, {f"sys/devices/system/cpu/cpu{i}/topology/core_cpus_list": f"{i // 2}" for i in range(8)})
-    monkeypatch.setattr(threads, "usable_cpus", lambda: set(range(8)))
+    monkeypatch.setattr(host, "usable_cpus", lambda: set(range(8)))
     assert default_threads(tmp_path) == wanted
 
 
@@ -98,7 +99,7 @@ def test_a_senseless_number_of_threads_is_refused(wrong):
 
 def test_default_asks_for_no_more_than_numba_was_told_to_have():
     assert prepare(1) == 1 and 1 <= prepare() <= default_threads()
-    code = "from refimpl.kernels import threads as t; t.default_threads = lambda: 4; print(t.prepare())"
+    code = "from refimpl.kernels.machine import threads as t; t.default_threads = lambda: 4; print(t.prepare())"
     assert python(code, NUMBA_NUM_THREADS="1") == "1" and python(code, NUMBA_NUM_THREADS="9") == "4"
 
 
