@@ -166,3 +166,62 @@ def test_kernels_need_no_writable_folder():
     """They are compiled for this one process then."""
     env = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
     assert process("generate", "-p", "def ", "-n", 2, env=env)[0] == 0
+
+
+# ---- what is said to somebody who is nearly right
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """A file with a chat template."""
+    from refimpl.text.chat import GEMMA4_TEMPLATE
+
+    extra = {"tokenizer.chat_template": GEMMA4_TEMPLATE}
+    return write_model(tmp_path_factory.mktemp("chat") / "chat.gguf", random_model("12B"), extra=extra)
+
+
+def test_help_is_a_command_and_an_unknown_one_is_answered_with_those_there_are():
+    assert run("help") == run("--help")
+    assert run("help", "cache")[1].startswith("Usage: refimpl cache")
+    assert_one_line(run("serve"), 2, "no command 'serve'", "generate, chat, inspect")
+    assert_one_line(run("help", "serve"), 2, "no command 'serve'")
+
+
+def test_complaints_do_not_begin_with_a_phrase_that_says_nothing():
+    assert run("generate")[2] == "refimpl: give the text with -p TEXT, -p - or -f FILE\n"
+    assert "-n" in run("generate", "-p", "x", "-n", "x")[2]
+
+
+def test_a_prompt_that_is_not_utf8_and_an_empty_name_get_one_line():
+    assert_one_line(run("generate", "-p", "caf\udce9"), 1, "-p: not UTF-8")
+    assert_one_line(run("generate", "-p", "x", "-m", ""), 1, "empty")
+    assert_one_line(run("generate", "-p", "x", "-hf"), 2, "-hf requires an argument")
+
+
+def test_a_terminal_without_the_characters_gets_the_text_anyway():
+    code, out, err = process("generate", "-p", "é", "-n", 1, "--backend", "reference", env={"PYTHONIOENCODING": "ascii"})
+    assert code == 0 and out.startswith("?") and err == ""
+
+
+def test_a_folder_is_no_output(tmp_path):
+    (tmp_path / "d.safetensors").mkdir()
+    for line in (("trace", "-p", "x"), ("synth", "E2B-assistant"), ("convert", "x"), ("eval", "-f", "x")):
+        assert_one_line(run(*line, "-o", tmp_path / "d.safetensors", "--force"), 1, "is a folder; give the name of a file")
+
+
+def test_a_question_for_a_file_without_template_is_refused():
+    assert_one_line(run("generate", "--chat", "-p", "x"), 1, "the built-in model only continues code")
+
+
+def test_ctrl_c_while_a_message_is_read_goes_back_to_the_prompt(talking, monkeypatch):
+    from refimpl.decode import generate
+
+    def interrupted(m, ids, **options):
+        prompts.append(ids)
+        if len(prompts) == 1:
+            raise KeyboardInterrupt
+        yield from original(m, ids, **options)
+    prompts, original = [], generate.events
+    monkeypatch.setattr(generate, "events", interrupted)
+    code, out, err = run("chat", "-m", talking, "-n", 2, "--temp", 0, stdin=b"first\nsecond\n")
+    assert code == 0 and out != "" and "Traceback" not in err
+    assert len(prompts) == 2 and len(prompts[1]) < len(prompts[0]) + len("first"), "the message that was broken off is forgotten"

@@ -389,3 +389,19 @@ def test_the_heat_map(right):
 def test_a_model_that_the_kernels_refuse_is_judged_by_the_reference(tmp_path):
     path = write_model(tmp_path / "m.gguf", random_model("12B", head_dim=24, global_head_dim=48))
     assert judge(path).backend.name == "reference" and math.isfinite(judge(path).logits([2, 5])[0, 0])
+
+
+def test_the_command_says_what_is_wrong_with_its_arguments(right, tmp_path, monkeypatch):
+    from cli import assert_one_line, run
+
+    path = tmp_path / "right.safetensors"
+    write_trace(path, right["26B-A4B"][0], IDS)
+    np.savez(tmp_path / "theirs.npz", ids=np.arange(3))
+    (tmp_path / "x.txt").write_text("hello")
+    for line, status, words in (
+            (("x.txt", path), 3, "the trace to judge by comes first"), (("theirs.npz", path), 3, "the trace to judge by comes first"),
+            ((path, "nothing.log"), 3, "nothing.log"), ((path, "nothing"), 3, "nothing: no such file"),
+            ((path, path, "--guess", "--steps"), 2, "choose one")):
+        assert_one_line(run("compare", *line, cwd=tmp_path), status, words)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert_one_line(run("compare", path, path, "--guess", "--plot", tmp_path / "p.png"), 3, "pip install")

@@ -116,3 +116,15 @@ def test_what_prints_as_one_line_says_what_it_is(model):
     assert repr(model) == ("<Model refimpl tiny python: 6 layers (1 full), width 128, 128 experts/8 used, vocabulary 4096; "
                            "bytes Q4_0 94%, F32 6%; kernels, q8, 1 thread>")
     assert repr(refimpl.load_drafter(None, model)) == "<Drafter of refimpl tiny python: 4 layers, width 96, dense head>"
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"ids?", {"role": "user", "content": "x"}, iter([2]), [{"role": "user", "content": "x"}, 3]])
+def test_a_prompt_of_another_kind_is_refused(prompt):
+    with pytest.raises(ValueError, match="expected (text|messages)"):
+        refimpl.generate(refimpl.load(), prompt, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 1.5}, {"max_new_tokens": None}, {"n_ctx": -4}, {"n_ctx": 1.5}])
+def test_numbers_of_tokens_are_integers(options):
+    with pytest.raises(ValueError, match="max_new_tokens is|n_ctx is"):
+        refimpl.generate(refimpl.load(), "x", **{"max_new_tokens": 1} | options)

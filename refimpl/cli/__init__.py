@@ -5,6 +5,7 @@ wrong usage; 130 after Ctrl-C.
 """
 
 import contextlib
+import io
 import json
 import sys
 import warnings
@@ -30,6 +31,8 @@ def _root(context: typer.Context, version: Annotated[bool, typer.Option("-V", "-
 
 def main():
     """Runs the command line of this process."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")        # a character that the terminal's encoding lacks must not end a text
     sys.exit(status())
 
 
@@ -62,7 +65,7 @@ def complain(e: Exception, as_json: bool = False) -> int:
 
     usage_error = typer.BadParameter.__base__       # typer carries a copy of click or uses the installed one, by its version
     if isinstance(e, usage_error):
-        text = e.format_message()
+        text = e.format_message().removeprefix("Invalid value: ")       # without an option's name it says nothing
     elif isinstance(e, OSError) and e.filename is not None:
         text = f"{e.filename}: {e.strerror}"
     elif isinstance(e, (GGUFError, ContextFull, Failure, ValueError, OSError)):

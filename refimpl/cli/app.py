@@ -32,6 +32,17 @@ class Commands(TyperGroup):
         """Their names, in the order of --help."""
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
+    def resolve_command(self, ctx, args):
+        """The command that the first argument names; `help COMMAND` is `COMMAND --help`."""
+        if args[0] == "help":
+            if len(args) == 1:
+                print(ctx.get_help())
+                raise typer.Exit
+            args = [args[1], "--help"]
+        if not args[0].startswith("-") and args[0] not in self.commands:
+            raise typer.BadParameter.__base__(f"no command {args[0]!r}; choose from {', '.join(self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
 
 class Command(TyperCommand):
     """A command that also takes llama.cpp's options."""
@@ -165,7 +176,9 @@ def fetched(model: str | None, positional: str | None = None) -> Path | None:
 
 
 def refuse_overwriting(path: Path, force: bool):
-    """Raises if `path` is an existing file (devices and pipes are fine), or its folder is missing. Called before any work."""
+    """Raises if `path` is a folder or an existing file (devices and pipes are fine), or its folder is missing. Called before any work."""
+    if path.is_dir():
+        raise Failure(f"{path}: is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if not force and path.is_file():

@@ -85,7 +85,9 @@ def synth(
     seed: Seed = 0, force: Force = False,
 ):
     """Write a file of a model's shape with random weights. For measuring speed and memory."""
+    from refimpl.cli.show.table import size
     from refimpl.files.synth import synthesise
 
     refuse_overwriting(output, force)
     synthesise(shape, output, recipe, layers, seed, progress=bar)
+    write(f"{output}: {size(output.stat().st_size)}, random weights in the shape of {shape}\n")

@@ -29,6 +29,7 @@ from refimpl.cli.app import (
     write,
 )
 from refimpl.cli.run import read_prompt
+from refimpl.extras import require
 
 
 @app.command()
@@ -79,14 +80,14 @@ def trace(
         write(json.dumps({key: value for key, value in header.items() if key != "crc32"}
                          | {"file": str(output), "tensors": len(header["crc32"]), "bytes": size}) + "\n")
     else:
-        write(f"{output}: {len(header['crc32'])} tensors of {len(header['positions'])} positions, {size / 1e6:.1f} MB; "
+        write(f"{output}: {len(header['crc32'])} tensors, positions: {len(header['positions'])}, {size / 1e6:.1f} MB; "
               f"{header['engine']}, {header['arithmetic']}\n")
 
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="the correct trace (refimpl trace)")],
-    b: Annotated[str, typer.Argument(help="what to judge: a trace, .npz (how to write one: python -m pydoc "
+    a: Annotated[str, typer.Argument(metavar="TRACE", help="the correct trace (refimpl trace)")],
+    b: Annotated[str, typer.Argument(metavar="OTHER", help="what to judge: a trace, .npz (how to write one: python -m pydoc "
                                      "refimpl.lab.compare.engines.foreign), what llama.cpp printed (.txt) or saved (.bin), or an engine to "
                                      "run: transformers:DIRECTORY, llama.cpp:FILE.gguf")],
     model: Annotated[Path | None, typer.Option("-m", "--model", show_default=False, help="the model, to measure how rounding errors grow "
@@ -107,9 +108,13 @@ def compare(
     from refimpl.lab.compare.tolerance import model_of
     from refimpl.lab.compare.trace import open_trace
 
+    if guess and steps:
+        raise typer.BadParameter("--steps runs the model, --guess does not: choose one of them")
     if picture is not None:
         refuse_overwriting(picture, force)
     with exits_3(as_json):
+        if picture is not None:
+            require("matplotlib", "plot")
         first = open_trace(a)
         second = open_any(b, first.ids, dtype, threads or 1)
         found = None

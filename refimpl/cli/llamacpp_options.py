@@ -48,7 +48,9 @@ def ours(args: Sequence[str], takes_value: Callable[[str], bool | None], note: C
         if known is not None:
             kept += [arg, *([rest.pop(0)] if known and not equals and rest else [])]
         elif name in ALIASES and takes_value(ALIASES[name]):
-            value = value if equals else rest.pop(0) if rest else ""
+            if not equals and not rest:
+                raise Refused(f"{name} requires an argument, owner/name")
+            value = value if equals else rest.pop(0)
             kept += [ALIASES[name], value if value.startswith("hf:") else f"hf:{value}"]
         elif name in ("-cnv", "--conversation") and takes_value("--prompt"):
             raise Refused(f"{name}: a conversation is refimpl chat; refimpl generate --chat asks one question")

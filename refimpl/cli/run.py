@@ -62,6 +62,8 @@ def generate(
     model = fetched(model, positional)
     room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256        # a token has a byte or more; 256 for a template
     m = load(model, backend, arithmetic, threads, room, verbose)
+    if chat:
+        refuse_without_template(m, model)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     if chat:
         ids = chat_ids(m, [{"role": "user", "content": text}], think)
@@ -96,22 +98,28 @@ def chat(
 
     model = fetched(model, positional)
     m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * max(predict, 256), verbose)
-    if not m.file.metadata.get("tokenizer.chat_template"):
-        raise Failure(f"{m.file.path}: the file has no chat template; " + (
-            "the built-in model only continues code: give an instruction-tuned model with -m" if model is None else
-            "an instruction-tuned model (-it in its name) has one; refimpl generate continues text"))
+    refuse_without_template(m, model)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         errors.print("> ", end="")
         line = sys.stdin.readline()
+        if not line:
+            errors.print()
         if not line or line.strip() == "/exit":
             break
         if not line.strip():
             continue
+        if len(line.encode()) > TERMINAL_LINE and sys.stdin.isatty():
+            errors.print("note: a terminal cuts lines at 4,095 bytes, the end may be missing; refimpl generate --chat -f FILE reads all")
         messages.append({"role": "user", "content": line.strip()})
-        out, _ = answer(m, chat_ids(m, messages, think), max_new_tokens=predict, n_ctx=ctx, special=False, temperature=temp, top_k=top_k,
-                        top_p=top_p, min_p=min_p, seed=seed, **drafting)
+        try:
+            out, _ = answer(m, chat_ids(m, messages, think), max_new_tokens=predict, n_ctx=ctx, special=False, temperature=temp,
+                            top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, **drafting)
+        except KeyboardInterrupt:           # while the prompt was read: as if the message had not been sent
+            messages.pop()
+            errors.print()
+            continue
         write("\n")
         show_stop(m, out.stats, ctx, verbose)
         messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
@@ -121,6 +129,17 @@ def chat(
 
 # ---- helpers
 
+TERMINAL_LINE = 4095        # bytes of a line, with its end, of which Linux keeps all
+
+
+def refuse_without_template(m, path: Path | None):
+    """Before anything is asked. `path`: None is the built-in model."""
+    if not m.file.metadata.get("tokenizer.chat_template"):
+        raise Failure(f"{m.file.path}: the file has no chat template; " + (
+            "the built-in model only continues code: give an instruction-tuned model with -m" if path is None else
+            "an instruction-tuned model (-it in its name) has one; refimpl generate continues text"))
+
+
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from -p, standard input or a file."""
     if file is not None:
@@ -129,6 +148,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         except UnicodeDecodeError as e:
             raise Failure(f"{file}: at byte {e.start}: not UTF-8 text") from None
     if prompt != "-":
+        if any(0xD800 <= ord(c) < 0xE000 for c in prompt):          # what Python makes of other bytes in an argument
+            raise Failure("-p: not UTF-8 text")
         return prompt
     try:
         return sys.stdin.buffer.read().decode("utf-8")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 
 import numpy as np
 
@@ -125,8 +126,10 @@ def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: fl
            min_p: float | None, seed: int, n_ctx: int | None, special: bool, drafter: Drafter | None, draft_max: int | str,
            draft_min_p: float, progress: Progress) -> Iterator[PromptDone | Text | Done]:
     """The same in events: PromptDone, a Text for every new token, Done. Arguments and errors are those of `generate`."""
-    if max_new_tokens < -1:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < -1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more, or -1 for no limit")
+    if n_ctx is not None and (not isinstance(n_ctx, Integral) or n_ctx < 1):
+        raise ValueError(f"n_ctx is {n_ctx}, expected 1 or more, or None for the model's own")
     if not 0 <= draft_min_p < 1:
         raise ValueError(f"draft_min_p={draft_min_p!r}: expected at least 0 and below 1")
     if drafter is not None:
@@ -173,10 +176,16 @@ def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: fl
 
 
 def prompt_ids(model: Model, prompt: Prompt, special: bool = False) -> list[int]:
-    """The token ids of a prompt; ids are returned unchecked. `special`: control tokens in a text count as such. Raises ChatError."""
+    """The token ids of a prompt; the values of ids are not checked. `special`: control tokens in a text count as such. Raises ChatError
+    or ValueError.
+    """
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt, special=special)
-    if len(prompt) and isinstance(prompt[0], Mapping):
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, (Sequence, np.ndarray)):
+        raise ValueError(f"expected text, token ids or messages (a list of {{'role': ..., 'content': ...}}), not {type(prompt).__name__}")
+    if any(isinstance(item, Mapping) for item in prompt):
+        if not all(isinstance(item, Mapping) for item in prompt):
+            raise ValueError("expected messages only (each {'role': ..., 'content': ...}), found something else among them")
         return encode_chat(model.tokenizer, model.file.metadata.get("tokenizer.chat_template"), list(prompt))
     return list(prompt)
 

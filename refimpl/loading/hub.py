@@ -67,6 +67,8 @@ def local(path: str | os.PathLike, drafter: bool = False) -> Path:
     Raises HubError if it cannot be downloaded; nothing incomplete or wrong stays in the cache. Raises GGUFError for a path that does not
     exist and looks like a repository or its address.
     """
+    if not os.fspath(path):
+        raise GGUFError("the model", None, "its name is empty")
     if not is_remote(path):
         if meant := near_miss(path):
             raise GGUFError(path, None, f"no such file; did you mean {meant}?")

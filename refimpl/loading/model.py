@@ -99,7 +99,7 @@ class Model:
         """`ids` as int64 (T,). Raises ValueError for an empty list or an id outside the vocabulary."""
         ids_T = np.asarray(ids)
         if ids_T.ndim != 1 or not len(ids_T) or ids_T.dtype.kind not in "iu":
-            raise ValueError("expected a list of at least one token id")
+            raise ValueError("expected a list of at least one token id" + (", integers" if ids_T.ndim and len(ids_T) else ""))
         outside = ids_T[(ids_T < 0) | (ids_T >= self.config.n_vocab)]
         if len(outside):
             raise ValueError(f"token id {outside[0]} is outside of the vocabulary (0 to {self.config.n_vocab - 1})")

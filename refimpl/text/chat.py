@@ -105,7 +105,7 @@ def render_chat(template: str | None, messages: list[dict], *, bos_token: str, e
     Raises ChatError: no template, malformed messages, an error in or from the template, more time, memory or output than allowed.
     """
     if not isinstance(template, str) or not template.strip():
-        raise ChatError("the file has no chat template (tokenizer.chat_template); give one, or send plain text")
+        raise ChatError("the file has no chat template (tokenizer.chat_template): it only continues text")
     if len(template) > MAX_TEMPLATE_CHARS:
         raise ChatError(f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE_CHARS} are accepted")
     if not isinstance(messages, list | tuple) or not messages:

@@ -77,7 +77,11 @@ def main():
     parser.add_argument("model", nargs="?", help="a GGUF file with the same vocabulary (default: the built-in model)")
     parser.add_argument("--files", type=int, help="only the first N held-out files")
     args = parser.parse_args()
-    print(json.dumps(evaluate(load(args.model), read_corpus(), args.files, bar), indent=1))
+    try:
+        model = load(args.model)
+    except (ValueError, OSError) as e:
+        parser.error(str(e))
+    print(json.dumps(evaluate(model, read_corpus(), args.files, bar), indent=1))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ The results that ship started from a checkpoint of the run that made the built-i
 its 3,700 steps in. `python -m refimpl.tiny.training.train --steps 1200 --decay 0.01 --qat 0 --out tiny-float` makes one like it.
 """
 
+import argparse
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -119,9 +119,15 @@ def _with_spread(entry: dict[str, object], metric: str) -> str:
 
 def main(argv: list[str] | None = None):
     """Gathers a folder into the file that ships, and shows it; without a folder only shows."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments:
-        FILE.write_text(json.dumps(gather(Path(arguments[0])), separators=(",", ":")) + "\n")
+    parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.qat_results", description=main.__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="what tiny.training.qat wrote")
+    folder = parser.parse_args(argv).folder
+    if folder is not None:
+        try:
+            found = gather(folder)
+        except (ValueError, OSError) as e:
+            parser.error(str(e))
+        FILE.write_text(json.dumps(found, separators=(",", ":")) + "\n")
     print(as_text(results()))
 
 

@@ -26,7 +26,7 @@ def as_text(result: dict[str, object]) -> str:
             rows.append((title, "ratio", *(f"{test['ratio'][key]:.3f}" for key in ("of_medians", "min", "max")), "", ""))
     columns = ("test", "engine", "tokens/s", "lowest", "highest", "ms/token", "of bandwidth")
     return "\n".join([*lines, "", table(columns, rows, left=(0, 1)), "", *limits,
-                      f"median of {plan['repetitions']} runs; bandwidth: best of {len(bandwidth['passes'])} passes over "
+                      f"runs: {plan['repetitions']}, their median; bandwidth: best of {len(bandwidth['passes'])} passes over "
                       f"{size(bandwidth['buffer_bytes'])}, threads: {bandwidth['threads']}"])
 
 
@@ -34,8 +34,8 @@ def draft_text(result: dict[str, object]) -> str:
     """The result of `lab.bench.draft_bench.draft_bench`."""
     plan, machine = result["plan"], result["machine"]
     lines = [f"{result['model']['name']} with {result['drafter']['path']}",
-             f"{machine['cpu']}, {machine['isa']}, threads: {machine['threads']}; {plan['n_new']} tokens, {plan['repetitions']} runs each, "
-             "in turn"]
+             f"{machine['cpu']}, {machine['isa']}, threads: {machine['threads']}; {plan['n_new']} tokens, "
+             f"runs of each: {plan['repetitions']}, in turn"]
     if plan["simulated_acceptance"] is not None:
         lines.append("SIMULATION: drafting and verifying at their real cost, random tokens in the rows, accepted with the chances "
                      + ", ".join(f"{chance:g}" for chance in plan["simulated_acceptance"]))

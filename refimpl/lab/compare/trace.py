@@ -17,6 +17,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -91,7 +92,11 @@ class _Checked(Mapping):
 
 def open_trace(path: str | os.PathLike) -> Trace:
     """Opens a trace file. Raises TraceError or CheckpointError."""
+    if Path(path).suffix != ".safetensors" and os.path.exists(path):
+        raise TraceError(f"{path}: expected a trace of refimpl, FILE.safetensors; the trace to judge by comes first")
     file = TensorFile(path)
+    if "refimpl" not in file.metadata:
+        raise TraceError(f"{path}: expected a trace of refimpl, found another safetensors file; the trace to judge by comes first")
     try:
         header = json.loads(file.metadata["refimpl"])
         if header.pop("format") != FORMAT:
