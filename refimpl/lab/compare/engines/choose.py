@@ -29,7 +29,5 @@ def open_any(source: str, ids: Sequence[int] | None = None, dtype: str = "float3
         return llamacpp_dumps.open_text(source)
     if suffix == ".safetensors":
         return open_trace(source) if "refimpl" in TensorFile(source).metadata else foreign.open_safetensors(source)
-    if not Path(source).exists():
-        raise TraceError(f"{source}: no such file")
-    raise TraceError(f"{source}: expected .safetensors, .npz, .txt or .log (printed by llama.cpp), .bin (llama-debug --save-logits), "
-                     "transformers:DIRECTORY or llama.cpp:FILE.gguf")
+    raise TraceError(f"{source}: {'' if Path(source).exists() else 'no such file; '}expected .safetensors, .npz, .txt or .log (printed by "
+                     "llama.cpp), .bin (llama-debug --save-logits), transformers:DIRECTORY or llama.cpp:FILE.gguf")
