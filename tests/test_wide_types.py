@@ -213,7 +213,7 @@ def test_the_command_line_says_so(files):
 
 
 def test_a_drafter_counts_too(tmp_path, monkeypatch):
-    from refimpl.decode import drafter
+    from refimpl.loading import drafter
 
     target = refimpl.load(write_model(tmp_path / "m.gguf", random_model("12B")), arithmetic="exact")
     hf = random_drafter("12B", hidden_size=64, intermediate_size=128)
