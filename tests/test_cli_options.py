@@ -68,7 +68,8 @@ def test_hf_repo_is_a_model_on_the_hub():
 
 
 def test_near_misses_of_names():
-    assert_one_line(run("genrate"), 2, "Did you mean 'generate'?")
+    assert_one_line(run("genrate"), 2, "no command 'genrate'; did you mean 'generate'?")
+    assert_one_line(run("xyz"), 2, "no command 'xyz'; choose from generate, chat,")
     assert_one_line(run("generate", "--promt", "x"), 2, "--prompt")
 
 

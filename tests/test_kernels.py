@@ -349,7 +349,7 @@ def test_arguments_are_checked_before_compiled_code_sees_them():
 
 
 @pytest.mark.parametrize("cases", [
-    "(matmul_q8 and Q4_0 and one block) or odd or route or rms_norm or gated or rotate or softcap or half",
+    "(matmul_q8 and Q4_0 and one and block) or odd or route or rms_norm or gated or rotate or softcap or half",
     pytest.param("block or odd or tokens and Q4_0 and not Q4_K or attend or 5x40x512 and Q6_K", marks=pytest.mark.exhaustive)])
 def test_array_accesses_stay_in_bounds(cases):
     """Part of the table again in a process where Numba checks every index. (Addresses are checked in plain Python, above.)"""

@@ -8,6 +8,7 @@ from refimpl.lab.compare.compare import compare, deviations
 from refimpl.lab.compare.known_bugs import BUGS, K_QUANTS, MOE, PLE, Bug, inject
 from refimpl.lab.compare.record import trace
 from refimpl.lab.compare.tolerance import measured
+from refimpl.model.cache import LayerCache
 
 TEXT = ("def parse(self, text):\n    for line in text.splitlines():\n        if line.startswith('#'):\n            continue\n"
         "        key, value = line.split('=')\n        self.items[key] = value\n    return self.items\n\n\n"
@@ -19,6 +20,20 @@ NOT_RECOGNISED = {
     "keys shared from the wrong layer", "per-layer input of the next layer", "router reads the normed input",
     "state fed back from before the drafter's norm",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def used_memory():
+    """Fresh caches hold what an earlier request left, not the zeros of fresh pages: a key that should not be visible shows."""
+    init = LayerCache.__init__
+
+    def filled(self, *args):
+        init(self, *args)
+        self.k_SKH.fill(0.5)
+        self.v_SKH.fill(2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerCache, "__init__", filled)
+        yield
 
 
 class Subject:

@@ -1,6 +1,7 @@
 """Shared by all commands: common options, output, progress, loading."""
 
 import contextlib
+import difflib
 import errno
 import functools
 import os
@@ -40,7 +41,10 @@ class Commands(TyperGroup):
                 raise typer.Exit
             args = [args[1], "--help"]
         if not args[0].startswith("-") and args[0] not in self.commands:
-            raise typer.BadParameter.__base__(f"no command {args[0]!r}; choose from {', '.join(self.list_commands(ctx))}")
+            known = self.list_commands(ctx)
+            near = difflib.get_close_matches(args[0], known, 1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            raise typer.BadParameter.__base__(f"no command {args[0]!r}; {remedy}")
         return super().resolve_command(ctx, args)
 
 
