@@ -1,10 +1,14 @@
 """Models and folders that several test modules share."""
 
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 from shapes import opened, random_model, write_model
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:          # a shell's background jobs ignore Ctrl-C, and so would processes of tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # long files first, so that no worker is left alone with one of them at the end; the first two compile kernels of different instruction sets
 FIRST = ("test_kernels", "test_bits", "test_speculative", "test_notebooks", "test_parity", "test_drafter", "test_convert", "test_compare")

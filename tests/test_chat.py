@@ -178,7 +178,7 @@ def test_a_template_that_means_harm_is_stopped(bomb):
     template, words = BOMBS[bomb]
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    with pytest.raises(ChatError, match=words):
+    with pytest.raises(ChatError, match="memory|2 s" if words == "memory" else words):      # a slow machine meets the other limit first
         render_chat(template, HI, **TOKENS)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 3.5  # processor time: a busy machine does not matter
 

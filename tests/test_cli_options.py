@@ -95,6 +95,11 @@ def test_nothing_is_overwritten_without_force(small, tmp_path, monkeypatch):
     assert there.read_bytes()[:8] != b"precious" and os.listdir(tmp_path) == [there.name]
 
 
+def test_a_trace_is_a_safetensors_file(tmp_path):
+    assert_one_line(run("trace", "--ids", 2, "-o", tmp_path / "x.npz"), 2, "x.npz: a trace is a safetensors file")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_is_an_object_for_programs():
     status, out, err = run("inspect", "nothing.gguf", "--json")
     assert status == 1 and json.loads(out) == {"error": "nothing.gguf: no such file"} and err == "refimpl: nothing.gguf: no such file\n"

@@ -148,6 +148,10 @@ def test_speeds_in_the_readme_are_those_of_the_measurements():
     assert len(rows) == 4
     for row in rows:
         assert any(set(numbers(row)) <= set(numbers(line)) for line in measured), row
+    for model, speeds in re.findall(r"^\| ([\w-]+) \| `hf:[^|]+\|[^|]+\|[^|]+\| ([\d., ]+) \|$", README, re.MULTILINE):
+        prompt, new = speeds.split(", ")
+        assert any(re.match(rf"\| {re.escape(model)} \| {prompt} \(.+\| {new} \(", line) for line in measured), model
+    assert len(re.findall(r"^\| [\w-]+ \| `hf:[^|]+gguf`.+ \d+\.\d, \d+\.\d \|$", README, re.MULTILINE)) == len(SHAPES)
 
 
 def test_licences_and_types_go_along_with_the_package():

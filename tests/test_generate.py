@@ -71,6 +71,16 @@ def test_both_signatures_are_spelled_out_and_the_same():
     assert {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "drafter", "draft_max", "progress"} <= set(ours)
 
 
+def test_defaults_are_those_of_the_command_line():
+    from refimpl.cli.run import generate
+
+    ours, theirs = ({name: p.default for name, p in inspect.signature(f).parameters.items()} for f in (refimpl.generate, generate))
+    spelled = {"max_new_tokens": "predict", "temperature": "temp", "n_ctx": "ctx"}
+    both = {name for name in ours if spelled.get(name, name) in theirs} - {"prompt"}
+    assert both >= {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "n_ctx", "special", "draft_max", "draft_min_p"}
+    assert {name: ours[name] for name in both} == {name: theirs[spelled.get(name, name)] for name in both}
+
+
 def test_without_a_limit_it_runs_to_the_end_of_the_context(model, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "end_of_generation", frozenset())
     out = refimpl.generate(model, [2, 5, 6], max_new_tokens=-1, n_ctx=20)

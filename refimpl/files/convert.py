@@ -52,28 +52,28 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
 CHUNK = 1 << 22                                 # weights converted at a time
 
 
-def kinds() -> list[str]:
-    """What `kind` may be."""
+def output_types() -> list[str]:
+    """What `output_type` may be."""
     return ["auto", *sorted(QUANTIZABLE)]
 
 
-def convert(path: str | os.PathLike, output: str | os.PathLike, kind: str = "auto",
+def convert(path: str | os.PathLike, output: str | os.PathLike, output_type: str = "auto",
             progress: Progress = silent) -> dict[str, object]:
-    """Writes the model or drafter at `path` to the GGUF file `output`; `kind` is one of `kinds()`. Returns what was written.
+    """Writes the model or drafter at `path` to the GGUF file `output`; `output_type` is one of `output_types()`. Returns what was written.
 
     Converts one tensor at a time, so that memory holds only the largest of them. The file appears under its name when it is complete, and
     not at all if anything fails.
 
-    Raises GGUFError for what cannot be read, ValueError for an unknown `kind` or an unusable output, OSError when writing fails.
+    Raises GGUFError for what cannot be read, ValueError for an unknown `output_type` or an unusable output, OSError when writing fails.
     """
-    if kind not in kinds():
-        raise ValueError(f"unknown type {kind!r}; choose from {', '.join(kinds())}")
+    if output_type not in output_types():
+        raise ValueError(f"unknown type {output_type!r}; choose from {', '.join(output_types())}")
     file, output = open_model(path), Path(output)
     _check_output(file, output)
     if file.path.is_dir() and "tokenizer.ggml.tokens" not in file.metadata:
         raise CheckpointError(file.path, None, "tokenizer.json is missing, and no engine loads a file without it: copy it and "
                               "tokenizer_config.json from the drafter's model")
-    types = {name: type_of(kind, info) for name, info in file.tensors.items()}
+    types = {name: type_of(output_type, info) for name, info in file.tensors.items()}
     for name, info in file.tensors.items():
         if types[name] != info.type and info.type not in DEQUANTIZABLE and info.type != "I64":
             raise GGUFError(file.path, info.offset, f"tensor {name} is {info.type}, which this version cannot convert")
@@ -88,15 +88,15 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, kind: str = "aut
             "converted": sum(types[name] != info.type for name, info in file.tensors.items())}
 
 
-def type_of(kind: str, info: TensorInfo) -> str:
+def type_of(output_type: str, info: TensorInfo) -> str:
     """The type of a tensor in the output."""
     if info.type in ("I32", "I64"):
         return "I32"
     if stays_float32(info.name, info.shape):
         return "F32"
-    if kind == "auto" or info.name == "per_layer_model_proj.weight" and kind not in FLOATS:
+    if output_type == "auto" or info.name == "per_layer_model_proj.weight" and output_type not in FLOATS:
         return info.type
-    return fitting_type("Q6_K" if info.name in EMBEDDINGS and kind not in WHOLE else kind, info.shape[-1])
+    return fitting_type("Q6_K" if info.name in EMBEDDINGS and output_type not in WHOLE else output_type, info.shape[-1])
 
 
 def metadata_for(file: TensorSource, types: Mapping[str, str]) -> dict[str, object]:

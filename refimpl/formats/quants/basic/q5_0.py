@@ -61,6 +61,6 @@ def quantize_q5_1(x: np.ndarray) -> np.ndarray:
 
 
 def _split(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Levels (*lead, n_blocks, 32) -> nibble bytes qs (*lead, n_blocks, 16), high bits qh uint32 (*lead, n_blocks)."""
+    """Codes (*lead, n_blocks, 32) -> nibble bytes qs (*lead, n_blocks, 16), high bits qh uint32 (*lead, n_blocks)."""
     high = (q >> np.uint8(4)).astype(np.uint32) << _BIT
     return pack(q & np.uint8(0x0F), n_bits=4, group=16), np.bitwise_or.reduce(high, axis=-1)
