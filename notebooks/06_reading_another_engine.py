@@ -74,7 +74,7 @@ _ = axes.legend(frameon=False, loc="center right", fontsize=8)
 # happens at the first positions, and the largest noise so far is taken for what could not be measured.) And where the prompts differ,
 # nothing else matters.
 
-# %%
+# %% tags=["machine"]
 same = compare.compare_with(model, right, record.trace(refimpl.load(arithmetic="exact"), ids))
 print(as_text(same))
 
@@ -96,7 +96,7 @@ print(refimpl.generate(model, ids, max_new_tokens=40, temperature=0).text)
 # %% [markdown]
 # The comparison does:
 
-# %%
+# %% tags=["machine"]
 with known_bugs.inject(bug):
     theirs = record.trace(model, ids)
 found = compare.compare_with(model, right, theirs)

@@ -4,8 +4,8 @@ NN_name.py is the source (jupytext's percent format), NN_name.ipynb the same cel
 who wrote it or when: no times, no random cell ids, no kernel by name. It carries the SHA-256 of the sources it was executed from, and the
 Python version, because the standard library's text, which some notebooks read, belongs to one.
 
-A cell whose output is another on another machine (measured seconds) bears the tag "machine"; one that depends on the standard library's
-text bears the tag "text".
+A cell whose output is another on another machine (seconds, rounding errors) bears the tag "machine"; one that depends on the standard
+library's text bears the tag "text".
 """
 
 import argparse
