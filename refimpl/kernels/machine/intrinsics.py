@@ -5,7 +5,8 @@ the array it points into). In a compiled kernel an intrinsic becomes a few instr
 vectors stay in registers. All bodies give the same bits: integers are exact, every float intrinsic is correctly rounded IEEE arithmetic
 lane by lane, and a multiply-add is fused only where `fma` is written.
 
-There are three vector types: `U8x64` holds 64 bytes, as 16 lanes of 4; `I32x16` and `F32x16` hold 16 lanes.
+There are three vector types: `U8x64` holds 64 bytes, as 16 lanes of 4; `I32x16` and `F32x16` hold 16 lanes. On instruction sets with
+registers of 256 bits there are these three with 8 lanes too (`U8x32`, `I32x8`, `F32x8`); intrinsics marked `narrow` take and return either.
 """
 
 from functools import partial
@@ -30,12 +31,15 @@ from refimpl.kernels.machine.isa import (
     I64x16,
     Pointer,
     U8x64,
+    as_lanes,
     by_halves,
+    by_registers,
     call,
     intrinsic,
     lanes,
     load,
     part,
+    resized,
     splat,
     store,
 )
@@ -83,13 +87,14 @@ def _half_hardware(builder, pointer):
 
 def _half_from_bits(builder, h):
     """In integers (without F16C LLVM would call a library that need not exist): moves the fields and corrects the exponent by a product."""
-    magnitude = builder.and_(h, lanes(0x7FFF))
-    moved = builder.shl(magnitude, lanes(13))
-    number = builder.bitcast(builder.fmul(builder.bitcast(moved, F32x16.llvm), ir.Constant(F32x16.llvm, [2.0 ** 112] * LANES)), I32x16.llvm)
-    not_finite = builder.icmp_signed(">=", magnitude, lanes(0x7C00))
-    value = builder.select(not_finite, builder.or_(moved, lanes(0x7F800000)), number)
-    sign = builder.shl(builder.and_(h, lanes(0x8000)), lanes(16))
-    return builder.bitcast(builder.or_(value, sign), F32x16.llvm)
+    n, floats = h.type.count, resized(F32x16.llvm, h.type.count)
+    magnitude = builder.and_(h, lanes(0x7FFF, n))
+    moved = builder.shl(magnitude, lanes(13, n))
+    number = builder.bitcast(builder.fmul(builder.bitcast(moved, floats), ir.Constant(floats, [2.0 ** 112] * n)), h.type)
+    not_finite = builder.icmp_signed(">=", magnitude, lanes(0x7C00, n))
+    value = builder.select(not_finite, builder.or_(moved, lanes(0x7F800000, n)), number)
+    sign = builder.shl(builder.and_(h, lanes(0x8000, n)), lanes(16, n))
+    return builder.bitcast(builder.or_(value, sign), floats)
 
 
 def _half_portable(builder, pointer):
@@ -127,10 +132,10 @@ def load_e8m0(pointer):
     return np.ldexp(np.float32(1), pointer.span(16).astype(np.int32) - 128)
 
 
-@intrinsic(types.void, Address, F32x16, every=store)
+@intrinsic(types.void, Address, F32x16, narrow=True, every=store)
 def store_f32(pointer, v):
-    """Writes 16 float32."""
-    pointer.span(64)[:] = v.view(np.uint8)
+    """Writes all lanes."""
+    pointer.span(4 * len(v))[:] = v.view(np.uint8)
 
 
 @intrinsic(types.void, Address, I32x16, every=store)
@@ -243,47 +248,49 @@ def prefetch(pointer):
 
 # ---- bytes
 
-def _bytes(builder, byte):
-    """An int64 of 0 to 255 in every byte of an int32 vector."""
-    return splat(builder, builder.mul(builder.trunc(byte, INT), INT(0x01010101)))
+def _bytes(builder, byte, n: int):
+    """An int64 of 0 to 255 in every byte of n lanes of int32."""
+    return splat(builder, builder.mul(builder.trunc(byte, INT), INT(0x01010101)), n)
 
 
 def _bits(builder, v, shift, mask):
     """By lanes of 32 bits, there is no shift of bytes; the mask clears what comes over from the next byte."""
-    shifted = builder.lshr(builder.bitcast(v, I32x16.llvm), splat(builder, builder.trunc(shift, INT)))
-    kept = builder.and_(mask, builder.lshr(mask.type(255), shift))
-    return builder.bitcast(builder.and_(shifted, _bytes(builder, kept)), U8x64.llvm)
+    lane, kept = as_lanes(builder, v), builder.and_(mask, builder.lshr(mask.type(255), shift))
+    shifted = builder.lshr(lane, splat(builder, builder.trunc(shift, INT), lane.type.count))
+    return builder.bitcast(builder.and_(shifted, _bytes(builder, kept, lane.type.count)), v.type)
 
 
 def _or_shifted(builder, a, b, shift):
-    shifted = builder.shl(builder.bitcast(b, I32x16.llvm), splat(builder, builder.trunc(shift, INT)))
-    kept = builder.and_(builder.shl(shift.type(255), shift), shift.type(255))
-    return builder.or_(a, builder.bitcast(builder.and_(shifted, _bytes(builder, kept)), U8x64.llvm))
+    lane, kept = as_lanes(builder, b), builder.and_(builder.shl(shift.type(255), shift), shift.type(255))
+    shifted = builder.shl(lane, splat(builder, builder.trunc(shift, INT), lane.type.count))
+    return builder.or_(a, builder.bitcast(builder.and_(shifted, _bytes(builder, kept, lane.type.count)), a.type))
 
 
-@intrinsic(U8x64, U8x64, types.intp, types.intp, every=_bits)
+@intrinsic(U8x64, U8x64, types.intp, types.intp, narrow=True, every=_bits)
 def bits(v, shift, mask):
     """(v >> shift) & mask, byte by byte; shift 0 to 7."""
     return (v >> np.uint8(shift)) & np.uint8(mask)
 
 
-@intrinsic(U8x64, U8x64, U8x64, types.intp, every=_or_shifted)
+@intrinsic(U8x64, U8x64, U8x64, types.intp, narrow=True, every=_or_shifted)
 def or_shifted(a, b, shift):
     """a | (b << shift), byte by byte; shift 0 to 7. Bits shifted out are lost."""
     return a | (b << np.uint8(shift)).astype(np.uint8)
 
 
 def _fifth_bits(builder, bits_of_32, group):
-    lane = builder.lshr(builder.bitcast(bits_of_32, I32x16.llvm), splat(builder, builder.shl(builder.trunc(group, INT), INT(2))))
-    spread = builder.mul(builder.and_(lane, lanes(15)), lanes(0x00204081))         # bit j of the four to bit 8 j
-    return builder.bitcast(builder.shl(builder.and_(spread, lanes(0x01010101)), lanes(4)), U8x64.llvm)
+    lane = as_lanes(builder, bits_of_32)
+    n, shift = lane.type.count, builder.shl(builder.trunc(group, INT), INT(2))
+    four = builder.and_(builder.lshr(lane, splat(builder, shift, n)), lanes(15, n))
+    spread = builder.mul(four, lanes(0x00204081, n))         # bit j of the four to bit 8 j
+    return builder.bitcast(builder.shl(builder.and_(spread, lanes(0x01010101, n)), lanes(4, n)), bits_of_32.type)
 
 
-@intrinsic(U8x64, U8x64, types.intp, every=_fifth_bits)
+@intrinsic(U8x64, U8x64, types.intp, narrow=True, every=_fifth_bits)
 def fifth_bits(bits_of_32, group):
     """Byte j of lane r: 16 if bit 4 * group + j of the lane (32 bits, one for each weight of a block) is set, else 0; group 0 to 7."""
     lane = bits_of_32.view(np.uint32) >> np.uint32(4 * group)
-    return (((lane[:, None] >> np.arange(4, dtype=np.uint32)) & np.uint32(1)) << np.uint32(4)).astype(np.uint8).reshape(64)
+    return (((lane[:, None] >> np.arange(4, dtype=np.uint32)) & np.uint32(1)) << np.uint32(4)).astype(np.uint8).reshape(-1)
 
 
 def _table(builder, first, last, n_bytes: int):
@@ -300,7 +307,7 @@ def _look_up_avx512(builder, v, first, last):
 
 def _look_up_avx2(builder, v, first, last):
     table = _table(builder, first, last, 32)
-    return by_halves(builder, lambda half: call(builder, "llvm.x86.avx2.pshuf.b", table.type, table, half), v)
+    return by_registers(builder, lambda half: call(builder, "llvm.x86.avx2.pshuf.b", table.type, table, half), v)
 
 
 def _look_up_portable(builder, v, first, last):
@@ -312,7 +319,7 @@ def _look_up_portable(builder, v, first, last):
     return entries[0]
 
 
-@intrinsic(U8x64, U8x64, types.intp, types.intp, avx512=_look_up_avx512, avx2=_look_up_avx2, portable=_look_up_portable)
+@intrinsic(U8x64, U8x64, types.intp, types.intp, narrow=True, avx512=_look_up_avx512, avx2=_look_up_avx2, portable=_look_up_portable)
 def look_up(v, first, last):
     """Entry v[i] (0 to 15) of a table of 16 bytes, byte by byte. `first` holds entries 0 to 7, from its low bits up, `last` the others."""
     return np.array([first, last], np.int64).view(np.uint8)[v]
@@ -329,7 +336,7 @@ def byte_of_lane(v, j):
     return v.reshape(LANES, 4)[:, j].astype(np.int32)
 
 
-@intrinsic(U8x64, U8x64, every=lambda builder, v: builder.xor(v, ir.Constant(U8x64.llvm, [128] * 64)))
+@intrinsic(U8x64, U8x64, narrow=True, every=lambda builder, v: builder.xor(v, ir.Constant(v.type, [128] * v.type.count)))
 def plus_128(v):
     """Signed bytes plus 128, as unsigned bytes."""
     return v ^ np.uint8(128)
@@ -351,7 +358,7 @@ def _dot4_avxvnni(builder, total, weights, activations):
 
     def half(t, w):
         return call(builder, "llvm.x86.avx512.vpdpbusd.256", eight, t, builder.bitcast(w, eight), four)
-    return by_halves(builder, half, total, weights)
+    return by_registers(builder, half, total, weights)
 
 
 def _dot4_avx2(builder, total, weights, activations):
@@ -361,7 +368,7 @@ def _dot4_avx2(builder, total, weights, activations):
     def half(w):
         pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, w, four)
         return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), pairs, ones)
-    return builder.add(total, by_halves(builder, half, weights))
+    return builder.add(total, by_registers(builder, half, weights))
 
 
 def _pairs_portable(builder, total, a, b):
@@ -383,7 +390,7 @@ def _dot4_portable(builder, total, weights, activations):
     return _pairs_portable(builder, total, builder.lshr(w, eight), builder.ashr(x, eight))                         # 1 and 3
 
 
-@intrinsic(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2,
+@intrinsic(I32x16, I32x16, U8x64, Address, narrow=True, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2,
            portable=_dot4_portable)
 def dot4(total, weights, activations):
     """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights of at most 128, int8 activations.
@@ -391,7 +398,7 @@ def dot4(total, weights, activations):
     (Above 128 the 16-bit sums of AVX2 could overflow; `dot4_wide` takes the full range of a byte.)
     """
     x = activations.span(4).view(np.int8).astype(np.int32)
-    return total + (weights.reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
+    return total + (weights.reshape(-1, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
 
 
 def _dot4_wide_avx2(builder, total, weights, activations):
@@ -402,7 +409,7 @@ def _dot4_wide_avx2(builder, total, weights, activations):
     def quarter(w):         # 16 weights: 4 lanes, as 8 sums of pairs
         return call(builder, "llvm.x86.avx2.pmadd.wd", ints, builder.zext(w, shorts), four)
     pairs = by_halves(builder, lambda half: by_halves(builder, quarter, half), weights)
-    even, odd = (ir.Constant(I32x16.llvm, list(range(k, 32, 2))) for k in (0, 1))
+    even, odd = (ir.Constant(I32x16.llvm, list(range(k, 2 * LANES, 2))) for k in (0, 1))
     nothing = ir.Constant(pairs.type, ir.Undefined)
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
 
@@ -412,7 +419,35 @@ def _dot4_wide_avx2(builder, total, weights, activations):
 def dot4_wide(total, weights, activations):
     """As `dot4`, with weights of the full range of a byte, 0 to 255."""
     x = activations.span(4).view(np.int8).astype(np.int32)
-    return total + (weights.reshape(LANES, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
+    return total + (weights.reshape(-1, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
+
+
+def _dot4_signed_avx2(builder, total, weights, activations):
+    """|w| * (x with the sign of w): a magnitude of up to 128 leaves the sum of a pair within 16 bits."""
+    ones, shorts, nothing = (ir.Constant(ir.VectorType(SHORT, 16), [1] * 16), ir.VectorType(SHORT, 16), ir.Constant(ir.IntType(1), 0))
+    four = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32))
+
+    def register(w):
+        signed = builder.xor(w, ir.Constant(w.type, [128] * 32))
+        x = call(builder, "llvm.x86.avx2.psign.b", w.type, four, signed)
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, call(builder, "llvm.abs.v32i8", w.type, signed, nothing), x)
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), pairs, ones)
+    return builder.add(total, by_registers(builder, register, weights))
+
+
+def _less_128(dot4):
+    def emit(builder, total, weights, activations):
+        zeros, all_128 = ir.Constant(total.type, [0] * total.type.count), ir.Constant(weights.type, [128] * weights.type.count)
+        return builder.sub(dot4(builder, total, weights, activations), dot4(builder, zeros, all_128, activations))
+    return emit
+
+
+@intrinsic(I32x16, I32x16, U8x64, Address, narrow=True, avx512=_less_128(_dot4_avx512), avxvnni=_less_128(_dot4_avxvnni),
+           avx2=_dot4_signed_avx2, portable=_less_128(_dot4_portable))
+def dot4_signed(total, weights, activations):
+    """total[r] + sum over j < 4 of (weights[4 r + j] - 128) * activations[j]: weights of 0 to 255, int8 activations of -127 to 127."""
+    x = activations.span(4).view(np.int8).astype(np.int32)
+    return total + ((weights.reshape(-1, 4).astype(np.int32) - 128) * x).sum(axis=1, dtype=np.int32)
 
 
 def _by_dot4(dot4):
@@ -435,10 +470,10 @@ def _dot16_avx2(builder, total, *weights_and_activations):
         pairs = [call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, w, four) for w, four in zip(weights, fours)]
         sums = builder.add(builder.add(pairs[0], pairs[1]), builder.add(pairs[2], pairs[3]))
         return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), sums, ones)
-    return builder.add(total, by_halves(builder, half, *weights))
+    return builder.add(total, by_registers(builder, half, *weights))
 
 
-@intrinsic(I32x16, I32x16, U8x64, U8x64, U8x64, U8x64, Address, avx512=_by_dot4(_dot4_avx512), avxvnni=_by_dot4(_dot4_avxvnni),
+@intrinsic(I32x16, I32x16, U8x64, U8x64, U8x64, U8x64, Address, narrow=True, avx512=_by_dot4(_dot4_avx512), avxvnni=_by_dot4(_dot4_avxvnni),
            avx2=_dot16_avx2, portable=_by_dot4(_dot4_portable))
 def dot16(total, w0, w1, w2, w3, activations):
     """Four `dot4` in a row, w0 with activations 0 to 3, w1 with 4 to 7, ...: unsigned weights of at most 31.
@@ -460,15 +495,15 @@ def _dot2_avx2(builder, total, a, b):
     def half(a, b):
         shorts = ir.VectorType(SHORT, 16)
         return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), builder.bitcast(a, shorts), builder.bitcast(b, shorts))
-    return builder.add(total, by_halves(builder, half, a, b))
+    return builder.add(total, by_registers(builder, half, a, b))
 
 
 def _dot2_avxvnni(builder, total, a, b):
-    return by_halves(builder, partial(_dot2_of("llvm.x86.avx512.vpdpwssd.256", 8), builder), total, a, b)
+    return by_registers(builder, partial(_dot2_of("llvm.x86.avx512.vpdpwssd.256", 8), builder), total, a, b)
 
 
-@intrinsic(I32x16, I32x16, I32x16, I32x16, avx512=_dot2_of("llvm.x86.avx512.vpdpwssd.512", LANES), avxvnni=_dot2_avxvnni, avx2=_dot2_avx2,
-           portable=_pairs_portable)
+@intrinsic(I32x16, I32x16, I32x16, I32x16, narrow=True, avx512=_dot2_of("llvm.x86.avx512.vpdpwssd.512", LANES), avxvnni=_dot2_avxvnni,
+           avx2=_dot2_avx2, portable=_pairs_portable)
 def dot2(total, a, b):
     """total + a_low * b_low + a_high * b_high for every lane, modulo 2^32: a lane of a and of b is two int16, the low one first."""
     products = a.view(np.int16).astype(np.int32) * b.view(np.int16).astype(np.int32)
@@ -489,35 +524,37 @@ def splat_f32(x):
     return np.full(LANES, x, np.float32)
 
 
-@intrinsic(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.add(a, b))
+@intrinsic(I32x16, I32x16, I32x16, narrow=True, every=lambda builder, a, b: builder.add(a, b))
 def add_i32(a, b):
     """a + b, modulo 2^32."""
     return a + b
 
 
-@intrinsic(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.mul(a, b))
+@intrinsic(I32x16, I32x16, I32x16, narrow=True, every=lambda builder, a, b: builder.mul(a, b))
 def mul_i32(a, b):
     """a * b, modulo 2^32."""
     return a * b
 
 
-@intrinsic(I32x16, I32x16, I32x16, every=lambda builder, a, b: builder.sub(a, b))
+@intrinsic(I32x16, I32x16, I32x16, narrow=True, every=lambda builder, a, b: builder.sub(a, b))
 def sub_i32(a, b):
     """a - b, modulo 2^32."""
     return a - b
 
 
-@intrinsic(I32x16, I32x16, types.intp, every=lambda builder, v, n: builder.shl(v, splat(builder, builder.trunc(n, INT))))
+@intrinsic(I32x16, I32x16, types.intp, narrow=True,
+           every=lambda builder, v, n: builder.shl(v, splat(builder, builder.trunc(n, INT), v.type.count)))
 def shift_left(v, n):
     """v * 2^n, modulo 2^32; n of 0 to 31."""
     return (v.view(np.uint32) << np.uint32(n)).view(np.int32)
 
 
 def _field(builder, v, shift, mask):
-    return builder.and_(builder.lshr(v, splat(builder, builder.trunc(shift, INT))), splat(builder, builder.trunc(mask, INT)))
+    shift, mask = (splat(builder, builder.trunc(x, INT), v.type.count) for x in (shift, mask))
+    return builder.and_(builder.lshr(v, shift), mask)
 
 
-@intrinsic(I32x16, I32x16, types.intp, types.intp, every=_field)
+@intrinsic(I32x16, I32x16, types.intp, types.intp, narrow=True, every=_field)
 def field_i32(v, shift, mask):
     """(v >> shift) & mask for every lane, read as unsigned; shift 0 to 31."""
     return ((v.view(np.uint32) >> np.uint32(shift)) & np.uint32(mask)).view(np.int32)
@@ -544,26 +581,26 @@ def sum_i32(v):
     return np.int32(_fold(v, np.add))
 
 
-@intrinsic(F32x16, I32x16, every=lambda builder, v: builder.sitofp(v, F32x16.llvm))
+@intrinsic(F32x16, I32x16, narrow=True, every=lambda builder, v: builder.sitofp(v, resized(F32x16.llvm, v.type.count)))
 def to_f32(v):
     """int32 to float32, rounded to nearest even."""
     return v.astype(np.float32)
 
 
-@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fadd(a, b))
+@intrinsic(F32x16, F32x16, F32x16, narrow=True, every=lambda builder, a, b: builder.fadd(a, b))
 def add_f32(a, b):
     """a + b."""
     return a + b
 
 
-@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fmul(a, b))
+@intrinsic(F32x16, F32x16, F32x16, narrow=True, every=lambda builder, a, b: builder.fmul(a, b))
 def mul_f32(a, b):
     """a * b."""
     return a * b
 
 
 def _fma_hardware(builder, a, b, c):
-    return call(builder, "llvm.fma.v16f32", F32x16.llvm, a, b, c)
+    return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
 def _fma_portable(builder, a, b, c):
@@ -606,7 +643,7 @@ def _rounded_to_odd(builder, product, total, c):
     return builder.bitcast(builder.select(to_odd, stepped, raw), F64x16)
 
 
-@intrinsic(F32x16, F32x16, F32x16, F32x16, avx512=_fma_hardware, avx2=_fma_hardware, portable=_fma_portable)
+@intrinsic(F32x16, F32x16, F32x16, F32x16, narrow=True, avx512=_fma_hardware, avx2=_fma_hardware, portable=_fma_portable)
 def fma(a, b, c):
     """a * b + c, rounded once.
 
@@ -623,7 +660,7 @@ def fma(a, b, c):
         return np.where(to_odd, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(np.float32)
 
 
-@intrinsic(F32x16, F32x16, F32x16, every=lambda builder, a, b: builder.fsub(a, b))
+@intrinsic(F32x16, F32x16, F32x16, narrow=True, every=lambda builder, a, b: builder.fsub(a, b))
 def sub_f32(a, b):
     """a - b."""
     return a - b

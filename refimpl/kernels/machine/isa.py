@@ -73,6 +73,9 @@ class _VectorModel(PrimitiveModel):
 
 
 U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
+U8x32, I32x8, F32x8 = Vector("U8x32", BYTE, 32), Vector("I32x8", INT, LANES // 2), Vector("F32x8", FLOAT, LANES // 2)
+NARROW = {U8x64: U8x32, I32x16: I32x8, F32x16: F32x8}
+TWO_WIDTHS = ISA in ("avx2", "avxvnni")         # registers of 256 bits: half a tile at a time leaves more of them for rows
 Address = types.CPointer(types.uint8)
 F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside intrinsics only
 
@@ -94,37 +97,45 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Intrinsic:
-    """Its Python reference, its types, and the emitters of LLVM code by instruction set."""
+    """Its Python reference, its types, the emitters of LLVM code by instruction set, and whether these take narrow vectors as well."""
 
     reference: Callable
     result: types.Type
     parameters: tuple[types.Type, ...]
     bodies: dict[str, Callable]
+    narrow: bool
 
 
 INTRINSICS: dict[str, Intrinsic] = {}
 
 
-def intrinsic(result: types.Type, *parameters: types.Type, **bodies: Callable):
+def intrinsic(result: types.Type, *parameters: types.Type, narrow: bool = False, **bodies: Callable):
     """Makes an intrinsic of a NumPy function, its reference. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each
-    instruction set, where `avxvnni` falls back to `avx2`.
+    instruction set, where `avxvnni` falls back to `avx2`. `narrow`: they take vectors of half the lanes too (where there are TWO_WIDTHS).
     """
 
     def define(reference: Callable) -> Callable:
         emit = bodies.get(ISA) or bodies.get("avx2" if ISA == "avxvnni" else "every") or bodies["every"]
-        takes = signature(result, *parameters)
+        wide = signature(result, *parameters)
+        half = signature(NARROW.get(result, result), *(NARROW.get(kind, kind) for kind in parameters))
+
+        def takes(*args):
+            return half if narrow and TWO_WIDTHS and any(kind in NARROW.values() for kind in args) else wide
 
         @type_callable(reference)
         def typing(context):        # Numba reads the number of parameters off the function
-            return (lambda: takes, lambda a: takes, lambda a, b: takes, lambda a, b, c: takes, lambda a, b, c, d: takes,
-                    lambda a, b, c, d, e: takes, lambda a, b, c, d, e, f: takes)[len(parameters)]
+            return (lambda: takes(), lambda a: takes(a), lambda a, b: takes(a, b), lambda a, b, c: takes(a, b, c),
+                    lambda a, b, c, d: takes(a, b, c, d), lambda a, b, c, d, e: takes(a, b, c, d, e),
+                    lambda a, b, c, d, e, f: takes(a, b, c, d, e, f))[len(parameters)]
 
-        @lower_builtin(reference, *parameters)
         def lowering(context, builder, sig, args):
             value = emit(builder, *args)
             return context.get_dummy_value() if value is None else value
 
-        INTRINSICS[reference.__name__] = Intrinsic(reference, result, parameters, bodies)
+        lower_builtin(reference, *wide.args)(lowering)
+        if narrow and TWO_WIDTHS:
+            lower_builtin(reference, *half.args)(lowering)
+        INTRINSICS[reference.__name__] = Intrinsic(reference, result, parameters, bodies, narrow)
         return reference
     return define
 
@@ -141,9 +152,20 @@ def splat(builder, scalar, lanes: int = LANES):
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
 
 
-def lanes(value: int) -> ir.Constant:
+def lanes(value: int, n: int = LANES) -> ir.Constant:
     """The same int32 constant in every lane."""
-    return ir.Constant(I32x16.llvm, [value] * LANES)
+    return ir.Constant(ir.VectorType(INT, n), [value] * n)
+
+
+def resized(vector: ir.Type, n: int) -> ir.Type:
+    """The vector type of n such elements."""
+    return ir.VectorType(vector.element, n)
+
+
+def as_lanes(builder, v):
+    """The same bits as lanes of int32."""
+    n_bits = v.type.count * (32 if isinstance(v.type.element, ir.FloatType) else v.type.element.width)
+    return builder.bitcast(v, ir.VectorType(INT, n_bits // 32))
 
 
 def load(builder, pointer, vector: ir.Type):
@@ -165,6 +187,13 @@ def join(builder, a, b):
     """The lanes of a, then those of b."""
     n = a.type.count
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, 2 * n), list(range(2 * n))))
+
+
+def by_registers(builder, emit: Callable, *vectors):
+    """Runs an emitter for vectors of 256 bits: on these very vectors, or on their lower and upper halves, and joins the results."""
+    if as_lanes(builder, vectors[0]).type.count == LANES // 2:
+        return emit(*vectors)
+    return by_halves(builder, emit, *vectors)
 
 
 def by_halves(builder, emit: Callable, *vectors):

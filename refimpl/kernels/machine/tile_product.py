@@ -17,6 +17,7 @@ from refimpl.kernels.machine.intrinsics import (
     byte_of_lane,
     dot2,
     dot4,
+    dot4_signed,
     dot4_wide,
     dot16,
     fma,
@@ -31,9 +32,22 @@ from refimpl.kernels.machine.intrinsics import (
     sub_i32,
     to_f32,
 )
-from refimpl.kernels.machine.isa import ISA, LANES
+from refimpl.kernels.machine.isa import ISA, LANES, TWO_WIDTHS
 from refimpl.kernels.machine.jit import by_format, inline, per_row
-from refimpl.kernels.machine.unpack import FORMATS, block_scale, codes, load_floats, sub_minimum, sub_minimum_pair, sub_scale
+from refimpl.kernels.machine.unpack import (
+    FORMATS,
+    LOWER,
+    UPPER,
+    block_scale,
+    codes,
+    load_floats,
+    load_half,
+    splat_float,
+    splat_int,
+    sub_minimum,
+    sub_minimum_pair,
+    sub_scale,
+)
 
 F32 = FORMATS["exact"]["F32"]
 ZERO_I, ZERO_F = np.int32(0), np.float32(0)
@@ -65,7 +79,23 @@ def _dot_up_to_255(fmt, total, w0, w1, w2, w3, activations):
     return dot4_wide(dot4_wide(total, w2, at(activations, 8)), w3, at(activations, 12))
 
 
-@by_format(lambda fmt: _dot_up_to_31 if fmt.max_code <= 31 else _dot_up_to_128 if fmt.max_code <= 128 else _dot_up_to_255)
+def _dot_signed(fmt, total, w0, w1, w2, w3, activations):
+    total = dot4_signed(dot4_signed(total, w0, activations), w1, at(activations, 4))
+    return dot4_signed(dot4_signed(total, w2, at(activations, 8)), w3, at(activations, 12))
+
+
+def signed(fmt) -> bool:
+    """Is the zero point (128) subtracted from the codes before they are multiplied? AVX2 has no other way with codes above 128."""
+    return ISA == "avx2" and fmt.max_code > 128
+
+
+def _dot(fmt):
+    if signed(fmt):
+        return _dot_signed
+    return _dot_up_to_31 if fmt.max_code <= 31 else _dot_up_to_128 if fmt.max_code <= 128 else _dot_up_to_255
+
+
+@by_format(_dot)
 def dot(fmt, total, w0, w1, w2, w3, activations):
     """Adds the products of 16 codes with 16 activations."""
 
@@ -92,10 +122,23 @@ def zeros(r, zero):
     return zero
 
 
+def _from_zero(fmt, x, r, s):
+    return splat_int(fmt, ZERO_I)
+
+
+def _from_zero_point(fmt, x, r, s):
+    return splat_int(fmt, x.sum_TS[r, s])
+
+
+@by_format(lambda fmt: _from_zero_point if fmt.zero_point and not signed(fmt) else _from_zero)
+def first_dot(fmt, x, r, s):
+    """What the zero point contributes to the dot product of sub-block s (counted through the row) with row r."""
+
+
 @per_row
 def initial_dot(fmt, x, r, s):
-    """Where row r's dot product over sub-block s (counted through the row) starts: at what the zero point has to contribute."""
-    return splat_i32(x.sum_TS[r, s]) if fmt.zero_point else splat_i32(ZERO_I)
+    """Where row r's dot product over sub-block s starts."""
+    return first_dot(fmt, x, r, s)
 
 
 @per_row
@@ -105,33 +148,56 @@ def add_dot(fmt, total, w0, w1, w2, w3, q, c):
 
 
 @per_row
+def add_dot_signed(total, w, q, c):
+    """Adds the products of 4 codes."""
+    return dot4_signed(total, w, at(q, c))
+
+
+def _four_groups(fmt, dots, block, s, g, q, c):
+    return add_dot(fmt, dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
+                   codes(fmt, block, s, g + 3), q, c)
+
+
+def _group_by_group(fmt, dots, block, s, g, q, c):
+    """Codes and their magnitudes: of four groups they would not stay in registers."""
+    for i in range(4):
+        dots = add_dot_signed(dots, codes(fmt, block, s, g + i), q, c + 4 * i)
+    return dots
+
+
+@by_format(lambda fmt: _group_by_group if signed(fmt) else _four_groups)
+def add_groups(fmt, dots, block, s, g, q, c):
+    """Adds the products of the codes in groups g to g + 3 with columns c to c + 15 of the rows at q."""
+
+
+@per_row
 def scale_add(total, scale, dots):
     """total + scale * dots."""
     return add_i32(total, mul_i32(scale, dots))
 
 
 @per_row
-def add_minimum_pair(total, minimums, x, r, pair):
+def add_minimum_pair(fmt, total, minimums, x, r, pair):
     """Adds the minimums of two sub-blocks, times the sums of row r's activations there."""
-    return dot2(total, minimums, splat_i32(x.sum_TS[r, pair]))
+    return dot2(total, minimums, splat_int(fmt, x.sum_TS[r, pair]))
 
 
 @per_row
-def add_block(x, r, b, scale, dots, total):
+def add_block(fmt, x, r, b, scale, dots, total):
     """Adds a block's integer sum, times its scale and that of row r's block b."""
-    return fma(mul_f32(scale, splat_f32(x.d_TB[r, b])), to_f32(dots), total)
+    return fma(mul_f32(scale, splat_float(fmt, x.d_TB[r, b])), to_f32(dots), total)
 
 
 @per_row
-def add_block_minimum(x, r, b, minimum, total):
+def add_block_minimum(fmt, x, r, b, minimum, total):
     """Adds the float minimum of block b, times the sum of row r's activations there."""
-    return fma(splat_f32(x.m_TB[r, b]), minimum, total)
+    return fma(splat_float(fmt, x.m_TB[r, b]), minimum, total)
 
 
 @per_row
-def subtract_minimums(x, r, b, scale, minimums, total):
+def subtract_minimums(fmt, x, r, b, scale, minimums, total):
     """Subtracts the integer minimums of a superblock's sub-blocks (their sum, weighted with the activations), in units of `scale`."""
-    return fma(mul_f32(scale, splat_f32(-x.d_TB[r, b])), to_f32(minimums), total)
+    return fma(mul_f32(scale, splat_float(fmt, -x.d_TB[r, b])), to_f32(minimums), total)
 
 
 @per_row
@@ -143,37 +209,35 @@ def add_column(x, r, c, weights, total):
 # ---- a tile times the rows in the tuple r
 
 def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
-    q, total = row_address(address(x.q_TD), 32 * n_blocks, r), zeros(r, splat_f32(ZERO_F))
+    q, total = row_address(address(x.q_TD), 32 * n_blocks, r), zeros(r, splat_float(fmt, ZERO_F))
     for b in range(n_blocks):
         block = at(tile, b * fmt.n_bytes)
         prefetch_range(block, fmt.n_bytes, ahead)
         dots = initial_dot(fmt, x, r, b)
         for g in range(0, 8, 4):
-            dots = add_dot(fmt, dots, codes(fmt, block, 0, g), codes(fmt, block, 0, g + 1), codes(fmt, block, 0, g + 2),
-                           codes(fmt, block, 0, g + 3), q, 32 * b + 4 * g)
-        total = add_block(x, r, b, block_scale(fmt, block), dots, total)
+            dots = add_groups(fmt, dots, block, 0, g, q, 32 * b + 4 * g)
+        total = add_block(fmt, x, r, b, block_scale(fmt, block), dots, total)
         if fmt.has_minimum:
-            total = add_block_minimum(x, r, b, load_f16(at(block, fmt.minimum)), total)
+            total = add_block_minimum(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), total)
     _store(out, total)
 
 
 def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
-    q, total = row_address(address(x.q_TD), 256 * n_blocks, r), zeros(r, splat_f32(ZERO_F))
+    q, total = row_address(address(x.q_TD), 256 * n_blocks, r), zeros(r, splat_float(fmt, ZERO_F))
     for b in range(n_blocks):
-        block, scaled = at(tile, b * fmt.n_bytes), zeros(r, splat_i32(ZERO_I))
+        block, scaled = at(tile, b * fmt.n_bytes), zeros(r, splat_int(fmt, ZERO_I))
         for s in range(fmt.n_sub):
             prefetch_range(at(block, s * (fmt.n_bytes // fmt.n_sub)), fmt.n_bytes // fmt.n_sub, ahead)
             dots = initial_dot(fmt, x, r, fmt.n_sub * b + s)
             for g in range(0, fmt.per_sub // 4, 4):
-                dots = add_dot(fmt, dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
-                               codes(fmt, block, s, g + 3), q, 256 * b + fmt.per_sub * s + 4 * g)
+                dots = add_groups(fmt, dots, block, s, g, q, 256 * b + fmt.per_sub * s + 4 * g)
             scaled = scale_add(scaled, sub_scale(fmt, block, s), dots)
-        total = add_block(x, r, b, block_scale(fmt, block), scaled, total)
+        total = add_block(fmt, x, r, b, block_scale(fmt, block), scaled, total)
         if fmt.has_minimum:
-            minimums = zeros(r, splat_i32(ZERO_I))
+            minimums = zeros(r, splat_int(fmt, ZERO_I))
             for pair in range(fmt.n_sub // 2):
-                minimums = add_minimum_pair(minimums, sub_minimum_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
-            total = subtract_minimums(x, r, b, load_f16(at(block, fmt.minimum)), minimums, total)
+                minimums = add_minimum_pair(fmt, minimums, sub_minimum_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
+            total = subtract_minimums(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), minimums, total)
     _store(out, total)
 
 
@@ -253,6 +317,25 @@ def batches_of_8(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
     """Multiplies rows eight at a time where that is faster, and returns the first row that is left."""
 
 
+def _in_halves(fmt):
+    """A body for a format: half of the tile's lanes after the other. The sums of four rows then stay in registers."""
+    lower, upper = fmt.half(LOWER), fmt.half(UPPER)
+
+    def halves(fmt, tile, n_blocks, x, r, ahead, out):
+        tile_times_rows(lower, tile, n_blocks, x, r, ahead, out)
+        tile_times_rows(upper, tile, n_blocks, x, r, 0, at(out, 2 * LANES))
+    return halves
+
+
+def _whole(fmt, tile, n_blocks, x, r, ahead, out):
+    tile_times_rows(fmt, tile, n_blocks, x, r, ahead, out)
+
+
+@by_format(lambda fmt: _in_halves(fmt) if TWO_WIDTHS and fmt.integer else _whole)
+def tile_times_4(fmt, tile, n_blocks, x, r, ahead, out):
+    """A tile times the four rows in r."""
+
+
 @inline
 def _multiply_stored(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
     """The first pass over the tile prefetches the next tile, which has arrived when the last pass ends. A single pass leaves that to the
@@ -264,7 +347,7 @@ def _multiply_stored(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
         ahead = 0
     while p + 2 <= end:
         r = (row_P[p], row_P[p + 1], row_P[min(p + 2, end - 1)], row_P[min(p + 3, end - 1)])
-        tile_times_rows(fmt, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
+        tile_times_4(fmt, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
         p, ahead = p + 4, 0
     if p < end:
         tile_times_rows(fmt, tile, n_blocks, x, (row_P[p],), ahead, at(out, 4 * LANES * (p - first)))

@@ -5,7 +5,7 @@ format a type of its own: `fmt.zero_point` is a compile-time constant, and `code
 formulas of the blocks: formats/quants/. An offset here is 16 times the one there, because every field is stored 16 times, row beside row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -33,10 +33,22 @@ from refimpl.kernels.machine.intrinsics import (
     or_shifted,
     plus_128,
     shift_left,
+    splat_f32,
     splat_i32,
 )
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import by_format, inline
+from refimpl.kernels.machine.narrow import (
+    load_e8m0_narrow,
+    load_f16_narrow,
+    load_i8_as_i32_narrow,
+    load_u8_as_i32_narrow,
+    load_u8_narrow,
+    splat_f32_narrow,
+    splat_i32_narrow,
+)
+
+ALL, LOWER, UPPER = "all", "lower", "upper"
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,8 @@ class WeightFormat:
 
     `family`: "block" (32 weights under a scale), "superblock" (256, with integer scales for sub-blocks) or "float". A block has `n_sub`
     sub-blocks. Codes are unpacked as 0 to `max_code`; `zero_point` is subtracted from them. `scale`, `minimum`: offsets of the block's
-    scale and minimum, the latter only where `has_minimum`. `scattered`: a block's fields are not read from front to back.
+    scale and minimum, the latter only where `has_minimum`. `scattered`: a block's fields are not read from front to back. `lanes`: the rows
+    of a tile that are unpacked and multiplied at a time: ALL, or half of them in narrow vectors.
     """
 
     type: str
@@ -58,6 +71,7 @@ class WeightFormat:
     has_minimum: bool = False
     minimum: int = 0
     scattered: bool = False
+    lanes: str = ALL
 
     @property
     def elements(self) -> int:
@@ -82,7 +96,11 @@ class WeightFormat:
     @cached_property
     def _numba_type_(self) -> "FormatType":
         """Where Numba's dispatcher looks first: ten times as fast as `typeof`."""
-        return FormatType(self.type, self.integer)
+        return FormatType(self.type, self.integer, self.lanes)
+
+    def half(self, lanes: str) -> "WeightFormat":
+        """The same format for LOWER or UPPER lanes."""
+        return replace(self, lanes=lanes)
 
 
 LAYOUTS = {
@@ -114,14 +132,14 @@ FORMATS = {         # by arithmetic and weight type; floats are multiplied by fl
 class FormatType(types.Dummy):
     """The type of one WeightFormat."""
 
-    def __init__(self, weight_type: str, integer: bool):
-        self.weight_type, self.integer = weight_type, integer
-        super().__init__(f"WeightFormat({weight_type}, {'q8' if integer else 'exact'})")
+    def __init__(self, weight_type: str, integer: bool, lanes: str = ALL):
+        self.weight_type, self.integer, self.lanes = weight_type, integer, lanes
+        super().__init__(f"WeightFormat({weight_type}, {'q8' if integer else 'exact'}{'' if lanes == ALL else ', ' + lanes})")
 
     @property
     def format(self) -> WeightFormat:
         """The format itself."""
-        return FORMATS["q8" if self.integer else "exact"][self.weight_type]
+        return FORMATS["q8" if self.integer else "exact"][self.weight_type].half(self.lanes)
 
 
 register_model(FormatType)(OpaqueModel)
@@ -149,26 +167,78 @@ for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero_point", "max_code
     _constant(_name)
 
 
+# ---- fields of all rows or of half of them, from where the field of the first row begins
+
+def _by_lanes(whole, narrow, half_bytes: int):
+    """Bodies for ALL, LOWER and UPPER from an intrinsic and its narrow form; half of the lanes take `half_bytes`."""
+    def upper(fmt, pointer):
+        return narrow(at(pointer, half_bytes))
+    bodies = {ALL: lambda fmt, pointer: whole(pointer), LOWER: lambda fmt, pointer: narrow(pointer), UPPER: upper}
+    return lambda fmt: bodies[fmt.lanes]
+
+
+@by_format(_by_lanes(load_u8, load_u8_narrow, 32))
+def load_codes(fmt, pointer):
+    """4 bytes of each row."""
+
+
+@by_format(_by_lanes(load_f16, load_f16_narrow, 16))
+def load_half(fmt, pointer):
+    """A float16 of each row, as float32."""
+
+
+@by_format(_by_lanes(load_e8m0, load_e8m0_narrow, 8))
+def load_power(fmt, pointer):
+    """A byte e of each row, as 2^(e - 128)."""
+
+
+@by_format(_by_lanes(load_u8_as_i32, load_u8_as_i32_narrow, 8))
+def bytes_as_i32(fmt, pointer):
+    """An unsigned byte of each row, as int32."""
+
+
+@by_format(_by_lanes(load_i8_as_i32, load_i8_as_i32_narrow, 8))
+def signed_bytes_as_i32(fmt, pointer):
+    """A signed byte of each row, as int32."""
+
+
+def _splat_by_lanes(whole, narrow):
+    bodies = {True: lambda fmt, x: whole(x), False: lambda fmt, x: narrow(x)}
+    return lambda fmt: bodies[fmt.lanes == ALL]
+
+
+@by_format(_splat_by_lanes(splat_i32, splat_i32_narrow))
+def splat_int(fmt, x):
+    """x in every lane."""
+
+
+@by_format(_splat_by_lanes(splat_f32, splat_f32_narrow))
+def splat_float(fmt, x):
+    """x in every lane."""
+
+
 # ---- codes, type by type: group g of sub-block s holds, for each of 16 rows, the 4 weights from s * per_sub + 4 g on
 
 def _q4_0(fmt, block, s, g):
-    return bits(load_u8(at(block, 32 + 64 * (g & 3))), 4 * (g >> 2), 15)
+    return bits(load_codes(fmt, at(block, 32 + 64 * (g & 3))), 4 * (g >> 2), 15)
 
 
 def _q4_1(fmt, block, s, g):
-    return bits(load_u8(at(block, 64 + 64 * (g & 3))), 4 * (g >> 2), 15)
+    return bits(load_codes(fmt, at(block, 64 + 64 * (g & 3))), 4 * (g >> 2), 15)
 
 
 def _q5_0(fmt, block, s, g):
-    return or_shifted(bits(load_u8(at(block, 96 + 64 * (g & 3))), 4 * (g >> 2), 15), fifth_bits(load_u8(at(block, 32)), g), 0)
+    nibbles = bits(load_codes(fmt, at(block, 96 + 64 * (g & 3))), 4 * (g >> 2), 15)
+    return or_shifted(nibbles, fifth_bits(load_codes(fmt, at(block, 32)), g), 0)
 
 
 def _q5_1(fmt, block, s, g):
-    return or_shifted(bits(load_u8(at(block, 128 + 64 * (g & 3))), 4 * (g >> 2), 15), fifth_bits(load_u8(at(block, 64)), g), 0)
+    nibbles = bits(load_codes(fmt, at(block, 128 + 64 * (g & 3))), 4 * (g >> 2), 15)
+    return or_shifted(nibbles, fifth_bits(load_codes(fmt, at(block, 64)), g), 0)
 
 
 def _q8_0(fmt, block, s, g):
-    return plus_128(load_u8(at(block, 32 + 64 * g)))
+    return plus_128(load_codes(fmt, at(block, 32 + 64 * g)))
 
 
 def _table(values: np.ndarray, zero_point: int) -> tuple[int, int]:
@@ -181,41 +251,41 @@ FP4_FIRST, FP4_LAST = _table(mxfp4.VALUES, LAYOUTS["MXFP4"]["zero_point"])
 
 
 def _iq4_nl(fmt, block, s, g):
-    return look_up(bits(load_u8(at(block, 32 + 64 * (g & 3))), 4 * (g >> 2), 15), IQ4_FIRST, IQ4_LAST)
+    return look_up(bits(load_codes(fmt, at(block, 32 + 64 * (g & 3))), 4 * (g >> 2), 15), IQ4_FIRST, IQ4_LAST)
 
 
 def _iq4_xs(fmt, block, s, g):
-    return look_up(bits(load_u8(at(block, 128 + 256 * s + 64 * (g & 3))), 4 * (g >> 2), 15), IQ4_FIRST, IQ4_LAST)
+    return look_up(bits(load_codes(fmt, at(block, 128 + 256 * s + 64 * (g & 3))), 4 * (g >> 2), 15), IQ4_FIRST, IQ4_LAST)
 
 
 def _mxfp4(fmt, block, s, g):
-    return look_up(bits(load_u8(at(block, 16 + 64 * (g & 3))), 4 * (g >> 2), 15), FP4_FIRST, FP4_LAST)
+    return look_up(bits(load_codes(fmt, at(block, 16 + 64 * (g & 3))), 4 * (g >> 2), 15), FP4_FIRST, FP4_LAST)
 
 
 def _q2_k(fmt, block, s, g):
     half, quarter, part = s >> 3, (s & 7) >> 1, 4 * (s & 1) + g
-    return bits(load_u8(at(block, 256 + 512 * half + 64 * part)), 2 * quarter, 3)
+    return bits(load_codes(fmt, at(block, 256 + 512 * half + 64 * part)), 2 * quarter, 3)
 
 
 def _q3_k(fmt, block, s, g):
     half, quarter, part = s >> 3, (s & 7) >> 1, 4 * (s & 1) + g
-    low = bits(load_u8(at(block, 512 + 512 * half + 64 * part)), 2 * quarter, 3)
-    return or_shifted(low, bits(load_u8(at(block, 64 * part)), s >> 1, 1), 2)
+    low = bits(load_codes(fmt, at(block, 512 + 512 * half + 64 * part)), 2 * quarter, 3)
+    return or_shifted(low, bits(load_codes(fmt, at(block, 64 * part)), s >> 1, 1), 2)
 
 
 def _q4_k(fmt, block, s, g):
-    return bits(load_u8(at(block, 256 + 512 * (s >> 1) + 64 * g)), 4 * (s & 1), 15)
+    return bits(load_codes(fmt, at(block, 256 + 512 * (s >> 1) + 64 * g)), 4 * (s & 1), 15)
 
 
 def _q5_k(fmt, block, s, g):
-    nibbles = bits(load_u8(at(block, 768 + 512 * (s >> 1) + 64 * g)), 4 * (s & 1), 15)
-    return or_shifted(nibbles, bits(load_u8(at(block, 256 + 64 * g)), s, 1), 4)
+    nibbles = bits(load_codes(fmt, at(block, 768 + 512 * (s >> 1) + 64 * g)), 4 * (s & 1), 15)
+    return or_shifted(nibbles, bits(load_codes(fmt, at(block, 256 + 64 * g)), s, 1), 4)
 
 
 def _q6_k(fmt, block, s, g):
     half, quarter, part = s >> 3, (s & 7) >> 1, 4 * (s & 1) + g
-    low = bits(load_u8(at(block, 1024 * half + 512 * (quarter & 1) + 64 * part)), 4 * (quarter >> 1), 15)
-    return or_shifted(low, bits(load_u8(at(block, 2048 + 512 * half + 64 * part)), 2 * quarter, 3), 4)
+    low = bits(load_codes(fmt, at(block, 1024 * half + 512 * (quarter & 1) + 64 * part)), 4 * (quarter >> 1), 15)
+    return or_shifted(low, bits(load_codes(fmt, at(block, 2048 + 512 * half + 64 * part)), 2 * quarter, 3), 4)
 
 
 @by_format({"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k,
@@ -227,11 +297,11 @@ def codes(fmt, block, s, g):
 # ---- scales of blocks
 
 def _scale_f16(fmt, block):
-    return load_f16(at(block, fmt.scale))
+    return load_half(fmt, at(block, fmt.scale))
 
 
 def _scale_e8m0(fmt, block):
-    return load_e8m0(at(block, fmt.scale))
+    return load_power(fmt, at(block, fmt.scale))
 
 
 @by_format(lambda fmt: _scale_e8m0 if fmt.type == "MXFP4" else _scale_f16)
@@ -245,33 +315,33 @@ MINUS_32 = np.int32(-32)
 
 
 def _scale_2(fmt, block, s):
-    return field_i32(load_u8_as_i32(at(block, 16 * s)), 0, 15)
+    return field_i32(bytes_as_i32(fmt, at(block, 16 * s)), 0, 15)
 
 
 def _scale_3(fmt, block, s):
     """Six bits in two places: see the diagram in formats/quants/k/q3_k.py."""
-    lower = field_i32(load_u8_as_i32(at(block, 1536 + 16 * (s & 7))), 4 * (s >> 3), 15)
-    upper = field_i32(load_u8_as_i32(at(block, 1664 + 16 * (s & 3))), 2 * (s >> 2), 3)
-    return add_i32(add_i32(lower, shift_left(upper, 4)), splat_i32(MINUS_32))
+    lower = field_i32(bytes_as_i32(fmt, at(block, 1536 + 16 * (s & 7))), 4 * (s >> 3), 15)
+    upper = field_i32(bytes_as_i32(fmt, at(block, 1664 + 16 * (s & 3))), 2 * (s >> 2), 3)
+    return add_i32(add_i32(lower, shift_left(upper, 4)), splat_int(fmt, MINUS_32))
 
 
 def _scale_iq4_xs(fmt, block, s):
     """Six bits in two places: see the diagram in formats/quants/iq/iq4.py."""
-    lower = field_i32(load_u8_as_i32(at(block, 64 + 16 * (s >> 1))), 4 * (s & 1), 15)
-    upper = field_i32(load_u8_as_i32(at(block, 32 + 16 * (s >> 2))), 2 * (s & 3), 3)
-    return add_i32(add_i32(lower, shift_left(upper, 4)), splat_i32(MINUS_32))
+    lower = field_i32(bytes_as_i32(fmt, at(block, 64 + 16 * (s >> 1))), 4 * (s & 1), 15)
+    upper = field_i32(bytes_as_i32(fmt, at(block, 32 + 16 * (s >> 2))), 2 * (s & 3), 3)
+    return add_i32(add_i32(lower, shift_left(upper, 4)), splat_int(fmt, MINUS_32))
 
 
 def _scale_4(fmt, block, s):
     """Six bits, in two places from the fifth sub-block on: see the diagram in formats/quants/k/q4_k.py."""
     if s < 4:
-        return field_i32(load_u8_as_i32(at(block, 64 + 16 * s)), 0, 63)
-    upper = field_i32(load_u8_as_i32(at(block, 64 + 16 * (s - 4))), 6, 3)
-    return add_i32(field_i32(load_u8_as_i32(at(block, 64 + 16 * (s + 4))), 0, 15), shift_left(upper, 4))
+        return field_i32(bytes_as_i32(fmt, at(block, 64 + 16 * s)), 0, 63)
+    upper = field_i32(bytes_as_i32(fmt, at(block, 64 + 16 * (s - 4))), 6, 3)
+    return add_i32(field_i32(bytes_as_i32(fmt, at(block, 64 + 16 * (s + 4))), 0, 15), shift_left(upper, 4))
 
 
 def _scale_6(fmt, block, s):
-    return load_i8_as_i32(at(block, 3072 + 16 * s))
+    return signed_bytes_as_i32(fmt, at(block, 3072 + 16 * s))
 
 
 @by_format({"Q2_K": _scale_2, "Q3_K": _scale_3, "Q4_K": _scale_4, "Q5_K": _scale_4, "Q6_K": _scale_6, "IQ4_XS": _scale_iq4_xs})
@@ -280,14 +350,14 @@ def sub_scale(fmt, block, s):
 
 
 def _minimum_2(fmt, block, s):
-    return field_i32(load_u8_as_i32(at(block, 16 * s)), 4, 15)
+    return field_i32(bytes_as_i32(fmt, at(block, 16 * s)), 4, 15)
 
 
 def _minimum_4(fmt, block, s):
     if s < 4:
-        return field_i32(load_u8_as_i32(at(block, 64 + 16 * (s + 4))), 0, 63)
-    upper = field_i32(load_u8_as_i32(at(block, 64 + 16 * s)), 6, 3)
-    return add_i32(field_i32(load_u8_as_i32(at(block, 64 + 16 * (s + 4))), 4, 15), shift_left(upper, 4))
+        return field_i32(bytes_as_i32(fmt, at(block, 64 + 16 * (s + 4))), 0, 63)
+    upper = field_i32(bytes_as_i32(fmt, at(block, 64 + 16 * s)), 6, 3)
+    return add_i32(field_i32(bytes_as_i32(fmt, at(block, 64 + 16 * (s + 4))), 4, 15), shift_left(upper, 4))
 
 
 # Numba types a branch that is never taken too, so types without minimums have a body as well
