@@ -33,8 +33,8 @@ SERIAL = 8          # rows that one thread quantizes sooner than other threads w
 def allocate_quantized(fmt, n_tok, width):
     """Memory for `n_tok` quantized rows: q int8 (T, D), scales float32 (T, B), sums int32 (T, sub-blocks), Q8_1's products float32 (T, B).
 
-    A sum is that of a sub-block's integers, times -zero_point if there is one: what is to be added to a dot product. Where sub-blocks have
-    minimums, the sums of two neighbours share one int32 as two int16, in the first half of a row.
+    A sum is that of a sub-block's integers, times -zero_point if there is one: what is to be added to a dot product. Where `paired_sums`,
+    it is the plain sum, and those of two neighbours share one int32 as two int16, in the first half of a row.
     """
     width = width if fmt.integer else 0
     n_blocks, n_sums = width // fmt.elements, width // fmt.per_sub
@@ -83,9 +83,9 @@ def _quantize_superblocks(fmt, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
             q = round_to_i32(min_f32(product, splat_f32(np.float32(127))))
             store_i8(at(to, 256 * b + 16 * j), q)
             s = fmt.n_sub * b + 16 * j // fmt.per_sub
-            sum_TS[t, s] += np.int32(-fmt.zero_point * sum_i32(q) if fmt.zero_point else sum_i32(q))
+            sum_TS[t, s] += np.int32(-fmt.zero_point * sum_i32(q) if fmt.zero_point and not fmt.paired_sums else sum_i32(q))
         d_TB[t, b] = np.float32(1) / inverse if inverse != np.float32(0) else np.float32(0)
-        if fmt.has_minimum:
+        if fmt.paired_sums:
             for s in range(fmt.n_sub * b, fmt.n_sub * (b + 1), 2):
                 sum_TS[t, s // 2] = np.int32((sum_TS[t, s] & 0xFFFF) + (sum_TS[t, s + 1] << 16))
 

@@ -361,16 +361,6 @@ def _dot4_avxvnni(builder, total, weights, activations):
     return by_registers(builder, half, total, weights)
 
 
-def _dot4_avx2(builder, total, weights, activations):
-    four = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32))
-    ones, shorts = ir.Constant(ir.VectorType(SHORT, 16), [1] * 16), ir.VectorType(SHORT, 16)
-
-    def half(w):
-        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, w, four)
-        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), pairs, ones)
-    return builder.add(total, by_registers(builder, half, weights))
-
-
 def _pairs_portable(builder, total, a, b):
     """Adds the products of 16-bit neighbours, in the form that LLVM knows as multiply-and-add-pairs on SSE2 and Arm."""
     shorts = ir.VectorType(SHORT, 2 * LANES)
@@ -390,18 +380,7 @@ def _dot4_portable(builder, total, weights, activations):
     return _pairs_portable(builder, total, builder.lshr(w, eight), builder.ashr(x, eight))                         # 1 and 3
 
 
-@intrinsic(I32x16, I32x16, U8x64, Address, narrow=True, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2,
-           portable=_dot4_portable)
-def dot4(total, weights, activations):
-    """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights of at most 128, int8 activations.
-
-    (Above 128 the 16-bit sums of AVX2 could overflow; `dot4_wide` takes the full range of a byte.)
-    """
-    x = activations.span(4).view(np.int8).astype(np.int32)
-    return total + (weights.reshape(-1, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
-
-
-def _dot4_wide_avx2(builder, total, weights, activations):
+def _dot4_avx2(builder, total, weights, activations):
     """With both sides as int16."""
     shorts, ints = ir.VectorType(SHORT, 16), ir.VectorType(INT, 8)
     four = builder.sext(builder.bitcast(_four(builder, activations, 4), ir.VectorType(BYTE, 16)), shorts)
@@ -414,75 +393,69 @@ def _dot4_wide_avx2(builder, total, weights, activations):
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
 
 
-@intrinsic(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_wide_avx2,
-           portable=_dot4_portable)
-def dot4_wide(total, weights, activations):
-    """As `dot4`, with weights of the full range of a byte, 0 to 255."""
+@intrinsic(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2, portable=_dot4_portable)
+def dot4(total, weights, activations):
+    """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights, int8 activations. Slow on AVX2."""
     x = activations.span(4).view(np.int8).astype(np.int32)
     return total + (weights.reshape(-1, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
 
 
-def _dot4_signed_avx2(builder, total, weights, activations):
-    """|w| * (x with the sign of w): a magnitude of up to 128 leaves the sum of a pair within 16 bits."""
-    ones, shorts, nothing = (ir.Constant(ir.VectorType(SHORT, 16), [1] * 16), ir.VectorType(SHORT, 16), ir.Constant(ir.IntType(1), 0))
-    four = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32))
-
-    def register(w):
-        signed = builder.xor(w, ir.Constant(w.type, [128] * 32))
-        x = call(builder, "llvm.x86.avx2.psign.b", w.type, four, signed)
-        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, call(builder, "llvm.abs.v32i8", w.type, signed, nothing), x)
-        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), pairs, ones)
-    return builder.add(total, by_registers(builder, register, weights))
+def _i16(builder, v):
+    """The same bits as int16."""
+    return builder.bitcast(v, ir.VectorType(SHORT, 2 * as_lanes(builder, v).type.count))
 
 
-def _less_128(dot4):
+def _dot4_i16(is_signed: bool):
     def emit(builder, total, weights, activations):
-        zeros, all_128 = ir.Constant(total.type, [0] * total.type.count), ir.Constant(weights.type, [128] * weights.type.count)
-        return builder.sub(dot4(builder, total, weights, activations), dot4(builder, zeros, all_128, activations))
+        """Without `vpmaddubsw`: bytes 0 and 2, then bytes 1 and 3."""
+        w, x = _i16(builder, weights), _i16(builder, _four(builder, activations, total.type.count))
+        eight, extended = ir.Constant(w.type, [8] * w.type.count), builder.ashr if is_signed else builder.lshr
+        w = builder.xor(w, ir.Constant(w.type, [-0x7F80] * w.type.count)) if is_signed else w
+        low = builder.mul(extended(builder.shl(w, eight), eight), builder.ashr(builder.shl(x, eight), eight))
+        high = builder.mul(extended(w, eight), builder.ashr(x, eight))
+        return builder.bitcast(builder.add(_i16(builder, total), builder.add(low, high)), total.type)
     return emit
 
 
-@intrinsic(I32x16, I32x16, U8x64, Address, narrow=True, avx512=_less_128(_dot4_avx512), avxvnni=_less_128(_dot4_avxvnni),
-           avx2=_dot4_signed_avx2, portable=_less_128(_dot4_portable))
-def dot4_signed(total, weights, activations):
-    """total[r] + sum over j < 4 of (weights[4 r + j] - 128) * activations[j]: weights of 0 to 255, int8 activations of -127 to 127."""
-    x = activations.span(4).view(np.int8).astype(np.int32)
-    return total + ((weights.reshape(-1, 4).astype(np.int32) - 128) * x).sum(axis=1, dtype=np.int32)
+def _maddubs(builder, total, unsigned, signed):
+    pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(SHORT, 16), unsigned, signed)
+    return builder.bitcast(builder.add(_i16(builder, total), pairs), total.type)
 
 
-def _by_dot4(dot4):
-    def emit(builder, total, *weights_and_activations):
-        *weights, activations = weights_and_activations
-        for k, w in enumerate(weights):
-            total = dot4(builder, total, w, builder.gep(activations, [ir.IntType(64)(4 * k)]))
-        return total
-    return emit
+def _dot4_i16_avx2(builder, total, weights, activations):
+    four = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32))
+    return by_registers(builder, lambda total, w: _maddubs(builder, total, w, four), total, weights)
 
 
-def _dot16_avx2(builder, total, *weights_and_activations):
-    """Sums of pairs are added up in 16 bits: one conversion to 32 bits for four products."""
-    *weights, activations = weights_and_activations
-    shorts, ones = ir.VectorType(SHORT, 16), ir.Constant(ir.VectorType(SHORT, 16), [1] * 16)
-    places = [builder.gep(activations, [ir.IntType(64)(4 * k)]) for k in range(4)]
-    fours = [builder.bitcast(_four(builder, place, 8), ir.VectorType(BYTE, 32)) for place in places]
+def _dot4_i16_signed_avx2(builder, total, weights, activations):
+    """|w| * (x with the sign of w)."""
+    four, minimum = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32)), ir.Constant(ir.IntType(1), 0)
 
-    def half(*weights):
-        pairs = [call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, w, four) for w, four in zip(weights, fours)]
-        sums = builder.add(builder.add(pairs[0], pairs[1]), builder.add(pairs[2], pairs[3]))
-        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT, 8), sums, ones)
-    return builder.add(total, by_registers(builder, half, *weights))
+    def register(total, w):
+        w = builder.xor(w, ir.Constant(w.type, [128] * 32))
+        x = call(builder, "llvm.x86.avx2.psign.b", w.type, four, w)
+        return _maddubs(builder, total, call(builder, "llvm.abs.v32i8", w.type, w, minimum), x)
+    return by_registers(builder, register, total, weights)
 
 
-@intrinsic(I32x16, I32x16, U8x64, U8x64, U8x64, U8x64, Address, narrow=True, avx512=_by_dot4(_dot4_avx512), avxvnni=_by_dot4(_dot4_avxvnni),
-           avx2=_dot16_avx2, portable=_by_dot4(_dot4_portable))
-def dot16(total, w0, w1, w2, w3, activations):
-    """Four `dot4` in a row, w0 with activations 0 to 3, w1 with 4 to 7, ...: unsigned weights of at most 31.
+def _add_i16(total, weights, activations):
+    x = activations.span(4).view(np.int8).astype(np.int32).reshape(2, 2)
+    sums = (weights.astype(np.int32).reshape(-1, 2, 2) * x).sum(axis=2)
+    return (total.view(np.int16) + sums.reshape(-1)).astype(np.int16).view(np.int32)
 
-    (With more, the 16-bit sums of AVX2 could overflow.)
+
+@intrinsic(I32x16, I32x16, U8x64, Address, narrow=True, avx2=_dot4_i16_avx2, every=_dot4_i16(False))
+def dot4_i16(total, weights, activations):
+    """Adds the products of unsigned weights and int8 activations in two int16 for every lane: of the first two of its four, and of the
+    others. The sums must fit: weights of at most 128, or several calls in a row with smaller ones.
     """
-    for k, w in enumerate((w0, w1, w2, w3)):
-        total = dot4(total, w, at(activations, 4 * k))
-    return total
+    return _add_i16(total, weights, activations)
+
+
+@intrinsic(I32x16, I32x16, U8x64, Address, narrow=True, avx2=_dot4_i16_signed_avx2, every=_dot4_i16(True))
+def dot4_i16_signed(total, weights, activations):
+    """The same for weights of 0 to 255 from which 128 is subtracted first, and activations of -127 to 127."""
+    return _add_i16(total, weights.astype(np.int32) - 128, activations)
 
 
 def _dot2_of(name: str, lanes: int):
@@ -540,6 +513,17 @@ def mul_i32(a, b):
 def sub_i32(a, b):
     """a - b, modulo 2^32."""
     return a - b
+
+
+def _int16_pair(builder, v):
+    n = v.type.count
+    return builder.or_(builder.and_(v, lanes(0xFFFF, n)), builder.shl(v, lanes(16, n)))
+
+
+@intrinsic(I32x16, I32x16, narrow=True, every=_int16_pair)
+def int16_pair(v):
+    """The low 16 bits of every lane, twice."""
+    return np.repeat(v.view(np.int16)[0::2], 2).view(np.int32)
 
 
 @intrinsic(I32x16, I32x16, types.intp, narrow=True,

@@ -17,11 +17,10 @@ from refimpl.kernels.machine.intrinsics import (
     byte_of_lane,
     dot2,
     dot4,
-    dot4_signed,
-    dot4_wide,
-    dot16,
+    dot4_i16,
+    dot4_i16_signed,
     fma,
-    load_f16,
+    int16_pair,
     mul_f32,
     mul_i32,
     prefetch,
@@ -32,11 +31,12 @@ from refimpl.kernels.machine.intrinsics import (
     sub_i32,
     to_f32,
 )
-from refimpl.kernels.machine.isa import ISA, LANES, TWO_WIDTHS
+from refimpl.kernels.machine.isa import ISA, LANES
 from refimpl.kernels.machine.jit import by_format, inline, per_row
 from refimpl.kernels.machine.unpack import (
     FORMATS,
     LOWER,
+    PAIRS,
     UPPER,
     block_scale,
     codes,
@@ -47,10 +47,11 @@ from refimpl.kernels.machine.unpack import (
     sub_minimum,
     sub_minimum_pair,
     sub_scale,
+    sub_scale_pair,
 )
 
 F32 = FORMATS["exact"]["F32"]
-ZERO_I, ZERO_F = np.int32(0), np.float32(0)
+ZERO_I, ZERO_F, ONE_PAIR = np.int32(0), np.float32(0), np.int32(0x10001)
 SPARE = 2                           # rows of results that `multiply_tile` may write beyond the last
 EIGHT = ISA == "avx512"             # sums of eight rows stay in registers; other sets have half as many registers, of half the size
 
@@ -63,41 +64,6 @@ class Activations(NamedTuple):
     d_TB: np.ndarray
     sum_TS: np.ndarray
     m_TB: np.ndarray
-
-
-def _dot_up_to_31(fmt, total, w0, w1, w2, w3, activations):
-    return dot16(total, w0, w1, w2, w3, activations)
-
-
-def _dot_up_to_128(fmt, total, w0, w1, w2, w3, activations):
-    total = dot4(dot4(total, w0, activations), w1, at(activations, 4))
-    return dot4(dot4(total, w2, at(activations, 8)), w3, at(activations, 12))
-
-
-def _dot_up_to_255(fmt, total, w0, w1, w2, w3, activations):
-    total = dot4_wide(dot4_wide(total, w0, activations), w1, at(activations, 4))
-    return dot4_wide(dot4_wide(total, w2, at(activations, 8)), w3, at(activations, 12))
-
-
-def _dot_signed(fmt, total, w0, w1, w2, w3, activations):
-    total = dot4_signed(dot4_signed(total, w0, activations), w1, at(activations, 4))
-    return dot4_signed(dot4_signed(total, w2, at(activations, 8)), w3, at(activations, 12))
-
-
-def signed(fmt) -> bool:
-    """Is the zero point (128) subtracted from the codes before they are multiplied? AVX2 has no other way with codes above 128."""
-    return ISA == "avx2" and fmt.max_code > 128
-
-
-def _dot(fmt):
-    if signed(fmt):
-        return _dot_signed
-    return _dot_up_to_31 if fmt.max_code <= 31 else _dot_up_to_128 if fmt.max_code <= 128 else _dot_up_to_255
-
-
-@by_format(_dot)
-def dot(fmt, total, w0, w1, w2, w3, activations):
-    """Adds the products of 16 codes with 16 activations."""
 
 
 @inline
@@ -130,7 +96,7 @@ def _from_zero_point(fmt, x, r, s):
     return splat_int(fmt, x.sum_TS[r, s])
 
 
-@by_format(lambda fmt: _from_zero_point if fmt.zero_point and not signed(fmt) else _from_zero)
+@by_format(lambda fmt: _from_zero_point if fmt.zero_point and not fmt.signed else _from_zero)
 def first_dot(fmt, x, r, s):
     """What the zero point contributes to the dot product of sub-block s (counted through the row) with row r."""
 
@@ -142,32 +108,35 @@ def initial_dot(fmt, x, r, s):
 
 
 @per_row
-def add_dot(fmt, total, w0, w1, w2, w3, q, c):
+def add_dot(total, w0, w1, w2, w3, q, c):
     """Adds the products of 16 codes with columns c, c + 1, ... of the row at q."""
-    return dot(fmt, total, w0, w1, w2, w3, at(q, c))
+    total = dot4(dot4(total, w0, at(q, c)), w1, at(q, c + 4))
+    return dot4(dot4(total, w2, at(q, c + 8)), w3, at(q, c + 12))
 
 
 @per_row
-def add_dot_signed(total, w, q, c):
-    """Adds the products of 4 codes."""
-    return dot4_signed(total, w, at(q, c))
+def add_pair_sums(fmt, total, w, q, c):
+    """Adds the products of 4 codes with columns c to c + 3 of the row at q in two int16 for each lane."""
+    return pair_sums(fmt, total, w, at(q, c))
 
 
-def _four_groups(fmt, dots, block, s, g, q, c):
-    return add_dot(fmt, dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
-                   codes(fmt, block, s, g + 3), q, c)
+def _unsigned(fmt, total, w, activations):
+    return dot4_i16(total, w, activations)
 
 
-def _group_by_group(fmt, dots, block, s, g, q, c):
-    """Codes and their magnitudes: of four groups they would not stay in registers."""
-    for i in range(4):
-        dots = add_dot_signed(dots, codes(fmt, block, s, g + i), q, c + 4 * i)
-    return dots
+def _signed(fmt, total, w, activations):
+    return dot4_i16_signed(total, w, activations)
 
 
-@by_format(lambda fmt: _group_by_group if signed(fmt) else _four_groups)
-def add_groups(fmt, dots, block, s, g, q, c):
-    """Adds the products of the codes in groups g to g + 3 with columns c to c + 15 of the rows at q."""
+@by_format(lambda fmt: _signed if fmt.signed else _unsigned)
+def pair_sums(fmt, total, w, activations):
+    """Adds the products of 4 codes in two int16 for each lane."""
+
+
+@per_row
+def add_factor_times(factor, pairs, total):
+    """Adds a factor (twice, in int16) times both int16 sums."""
+    return dot2(total, factor, pairs)
 
 
 @per_row
@@ -213,9 +182,7 @@ def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
     for b in range(n_blocks):
         block = at(tile, b * fmt.n_bytes)
         prefetch_range(block, fmt.n_bytes, ahead)
-        dots = initial_dot(fmt, x, r, b)
-        for g in range(0, 8, 4):
-            dots = add_groups(fmt, dots, block, 0, g, q, 32 * b + 4 * g)
+        dots = sub_block(fmt, initial_dot(fmt, x, r, b), splat_int(fmt, ONE_PAIR), block, 0, q, 32 * b)
         total = add_block(fmt, x, r, b, block_scale(fmt, block), dots, total)
         if fmt.has_minimum:
             total = add_block_minimum(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), total)
@@ -228,10 +195,8 @@ def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
         block, scaled = at(tile, b * fmt.n_bytes), zeros(r, splat_int(fmt, ZERO_I))
         for s in range(fmt.n_sub):
             prefetch_range(at(block, s * (fmt.n_bytes // fmt.n_sub)), fmt.n_bytes // fmt.n_sub, ahead)
-            dots = initial_dot(fmt, x, r, fmt.n_sub * b + s)
-            for g in range(0, fmt.per_sub // 4, 4):
-                dots = add_groups(fmt, dots, block, s, g, q, 256 * b + fmt.per_sub * s + 4 * g)
-            scaled = scale_add(scaled, sub_scale(fmt, block, s), dots)
+            scaled = add_scaled(fmt, scaled, block, b, s, x, r, q)
+        scaled = subtract_zero_points(fmt, scaled, block, b, x, r)
         total = add_block(fmt, x, r, b, block_scale(fmt, block), scaled, total)
         if fmt.has_minimum:
             minimums = zeros(r, splat_int(fmt, ZERO_I))
@@ -239,6 +204,59 @@ def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
                 minimums = add_minimum_pair(fmt, minimums, sub_minimum_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
             total = subtract_minimums(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), minimums, total)
     _store(out, total)
+
+
+def _dots(fmt, dots, factor, block, s, q, c):
+    for g in range(0, fmt.per_sub // 4, 4):
+        dots = add_dot(dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2), codes(fmt, block, s, g + 3),
+                       q, c + 4 * g)
+    return dots
+
+
+def _pairs(fmt, dots, factor, block, s, q, c):
+    """`fmt.run` groups of codes are summed in 16 bits, then multiplied by the factor and added up in 32."""
+    for first in range(0, fmt.per_sub // 4, fmt.run):
+        pairs = zeros(q, splat_int(fmt, ZERO_I))
+        for g in range(first, first + fmt.run):
+            pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g), q, c + 4 * g)
+        dots = add_factor_times(factor, pairs, dots)
+    return dots
+
+
+@by_format(lambda fmt: _pairs if PAIRS else _dots)
+def sub_block(fmt, dots, factor, block, s, q, c):
+    """Adds the dot products of sub-block s with the columns from c on (times a factor, where PAIRS: as two int16)."""
+
+
+def _scale_after(fmt, scaled, block, b, s, x, r, q):
+    dots = sub_block(fmt, initial_dot(fmt, x, r, fmt.n_sub * b + s), ZERO_I, block, s, q, 256 * b + fmt.per_sub * s)
+    return scale_add(scaled, sub_scale(fmt, block, s), dots)
+
+
+def _scale_within(fmt, scaled, block, b, s, x, r, q):
+    return sub_block(fmt, scaled, int16_pair(sub_scale(fmt, block, s)), block, s, q, 256 * b + fmt.per_sub * s)
+
+
+@by_format(lambda fmt: _scale_within if PAIRS else _scale_after)
+def add_scaled(fmt, scaled, block, b, s, x, r, q):
+    """Adds the dot products of sub-block s of block b, times its integer scales."""
+
+
+def _subtracted_already(fmt, scaled, block, b, x, r):
+    return scaled
+
+
+def _subtract(fmt, scaled, block, b, x, r):
+    """All sub-blocks together: their scales, times the sums of the activations there, times the zero point."""
+    total = zeros(r, splat_int(fmt, ZERO_I))
+    for pair in range(fmt.n_sub // 2):
+        total = add_minimum_pair(fmt, total, sub_scale_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
+    return scale_add(scaled, splat_int(fmt, np.int32(-fmt.zero_point)), total)
+
+
+@by_format(lambda fmt: _subtract if fmt.paired_sums and not fmt.has_minimum else _subtracted_already)
+def subtract_zero_points(fmt, scaled, block, b, x, r):
+    """Subtracts what the zero point contributes to a superblock's sums, where dot products do not start from it."""
 
 
 def _floats(fmt, tile, n_blocks, x, r, ahead, out):
@@ -273,7 +291,7 @@ def _dequantize_block(fmt, block, out):
         for j in range(4):
             value = mul_f32(scale, to_f32(sub_i32(byte_of_lane(w, j), splat_i32(np.int32(fmt.zero_point)))))
             if fmt.has_minimum:
-                value = add_f32(value, load_f16(at(block, fmt.minimum)))
+                value = add_f32(value, load_half(fmt, at(block, fmt.minimum)))
             store_f32(at(out, 64 * (4 * g + j)), value)
 
 
@@ -285,7 +303,7 @@ def _dequantize_superblock(fmt, block, out):
             for j in range(4):
                 value = mul_f32(scale, to_f32(sub_i32(byte_of_lane(w, j), splat_i32(np.int32(fmt.zero_point)))))
                 if fmt.has_minimum:
-                    value = sub_f32(value, mul_f32(load_f16(at(block, fmt.minimum)), to_f32(sub_minimum(fmt, block, s))))
+                    value = sub_f32(value, mul_f32(load_half(fmt, at(block, fmt.minimum)), to_f32(sub_minimum(fmt, block, s))))
                 store_f32(at(out, 64 * (fmt.per_sub * s + 4 * g + j)), value)
 
 
@@ -331,7 +349,7 @@ def _whole(fmt, tile, n_blocks, x, r, ahead, out):
     tile_times_rows(fmt, tile, n_blocks, x, r, ahead, out)
 
 
-@by_format(lambda fmt: _in_halves(fmt) if TWO_WIDTHS and fmt.integer else _whole)
+@by_format(lambda fmt: _in_halves(fmt) if PAIRS and fmt.integer else _whole)
 def tile_times_4(fmt, tile, n_blocks, x, r, ahead, out):
     """A tile times the four rows in r."""
 

@@ -36,7 +36,7 @@ from refimpl.kernels.machine.intrinsics import (
     splat_f32,
     splat_i32,
 )
-from refimpl.kernels.machine.isa import LANES
+from refimpl.kernels.machine.isa import ISA, LANES
 from refimpl.kernels.machine.jit import by_format, inline
 from refimpl.kernels.machine.narrow import (
     load_e8m0_narrow,
@@ -48,6 +48,7 @@ from refimpl.kernels.machine.narrow import (
     splat_i32_narrow,
 )
 
+PAIRS = ISA == "avx2"           # no dot product of bytes: products of neighbours are summed in 16 bits, as far as they fit
 ALL, LOWER, UPPER = "all", "lower", "upper"
 
 
@@ -87,6 +88,21 @@ class WeightFormat:
     def n_bytes(self) -> int:
         """Bytes of 16 blocks side by side."""
         return LANES * BLOCKS[self.type].n_bytes
+
+    @property
+    def signed(self) -> bool:
+        """Is the zero point (128) subtracted from codes before they are multiplied? AVX2 has no product of larger unsigned bytes."""
+        return PAIRS and self.max_code > 128
+
+    @property
+    def run(self) -> int:
+        """How many products of pairs, each of at most 2 * max_code * 127, are added up in 16 bits (PAIRS)."""
+        return 1 if self.signed else next(n for n in (8, 4, 2, 1) if n * 254 * self.max_code < 2 ** 15 and 4 * n <= self.per_sub)
+
+    @property
+    def paired_sums(self) -> bool:
+        """Do the sums of two sub-blocks of activations share one int32, for products of pairs with integer minimums or scales?"""
+        return self.family == "superblock" and (self.has_minimum or PAIRS and self.zero_point > 0 and not self.signed)
 
     @property
     def dequantized(self) -> bool:
@@ -163,7 +179,7 @@ def _constant(name: str):
 
 
 for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero_point", "max_code", "scale", "has_minimum", "minimum", "scattered",
-              "dequantized", "integer"):
+              "dequantized", "integer", "run", "paired_sums"):
     _constant(_name)
 
 
@@ -370,6 +386,12 @@ def sub_minimum(fmt, block, s):
 def sub_minimum_pair(fmt, block, s):
     """The minimums of sub-blocks s and s + 1, as two int16 in a lane."""
     return add_i32(sub_minimum(fmt, block, s), shift_left(sub_minimum(fmt, block, s + 1), 16))
+
+
+@inline
+def sub_scale_pair(fmt, block, s):
+    """The scales of sub-blocks s and s + 1, as two int16 in a lane."""
+    return add_i32(field_i32(sub_scale(fmt, block, s), 0, 0xFFFF), shift_left(sub_scale(fmt, block, s + 1), 16))
 
 
 # ---- floats
