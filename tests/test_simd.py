@@ -1,30 +1,33 @@
 """Every intrinsic: the compiled body against its NumPy reference, bit for bit, on every instruction set here."""
 
 from fractions import Fraction
+from types import ModuleType
 
 import numpy as np
 import pytest
 from exact import rounded_once
 from numba import njit, types
 
-from refimpl.kernels.machine import intrinsics as simd
-from refimpl.kernels.machine import isa
+from refimpl.kernels.machine import intrinsics, isa, narrow
 from refimpl.kernels.machine.intrinsics import address, at
-from refimpl.kernels.machine.isa import INTRINSICS, ORDER, F32x16, I32x16, Pointer, U8x64
+from refimpl.kernels.machine.isa import INTRINSICS, ORDER, F32x8, F32x16, I32x8, I32x16, Pointer, U8x32, U8x64
 
+simd = ModuleType("simd")             # both modules as one
+vars(simd).update(vars(intrinsics) | vars(narrow))
 EDGES = {
     U8x64: [np.full(64, b, np.uint8) for b in (0, 1, 15, 16, 127, 128, 129, 240, 255)],
     I32x16: [np.full(16, i, np.int32) for i in (0, 1, -1, 2**31 - 1, -2**31, 16_777_217, -33_554_435)],
     F32x16: [np.full(16, f, np.float32) for f in (0.0, -0.0, 1.0, -1.5, 1e-45, 1.17e-38, 3.4e38, np.inf, -np.inf, np.nan, 1 + 2**-23)],
 }
-STORE = {U8x64: "store_u8", I32x16: "store_i32", F32x16: "store_f32"}
+STORE = {U8x64: "store_u8", I32x16: "store_i32", F32x16: "store_f32", U8x32: "store_u8", I32x8: "store_i32", F32x8: "store_f32"}
 LOAD = {U8x64: "load_u8", F32x16: "load_f32"}
+NARROW_LOAD = {U8x64: "load_u8_narrow", F32x16: "load_f16_narrow"}
 INTEGERS = {"shift": range(8), "mask": (1, 3, 15, 255), "j": range(4), "group": range(8), "n": range(17),
             "first": np.array([0x0706050403020100, -0x7E0102F304F5F607, -1]),
             "last": np.array([0x0F0E0D0C0B0A0908, -2**63, 2**63 - 1, 0x1122334455667788])}
 DOMAIN = {      # what an intrinsic does not promise to take is left out
-    "dot4": lambda total, weights, activations: (total, np.minimum(weights, 128), activations),
-    "dot16": lambda total, w0, w1, w2, w3, activations: (total, *(np.minimum(w, 31) for w in (w0, w1, w2, w3)), activations),
+    "dot4_i16": lambda total, weights, activations: (total, np.minimum(weights, 128), activations),
+    "dot4_i16_signed": lambda total, weights, activations: (total, weights, np.where(activations == 128, 129, activations)),
     "round_to_i32": lambda v: (np.clip(np.nan_to_num(v), -2.0**22, 2.0**22),),
     "power_of_two": lambda n: (n % 256 - 127,),
     "look_up": lambda v, first, last: (v % 16, first, last),
@@ -41,9 +44,19 @@ def load_i32(pointer):
     return total
 
 
+@njit
+def load_i32_narrow(pointer):
+    """The same for 8 lanes."""
+    total = simd.splat_i32_narrow(np.int32(0))
+    for k in (24, 16, 8, 0):
+        byte = simd.load_u8_as_i32_narrow(at(pointer, k))
+        total = simd.add_i32(simd.mul_i32(total, simd.splat_i32_narrow(np.int32(256))), byte)
+    return total
+
+
 def planes(v: np.ndarray) -> np.ndarray:
     """int32 lanes as four planes of bytes, which `load_i32` reads."""
-    return np.ascontiguousarray(v.view(np.uint8).reshape(16, 4).T)
+    return np.ascontiguousarray(v.view(np.uint8).reshape(-1, 4).T)
 
 
 def arguments(name: str, intrinsic, rng):
@@ -74,15 +87,15 @@ def arguments(name: str, intrinsic, rng):
         yield values
 
 
-def compiled(name: str, intrinsic):
+def compiled(name: str, intrinsic, width: str = ""):
     """A compiled function that takes arrays and numbers, applies the intrinsic and stores its result (if it has one)."""
     takes, body = [], []
     for i, kind in enumerate(intrinsic.parameters):
         takes.append(f"a{i}")
         if kind is I32x16:
-            body.append(f"v{i} = load_i32(address(a{i}))")
+            body.append(f"v{i} = load_i32{width}(address(a{i}))")
         elif kind in LOAD:
-            body.append(f"v{i} = simd.{LOAD[kind]}(address(a{i}))")
+            body.append(f"v{i} = simd.{LOAD[kind] if not width else NARROW_LOAD[kind]}(address(a{i}))")
         else:
             body.append(f"v{i} = address(a{i})" if kind is isa.Address else f"v{i} = a{i}")
     call = f"simd.{name}({', '.join(f'v{i}' for i in range(len(takes)))})"
@@ -90,7 +103,7 @@ def compiled(name: str, intrinsic):
         call = f"simd.{SPLAT[intrinsic.result]}({call})"
     store = {types.int32: "store_i32", types.float32: "store_f32", **STORE}.get(intrinsic.result)
     body.append(f"simd.{store}(address(out), {call})" if store else call)
-    scope = {"simd": simd, "address": address, "load_i32": load_i32}
+    scope = {"simd": simd, "address": address, "load_i32": load_i32, "load_i32_narrow": load_i32_narrow}
     exec(f"def f({', '.join([*takes, 'out'])}):\n    " + "\n    ".join(body), scope)
     return njit(scope["f"])
 
@@ -109,10 +122,32 @@ def test_compiled_intrinsic_has_the_bits_of_its_reference(name):
         with np.errstate(all="ignore"):
             want = intrinsic.reference(*(Pointer(v, 0) if kind is isa.Address else v for kind, v in zip(intrinsic.parameters, values)))
             want = np.full(16, want) if intrinsic.result in SPLAT else want
-        got = out.view(want.dtype)
-        same = got.view(np.uint8) == want.view(np.uint8)
-        nan = np.repeat(np.isnan(want), 4) if want.dtype == np.float32 else False       # any NaN is as good as another
-        assert (same | nan).all() and (want.dtype != np.float32 or (np.isnan(got) == np.isnan(want)).all()), (values, want, got)
+        assert_same(out, want, values)
+
+
+def assert_same(out, want, values):
+    """The bytes in `out` are those of `want`; any NaN is as good as another."""
+    got = out[:want.nbytes].view(want.dtype)
+    same = got.view(np.uint8) == want.view(np.uint8)
+    nan = np.repeat(np.isnan(want), 4) if want.dtype == np.float32 else False
+    assert (same | nan).all() and (want.dtype != np.float32 or (np.isnan(got) == np.isnan(want)).all()), (values, want, got)
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if INTRINSICS[name].narrow])
+def test_narrow_vectors_are_half_of_wide_ones(name):
+    intrinsic, rng = INTRINSICS[name], np.random.default_rng(0)
+    function, vectors = compiled(name, intrinsic, "_narrow"), (U8x64, I32x16, F32x16)
+    for values in arguments(name, intrinsic, rng):
+        values = [v[:len(v) // 2] if kind in vectors else v for kind, v in zip(intrinsic.parameters, values)]
+        with np.errstate(all="ignore"):
+            values = [v.astype(np.float16) if kind is F32x16 else v for kind, v in zip(intrinsic.parameters, values)]
+            out = np.zeros(64, np.uint8)
+            function(*(planes(v) if kind is I32x16 else v.view(np.uint16) if kind is F32x16 else v
+                       for kind, v in zip(intrinsic.parameters, values)), out)
+            want = intrinsic.reference(*(Pointer(v, 0) if kind is isa.Address else v.astype(np.float32) if kind is F32x16 else v
+                                         for kind, v in zip(intrinsic.parameters, values)))
+        assert want.nbytes == 32 and not out[32:].any()
+        assert_same(out, want, values)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -160,7 +195,7 @@ def rows16(tile, n_blocks, x, step, out):
     for b in range(n_blocks):
         dots = simd.splat_i32(np.int32(0))
         for g in range(8):
-            dots = simd.dot4_wide(dots, simd.load_u8(at(tile, b * 544 + 32 + 64 * g)), at(x, b * 32 + 4 * g))
+            dots = simd.dot4(dots, simd.load_u8(at(tile, b * 544 + 32 + 64 * g)), at(x, b * 32 + 4 * g))
         scale = simd.mul_f32(simd.load_f16(at(tile, b * 544)), simd.splat_f32(step[b]))
         total = simd.fma(scale, simd.to_f32(dots), total)
     simd.store_f32(out, total)

@@ -138,16 +138,16 @@ def store_f32(pointer, v):
     pointer.span(4 * len(v))[:] = v.view(np.uint8)
 
 
-@intrinsic(types.void, Address, I32x16, every=store)
+@intrinsic(types.void, Address, I32x16, narrow=True, every=store)
 def store_i32(pointer, v):
-    """Writes 16 int32."""
-    pointer.span(64)[:] = v.view(np.uint8)
+    """Writes all lanes."""
+    pointer.span(4 * len(v))[:] = v.view(np.uint8)
 
 
-@intrinsic(types.void, Address, U8x64, every=store)
+@intrinsic(types.void, Address, U8x64, narrow=True, every=store)
 def store_u8(pointer, v):
-    """Writes 64 bytes."""
-    pointer.span(64)[:] = v
+    """Writes all bytes."""
+    pointer.span(len(v))[:] = v
 
 
 def _inside(builder, n):
@@ -358,7 +358,7 @@ def _dot4_avxvnni(builder, total, weights, activations):
 
     def half(t, w):
         return call(builder, "llvm.x86.avx512.vpdpbusd.256", eight, t, builder.bitcast(w, eight), four)
-    return by_registers(builder, half, total, weights)
+    return by_halves(builder, half, total, weights)
 
 
 def _pairs_portable(builder, total, a, b):
@@ -472,7 +472,7 @@ def _dot2_avx2(builder, total, a, b):
 
 
 def _dot2_avxvnni(builder, total, a, b):
-    return by_registers(builder, partial(_dot2_of("llvm.x86.avx512.vpdpwssd.256", 8), builder), total, a, b)
+    return by_halves(builder, partial(_dot2_of("llvm.x86.avx512.vpdpwssd.256", 8), builder), total, a, b)
 
 
 @intrinsic(I32x16, I32x16, I32x16, I32x16, narrow=True, avx512=_dot2_of("llvm.x86.avx512.vpdpwssd.512", LANES), avxvnni=_dot2_avxvnni,

@@ -75,7 +75,7 @@ class _VectorModel(PrimitiveModel):
 U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
 U8x32, I32x8, F32x8 = Vector("U8x32", BYTE, 32), Vector("I32x8", INT, LANES // 2), Vector("F32x8", FLOAT, LANES // 2)
 NARROW = {U8x64: U8x32, I32x16: I32x8, F32x16: F32x8}
-TWO_WIDTHS = ISA in ("avx2", "avxvnni")         # registers of 256 bits: half a tile at a time leaves more of them for rows
+TWO_WIDTHS = ISA == "avx2"         # sixteen registers of 256 bits: half a tile at a time leaves more of them for rows
 Address = types.CPointer(types.uint8)
 F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside intrinsics only
 
@@ -111,16 +111,17 @@ INTRINSICS: dict[str, Intrinsic] = {}
 
 def intrinsic(result: types.Type, *parameters: types.Type, narrow: bool = False, **bodies: Callable):
     """Makes an intrinsic of a NumPy function, its reference. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each
-    instruction set, where `avxvnni` falls back to `avx2`. `narrow`: they take vectors of half the lanes too (where there are TWO_WIDTHS).
+    instruction set, where `avxvnni` falls back to `avx2`. `narrow`: these (`every`, or where there are TWO_WIDTHS) take vectors of half the
+    lanes too.
     """
 
     def define(reference: Callable) -> Callable:
         emit = bodies.get(ISA) or bodies.get("avx2" if ISA == "avxvnni" else "every") or bodies["every"]
-        wide = signature(result, *parameters)
+        wide, both = signature(result, *parameters), narrow and (TWO_WIDTHS or "every" in bodies)
         half = signature(NARROW.get(result, result), *(NARROW.get(kind, kind) for kind in parameters))
 
         def takes(*args):
-            return half if narrow and TWO_WIDTHS and any(kind in NARROW.values() for kind in args) else wide
+            return half if both and any(kind in NARROW.values() for kind in args) else wide
 
         @type_callable(reference)
         def typing(context):        # Numba reads the number of parameters off the function
@@ -133,9 +134,9 @@ def intrinsic(result: types.Type, *parameters: types.Type, narrow: bool = False,
             return context.get_dummy_value() if value is None else value
 
         lower_builtin(reference, *wide.args)(lowering)
-        if narrow and TWO_WIDTHS:
+        if both:
             lower_builtin(reference, *half.args)(lowering)
-        INTRINSICS[reference.__name__] = Intrinsic(reference, result, parameters, bodies, narrow)
+        INTRINSICS[reference.__name__] = Intrinsic(reference, result, parameters, bodies, both)
         return reference
     return define
 

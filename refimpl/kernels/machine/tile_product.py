@@ -223,7 +223,16 @@ def _pairs(fmt, dots, factor, block, s, q, c):
     return dots
 
 
-@by_format(lambda fmt: _pairs if PAIRS else _dots)
+def _pairs_of_8(fmt, dots, factor, block, s, q, c):
+    """The same for all eight groups, those whose nibbles share bytes one after the other."""
+    pairs = zeros(q, splat_int(fmt, ZERO_I))
+    for g in range(4):
+        pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g), q, c + 4 * g)
+        pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g + 4), q, c + 4 * g + 16)
+    return add_factor_times(factor, pairs, dots)
+
+
+@by_format(lambda fmt: (_pairs_of_8 if fmt.run == 8 else _pairs) if PAIRS else _dots)
 def sub_block(fmt, dots, factor, block, s, q, c):
     """Adds the dot products of sub-block s with the columns from c on (times a factor, where PAIRS: as two int16)."""
 

@@ -97,7 +97,7 @@ class WeightFormat:
     @property
     def run(self) -> int:
         """How many products of pairs, each of at most 2 * max_code * 127, are added up in 16 bits (PAIRS)."""
-        return 1 if self.signed else next(n for n in (8, 4, 2, 1) if n * 254 * self.max_code < 2 ** 15 and 4 * n <= self.per_sub)
+        return next((n for n in (8, 4, 2) if n * 254 * self.max_code < 2 ** 15 and 4 * n <= self.per_sub), 1)
 
     @property
     def paired_sums(self) -> bool:
