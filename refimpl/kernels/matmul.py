@@ -13,7 +13,8 @@ from refimpl.kernels.machine.intrinsics import address, at, load_f32, store_f32_
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import kernel
 from refimpl.kernels.machine.threads import current
-from refimpl.kernels.machine.tile_product import SPARE, Activations, multiply_tile
+from refimpl.kernels.machine.tile_product import SPARE, multiply_tile
+from refimpl.kernels.machine.tile_rows import Activations
 from refimpl.kernels.machine.tiles import Tiles
 from refimpl.kernels.machine.unpack import FORMATS
 

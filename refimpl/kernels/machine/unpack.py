@@ -179,7 +179,7 @@ def _constant(name: str):
 
 
 for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero_point", "max_code", "scale", "has_minimum", "minimum", "scattered",
-              "dequantized", "integer", "run", "paired_sums"):
+              "dequantized", "integer", "signed", "run", "paired_sums"):
     _constant(_name)
 
 
