@@ -28,7 +28,7 @@ AVAILABLE = ORDER[:ORDER.index(BEST) + 1][::-1]         # the best set first
 ALL_SETS_ALL_TYPES = "REFIMPL_TESTS_ALL_TYPES"          # an environment variable
 # one type for each way through the kernels: what differs between sets are intrinsics, and test_simd.py compares all of those. avxvnni has
 # the intrinsics of avx2 but for dot products of 8-bit integers
-SOME_TYPES = {"matmul_q8": ("Q4_0", "Q8_0", "Q4_K"), "matmul": ("Q4_0", "F32")}
+SOME_TYPES = {"matmul_q8": ("Q4_0", "Q8_0", "Q4_K", "Q6_K"), "matmul": ("Q4_0", "F32")}
 DOT_PRODUCTS = {"matmul_q8": ("Q4_0", "Q8_0"), "matmul": ()}
 
 

@@ -85,7 +85,7 @@ def _half_hardware(builder, pointer):
     return builder.fpext(load(builder, pointer, ir.VectorType(HALF, LANES)), F32x16.llvm)
 
 
-def _half_from_bits(builder, h):
+def half_from_bits(builder, h):
     """In integers (without F16C LLVM would call a library that need not exist): moves the fields and corrects the exponent by a product."""
     n, floats = h.type.count, resized(F32x16.llvm, h.type.count)
     magnitude = builder.and_(h, lanes(0x7FFF, n))
@@ -98,7 +98,7 @@ def _half_from_bits(builder, h):
 
 
 def _half_portable(builder, pointer):
-    return _half_from_bits(builder, builder.zext(load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm))
+    return half_from_bits(builder, builder.zext(load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm))
 
 
 @intrinsic(F32x16, Address, avx512=_half_hardware, avx2=_half_hardware, portable=_half_portable)
@@ -720,7 +720,7 @@ def _half_and_back(builder, v):
 
 
 def _half_and_back_portable(builder, v):
-    return _half_from_bits(builder, builder.zext(_to_half_portable(builder, v), I32x16.llvm))
+    return half_from_bits(builder, builder.zext(_to_half_portable(builder, v), I32x16.llvm))
 
 
 @intrinsic(F32x16, F32x16, avx512=_half_and_back, avx2=_half_and_back, portable=_half_and_back_portable)

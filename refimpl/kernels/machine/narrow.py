@@ -1,11 +1,10 @@
-"""Intrinsics that make narrow vectors, of 8 lanes: half a tile. Those that take vectors take narrow ones too (intrinsics.py).
-"""
+"""Intrinsics that make narrow vectors, of 8 lanes: half a tile. Those that take vectors take narrow ones too (intrinsics.py)."""
 
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from refimpl.kernels.machine.intrinsics import _half_from_bits
+from refimpl.kernels.machine.intrinsics import half_from_bits
 from refimpl.kernels.machine.isa import (
     BYTE,
     HALF,
@@ -36,7 +35,7 @@ def _half_hardware(builder, pointer):
 
 
 def _half_portable(builder, pointer):
-    return _half_from_bits(builder, builder.zext(load(builder, pointer, SHORTS), I32x8.llvm))
+    return half_from_bits(builder, builder.zext(load(builder, pointer, SHORTS), I32x8.llvm))
 
 
 @intrinsic(F32x8, Address, avx512=_half_hardware, avx2=_half_hardware, portable=_half_portable)
