@@ -81,7 +81,7 @@ def test_damage_is_named_by_tensor_and_block(tmp_path, tensor, row, number, patc
     assert f"{path}: tensor {tensor} ({info.type}): 1 of " in line and says in line
     assert line.endswith(f"the first in block {number} of row {row}, byte {at}"), line
     assert not result["ok"] and states(result) == {"structure": "ok", "metadata": "ok", "sha256": "ok", "numbers": "FAILED",
-                                                   "same bits": "left out", "known bits": "left out"}
+                                                   "copy": "left out", "same bits": "left out", "known bits": "left out"}
 
 
 def test_truncated_missing_and_other_files_are_one_line_each(tmp_path):

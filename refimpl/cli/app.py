@@ -5,6 +5,7 @@ import difflib
 import errno
 import functools
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -99,6 +100,9 @@ DraftHead = Annotated[str | None, typer.Option("--draft-head", show_default=Fals
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of text")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="timings on standard error")]
 NewTokens = Annotated[int, typer.Option("-n", "--predict", "--n-predict", min=-1, help="new tokens at most; -1: until the text ends")]
+CacheDisk = Annotated[str, typer.Option("--cache-disk", metavar="SIZE", help="what rearranged weights of all models may take on the disk, "
+                                        "so that the next start is quick: 50G, 500M; 0: keep none (refimpl cache lists them)")]
+Lock = Annotated[bool, typer.Option("--lock", "--mlock", help="keep the weights in memory whatever other programs need")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite a file that exists")]
 
 
@@ -189,14 +193,16 @@ def refuse_overwriting(path: Path, force: bool):
         raise Failure(f"{path} exists; --force overwrites it")
 
 
-def load(path: Path | None, backend: str, arithmetic: str | None, threads: int | None, n_ctx: int, verbose: bool):
+def load(path: Path | None, backend: str, arithmetic: str | None, threads: int | None, n_ctx: int, verbose: bool, cache_disk: str = "50G",
+         lock: bool = False):
     """Loads the model; notes about its file or this machine go to standard error."""
     import refimpl
 
     announce_compiling()
-    m = refimpl.load(path, backend=backend, arithmetic=arithmetic, threads=threads, n_ctx=n_ctx, progress=bar)
-    for warning in m.tokenizer.warnings:
-        errors.print(f"note: {warning}")
+    m = refimpl.load(path, backend=backend, arithmetic=arithmetic, threads=threads, n_ctx=n_ctx, cache_disk=n_bytes(cache_disk), lock=lock,
+                     progress=bar)
+    for note in (*m.notes, *m.tokenizer.warnings):
+        errors.print(f"note: {note}")
     if m.held_as_float32:
         from refimpl.loading.memory import about_float32
 
@@ -236,6 +242,14 @@ def number_or_word(word: str | None) -> int | str | None:
         return int(word)
     except (TypeError, ValueError):
         return word
+
+
+def n_bytes(size: str) -> int:
+    """50G, 500M, 1.5G or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", size, re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"{size!r} is no size: expected 50G, 500M or a number of bytes")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 def chances_argument(text: str | None) -> list[float] | None:

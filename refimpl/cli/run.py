@@ -10,6 +10,7 @@ import typer
 from refimpl.cli.app import (
     Arithmetic,
     BackendName,
+    CacheDisk,
     Context,
     Draft,
     DraftHead,
@@ -17,6 +18,7 @@ from refimpl.cli.app import (
     DraftMinP,
     Failure,
     Json,
+    Lock,
     MinP,
     ModelPath,
     NewTokens,
@@ -49,8 +51,8 @@ def generate(
     special: Annotated[bool, typer.Option("--special", help="parse special tokens in the prompt, and show them in the text")] = False,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
-    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
-    verbose: Verbose = False,
+    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,
+    cache_disk: CacheDisk = "50G", lock: Lock = False, as_json: Json = False, verbose: Verbose = False,
 ):
     """Continue a prompt."""
 
@@ -61,7 +63,7 @@ def generate(
     text = read_prompt(prompt, file)
     model = fetched(model, positional)
     room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256        # a token has a byte or more; 256 for a template
-    m = load(model, backend, arithmetic, threads, room, verbose)
+    m = load(model, backend, arithmetic, threads, room, verbose, cache_disk, lock)
     if chat:
         refuse_without_template(m, model)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
@@ -91,13 +93,15 @@ def chat(
     predict: NewTokens = 1024,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
-    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None, verbose: Verbose = False,
+    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,
+    cache_disk: CacheDisk = "50G", lock: Lock = False, verbose: Verbose = False,
 ):
     """Talk to an instruction-tuned model. Ctrl-D or /exit ends; Ctrl-C stops an answer."""
     from refimpl.text.chat import split_thought
 
     model = fetched(model, positional)
-    m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * max(predict, 256), verbose)
+    m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * max(predict, 256), verbose, cache_disk,
+             lock)
     refuse_without_template(m, model)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     messages = [{"role": "system", "content": system}] if system else []

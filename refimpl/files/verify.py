@@ -1,9 +1,10 @@
-"""Is this file whole, and does this machine compute with it as others do? Six checks:
+"""Is this file whole, and does this machine compute with it as others do? Seven checks:
 
     structure    container, configuration, tokenizer, and a place for every tensor
     metadata     keys of the architecture that this version does not know: named, and refused by `strict`
     sha256       of the file's bytes, compared with a given one, or with the one that the hub lists; otherwise the hash is only reported
     numbers      every scale of every block, and every unquantized weight, is finite
+    copy         the rearranged weights on the disk, where there are any (loading/prepared.py), are the file's, byte for byte
     same bits    a short run gives the same bits for any number of threads, any number of rows a call, every instruction set
                  (reproducibility.py)
     known bits   those of the built-in model are the ones recorded in reproducibility.KNOWN
@@ -23,8 +24,9 @@ from refimpl.formats.hashing import file_hash
 from refimpl.formats.quants.blocks import BLOCKS, Block, fields_of
 from refimpl.formats.quants.codecs import dequantize
 from refimpl.formats.source import TensorSource, releasing
-from refimpl.kernels.machine.threads import prepare
+from refimpl.kernels.machine.threads import prepare, running
 from refimpl.loading.hub import listed_sha256
+from refimpl.loading.memory import products_of
 from refimpl.loading.model import BUILT_IN
 from refimpl.loading.open import open_model
 from refimpl.model.config import DRAFTER_ARCHITECTURE, architecture_of, config_from_gguf, unknown_keys
@@ -68,6 +70,7 @@ def verify(path: Path | None, *, sha256: Sequence[str] = (), strict: bool = Fals
     else:
         with progress("MB checked", file.n_bytes, 10**6) as advance:
             checks.append(check_numbers(file, advance))
+        checks.append(check_copy(file, n_threads, progress))
     why = next((reason for state, reason in (
         (not run, "as requested"), (file is not None and _is_drafter(file), "a drafter cannot run alone"),
         (any(check.state == FAILED for check in checks), "an earlier check failed")) if state), None)
@@ -178,6 +181,32 @@ def not_finite(raw: np.ndarray, block: Block) -> Iterator[tuple[str, int, int]]:
                 seen[0] += len(at)
     words = {"x": "a number", "d": "a scale (d)", "m": "a minimum (m)", "dmin": "a minimum (dmin)", "scales": "a scale"}
     return ((words.get(name, name), n, at) for name, (n, at) in wrong.items())
+
+
+def check_copy(file: TensorSource, threads: int, progress: Progress = silent) -> Check:
+    """Are the rearranged weights that are kept on the disk those of the file?"""
+    from refimpl.kernels.machine.tiles import tiled  # here: it takes a third of a second
+    from refimpl.loading.tile_file import copy_of
+
+    if _is_drafter(file):
+        return Check("copy", LEFT_OUT, "that of a drafter is compared when it is loaded, in samples")
+    try:
+        config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
+        matrices = products_of(weights_from_gguf(file, config))
+        copy = copy_of(file, matrices)
+    except (GGUFError, OSError) as e:
+        return Check("copy", LEFT_OUT, f"the file cannot be read: {e}")
+    wrong, there = list(copy.damaged), [matrix for matrix in matrices if matrix.name in copy.found]
+    if not wrong and not there:
+        return Check("copy", LEFT_OUT, "no rearranged weights on the disk")
+    with running(threads), progress("MB compared", sum(matrix.n_bytes for matrix in there), 10**6) as advance:
+        for matrix in there:
+            if not np.array_equal(copy.find(matrix).raw, tiled(matrix.read(), threads).raw):
+                wrong.append(matrix.name)
+            advance(matrix.n_bytes)
+    remedy = "`refimpl cache --clear weights` removes it, the next start makes it again"
+    return Check("copy", FAILED if wrong else OK, f"{len(there)} of {len(matrices)} matrices in {copy.folder}",
+                 [f"{copy.data}: {name} is not what the file has; {remedy}" for name in wrong])
 
 
 # ---- the machine

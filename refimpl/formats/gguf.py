@@ -27,7 +27,6 @@ import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -116,12 +115,18 @@ class StringArray(Sequence):
         return f"<StringArray {_shown(self._key)}, {len(self):,} strings>"
 
     def tolist(self) -> list[str]:
-        """All strings, decoded in one go."""
-        blob, starts = self._blob, self._starts.tolist()
+        """All strings, decoded in one go: the lengths between them give way to a byte that UTF-8 never has."""
+        raw, end = np.frombuffer(self._blob, np.uint8).copy(), self._starts[:-1]
+        raw[end - 1] = 0xFF
+        keep = np.ones(len(raw), bool)
+        for i in range(2, 9):
+            keep[end - i] = False
+        texts = raw[keep].tobytes().decode("utf-8", "surrogateescape").split("\udcff")[1:]
         try:
-            return [blob[a:b - 8].decode() for a, b in pairwise(starts)]
-        except UnicodeDecodeError:
-            return [self[i] for i in range(len(self))]
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            texts = []                                          # bytes that are not UTF-8
+        return texts if len(texts) == len(self) else [self[i] for i in range(len(self))]
 
 
 class GGUFFile:

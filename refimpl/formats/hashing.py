@@ -1,10 +1,11 @@
-"""SHA-256 of files."""
+"""SHA-256 of files, and of samples of them."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable
 
 CHUNK_BYTES = 1 << 20
+SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def file_hash(path: str | os.PathLike, advance: Callable[[int], None] = lambda n_bytes: None) -> str:
@@ -21,3 +22,24 @@ def files_hash(paths: Iterable[str | os.PathLike], advance: Callable[[int], None
                 digest.update(data)
                 advance(len(data))
     return digest.hexdigest()
+
+
+def sample_hash(paths: Iterable[str | os.PathLike]) -> str:
+    """SHA-256 of size, time of last change (in ns) and 64 evenly spaced pieces of 4 KB of every file: tells versions of a file apart in
+    milliseconds. A change that keeps both, and misses the pieces, goes unnoticed.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+            for i in range(SAMPLES):
+                file.seek(max(0, status.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def stamp(path: str | os.PathLike) -> list[str | int]:
+    """[absolute path, bytes, time of the last change in ns] of a file. Raises OSError."""
+    status = os.stat(path)
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]

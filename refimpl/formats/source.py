@@ -1,12 +1,13 @@
 """What a model is read from, whatever its container: a GGUF file (gguf.py) or a Hugging Face directory (loading/open.py)."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from refimpl.formats.gguf import TensorInfo
+from refimpl.formats.gguf import GGUFError, TensorInfo
 
 RELEASE_EVERY = 1 << 30             # bytes of a mapped file that may stay in memory while it is read once from end to end
 
@@ -38,6 +39,32 @@ class TensorSource(Protocol):
 
     def release_all(self) -> None:
         """Tells the system that the pages of the mapped files are not wanted in memory for now. Best effort; reading them again works."""
+
+
+class Unchanged:
+    """Whether mapped files still are what they were when this was made. Not noticed: a change while a computation reads them."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = list(paths)
+        self._before = [self._state(path) for path in paths]
+
+    def check(self):
+        """Raises GGUFError for a file that was written to, or cut, in place. One that was replaced or deleted is still there for us. Takes
+        some microseconds a file.
+        """
+        for path, before in zip(self._paths, self._before):
+            now = self._state(path)
+            if now[:2] == before[:2] and now != before:
+                raise GGUFError(path, None, "was changed while it was in use; load it again (put a new version under another name, or move "
+                                "it into the place of the old one)")
+
+    @staticmethod
+    def _state(path: Path) -> tuple[int, ...]:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return (-1,)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def releasing(source: TensorSource, advance: Callable[[int], None]) -> Callable[[int], None]:

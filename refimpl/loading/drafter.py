@@ -9,9 +9,10 @@ from refimpl.formats.gguf import GGUFError
 from refimpl.formats.source import TensorSource
 from refimpl.host import available
 from refimpl.loading.hub import local
-from refimpl.loading.memory import MemoryRefusal, weight_bytes
+from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
 from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.open import open_drafter
+from refimpl.loading.prepared import InMemory, preparer
 from refimpl.model.config import warn_of_unknown_keys
 from refimpl.model.drafter import CENTROIDS, HEADS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
@@ -33,12 +34,18 @@ def read_drafter(path: str | os.PathLike | None, target: Model, head: str | int 
     warn_of_unknown_keys(file.metadata, file.path)
     head = ("centroid" if CENTROIDS in file.tensors else "dense") if head is None else head
     weights = drafter_weights_from_gguf(file, config, head)
-    n_bytes, _ = weight_bytes(weights, target.backend.held)
-    if target.backend.name == "kernels" and n_bytes > available():
+    kernels = target.backend.name == "kernels"
+    preparing = InMemory(target.backend.prepare)
+    if kernels:
+        preparing = preparer(file, products_of(weights), target.backend.prepare, target.backend.held, target.cache_disk)
+        preparing.fit(lambda mapped: weight_bytes(weights, target.backend.held, mapped=mapped)[0], available())
+    n_bytes, _ = weight_bytes(weights, target.backend.held, mapped=preparing.mapped)
+    if kernels and n_bytes > available():
         raise MemoryRefusal(f"{file.path}: the drafter needs {n_bytes / 1e9:.2f} GB beside its target, this machine has "
                             f"{available() / 1e9:.2f} GB free; without a drafter the text is the same")
     with target.backend.running(), progress("MB of the drafter", file.n_bytes, 10**6) as advance:
-        weights = prepare_matrices(weights, with_progress(target.backend.prepare, file, advance))
+        weights = prepare_matrices(weights, with_progress(preparing.prepare, file, advance))
+    preparing.finish()
     return file, config, weights
 
 

@@ -2,7 +2,7 @@
 
 Counts memory that stays taken: matrices as the kernels hold them, keys and values, activations. Does not count pages of the mapped file,
 which the system drops when it needs memory: those of tables of which rows are looked up (the embedding of an untied model, the per-layer
-inputs), and of matrices while they are rearranged.
+inputs), of matrices while they are rearranged, and of those that are mapped in their rearranged form (prepared.py).
 """
 
 from collections import defaultdict
@@ -48,25 +48,26 @@ class Need:
 
 
 def needed(weights: Weights, config: Config, n_ctx: int, max_rows: int, kv_type: np.dtype,
-           held: Callable[[Matrix | StoredMatrix], int]) -> Need:
+           held: Callable[[Matrix | StoredMatrix], int], mapped: Collection[str] = ()) -> Need:
     """What a model takes with a context of `n_ctx` tokens, `max_rows` of them in a call; its `weights` need not have been read.
 
-    Keys and values are of `kv_type`; `held` gives the bytes of a matrix in the backend's own layout (`Backend.held`). A cache that grows
-    has less than `cache` until its context is full, and, while it grows, one layer twice.
+    Keys and values are of `kv_type`; `held` gives the bytes of a matrix in the backend's own layout (`Backend.held`); those named in
+    `mapped` take no memory. A cache that grows has less than `cache` until its context is full, and, while it grows, one layer twice.
     """
-    n_bytes, held_as_float32 = weight_bytes(weights, held, tables_of(weights))
+    n_bytes, held_as_float32 = weight_bytes(weights, held, tables_of(weights), mapped)
     return Need(n_bytes, cache_bytes(config, n_ctx, max_rows, kv_type), buffer_bytes(config, max_rows), n_ctx, held_as_float32)
 
 
 def weight_bytes(weights: object, held: Callable[[Matrix | StoredMatrix], int],
-                 tables: Collection[Matrix | StoredMatrix] = ()) -> tuple[int, dict[str, list[str]]]:
-    """(bytes of all vectors and matrices but `tables`, type -> names of the matrices that are larger than in the file)."""
+                 tables: Collection[Matrix | StoredMatrix] = (), mapped: Collection[str] = ()) -> tuple[int, dict[str, list[str]]]:
+    """(bytes of all vectors and matrices but `tables` and those named in `mapped`, type -> names of matrices larger than in the file)."""
     total, larger = 0, defaultdict(list)
     for part in parts_of(weights):
         if isinstance(part, np.ndarray):
             total += part.nbytes
         elif not any(part is table for table in tables):
-            total += (n_bytes := held(part))
+            n_bytes = held(part)
+            total += n_bytes if not mapped or part.name not in mapped else 0
             if n_bytes > part.n_bytes:
                 larger[part.type].append(part.name)
     return total, dict(larger)
@@ -91,6 +92,12 @@ def parts_of(weights: object) -> Iterator[Matrix | StoredMatrix | np.ndarray]:
             for part in fields(value):
                 yield from walk(getattr(value, part.name))
     return iter({id(part): part for part in walk(weights)}.values())
+
+
+def products_of(weights: object) -> list[StoredMatrix]:
+    """The matrices that have not been read and that something is multiplied with."""
+    tables = tables_of(weights) if isinstance(weights, Weights) else ()
+    return [part for part in parts_of(weights) if isinstance(part, StoredMatrix) and not any(part is table for table in tables)]
 
 
 def tables_of(weights: Weights) -> list[Matrix]:

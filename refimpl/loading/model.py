@@ -3,19 +3,22 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from refimpl.formats.gguf import GGUFError
-from refimpl.formats.matrix import Matrix
+from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.quants.blocks import BLOCKS
-from refimpl.formats.source import TensorSource, releasing
+from refimpl.formats.source import TensorSource, Unchanged, releasing
 from refimpl.host import available
 from refimpl.kernels.machine.threads import prepare
 from refimpl.loading.hub import local
-from refimpl.loading.memory import needed, refuse_context_unless_it_fits, refuse_unless_it_fits
+from refimpl.loading.memory import needed, parts_of, products_of, refuse_context_unless_it_fits, refuse_unless_it_fits
 from refimpl.loading.open import open_model
+from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
+from refimpl.loading.residency import lock_in_memory
 from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, Prepared, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
@@ -35,9 +38,11 @@ class Model:
     """A Gemma 4 text model. `load` makes one."""
 
     def __init__(self, file: TensorSource, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend,
-                 held_as_float32: Mapping[str, list[str]]):
+                 held_as_float32: Mapping[str, list[str]], cache_disk: int, notes: Sequence[str]):
         self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
         self.held_as_float32 = held_as_float32      # type -> names of tensors that the kernels cannot read as stored
+        self.cache_disk, self.notes = cache_disk, tuple(notes)          # as given to `load`; what it has to say about copies of the weights
+        self._unchanged = Unchanged(file.files())
 
     @property
     def name(self) -> str:
@@ -79,8 +84,9 @@ class Model:
     def forward(self, ids_T: np.ndarray, cache: Cache, tap: Look = no_tap) -> np.ndarray:
         """The final normed states of `ids_T` (as from `checked`) after what the cache holds, float32 (T, D).
 
-        Does not commit them: `cache.advance(n)` commits the first n.
+        Does not commit them: `cache.advance(n)` commits the first n. Raises GGUFError where the file was changed since it was opened.
         """
+        self._unchanged.check()
         with self.backend.running():
             return gemma4.forward(self.config, self.weights, self.backend, ids_T, cache, tap_of(tap))
 
@@ -107,7 +113,8 @@ class Model:
 
 
 def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", arithmetic: str | None = None, threads: int | None = None,
-         weights: str = "auto", n_ctx: int | None = None, progress: Progress = silent) -> Model:
+         weights: str = "auto", n_ctx: int | None = None, cache_disk: int = CACHE_DISK, lock: bool = False,
+         progress: Progress = silent) -> Model:
     """Loads a Gemma 4 model: a GGUF file, a Hugging Face directory (safetensors, not quantized or W4A16), or `hf:owner/name`, which is
     downloaded first (loading/hub.py). Without a path: the small model that ships.
 
@@ -119,9 +126,12 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
                 for exact arithmetic only; "auto", float32 where that takes less than 512 MiB and the arithmetic allows it
     n_ctx       how many tokens of context to make sure of memory for; by default 4,096, or the model's own context where it is smaller.
                 `generate` and `stream` check again, for the tokens that they are asked for.
+    cache_disk  bytes that rearranged weights may take on the disk (below), those of all models together; 0: none are read or written
+    lock        keep the weights in memory whatever other programs need
     progress    as in refimpl/progress.py
 
-    The kernels rearrange the weights in memory (kernels/machine/tiles.py): MemoryRefusal (a ValueError) where there is no room. Warns of
+    The kernels rearrange the weights (kernels/machine/tiles.py), once: from the second start on they are mapped from the cache folder
+    (prepared.py). `Model.notes` says what came in the way. MemoryRefusal (a ValueError) where neither memory nor disk have room. Warns of
     metadata keys that this version does not know. Raises GGUFError or TokenizerError, with one clear line, for a file that cannot be
     used, HubError for one that cannot be downloaded, ValueError for other arguments.
     """
@@ -147,25 +157,30 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
                                  "backend='reference' (--backend reference) takes any")
         functions = kernel_backend(arithmetic, prepare(threads))
         n_ctx = min(FIRST_CONTEXT if n_ctx is None else n_ctx, config.n_ctx)
-        need = needed(stored, config, n_ctx, CHUNK, functions.kv_type, functions.held)
-        refuse_unless_it_fits(need, available(), file.path)
-        held_as_float32 = need.held_as_float32
+        preparing = preparer(file, products_of(stored), functions.prepare, functions.held, cache_disk)
+        need = partial(needed, stored, config, n_ctx, CHUNK, functions.kv_type, functions.held)
+        preparing.fit(lambda mapped: need(mapped).total, available())
+        refuse_unless_it_fits(need(preparing.mapped), available(), file.path)
+        held_as_float32 = need().held_as_float32
     else:
         hold = weights == "float32" or weights == "auto" and arithmetic == "exact" and float32_bytes(file) < KEEP_FLOAT32_BELOW
         functions, held_as_float32 = reference_backend(arithmetic, Matrix.dequantized if hold else lambda matrix: matrix), {}
+        preparing = InMemory(functions.prepare)
     with functions.running(), progress("MB loaded", file.n_bytes, 10**6) as advance:
-        matrices = prepare_weights(stored, with_progress(functions.prepare, file, advance))
+        prepared = prepare_weights(stored, with_progress(preparing.prepare, file, advance))
+    notes = preparing.notes + ([lock_in_memory(parts_of(prepared))] if lock else [])
+    preparing.finish()
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} tokens, the embedding {config.n_vocab} rows")
-    return Model(file, config, matrices, tokenizer, functions, held_as_float32)
+    return Model(file, config, prepared, tokenizer, functions, held_as_float32, cache_disk, notes)
 
 
-def with_progress(prepare: Callable[[Matrix], Prepared], file: TensorSource, advance: Advance) -> Callable[[Matrix], Prepared]:
+def with_progress(prepare: Callable[[StoredMatrix], Prepared], file: TensorSource, advance: Advance) -> Callable[[StoredMatrix], Prepared]:
     """`prepare` for one matrix after the other: reports the bytes read, and releases the pages of the mapped file every GiB."""
     advance = releasing(file, advance)
 
-    def prepare_and_report(matrix: Matrix) -> Prepared:
+    def prepare_and_report(matrix: StoredMatrix) -> Prepared:
         prepared = prepare(matrix)
         advance(matrix.n_bytes)
         return prepared

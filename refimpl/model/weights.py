@@ -196,8 +196,8 @@ def weights_from_gguf(file: TensorSource, config: Config) -> Weights:
     return weights
 
 
-def prepare_weights(weights: Weights, prepare: Callable[[Matrix], Prepared]) -> Weights:
-    """Reads every matrix: those of products in the form `prepare` gives them, tables, whose rows are looked up, as stored."""
+def prepare_weights(weights: Weights, prepare: Callable[[StoredMatrix], Prepared]) -> Weights:
+    """Every matrix of a product in the form `prepare` gives it; tables, whose rows are looked up, as stored."""
     embedding = weights.embedding_VD.read()
     tied = weights.head_VD is weights.embedding_VD
     per_layer = weights.per_layer
@@ -207,14 +207,14 @@ def prepare_weights(weights: Weights, prepare: Callable[[Matrix], Prepared]) -> 
     return prepare_matrices(replace(weights, embedding_VD=embedding, per_layer=per_layer, head_VD=head), prepare)
 
 
-def prepare_matrices(weights, prepare: Callable[[Matrix], Prepared]):
+def prepare_matrices(weights, prepare: Callable[[StoredMatrix], Prepared]):
     """`weights` (of a model, a drafter) with `prepare(matrix)` for every StoredMatrix; for one with two roles once."""
     done: dict[int, Prepared] = {}
 
     def walk(value):
         if isinstance(value, StoredMatrix):
             if id(value) not in done:
-                done[id(value)] = prepare(value.read())
+                done[id(value)] = prepare(value)
             return done[id(value)]
         if isinstance(value, tuple):
             return tuple(map(walk, value))

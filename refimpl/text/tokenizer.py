@@ -20,6 +20,7 @@ Where implementations differ:
 import codecs
 import operator
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 
 import numpy as np
 from tokenizers import AddedToken, normalizers
@@ -210,7 +211,7 @@ def _byte_tokens(file: "_Reader", tokens: list[str], types: np.ndarray, id_of: d
 
 
 def _byte_pair_encoding(file: "_Reader", id_of: dict[str, int], damaged: list[int], warnings: list[str]) -> BPE:
-    merges = [tuple(merge.split(" ", 2)) for merge in file.strings("merges", MAX_MERGES)]
+    merges = _pairs(file.strings("merges", MAX_MERGES))
     if damaged:  # the same hand that dropped byte order marks from the tokens may have dropped them from the merges
         merges = [(BOM, merge[1]) if len(merge) == 2 and not merge[0] else merge for merge in merges]
         usable = [merge for merge in merges if _merge_fault(merge, id_of) is None]
@@ -226,6 +227,14 @@ def _byte_pair_encoding(file: "_Reader", id_of: dict[str, int], damaged: list[in
             fault = _merge_fault(merge, id_of)
             file.require(fault is None, f"merge {rank} ({' '.join(merge)[:100]!r}) {fault}")
         raise TokenizerError(f"{file.name}: vocabulary refused: {' '.join(str(error).split())}") from None
+
+
+def _pairs(merges: list[str]) -> list[tuple[str, ...]]:
+    """Every merge cut at its space; all at once, which takes a third of the time, where each has one."""
+    if set(map(str.count, merges, repeat(" "))) == {1}:
+        parts = " ".join(merges).split(" ")
+        return list(zip(parts[::2], parts[1::2]))
+    return [tuple(merge.split(" ", 2)) for merge in merges]
 
 
 def _merge_fault(merge: tuple[str, ...], id_of: dict[str, int]) -> str | None:

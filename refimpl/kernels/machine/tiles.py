@@ -16,13 +16,14 @@ Why not in place: a kernel for Q4_0 that gathers the same 4 bytes of 16 rows fro
 thread and 33 with two (all that the machine has). Interleaving runs at 3 GB/s a thread.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from numba import prange
 
-from refimpl.formats.matrix import CHUNK_BYTES, Matrix
+from refimpl.formats.matrix import CHUNK_BYTES, Matrix, StoredMatrix
 from refimpl.formats.quants.blocks import BLOCKS, Block
 from refimpl.formats.quants.codecs import dequantize
 from refimpl.kernels.machine.intrinsics import address, at, copy1, copy2, copy4
@@ -66,19 +67,28 @@ def held_bytes(matrix: Matrix) -> int:
     return matrix.n_bytes if matrix.type in LAYOUTS else 4 * math.prod(matrix.shape)
 
 
+def tiles_shape(matrix: Matrix | StoredMatrix) -> tuple[int, int, int]:
+    """(experts or 1, tiles, bytes of a tile): the shape of `Tiles.raw` for a matrix."""
+    *experts, n_rows, width = matrix.shape
+    return math.prod(experts), -(-n_rows // LANES), LANES * BLOCKS[held_type(matrix.type)].row_bytes(width)
+
+
+def layout_digest() -> str:
+    """64 hex digits that change with the layout of the tiles of any type: what copies of tiles on disk have to agree on."""
+    table = {name: (BLOCKS[name].n_bytes, units(BLOCKS[name]).tolist()) for name in sorted(LAYOUTS)}
+    return hashlib.sha256(repr((LANES, table)).encode()).hexdigest()
+
+
 def tiled(matrix: Matrix, n_threads: int) -> Tiles:
     """The same weights in tiles of `held_type`. Needs at most CHUNK_BYTES of memory beside the matrix and the tiles.
 
     Raises UnsupportedType (a ValueError) for a type that cannot be decoded.
     """
     raw = matrix.raw if matrix.raw.ndim == 3 else matrix.raw[None]
-    n_expert, n_rows, _ = raw.shape
-    block = BLOCKS[held_type(matrix.type)]
-    row_bytes = block.row_bytes(matrix.shape[-1])
-    n_tiles = -(-n_rows // LANES)
-    step = n_tiles if block.name == matrix.type else max(1, CHUNK_BYTES // max(1, LANES * row_bytes))
-    out = np.empty((n_expert, n_tiles, LANES * row_bytes), np.uint8)
-    if n_rows % LANES:
+    block, (n_expert, n_tiles, tile_bytes) = BLOCKS[held_type(matrix.type)], tiles_shape(matrix)
+    step = n_tiles if block.name == matrix.type else max(1, CHUNK_BYTES // max(1, tile_bytes))
+    out = np.empty((n_expert, n_tiles, tile_bytes), np.uint8)
+    if raw.shape[1] % LANES:
         out[:, -1] = 0
     for e in range(n_expert):
         for tile in range(0, n_tiles, step):
