@@ -246,6 +246,19 @@ def prefetch(pointer):
     """Hints that this address will be read soon. It need not be valid."""
 
 
+def _take(builder, counter, n):
+    return builder.atomic_rmw("add", builder.bitcast(counter, n.type.as_pointer()), n, "monotonic")
+
+
+@intrinsic(types.intp, Address, types.intp, every=_take)
+def take(counter, n):
+    """Adds n to the int64 at this address and returns what it was before, in one step: no two threads are given the same."""
+    number = counter.span(8).view(np.int64)
+    before = int(number[0])
+    number[0] += n
+    return before
+
+
 # ---- bytes
 
 def _bytes(builder, byte, n: int):
