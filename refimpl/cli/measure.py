@@ -10,6 +10,7 @@ from refimpl.cli.app import (
     BackendName,
     DraftHead,
     DraftMinP,
+    Failure,
     Json,
     ModelPath,
     Positional,
@@ -42,9 +43,16 @@ def bench(
                                                "first draft token, the first two, ... are accepted: .84,.60,.39")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", show_default=False, help="with --draft: the text to continue")] = None,
     temp: Annotated[float, typer.Option("--temp", min=0.0, help="with --draft: temperature")] = 0.0,
+    kernels: Annotated[bool, typer.Option("--kernels", help="measure matrix products of each weight type instead, without a model, on one "
+                                          "thread and on all")] = False,
+    types: Annotated[str | None, typer.Option("--types", show_default=False, help="with --kernels: only these types: Q4_0,Q4_K")] = None,
+    rows: Annotated[str | None, typer.Option("--rows", show_default=False, help="with --kernels: rows of activations (default: "
+                                             "1,4,5,32,512)")] = None,
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
 ):
-    """Measure the speed of a prompt and of new tokens. Also in percent of the memory bandwidth; with --draft, the speed-up by drafting."""
+    """Measure the speed of a prompt and of new tokens. Also in percent of the memory bandwidth; with --draft, the speed-up by drafting;
+    with --kernels, of matrix products alone.
+    """
     from refimpl.cli.show.bench import as_text, draft_text
     from refimpl.lab.bench.bench import Plan
     from refimpl.lab.bench.bench import bench as measure
@@ -58,6 +66,13 @@ def bench(
         raise typer.BadParameter("--draft measures new tokens of refimpl alone: no --vs, and -n of at least 1")
     if draft is None and (accept is not None or prompt is not None):
         raise typer.BadParameter("--accept and --prompt need --draft")
+    if not kernels and (types is not None or rows is not None):
+        raise typer.BadParameter("--types and --rows need --kernels")
+    if kernels and any(option is not None for option in (model, positional, versus, draft)):
+        raise typer.BadParameter("--kernels measures products without a model: no -m, --vs or --draft")
+    if kernels:
+        _bench_kernels(types, rows, threads, repetitions, as_json)
+        return
     model = fetched(model, positional)
     announce_compiling()
     if draft is not None:
@@ -75,3 +90,17 @@ def bench(
     for note in result["notes"]:
         errors.print(f"note: {note}")
     write((json.dumps(result) if as_json else as_text(result)) + "\n")
+
+
+def _bench_kernels(types: str | None, rows: str | None, threads: int | None, repetitions: int, as_json: bool):
+    from refimpl.cli.show.bench import kernels_text
+    from refimpl.lab.bench.kernels_bench import measure_kernels
+
+    chosen = {} if types is None else {"types": types.split(",")}
+    try:
+        chosen |= {} if rows is None else {"rows": [int(n) for n in rows.split(",")]}
+    except ValueError:
+        raise Failure(f"--rows {rows}: expected numbers with commas between them, 1,512") from None
+    announce_compiling()
+    result = measure_kernels(**chosen, threads=threads, repetitions=repetitions, progress=bar)
+    write((json.dumps(result) if as_json else kernels_text(result)) + "\n")

@@ -1,6 +1,6 @@
 """The product of activations with a weight matrix in tiles: nearly all of the time and of the bytes.
 
-A thread owns tiles, that is output rows, and never part of a sum, and each row of activations is computed on its own (tile_product.py).
+A thread takes tiles, that is output rows, and never part of a sum, and each row of activations is computed on its own (tile_product.py).
 So the bits of the result depend neither on the number of threads nor on the other rows of the call.
 """
 
@@ -12,13 +12,14 @@ from refimpl.kernels.machine.checks import float_rows
 from refimpl.kernels.machine.intrinsics import address, at, load_f32, store_f32_part
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import kernel
+from refimpl.kernels.machine.pieces import next_piece, share_end, shares
 from refimpl.kernels.machine.threads import current
 from refimpl.kernels.machine.tile_product import SPARE, multiply_tile
 from refimpl.kernels.machine.tile_rows import Activations
 from refimpl.kernels.machine.tiles import Tiles
 from refimpl.kernels.machine.unpack import FORMATS
 
-TOGETHER = 4        # tiles whose results are written together: rows of a large product lie far apart, in different pages of memory
+TOGETHER = 4        # tiles of a piece, whose results are written together: rows of a large product lie far apart, in different pages
 
 
 def matmul(x_TD: np.ndarray, w_OD: Tiles) -> np.ndarray:
@@ -55,18 +56,22 @@ def multiply(fmt, tiles, x_TD, y_TO, n):
         for t in prange(SERIAL, n_tok):
             quantize_row(fmt, x_TD, t, q_TD, d_TB, sum_TS, m_TB)
     row_P, result_NR = np.arange(n_tok), np.empty((n, LANES * (TOGETHER * n_tok + SPARE)), np.float32)
-    float_NW = np.empty((n, LANES * width if fmt.dequantized else 0), np.float32)
-    for thread in prange(n):
+    float_NW, next_NL = np.empty((n, LANES * width if fmt.dequantized else 0), np.float32), shares(n_tiles, n)
+    for part in prange(n):
+        thread = np.int64(part)         # prange counts without a sign
         x = Activations(x_TD, q_TD, d_TB, sum_TS, m_TB)
         weights, to = address(tiles), address(y_TO)
         result, floats = at(address(result_NR), thread * 4 * result_NR.shape[1]), at(address(float_NW), thread * 4 * float_NW.shape[1])
-        end = (thread + 1) * n_tiles // n
-        for first in range(thread * n_tiles // n, end, TOGETHER):
-            last = min(first + TOGETHER, end)
-            for tile in range(first, last):
-                multiply_tile(fmt, at(weights, tile * tile_bytes), width // fmt.elements, x, row_P, 0, n_tok, floats,
-                              at(result, 4 * LANES * n_tok * (tile - first)))
-            for t in range(n_tok):
+        for turn in range(n):
+            owner = (thread + turn) % n
+            end, first = share_end(n_tiles, n, owner), next_piece(next_NL, owner, TOGETHER)
+            while first < end:
+                last = min(first + TOGETHER, end)
                 for tile in range(first, last):
-                    y = load_f32(at(result, 4 * LANES * (n_tok * (tile - first) + t)))
-                    store_f32_part(at(to, 4 * (t * n_out + LANES * tile)), y, min(LANES, n_out - LANES * tile))
+                    multiply_tile(fmt, at(weights, tile * tile_bytes), width // fmt.elements, x, row_P, 0, n_tok, floats,
+                                  at(result, 4 * LANES * n_tok * (tile - first)))
+                for t in range(n_tok):
+                    for tile in range(first, last):
+                        y = load_f32(at(result, 4 * LANES * (n_tok * (tile - first) + t)))
+                        store_f32_part(at(to, 4 * (t * n_out + LANES * tile)), y, min(LANES, n_out - LANES * tile))
+                first = next_piece(next_NL, owner, TOGETHER)

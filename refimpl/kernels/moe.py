@@ -1,7 +1,8 @@
 """Mixture of experts on tiles: tokens are grouped by expert, so that an expert's weights are read once for all tokens of a call.
 
-Every thread works on every expert, on its own share of the expert's output rows. So threads share the work evenly however the tokens are
-routed (even one token's 8 experts keep all of them busy), and no thread adds to what another one writes.
+Every thread works on every expert, on its own share of the expert's output rows, and then on what others have left (pieces.py). So threads
+share the work evenly however the tokens are routed (even one token's 8 experts keep all of them busy), and no thread adds to what another
+one writes.
 """
 
 import numpy as np
@@ -12,12 +13,15 @@ from refimpl.kernels.machine.checks import expert_ids, float_rows
 from refimpl.kernels.machine.intrinsics import address, at, fma, load_f32, load_f32_part, mul_f32, splat_f32, store_f32_part, sub_f32
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import inline, kernel
+from refimpl.kernels.machine.pieces import next_piece, share_end, shares
 from refimpl.kernels.machine.threads import current
 from refimpl.kernels.machine.tile_product import SPARE, multiply_tile
 from refimpl.kernels.machine.tile_rows import Activations
 from refimpl.kernels.machine.tiles import Tiles
 from refimpl.kernels.machine.unpack import FORMATS
 from refimpl.kernels.machine.vecmath import exp16, gelu16
+
+PIECES = 8          # of a thread's share of the outputs of all experts: more of them read activations and weights in smaller runs
 
 
 def route(logit_TE: np.ndarray, n_used: int, expert_scale_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,8 +109,12 @@ def mix(gate_format, up_format, down_format, gate, up, down, n_hidden, x_TD, id_
     gate_bytes, n_down, down_bytes = gate.shape[2], down.shape[1], down.shape[2]
     first_E, token_P, column_P = group(id_TX, n_expert)
     n_pick, most = len(token_P), 0
+    used_E, n_used = np.empty(n_expert, np.int64), 0
     for e in range(n_expert):
         most = max(most, first_E[e + 1] - first_E[e])
+        if first_E[e] < first_E[e + 1]:
+            used_E[n_used] = e
+            n_used += 1
     gate_q, gate_d, gate_sum, gate_m = allocate_quantized(gate_format, n_tok, width)
     up_q, up_d, up_sum, up_m = allocate_quantized(up_format, n_tok, width)
     quantize_rows(gate_format, x_TD, gate_q, gate_d, gate_sum, gate_m, 0, min(n_tok, SERIAL))
@@ -119,16 +127,21 @@ def mix(gate_format, up_format, down_format, gate, up, down, n_hidden, x_TD, id_
     any_dequantized = gate_format.dequantized or up_format.dequantized or down_format.dequantized
     float_NW = np.empty((n, LANES * max(width, n_hidden) if any_dequantized else 0), np.float32)
     hidden_PM, result_NR = np.empty((n_pick, n_hidden), np.float32), np.empty((n, LANES * (2 * most + SPARE)), np.float32)
-    for thread in prange(n):
+    next_NL = shares(0, n)
+    for part in prange(n):
+        thread = np.int64(part)         # prange counts without a sign
         x_gate, x_up = Activations(x_TD, gate_q, gate_d, gate_sum, gate_m), Activations(x_TD, up_q, up_d, up_sum, up_m)
         gates, ups, hiddens = address(gate), address(up), address(hidden_PM)
         g, floats = at(address(result_NR), thread * 4 * result_NR.shape[1]), at(address(float_NW), thread * 4 * float_NW.shape[1])
         u = at(g, 4 * LANES * most)
-        for e in range(n_expert):
-            first, end = first_E[e], first_E[e + 1]
-            if first == end:
-                continue
-            for tile in range(thread * n_up // n, (thread + 1) * n_up // n):
+        for turn in range(n):
+            owner = (thread + turn) % n
+            tile0 = owner * n_up // n                           # the owner has these tiles of every expert
+            n_own = share_end(n_up, n, owner) - tile0
+            unit = next_piece(next_NL, owner, 1)
+            while unit < n_used * n_own:
+                e, tile = used_E[unit // n_own], tile0 + unit % n_own
+                first, end = first_E[e], first_E[e + 1]
                 w = at(gates, (e * n_up + tile) * gate_bytes)
                 multiply_tile(gate_format, w, width // gate_format.elements, x_gate, token_P, first, end, floats, g)
                 w = at(ups, (e * n_up + tile) * up_bytes)
@@ -137,27 +150,33 @@ def mix(gate_format, up_format, down_format, gate, up, down, n_hidden, x_TD, id_
                 for p in range(end - first):
                     h = mul_f32(gelu16(load_f32(at(g, 4 * LANES * p))), load_f32(at(u, 4 * LANES * p)))
                     store_f32_part(at(hiddens, 4 * ((first + p) * n_hidden + LANES * tile)), h, here)
+                unit = next_piece(next_NL, owner, 1)
 
     down_q, down_d, down_sum, down_m = allocate_quantized(down_format, n_pick, n_hidden)
     quantize_rows(down_format, hidden_PM, down_q, down_d, down_sum, down_m, 0, min(n_pick, SERIAL))
     if n_pick > SERIAL:
         for p in prange(SERIAL, n_pick):
             quantize_row(down_format, hidden_PM, p, down_q, down_d, down_sum, down_m)
-    pick_P = np.arange(n_pick)
-    for thread in prange(n):
+    pick_P, next_NL, size = np.arange(n_pick), shares(n_down, n), max(1, n_down // (PIECES * n))
+    for part in prange(n):
+        thread = np.int64(part)
         x_down = Activations(hidden_PM, down_q, down_d, down_sum, down_m)
         downs, to = address(down), address(y_TD)
         result, floats = at(address(result_NR), thread * 4 * result_NR.shape[1]), at(address(float_NW), thread * 4 * float_NW.shape[1])
-        for e in range(n_expert):
-            first, end = first_E[e], first_E[e + 1]
-            if first == end:
-                continue
-            for tile in range(thread * n_down // n, (thread + 1) * n_down // n):
-                w = at(downs, (e * n_down + tile) * down_bytes)
-                multiply_tile(down_format, w, n_hidden // down_format.elements, x_down, pick_P, first, end, floats, result)
-                here = min(LANES, width - LANES * tile)
-                for p in range(first, end):
-                    place = at(to, 4 * (token_P[p] * width + LANES * tile))
-                    w = splat_f32(weight_TX[token_P[p], column_P[p]])
-                    total = fma(w, load_f32(at(result, 4 * LANES * (p - first))), load_f32_part(place, here))
-                    store_f32_part(place, total, here)
+        for turn in range(n):
+            owner = (thread + turn) % n
+            share, tile0 = share_end(n_down, n, owner), next_piece(next_NL, owner, size)
+            while tile0 < share:
+                for i in range(n_used):                         # in order, because their outputs are added up
+                    e = used_E[i]
+                    first, end = first_E[e], first_E[e + 1]
+                    for tile in range(tile0, min(tile0 + size, share)):
+                        w = at(downs, (e * n_down + tile) * down_bytes)
+                        multiply_tile(down_format, w, n_hidden // down_format.elements, x_down, pick_P, first, end, floats, result)
+                        here = min(LANES, width - LANES * tile)
+                        for p in range(first, end):
+                            place = at(to, 4 * (token_P[p] * width + LANES * tile))
+                            w = splat_f32(weight_TX[token_P[p], column_P[p]])
+                            total = fma(w, load_f32(at(result, 4 * LANES * (p - first))), load_f32_part(place, here))
+                            store_f32_part(place, total, here)
+                tile0 = next_piece(next_NL, owner, size)

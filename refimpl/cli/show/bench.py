@@ -53,3 +53,17 @@ def draft_text(result: dict[str, object]) -> str:
             accepted.append(f"{way}: accepted by position " + ", ".join(f"{100 * share:.0f} %" for share in draft["acceptance"]))
     columns = ("draft length", "tokens/s", "ratio", "lowest", "highest", "tokens/round", "ms/draft token", "ms/verify", "experts")
     return "\n".join([*lines, "", table(columns, rows), *accepted])
+
+
+def kernels_text(result: dict[str, object]) -> str:
+    """The result of `lab.bench.kernels_bench.measure_kernels`."""
+    machine, plan = result["machine"], result["plan"]
+    bits, rows = {entry["type"]: f"{entry['bits']:g}" for entry in result["types"]}, []
+    for entry in result["products"]:
+        of_bandwidth = f"{100 * entry['share_of_bandwidth']:.0f} %" if "share_of_bandwidth" in entry else ""
+        rows.append((entry["type"], bits[entry["type"]], entry["threads"], entry["rows"], f"{entry['multiply_adds_per_second'] / 1e9:.1f}",
+                     f"{100 * entry['share_of_peak']:.0f} %", f"{entry['weight_bytes_per_second'] / 1e9:.1f}", of_bandwidth,
+                     f"{entry['ratio']:.2f}"))
+    columns = ("type", "bits", "threads", "rows", "10^9 multiply-adds/s", "of peak", "GB/s of weights", "of bandwidth", "to Q4_0")
+    return "\n".join([f"{machine['cpu']}, {machine['isa']}, {machine['physical_cores']} cores, threads by {machine['threading_layer']}; q8",
+                      "", table(columns, rows), "", f"medians of {plan['repetitions']} rounds in turn"])

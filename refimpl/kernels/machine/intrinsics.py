@@ -5,8 +5,8 @@ the array it points into). In a compiled kernel an intrinsic becomes a few instr
 vectors stay in registers. All bodies give the same bits: integers are exact, every float intrinsic is correctly rounded IEEE arithmetic
 lane by lane, and a multiply-add is fused only where `fma` is written.
 
-There are three vector types: `U8x64` holds 64 bytes, as 16 lanes of 4; `I32x16` and `F32x16` hold 16 lanes. On instruction sets with
-registers of 256 bits there are these three with 8 lanes too (`U8x32`, `I32x8`, `F32x8`); intrinsics marked `narrow` take and return either.
+There are three vector types: `U8x64` holds 64 bytes, as 16 lanes of 4; `I32x16` and `F32x16` hold 16 lanes. Kernels for AVX2 use these with
+8 lanes too (`U8x32`, `I32x8`, `F32x8`); intrinsics marked `narrow` take and return either.
 """
 
 from functools import partial
@@ -246,6 +246,19 @@ def prefetch(pointer):
     """Hints that this address will be read soon. It need not be valid."""
 
 
+def _take(builder, counter, n):
+    return builder.atomic_rmw("add", builder.bitcast(counter, n.type.as_pointer()), n, "monotonic")
+
+
+@intrinsic(types.intp, Address, types.intp, every=_take)
+def take(counter, n):
+    """Adds n to the int64 at this address and returns what it was before, in one step: no two threads are given the same."""
+    number = counter.span(8).view(np.int64)
+    before = int(number[0])
+    number[0] += n
+    return before
+
+
 # ---- bytes
 
 def _bytes(builder, byte, n: int):
@@ -429,12 +442,12 @@ def _dot4_i16_avx2(builder, total, weights, activations):
 
 def _dot4_i16_signed_avx2(builder, total, weights, activations):
     """|w| * (x with the sign of w)."""
-    four, minimum = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32)), ir.Constant(ir.IntType(1), 0)
+    four, wraps = builder.bitcast(_four(builder, activations, 8), ir.VectorType(BYTE, 32)), ir.Constant(ir.IntType(1), 0)    # |-128| is 128
 
     def register(total, w):
         w = builder.xor(w, ir.Constant(w.type, [128] * 32))
         x = call(builder, "llvm.x86.avx2.psign.b", w.type, four, w)
-        return _maddubs(builder, total, call(builder, "llvm.abs.v32i8", w.type, w, minimum), x)
+        return _maddubs(builder, total, call(builder, "llvm.abs.v32i8", w.type, w, wraps), x)
     return by_registers(builder, register, total, weights)
 
 

@@ -13,13 +13,13 @@ from refimpl.kernels.machine.tile_rows import (
     ZERO_I,
     add_block,
     add_block_minimum,
-    add_minimum_pair,
+    add_sum_pair,
+    add_superblock,
     initial_dot,
     prefetch_range,
     row_address,
     scale_add,
     store_totals,
-    subtract_minimums,
     zeros,
 )
 from refimpl.kernels.machine.unpack import (
@@ -28,7 +28,6 @@ from refimpl.kernels.machine.unpack import (
     load_half,
     splat_float,
     splat_int,
-    sub_minimum_pair,
     sub_scale,
     sub_scale_pair,
 )
@@ -92,7 +91,7 @@ def subtract_zero_points(fmt, scaled, block, b, x, r):
     """Subtracts what the zero point contributes, of all sub-blocks: their scales, times the sums of the activations there."""
     total = zeros(r, splat_int(fmt, ZERO_I))
     for pair in range(fmt.n_sub // 2):
-        total = add_minimum_pair(fmt, total, sub_scale_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
+        total = add_sum_pair(fmt, total, sub_scale_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
     return scale_add(scaled, splat_int(fmt, np.int32(-fmt.zero_point)), total)
 
 
@@ -121,10 +120,5 @@ def superblocks_of_pairs(fmt, tile, n_blocks, x, r, ahead, out):
             scaled = sub_block(fmt, scaled, int16_pair(sub_scale(fmt, block, s)), block, s, q, 256 * b + fmt.per_sub * s)
         if fmt.zero_point and fmt.paired_sums:
             scaled = subtract_zero_points(fmt, scaled, block, b, x, r)
-        total = add_block(fmt, x, r, b, block_scale(fmt, block), scaled, total)
-        if fmt.has_minimum:
-            minimums = zeros(r, splat_int(fmt, ZERO_I))
-            for pair in range(fmt.n_sub // 2):
-                minimums = add_minimum_pair(fmt, minimums, sub_minimum_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
-            total = subtract_minimums(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), minimums, total)
+        total = add_superblock(fmt, x, r, b, block, scaled, total)
     store_totals(out, total)

@@ -20,7 +20,7 @@ from refimpl.kernels.machine.intrinsics import (
     sub_i32,
     to_f32,
 )
-from refimpl.kernels.machine.isa import ISA, LANES
+from refimpl.kernels.machine.isa import ISA, LANES, TWO_WIDTHS
 from refimpl.kernels.machine.jit import by_format, inline
 from refimpl.kernels.machine.tile_pairs import blocks_of_pairs, superblocks_of_pairs
 from refimpl.kernels.machine.tile_rows import (
@@ -30,13 +30,12 @@ from refimpl.kernels.machine.tile_rows import (
     add_block_minimum,
     add_column,
     add_dot,
-    add_minimum_pair,
+    add_superblock,
     initial_dot,
     prefetch_range,
     row_address,
     scale_add,
     store_totals,
-    subtract_minimums,
     zeros,
 )
 from refimpl.kernels.machine.unpack import (
@@ -51,7 +50,6 @@ from refimpl.kernels.machine.unpack import (
     splat_float,
     splat_int,
     sub_minimum,
-    sub_minimum_pair,
     sub_scale,
 )
 
@@ -88,12 +86,7 @@ def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
                 dots = add_dot(dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
                                codes(fmt, block, s, g + 3), q, 256 * b + fmt.per_sub * s + 4 * g)
             scaled = scale_add(scaled, sub_scale(fmt, block, s), dots)
-        total = add_block(fmt, x, r, b, block_scale(fmt, block), scaled, total)
-        if fmt.has_minimum:
-            minimums = zeros(r, splat_int(fmt, ZERO_I))
-            for pair in range(fmt.n_sub // 2):
-                minimums = add_minimum_pair(fmt, minimums, sub_minimum_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
-            total = subtract_minimums(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), minimums, total)
+        total = add_superblock(fmt, x, r, b, block, scaled, total)
     store_totals(out, total)
 
 
@@ -177,11 +170,7 @@ def _in_halves(fmt):
     return halves
 
 
-def _whole(fmt, tile, n_blocks, x, r, ahead, out):
-    tile_times_rows(fmt, tile, n_blocks, x, r, ahead, out)
-
-
-@by_format(lambda fmt: _in_halves(fmt) if PAIRS and fmt.integer else _whole)
+@by_format(lambda fmt: _in_halves(fmt) if TWO_WIDTHS and fmt.integer else TIMES[fmt.family])
 def tile_times_4(fmt, tile, n_blocks, x, r, ahead, out):
     """A tile times the four rows in r."""
 

@@ -19,7 +19,7 @@ from refimpl.kernels.machine.intrinsics import (
 )
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import inline, per_row
-from refimpl.kernels.machine.unpack import splat_float, splat_int
+from refimpl.kernels.machine.unpack import block_scale, load_half, splat_float, splat_int, sub_minimum_pair
 
 ZERO_I, ZERO_F = np.int32(0), np.float32(0)
 
@@ -76,9 +76,9 @@ def scale_add(total, scale, dots):
 
 
 @per_row
-def add_minimum_pair(fmt, total, minimums, x, r, pair):
-    """Adds the minimums of two sub-blocks, times the sums of row r's activations there."""
-    return dot2(total, minimums, splat_int(fmt, x.sum_TS[r, pair]))
+def add_sum_pair(fmt, total, factors, x, r, pair):
+    """Adds the factors (minimums or scales) of two sub-blocks, times the sums of row r's activations there."""
+    return dot2(total, factors, splat_int(fmt, x.sum_TS[r, pair]))
 
 
 @per_row
@@ -97,6 +97,18 @@ def add_block_minimum(fmt, x, r, b, minimum, total):
 def subtract_minimums(fmt, x, r, b, scale, minimums, total):
     """Subtracts the integer minimums of a superblock's sub-blocks (their sum, weighted with the activations), in units of `scale`."""
     return fma(mul_f32(scale, splat_float(fmt, -x.d_TB[r, b])), to_f32(minimums), total)
+
+
+@inline
+def add_superblock(fmt, x, r, b, block, scaled, total):
+    """Adds superblock b: the integer sum of its sub-blocks, times their scale, and the minimums."""
+    total = add_block(fmt, x, r, b, block_scale(fmt, block), scaled, total)
+    if fmt.has_minimum:
+        minimums = zeros(r, splat_int(fmt, ZERO_I))
+        for pair in range(fmt.n_sub // 2):
+            minimums = add_sum_pair(fmt, minimums, sub_minimum_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
+        total = subtract_minimums(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), minimums, total)
+    return total
 
 
 @per_row
