@@ -7,7 +7,7 @@ import pytest
 
 import refimpl
 from refimpl.kernels.machine import busy
-from refimpl.kernels.machine.busy import EVERY, FIRST_PAUSE, LAST_PAUSE, Watch, waited
+from refimpl.kernels.machine.busy import EVERY, FEW, FIRST_PAUSE, LAST_PAUSE, Watch, waited
 
 MACHINE = {     # name -> (threads, the share of the time that all threads together wait, by how many compute)
     "quiet": (4, lambda n: 0.02), "one core taken": (4, lambda n: 0.5 * (n > 3)), "two taken": (4, lambda n: 0.5 * max(n - 2, 0)),
@@ -60,6 +60,13 @@ def test_trials_become_rarer():
     assert gaps == sorted(gaps) and gaps[0] < 2 * FIRST_PAUSE + 0.5 and LAST_PAUSE <= gaps[-1] < LAST_PAUSE + 0.5
 
 
+def test_prompts_have_all_threads():
+    machine = Machine()
+    watch = machine.watch()
+    assert machine.run(watch, 4, MACHINE["one core taken"][1], 10)[-1] == 3
+    assert [watch.allowed(4, rows) for rows in (1, FEW, FEW + 1)] == [3, 3, 4]
+
+
 def test_one_thread_is_never_left_out_and_a_pause_is_no_evidence():
     machine = Machine()
     watch = machine.watch()
@@ -96,7 +103,7 @@ def test_a_model_computes_with_fewer_and_gives_the_same_bits(monkeypatch):
     model, seen = refimpl.load(threads=min(2, numba.config.NUMBA_NUM_THREADS)), []
     ids = [5, 6, 7]
     whole = model.logits(ids)
-    monkeypatch.setattr(busy.WATCH, "allowed", lambda n: seen.append(n) or 1)
-    with model.backend.running():
+    monkeypatch.setattr(busy.WATCH, "allowed", lambda n, rows: seen.append((n, rows)) or 1)
+    with model.backend.running(7):
         assert numba.get_num_threads() == 1
-    assert (model.logits(ids) == whole).all() and set(seen) == {model.backend.threads}
+    assert (model.logits(ids) == whole).all() and seen == [(model.backend.threads, rows) for rows in (7, 3, 3)]

@@ -40,7 +40,7 @@ class Drafter:
         `tap` sees the values of step j under names that begin with "draft{j}.".
         """
         proposed, backend = [], self.target.backend
-        with backend.running():
+        with backend.running(1):
             angles = network.angles_at(self.weights, cache.length)
             while len(proposed) < n:
                 embedding_C = embed(self.target.config, self.target.weights, np.array([token]))[0]

@@ -87,12 +87,12 @@ class Model:
         Does not commit them: `cache.advance(n)` commits the first n. Raises GGUFError where the file was changed since it was opened.
         """
         self._unchanged.check()
-        with self.backend.running():
+        with self.backend.running(len(ids_T)):
             return gemma4.forward(self.config, self.weights, self.backend, ids_T, cache, tap_of(tap))
 
     def head(self, state_TD: np.ndarray) -> np.ndarray:
         """Logits of states, float32 (T, V)."""
-        with self.backend.running():
+        with self.backend.running(len(state_TD)):
             return gemma4.head(self.config, self.weights, self.backend, state_TD)
 
     def logits(self, ids: Sequence[int], tap: Look = no_tap) -> np.ndarray:

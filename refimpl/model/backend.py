@@ -12,6 +12,7 @@ from refimpl.formats.matrix import Matrix, stored_bytes
 from refimpl.host import keep_freed_memory
 
 ARITHMETIC = ("q8", "exact")
+UNKNOWN = 1 << 30           # rows of a computation of which `running` is not told how many
 
 
 class Prepared(Protocol):
@@ -35,7 +36,7 @@ class Backend:
     """The functions, the type of keys and values in the cache, and how a matrix is held.
 
     `prepare(matrix)` turns a matrix of the file into what `matmul`, `run_experts` and `matmul_chosen` take; `held(matrix)` is how many
-    bytes that needs. All calls belong inside `running()`.
+    bytes that needs. All calls belong inside `running()`, or inside `running(rows)` where so many rows of activations are computed.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Backend:
     kv_type: np.dtype
     prepare: Callable[[Matrix], Prepared]
     held: Callable[[Matrix], int]
-    running: Callable[[], AbstractContextManager]
+    running: Callable[..., AbstractContextManager]
 
 
 def reference_backend(arithmetic: str, prepare: Callable[[Matrix], Matrix]) -> Backend:
@@ -75,7 +76,8 @@ def kernel_backend(arithmetic: str, threads: int) -> Backend:
     keep_freed_memory()
     kv_type = {"exact": np.float32, "q8": np.float16}[arithmetic]
     return Backend(name="kernels", arithmetic=arithmetic, threads=threads, kv_type=np.dtype(kv_type),
-                   prepare=partial(tiles.tiled, n_threads=threads), held=tiles.held_bytes, running=lambda: running(WATCH.allowed(threads)),
+                   prepare=partial(tiles.tiled, n_threads=threads), held=tiles.held_bytes,
+                   running=lambda rows=UNKNOWN: running(WATCH.allowed(threads, rows)),
                    **_functions(arithmetic, attention, matmul, matmul_chosen, moe, ops))
 
 
