@@ -2,8 +2,8 @@
 
 So a thread that loses its core to another program, or has a slower one, leaves what it has not begun to the others; while all are equally
 fast, each reads its own share from front to back, memory that it has touched first. A unit must not add to what another one writes: then
-bits do not depend on who takes what. Taking costs some 10 ns; a piece should be 1 us at least. (For new tokens, whose steps are shorter than another
-program's turn, pieces alone have not helped beside one: see busy.py.)
+bits do not depend on who takes what. Taking costs some 10 ns; a piece should be 1 us at least. (New tokens, whose steps are shorter than
+another program's turn, were not faster by it beside one: see busy.py.)
 """
 
 import numpy as np
