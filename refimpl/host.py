@@ -131,6 +131,15 @@ def keep_freed_memory():
         mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
+def sysctl(name: str) -> int | None:
+    """A number that macOS knows under this name; None if it knows none, and on other systems."""
+    function = getattr(ctypes.CDLL(None), "sysctlbyname", None) if sys.platform == "darwin" else None
+    value, size = ctypes.c_int64(), ctypes.c_size_t(8)          # 4 bytes of it are written or 8, and both are little-endian
+    if function is None or function(name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)):
+        return None
+    return value.value
+
+
 def _numbers(path: Path) -> dict[str, int]:
     lines = [line.split() for line in (read(path) or "").splitlines()]
     return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -69,7 +69,7 @@ def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
         prefetch_range(block, fmt.n_bytes, ahead)
         dots = initial_dot(fmt, x, r, b)
         for g in range(0, 8, 4):
-            dots = add_dot(dots, codes(fmt, block, 0, g), codes(fmt, block, 0, g + 1), codes(fmt, block, 0, g + 2),
+            dots = add_dot(fmt, dots, codes(fmt, block, 0, g), codes(fmt, block, 0, g + 1), codes(fmt, block, 0, g + 2),
                            codes(fmt, block, 0, g + 3), q, 32 * b + 4 * g)
         total = add_block(fmt, x, r, b, block_scale(fmt, block), dots, total)
         if fmt.has_minimum:
@@ -85,7 +85,7 @@ def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
             prefetch_range(at(block, s * (fmt.n_bytes // fmt.n_sub)), fmt.n_bytes // fmt.n_sub, ahead)
             dots = initial_dot(fmt, x, r, fmt.n_sub * b + s)
             for g in range(0, fmt.per_sub // 4, 4):
-                dots = add_dot(dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
+                dots = add_dot(fmt, dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
                                codes(fmt, block, s, g + 3), q, 256 * b + fmt.per_sub * s + 4 * g)
             scaled = scale_add(scaled, sub_scale(fmt, block, s), dots)
         total = add_block(fmt, x, r, b, block_scale(fmt, block), scaled, total)
