@@ -2,7 +2,8 @@
 
     python tests/emulation/count_instructions.py [neon dotprod i8mm portable] [--type Q4_0] [--rows 1]
 
-Per block of 32 columns and 16 rows of weights, for each number of rows of activations. The cycles are those of LLVM's model of a processor.
+Per block and 16 rows of weights (of superblocks: what is not unrolled), for one row of activations and for four. The cycles
+are those of LLVM's model of a processor.
 """
 
 import argparse
@@ -18,29 +19,31 @@ MODELS = {"portable": "cortex-a72", "neon": "cortex-a72", "dotprod": "cortex-a76
 BRANCH = re.compile(r"\t(?:b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s*(\.L\w+)")
 
 
-def innermost_loop(assembly: str) -> list[str]:
-    """The lines of the longest loop without a loop inside, in the first function (those after it are for calls from Python)."""
+def innermost_loops(assembly: str) -> list[list[str]]:
+    """The instructions of the loops without a loop inside, in the first function (those after it are for calls from Python): one loop over
+    the blocks, or one for each half of the tile. Short ones are something else.
+    """
     lines = assembly.partition(".Lfunc_end0:")[0].splitlines()
     at = {line.rstrip(":"): i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
     loops = [(at[match[1]], i) for i, line in enumerate(lines) if (match := BRANCH.match(line)) and at.get(match[1], i) < i]
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    first, last = max(inner, key=lambda loop: loop[1] - loop[0])
-    return [line for line in lines[first:last + 1] if re.match(r"\t[a-z]", line)]
+    bodies = [[line for line in lines[first:last + 1] if re.match(r"\t[a-z]", line)] for first, last in inner]
+    return [body for body in bodies if 2 * len(body) > max(map(len, bodies))]
 
 
 def assembly_of(weight_type: str, n_rows: int) -> str:
-    """A tile times `n_rows` rows."""
+    """A tile times one row or four."""
     from numba import njit, types
 
     from refimpl.kernels.machine.intrinsics import address
-    from refimpl.kernels.machine.tile_product import tile_times_rows
+    from refimpl.kernels.machine.tile_product import tile_times_4, tile_times_rows
     from refimpl.kernels.machine.tile_rows import Activations
     from refimpl.kernels.machine.unpack import FORMATS
 
     rows = ", ".join(f"row[{i}]" for i in range(n_rows))
-    scope = {"address": address, "tile_times_rows": tile_times_rows, "Activations": Activations}
+    scope = {"address": address, "multiply": tile_times_4 if n_rows == 4 else tile_times_rows, "Activations": Activations}
     exec(f"def product(fmt, tile, n, a, q, d, s, m, row, out):\n"
-         f"    tile_times_rows(fmt, address(tile), n, Activations(a, q, d, s, m), ({rows},), 0, address(out))", scope)
+         f"    multiply(fmt, address(tile), n, Activations(a, q, d, s, m), ({rows},), 0, address(out))", scope)
     product = njit(scope["product"], error_model="numpy", nogil=True)
     floats, fmt = types.Array(types.float32, 2, "C"), FORMATS["q8"][weight_type]._numba_type_
     sums, numbers = types.Array(types.int32, 2, "C"), types.Array(types.int64, 1, "C")
@@ -49,13 +52,15 @@ def assembly_of(weight_type: str, n_rows: int) -> str:
     return next(iter(product.inspect_asm().values()))
 
 
-def cycles(loop: list[str], cpu: str) -> str:
-    """What llvm-mca says of a turn of the loop."""
+def cycles(loop: list[str], cpu: str) -> int:
+    """What llvm-mca says of a turn of a loop."""
     body = "\n".join(line for line in loop if not line.startswith("\tb")) + "\n"
     done = subprocess.run(["llvm-mca", "-mtriple=aarch64", f"-mcpu={cpu}", "-mattr=+dotprod,+i8mm", "-iterations=100"], input=body,
                           capture_output=True, text=True)
     found = re.search(r"Total Cycles: +(\d+)", done.stdout)
-    return f"{int(found[1]) / 100:.0f} cycles ({cpu})" if found else f"llvm-mca: {done.stderr.strip().splitlines()[-1]}"
+    if not found:
+        sys.exit(f"llvm-mca: {done.stderr.strip().splitlines()[-1]}")
+    return round(int(found[1]) / 100)
 
 
 def main():
@@ -63,7 +68,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("targets", nargs="*", default=list(MODELS))
     parser.add_argument("--type", default="Q4_0")
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 4])
+    parser.add_argument("--rows", type=int, nargs="*", choices=(1, 4), default=[1, 4])
     arguments = parser.parse_args()
     if len(arguments.targets) > 1:                  # an instruction set is chosen at import
         for name in arguments.targets:
@@ -73,11 +78,12 @@ def main():
     os.environ |= TARGETS[name].environment()
     pretend(TARGETS[name])
     for n_rows in arguments.rows:
-        loop = innermost_loop(assembly_of(arguments.type, n_rows))
-        memory = sum("[sp" in line for line in loop)
-        dots = sum(line.split()[0] in ("sdot", "usdot", "smmla") for line in loop)
-        predicted = f"; {cycles(loop, MODELS[name])}" if shutil.which("llvm-mca") else "; no llvm-mca here"
-        print(f"{arguments.type} {name}, {n_rows} rows: {len(loop)} instructions a block, {dots} dot products, {memory} with the stack"
+        loops = innermost_loops(assembly_of(arguments.type, n_rows))
+        lines = sum(loops, [])
+        memory, dots = sum("[sp" in line for line in lines), sum(line.split()[0] in ("sdot", "usdot") for line in lines)
+        predicted = (f"{sum(cycles(loop, MODELS[name]) for loop in loops)} cycles ({MODELS[name]})" if shutil.which("llvm-mca")
+                     else "no llvm-mca here")
+        print(f"{arguments.type} {name}, {n_rows} rows: {len(lines)} instructions, {dots} dot products, {memory} with the stack; "
               f"{predicted}", flush=True)
 
 

@@ -1,17 +1,17 @@
-"""What intrinsics are on Arm: emitters for vectors of 128 bits, by quarters of the 16 lanes."""
+"""What intrinsics are on Arm: emitters for registers of 128 bits, a quarter of 16 lanes."""
 
 from functools import partial
 
 from llvmlite import ir
 
-from refimpl.kernels.machine.isa import BYTE, INT, by_quarters, call, load
+from refimpl.kernels.machine.isa import BYTE, INT, by_128_bits, call, load
 
 BYTES, INTS = ir.VectorType(BYTE, 16), ir.VectorType(INT, 4)
 
 
 def look_up(builder, v, table):
     """`tbl`, with the 16 bytes of `table`."""
-    return by_quarters(builder, lambda quarter: call(builder, "llvm.aarch64.neon.tbl1.v16i8", BYTES, table, quarter), v)
+    return by_128_bits(builder, lambda quarter: call(builder, "llvm.aarch64.neon.tbl1.v16i8", BYTES, table, quarter), v)
 
 
 def dot16(name: str):
@@ -24,6 +24,6 @@ def dot16(name: str):
         sixteen, nothing = load(builder, activations, INTS), ir.Constant(INTS, ir.Undefined)
         for k, w in enumerate(weights):
             four = builder.bitcast(builder.shuffle_vector(sixteen, nothing, ir.Constant(INTS, [k] * 4)), BYTES)
-            total = by_quarters(builder, partial(four_lanes, builder, four=four), total, w)
+            total = by_128_bits(builder, partial(four_lanes, builder, four=four), total, w)
         return total
     return emit

@@ -123,7 +123,8 @@ class _VectorModel(PrimitiveModel):
 U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
 U8x32, I32x8, F32x8 = Vector("U8x32", BYTE, 32), Vector("I32x8", INT, LANES // 2), Vector("F32x8", FLOAT, LANES // 2)
 NARROW = {U8x64: U8x32, I32x16: I32x8, F32x16: F32x8}
-TWO_WIDTHS = ISA == "avx2"         # sixteen registers of 256 bits: half a tile at a time leaves more of them for rows
+# sixteen registers of 256 bits, or 32 of 128: half a tile at a time leaves more of them for rows
+TWO_WIDTHS = ISA in ("avx2", "neon", "dotprod", "i8mm")
 Address = types.CPointer(types.uint8)
 F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside intrinsics only
 
@@ -244,9 +245,11 @@ def by_registers(builder, emit: Callable, *vectors):
     return by_halves(builder, emit, *vectors)
 
 
-def by_quarters(builder, emit: Callable, *vectors):
+def by_128_bits(builder, emit: Callable, *vectors):
     """The same for vectors of 128 bits."""
-    return by_halves(builder, lambda *halves: by_halves(builder, emit, *halves), *vectors)
+    if as_lanes(builder, vectors[0]).type.count == LANES // 4:
+        return emit(*vectors)
+    return by_halves(builder, lambda *halves: by_128_bits(builder, emit, *halves), *vectors)
 
 
 def by_halves(builder, emit: Callable, *vectors):

@@ -20,7 +20,7 @@ from refimpl.kernels.machine.intrinsics import (
     sub_i32,
     to_f32,
 )
-from refimpl.kernels.machine.isa import ISA, LANES
+from refimpl.kernels.machine.isa import ISA, LANES, TWO_WIDTHS
 from refimpl.kernels.machine.jit import by_format, inline
 from refimpl.kernels.machine.tile_pairs import blocks_of_pairs, superblocks_of_pairs
 from refimpl.kernels.machine.tile_rows import (
@@ -177,11 +177,7 @@ def _in_halves(fmt):
     return halves
 
 
-def _whole(fmt, tile, n_blocks, x, r, ahead, out):
-    tile_times_rows(fmt, tile, n_blocks, x, r, ahead, out)
-
-
-@by_format(lambda fmt: _in_halves(fmt) if PAIRS and fmt.integer else _whole)
+@by_format(lambda fmt: _in_halves(fmt) if TWO_WIDTHS and fmt.integer else TIMES[fmt.family])
 def tile_times_4(fmt, tile, n_blocks, x, r, ahead, out):
     """A tile times the four rows in r."""
 

@@ -50,8 +50,8 @@ from refimpl.kernels.machine.narrow import (
     splat_i32_narrow,
 )
 
-PAIRS = ISA == "avx2"           # no dot product of bytes: products of neighbours are summed in 16 bits, as far as they fit
-INT8 = ISA == "dotprod"         # products of int8 with int8 alone: larger codes are taken as what is left of them without their zero point
+PAIRS = ISA in ("avx2", "neon")         # no dot product of bytes: products of neighbours are summed in 16 bits, as far as they fit
+SIGNED = PAIRS or ISA in ("dotprod", "i8mm")        # larger codes than 127 are multiplied without their zero point, as int8
 ALL, LOWER, UPPER = "all", "lower", "upper"
 
 
@@ -94,8 +94,8 @@ class WeightFormat:
 
     @property
     def signed(self) -> bool:
-        """Is the zero point (128) subtracted from codes before they are multiplied? Two sets have no product of larger unsigned bytes."""
-        return (PAIRS or INT8) and self.max_code > 128
+        """Is the zero point (128) subtracted from codes before they are multiplied?"""
+        return SIGNED and self.max_code > 128
 
     @property
     def run(self) -> int:
@@ -327,10 +327,10 @@ def _dot16_signed(fmt, total, w0, w1, w2, w3, activations):
     return dot16_int8(total, plus_128(w0), plus_128(w1), plus_128(w2), plus_128(w3), activations)        # modulo 256 it is minus 128
 
 
-@by_format(lambda fmt: _dot16_signed if fmt.signed else _dot16_int8 if INT8 else _dot16)
+@by_format(lambda fmt: _dot16_signed if fmt.signed else _dot16_int8 if ISA == "dotprod" else _dot16)
 def dot_of_codes(fmt, total, w0, w1, w2, w3, activations):
     """Adds the products of 16 codes of each row with 16 activations; where `fmt.signed`, of what is left of them without their zero point.
-    (Not used with PAIRS.)
+    `sdot` takes no unsigned codes; up to 127 it makes no difference.
     """
 
 
