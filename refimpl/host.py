@@ -16,7 +16,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # malloc.h
 # ---- cores
 
 def default_threads(root: Path = ROOT) -> int:
-    """Physical cores that this process may run on, or the quota of its control group if that is less; at least 1.
+    """Physical cores that this process may run on, or the quota of its control group if that is less; at least 1. On a Mac its
+    performance cores alone: rows are shared out evenly, so that all would wait for the slowest core.
 
     A quota of 2.5 cores counts as 2: a third thread would be stopped halfway through its period, and all others would wait for it.
     """
@@ -34,7 +35,9 @@ def usable_cpus() -> set[int]:
 
 
 def physical_cores(cpus: set[int], root: Path = ROOT) -> int:
-    """Physical cores of these logical CPUs. Where the system does not say which CPUs share a core: at most the cores of the machine."""
+    """Physical cores of these logical CPUs. Where the system does not say which CPUs share a core: at most the (performance) cores of the
+    machine.
+    """
     cores = set()
     for cpu in cpus:
         folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
@@ -42,7 +45,8 @@ def physical_cores(cpus: set[int], root: Path = ROOT) -> int:
         if siblings is None:
             import psutil
 
-            return min(len(cpus), psutil.cpu_count(logical=False) or len(cpus))
+            # on macOS "perflevel0" are the performance cores; Intel's Macs, and systems before macOS 12, do not know the name
+            return min(len(cpus), sysctl("hw.perflevel0.physicalcpu") or psutil.cpu_count(logical=False) or len(cpus))
         cores.add(siblings)
     return len(cores)
 
@@ -129,6 +133,15 @@ def keep_freed_memory():
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
         mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def sysctl(name: str) -> int | None:
+    """A number that macOS knows under this name; None if it knows none, and on other systems."""
+    function = getattr(ctypes.CDLL(None), "sysctlbyname", None) if sys.platform == "darwin" else None
+    value, size = ctypes.c_int64(), ctypes.c_size_t(8)          # 4 bytes of it are written or 8, and both are little-endian
+    if function is None or function(name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)):
+        return None
+    return value.value
 
 
 def _numbers(path: Path) -> dict[str, int]:

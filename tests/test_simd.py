@@ -10,7 +10,7 @@ from numba import njit, types
 
 from refimpl.kernels.machine import intrinsics, isa, narrow
 from refimpl.kernels.machine.intrinsics import address, at
-from refimpl.kernels.machine.isa import INTRINSICS, ORDER, F32x8, F32x16, I32x8, I32x16, Pointer, U8x32, U8x64
+from refimpl.kernels.machine.isa import INTRINSICS, F32x8, F32x16, I32x8, I32x16, Pointer, U8x32, U8x64
 
 simd = ModuleType("simd")             # both modules as one
 vars(simd).update(vars(intrinsics) | vars(narrow))
@@ -186,7 +186,8 @@ def test_every_intrinsic_is_tested():
     apart = {"at", "prefetch"}           # the first is used by every other test, the second does nothing
     assert set(INTRINSICS) == set(PLAIN) | set(WRITERS) | apart
     for intrinsic in INTRINSICS.values():
-        assert "every" in intrinsic.bodies or set(ORDER) - set(intrinsic.bodies) <= {"avxvnni"}, intrinsic.reference.__name__
+        own = {"portable", "avx2", "avx512"}            # the others of x86 and Arm may do with what they inherit
+        assert "every" in intrinsic.bodies or own <= set(intrinsic.bodies), intrinsic.reference.__name__
 
 
 def rows16(tile, n_blocks, x, step, out):
@@ -194,8 +195,10 @@ def rows16(tile, n_blocks, x, step, out):
     total = simd.splat_f32(np.float32(0))
     for b in range(n_blocks):
         dots = simd.splat_i32(np.int32(0))
-        for g in range(8):
-            dots = simd.dot4(dots, simd.load_u8(at(tile, b * 544 + 32 + 64 * g)), at(x, b * 32 + 4 * g))
+        for g in (0, 256):
+            w0, w1, w2, w3 = (simd.load_u8(at(tile, b * 544 + 32 + g)), simd.load_u8(at(tile, b * 544 + 96 + g)),
+                              simd.load_u8(at(tile, b * 544 + 160 + g)), simd.load_u8(at(tile, b * 544 + 224 + g)))
+            dots = simd.dot16(dots, w0, w1, w2, w3, at(x, b * 32 + g // 16))
         scale = simd.mul_f32(simd.load_f16(at(tile, b * 544)), simd.splat_f32(step[b]))
         total = simd.fma(scale, simd.to_f32(dots), total)
     simd.store_f32(out, total)
@@ -267,10 +270,28 @@ def test_fused_multiply_add_in_numpy_and_compiled_where_rounding_twice_would_sho
 
 def test_choice_of_instruction_set():
     full = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"), True)
-    assert isa.best_isa(full) == "avx512" and isa.best_isa(full | {"avx512vnni": False}) == "avx2" and isa.best_isa({}) == "portable"
-    assert isa.best_isa(full | {"avx512vl": False, "avxvnni": True}) == "avxvnni"
-    assert isa.chosen_isa(None, "avx2") == isa.chosen_isa("", "avx2") == "avx2" and isa.chosen_isa("portable", "avx512") == "portable"
-    with pytest.raises(ValueError, match="expected one of avx512, avxvnni, avx2, portable"):
-        isa.chosen_isa("sse", "avx512")
-    with pytest.raises(ValueError, match="this machine has avx2 at most"):
-        isa.chosen_isa("avx512", "avx2")
+    for features, best in ((full, "avx512"), (full | {"avx512vnni": False}, "avx2"), ({}, "portable"),
+                           (full | {"avx512vl": False, "avxvnni": True}, "avxvnni"), ({"dotprod": True, "i8mm": True}, "portable")):
+        assert isa.best_isa(features, isa.X86) == best
+    for features, best in (({}, "neon"), ({"dotprod": True, "i8mm": False}, "dotprod"), ({"dotprod": True, "i8mm": True}, "i8mm"),
+                           ({"i8mm": True}, "neon"), (full, "neon")):
+        assert isa.best_isa(features, isa.ARM) == best
+
+
+@pytest.mark.parametrize("sets,wanted,best,chosen", [
+    (isa.X86, None, "avx2", "avx2"), (isa.X86, "", "avx2", "avx2"), (isa.X86, "portable", "avx512", "portable"),
+    (isa.ARM, None, "i8mm", "i8mm"), (isa.ARM, "neon", "i8mm", "neon"), (isa.ARM, "portable", "neon", "portable")])
+def test_a_lower_instruction_set_can_be_forced(sets, wanted, best, chosen):
+    assert isa.chosen_isa(wanted, best, sets) == chosen
+
+
+@pytest.mark.parametrize("sets,wanted,best,said", [
+    (isa.X86, "sse", "avx512", "expected one of avx512, avxvnni, avx2, portable"),
+    (isa.X86, "avx512", "avx2", "this machine has avx2 at most"),
+    (isa.X86, "i8mm", "avx512", "for other processors; this one may have avx512, avxvnni, avx2, portable"),
+    (isa.ARM, "sve", "i8mm", "expected one of i8mm, dotprod, neon, portable"),
+    (isa.ARM, "i8mm", "dotprod", "this machine has dotprod at most"),
+    (isa.ARM, "avx2", "neon", "for other processors; this one may have i8mm, dotprod, neon, portable")])
+def test_an_instruction_set_that_the_machine_lacks_is_refused(sets, wanted, best, said):
+    with pytest.raises(ValueError, match=f"^REFIMPL_ISA={wanted}: {said}$"):
+        isa.chosen_isa(wanted, best, sets)

@@ -1,5 +1,6 @@
 """Threads: what the system lets us have (made-up systems), what Numba is set to, and whose messages are suppressed meanwhile."""
 
+import ctypes
 import math
 import os
 import subprocess
@@ -46,6 +47,39 @@ def test_without_a_topology_the_machines_cores_are_the_limit(tmp_path, monkeypat
     assert physical_cores({0, 1, 2, 3, 4, 5}, tmp_path) == 3 and physical_cores({1, 2}, tmp_path) == 2
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
     assert physical_cores({1, 2}, tmp_path) == 2
+
+
+def test_a_mac_has_as_many_threads_as_performance_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(host, "usable_cpus", lambda: set(range(8)))
+    asked = []
+    for performance, wanted in ((4, 4), (0, 8), (None, 8), (16, 8)):
+        monkeypatch.setattr(host, "sysctl", lambda name, n=performance: asked.append(name) or n)
+        assert default_threads(tmp_path) == wanted
+    assert set(asked) == {"hw.perflevel0.physicalcpu"}
+
+
+class FakeLibrary:
+    """The C library of a Mac that knows two names."""
+
+    numbers = {b"hw.perflevel0.physicalcpu": ctypes.c_int32(4), b"hw.memsize": ctypes.c_int64(2**34)}
+
+    def __init__(self, name):
+        assert name is None
+
+    @classmethod
+    def sysctlbyname(cls, name, value, size, new, new_size):
+        if name not in cls.numbers:
+            return -1
+        ctypes.memmove(value, ctypes.byref(cls.numbers[name]), ctypes.sizeof(cls.numbers[name]))
+        return 0
+
+
+def test_numbers_of_macos_have_4_bytes_or_8(monkeypatch):
+    assert host.sysctl("hw.memsize") is None or sys.platform == "darwin"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", FakeLibrary)
+    assert [host.sysctl(name) for name in ("hw.perflevel0.physicalcpu", "hw.memsize", "hw.nonsense")] == [4, 2**34, None]
 
 
 def test_the_tightest_quota_of_nested_groups_counts(tmp_path):

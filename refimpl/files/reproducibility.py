@@ -4,11 +4,11 @@ Each instruction set needs a process of its own, because it is chosen at import;
 lines of JSON: `{"compiling": isa}` before kernels are compiled, `{"run": {...}}` for every run, `{"error": "one line"}`, `{"end": true}`.
 
 What is hashed: SHA-256 of the logits at all N_TOKENS positions, float32, little-endian. What equal hashes show: for the weight types and
-layers of this file, over these tokens, this machine's kernels (its processor, compiler, thread library, NumPy and mathematical library)
-compute the same numbers however the work is split; and, where the hash is the one in KNOWN, the numbers of the machine that recorded it
-(x86-64 with AVX-512, under all four instruction sets). What they do not show: that the numbers are right (the tests compare with
-transformers); other weight types, lengths, or drafters; and nothing about the reference, whose sums NumPy orders as it likes, so that
-its bits differ between machines.
+layers of this file, over these tokens, this machine's kernels (its processor, compiler and thread library) compute the same numbers however
+the work is split; and, where the hash is the one in KNOWN, the numbers of the machine that recorded it (x86-64 with AVX-512, under all four
+instruction sets; those of Arm have it under an emulator). What they do not show: that the numbers are right (the tests compare with
+transformers); other weight types, lengths, or drafters; and nothing about the reference: its last bits depend on the order of sums in NumPy
+and in its linear algebra library, and on NumPy's exp and log, so they differ between machines.
 """
 
 import hashlib

@@ -5,6 +5,8 @@ float32 in, float32 out. Every constant becomes float32 before it meets an array
 
 import numpy as np
 
+from refimpl.reference.angles import cos_sin, power
+
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. transformers: Gemma4RMSNorm (the weight is not 1 + w)."""
@@ -60,16 +62,16 @@ def rope_frequencies(head_dim: int, base: float, divisor_R: np.ndarray) -> np.nd
     ("proportional"): the file says so by a divisor of 1e30 for the others, which makes their angle 0.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return (1.0 / np.float64(base) ** exponent.astype(np.float64) / divisor_R).astype(np.float32)
+    return (1.0 / power(base, exponent) / divisor_R).astype(np.float32)
 
 
 def rope_angles(pos_T: np.ndarray, frequency_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(cos, sin) of every position and pair, float32 (T, R) each.
 
-    The angle is a float32, as in transformers; its cosine is taken in float64, where machines differ too little to show in float32.
+    The angle is a float32, as in transformers; cosine and sine are computed in float64.
     """
-    angle_TR = np.einsum("T,R->TR", pos_T.astype(np.float32), frequency_R).astype(np.float64)
-    return np.cos(angle_TR).astype(np.float32), np.sin(angle_TR).astype(np.float32)
+    cos_TR, sin_TR = cos_sin(np.einsum("T,R->TR", pos_T.astype(np.float32), frequency_R).astype(np.float64))
+    return cos_TR.astype(np.float32), sin_TR.astype(np.float32)
 
 
 def rotate(x_TNH: np.ndarray, cos_TR: np.ndarray, sin_TR: np.ndarray) -> np.ndarray:

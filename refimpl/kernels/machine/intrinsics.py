@@ -5,8 +5,8 @@ the array it points into). In a compiled kernel an intrinsic becomes a few instr
 vectors stay in registers. All bodies give the same bits: integers are exact, every float intrinsic is correctly rounded IEEE arithmetic
 lane by lane, and a multiply-add is fused only where `fma` is written.
 
-There are three vector types: `U8x64` holds 64 bytes, as 16 lanes of 4; `I32x16` and `F32x16` hold 16 lanes. Kernels for AVX2 use these with
-8 lanes too (`U8x32`, `I32x8`, `F32x8`); intrinsics marked `narrow` take and return either.
+There are three vector types: `U8x64` holds 64 bytes, as 16 lanes of 4; `I32x16` and `F32x16` hold 16 lanes. Kernels for AVX2
+and Arm use these with 8 lanes too (`U8x32`, `I32x8`, `F32x8`); intrinsics marked `narrow` take and return either.
 """
 
 from functools import partial
@@ -17,6 +17,7 @@ from numba.core import types
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
+from refimpl.kernels.machine import arm
 from refimpl.kernels.machine.isa import (
     BYTE,
     FLOAT,
@@ -32,6 +33,7 @@ from refimpl.kernels.machine.isa import (
     Pointer,
     U8x64,
     as_lanes,
+    by_128_bits,
     by_halves,
     by_registers,
     call,
@@ -101,7 +103,7 @@ def _half_portable(builder, pointer):
     return half_from_bits(builder, builder.zext(load(builder, pointer, ir.VectorType(SHORT, LANES)), I32x16.llvm))
 
 
-@intrinsic(F32x16, Address, avx512=_half_hardware, avx2=_half_hardware, portable=_half_portable)
+@intrinsic(F32x16, Address, avx512=_half_hardware, avx2=_half_hardware, neon=_half_hardware, portable=_half_portable)
 def load_f16(pointer):
     """16 float16, as float32. Exact."""
     return pointer.span(32).copy().view(np.float16).astype(np.float32)
@@ -323,6 +325,10 @@ def _look_up_avx2(builder, v, first, last):
     return by_registers(builder, lambda half: call(builder, "llvm.x86.avx2.pshuf.b", table.type, table, half), v)
 
 
+def _look_up_neon(builder, v, first, last):
+    return arm.look_up(builder, v, _table(builder, first, last, 16))
+
+
 def _look_up_portable(builder, v, first, last):
     """A tree of choices, bit by bit of the index: 8 pairs by the lowest, 4 by the next, ..."""
     entries = [splat(builder, builder.trunc(builder.lshr(half, half.type(8 * k)), BYTE), 64) for half in (first, last) for k in range(8)]
@@ -332,7 +338,8 @@ def _look_up_portable(builder, v, first, last):
     return entries[0]
 
 
-@intrinsic(U8x64, U8x64, types.intp, types.intp, narrow=True, avx512=_look_up_avx512, avx2=_look_up_avx2, portable=_look_up_portable)
+@intrinsic(U8x64, U8x64, types.intp, types.intp, narrow=True, avx512=_look_up_avx512, avx2=_look_up_avx2, neon=_look_up_neon,
+           portable=_look_up_portable)
 def look_up(v, first, last):
     """Entry v[i] (0 to 15) of a table of 16 bytes, byte by byte. `first` holds entries 0 to 7, from its low bits up, `last` the others."""
     return np.array([first, last], np.int64).view(np.uint8)[v]
@@ -355,10 +362,15 @@ def plus_128(v):
     return v ^ np.uint8(128)
 
 
-# ---- integer products: 4 weights of each row with the same 4 activations
+# ---- integer products: 4 weights of each row with the same 4 activations, or 16 with 16
 
 def _four(builder, activations, lanes: int = LANES):
     return splat(builder, load(builder, activations, INT), lanes)
+
+
+def _i16(builder, v):
+    """The same bits as int16."""
+    return builder.bitcast(v, ir.VectorType(SHORT, 2 * as_lanes(builder, v).type.count))
 
 
 def _dot4_avx512(builder, total, weights, activations):
@@ -376,19 +388,19 @@ def _dot4_avxvnni(builder, total, weights, activations):
 
 def _pairs_portable(builder, total, a, b):
     """Adds the products of 16-bit neighbours, in the form that LLVM knows as multiply-and-add-pairs on SSE2 and Arm."""
-    shorts = ir.VectorType(SHORT, 2 * LANES)
-    nothing = ir.Constant(shorts, ir.Undefined)
+    n = total.type.count
+    nothing = ir.Constant(ir.VectorType(SHORT, 2 * n), ir.Undefined)
     for k in (0, 1):
-        index = ir.Constant(I32x16.llvm, list(range(k, 2 * LANES, 2)))
-        low_or_high = (builder.shuffle_vector(builder.bitcast(v, shorts), nothing, index) for v in (a, b))
-        total = builder.add(total, builder.mul(*(builder.sext(v, I32x16.llvm) for v in low_or_high)))
+        index = ir.Constant(total.type, list(range(k, 2 * n, 2)))
+        low_or_high = (builder.shuffle_vector(_i16(builder, v), nothing, index) for v in (a, b))
+        total = builder.add(total, builder.mul(*(builder.sext(v, total.type) for v in low_or_high)))
     return total
 
 
 def _dot4_portable(builder, total, weights, activations):
-    shorts, eight = ir.VectorType(SHORT, 2 * LANES), ir.Constant(ir.VectorType(SHORT, 2 * LANES), [8] * 32)
-    w, x = builder.bitcast(weights, shorts), builder.bitcast(_four(builder, activations), shorts)
-    low, low_x = builder.and_(w, ir.Constant(shorts, [255] * 32)), builder.ashr(builder.shl(x, eight), eight)      # bytes 0 and 2
+    w, x = _i16(builder, weights), _i16(builder, _four(builder, activations, total.type.count))
+    byte, eight = (ir.Constant(w.type, [value] * w.type.count) for value in (255, 8))
+    low, low_x = builder.and_(w, byte), builder.ashr(builder.shl(x, eight), eight)                                 # bytes 0 and 2
     total = _pairs_portable(builder, total, low, low_x)
     return _pairs_portable(builder, total, builder.lshr(w, eight), builder.ashr(x, eight))                         # 1 and 3
 
@@ -400,22 +412,48 @@ def _dot4_avx2(builder, total, weights, activations):
 
     def quarter(w):         # 16 weights: 4 lanes, as 8 sums of pairs
         return call(builder, "llvm.x86.avx2.pmadd.wd", ints, builder.zext(w, shorts), four)
-    pairs = by_halves(builder, lambda half: by_halves(builder, quarter, half), weights)
-    even, odd = (ir.Constant(I32x16.llvm, list(range(k, 2 * LANES, 2))) for k in (0, 1))
+    pairs = by_128_bits(builder, quarter, weights)
+    even, odd = (ir.Constant(total.type, list(range(k, 2 * total.type.count, 2))) for k in (0, 1))
     nothing = ir.Constant(pairs.type, ir.Undefined)
     return builder.add(total, builder.add(builder.shuffle_vector(pairs, nothing, even), builder.shuffle_vector(pairs, nothing, odd)))
 
 
-@intrinsic(I32x16, I32x16, U8x64, Address, avx512=_dot4_avx512, avxvnni=_dot4_avxvnni, avx2=_dot4_avx2, portable=_dot4_portable)
-def dot4(total, weights, activations):
-    """total[r] + sum over j < 4 of weights[4 r + j] * activations[j]: unsigned weights, int8 activations. Slow on AVX2."""
-    x = activations.span(4).view(np.int8).astype(np.int32)
-    return total + (weights.reshape(-1, 4).astype(np.int32) * x).sum(axis=1, dtype=np.int32)
+def _dot16_of(dot4):
+    def emit(builder, total, *weights_and_activations):
+        *weights, activations = weights_and_activations
+        for k, w in enumerate(weights):
+            total = dot4(builder, total, w, builder.gep(activations, [INT(4 * k)]))
+        return total
+    return emit
 
 
-def _i16(builder, v):
-    """The same bits as int16."""
-    return builder.bitcast(v, ir.VectorType(SHORT, 2 * as_lanes(builder, v).type.count))
+def _dot4_int8(builder, total, weights, activations):
+    w, x = _i16(builder, weights), _i16(builder, _four(builder, activations, total.type.count))
+    eight = ir.Constant(w.type, [8] * w.type.count)
+    total = _pairs_portable(builder, total, *(builder.ashr(builder.shl(v, eight), eight) for v in (w, x)))
+    return _pairs_portable(builder, total, *(builder.ashr(v, eight) for v in (w, x)))
+
+
+def _add_products(total, weights, activations):
+    """Weights (64 for every 4 activations) as numbers."""
+    x = activations.span(4 * len(weights)).view(np.int8).astype(np.int32).reshape(-1, 1, 4)
+    products = np.stack(weights).reshape(len(weights), -1, 4).astype(np.int32) * x
+    return total + products.sum(axis=(0, 2), dtype=np.int32)
+
+
+@intrinsic(I32x16, I32x16, U8x64, U8x64, U8x64, U8x64, Address, narrow=True, avx512=_dot16_of(_dot4_avx512),
+           avxvnni=_dot16_of(_dot4_avxvnni), avx2=_dot16_of(_dot4_avx2), i8mm=arm.dot16("usdot"), portable=_dot16_of(_dot4_portable))
+def dot16(total, w0, w1, w2, w3, activations):
+    """total[r] + sum over j < 4 of w0[4 r + j] * activations[j], and so on with w1 and the next 4 activations, w2, w3: unsigned weights,
+    int8 activations. Slow on AVX2, NEON and `sdot`.
+    """
+    return _add_products(total, (w0, w1, w2, w3), activations)
+
+
+@intrinsic(I32x16, I32x16, U8x64, U8x64, U8x64, U8x64, Address, narrow=True, dotprod=arm.dot16("sdot"), every=_dot16_of(_dot4_int8))
+def dot16_int8(total, w0, w1, w2, w3, activations):
+    """The same for int8 weights."""
+    return _add_products(total, [w.view(np.int8) for w in (w0, w1, w2, w3)], activations)
 
 
 def _dot4_i16(is_signed: bool):
@@ -640,7 +678,8 @@ def _rounded_to_odd(builder, product, total, c):
     return builder.bitcast(builder.select(to_odd, stepped, raw), F64x16)
 
 
-@intrinsic(F32x16, F32x16, F32x16, F32x16, narrow=True, avx512=_fma_hardware, avx2=_fma_hardware, portable=_fma_portable)
+@intrinsic(F32x16, F32x16, F32x16, F32x16, narrow=True, avx512=_fma_hardware, avx2=_fma_hardware, neon=_fma_hardware,
+           portable=_fma_portable)
 def fma(a, b, c):
     """a * b + c, rounded once.
 
@@ -736,7 +775,7 @@ def _half_and_back_portable(builder, v):
     return half_from_bits(builder, builder.zext(_to_half_portable(builder, v), I32x16.llvm))
 
 
-@intrinsic(F32x16, F32x16, avx512=_half_and_back, avx2=_half_and_back, portable=_half_and_back_portable)
+@intrinsic(F32x16, F32x16, avx512=_half_and_back, avx2=_half_and_back, neon=_half_and_back, portable=_half_and_back_portable)
 def round_f16(v):
     """Rounded to float16, nearest even; still held as float32."""
     with np.errstate(over="ignore"):

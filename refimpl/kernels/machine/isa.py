@@ -3,6 +3,11 @@
     avx512     512-bit registers, `vpdpbusd` (AVX-512 VNNI)
     avxvnni    256-bit registers, `vpdpbusd` (AVX-VNNI, or AVX-512 VNNI at half the width)
     avx2       256-bit registers, `vpmaddubsw` and `vpmaddwd`
+
+    i8mm       128-bit registers, `usdot` (Armv8.6: Apple M2, Graviton3 and later)
+    dotprod    128-bit registers, `sdot` (Armv8.2: Apple M1, Graviton2, Raspberry Pi 5)
+    neon       128-bit registers, `fmla` and `tbl` (every AArch64 processor: Raspberry Pi 4)
+
     portable   plain vector IR; LLVM picks the instructions
 
 The best one of the machine is used; the environment variable `REFIMPL_ISA` forces a lower one. It is read at import.
@@ -11,6 +16,7 @@ The best one of the machine is used; the environment variable `REFIMPL_ISA` forc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import llvmlite.binding as llvm
 import numba
@@ -21,39 +27,81 @@ from numba.core.datamodel.models import PrimitiveModel
 from numba.core.typing import signature
 from numba.extending import lower_builtin, register_model, type_callable
 
+from refimpl.kernels.machine.cpu_features import arm_features
+
 LANES = 16
 BYTE, SHORT, INT, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
-ORDER = ("portable", "avx2", "avxvnni", "avx512")
-NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), "avxvnni": ("avx2", "fma", "f16c", "avxvnni"),
-         "avx2": ("avx2", "fma", "f16c"), "portable": ()}
-TARGETS = {             # what LLVM may use under a forced set; machines with AVX-512 need not have AVX-VNNI itself
-    "avxvnni": ("x86-64-v3", "+avx2,+fma,+f16c,+avx512vl,+avx512vnni"),
-    "avx2": ("x86-64-v3", "+avx2,+fma,+f16c"),
-    "portable": ("x86-64", ""),
+
+
+# ---- instruction sets
+
+class InstructionSet(NamedTuple):
+    """`needs`: features of the processor. `inherits`: the sets whose emitters it takes where it has none, in this order. `cpu` and
+    `features`: what LLVM may use in the code around the intrinsics where the set is forced. All in LLVM's names.
+    """
+
+    needs: tuple[str, ...]
+    inherits: tuple[str, ...]
+    cpu: str
+    features: str
+
+
+X86 = {                 # the lowest first
+    "portable": InstructionSet((), (), "x86-64", ""),
+    "avx2": InstructionSet(("avx2", "fma", "f16c"), (), "x86-64-v3", "+avx2,+fma,+f16c"),
+    # machines with AVX-512 need not have AVX-VNNI itself
+    "avxvnni": InstructionSet(("avx2", "fma", "f16c", "avxvnni"), ("avx2",), "x86-64-v3", "+avx2,+fma,+f16c,+avx512vl,+avx512vnni"),
+    "avx512": InstructionSet(("avx512f", "avx512bw", "avx512vl", "avx512vnni"), (), "x86-64-v4", "+avx512vnni"),
 }
+ARM = {
+    "portable": InstructionSet((), (), "generic", "+neon"),
+    "neon": InstructionSet((), (), "generic", "+neon"),
+    "dotprod": InstructionSet(("dotprod",), ("neon",), "generic", "+neon,+dotprod"),
+    "i8mm": InstructionSet(("dotprod", "i8mm"), ("dotprod", "neon"), "generic", "+neon,+dotprod,+i8mm"),
+}
+ARCHITECTURES = {"x86_64": X86, "aarch64": ARM, "arm64": ARM}         # as LLVM's triples begin; any other has portable code alone
+ARCHITECTURE = llvm.get_process_triple().partition("-")[0]
+SETS = ARCHITECTURES.get(ARCHITECTURE, {"portable": InstructionSet((), (), "generic", "")})
+ORDER = tuple(SETS)
 
 
-def best_isa(features) -> str:
+def best_isa(features: dict[str, bool], sets: dict[str, InstructionSet] = SETS) -> str:
     """The highest instruction set that the host's features (LLVM's names -> bool) allow."""
-    return next(isa for isa in reversed(ORDER) if all(features.get(need, False) for need in NEEDS[isa]))
+    return next(isa for isa in reversed(sets) if all(features.get(need, False) for need in sets[isa].needs))
 
 
-def chosen_isa(wanted: str | None, best: str) -> str:
+def chosen_isa(wanted: str | None, best: str, sets: dict[str, InstructionSet] = SETS) -> str:
     """`wanted` (REFIMPL_ISA), or the best. Raises ValueError for an unknown name, or one that this machine cannot run."""
     if not wanted:
         return best
-    if wanted not in ORDER:
-        raise ValueError(f"REFIMPL_ISA={wanted}: expected one of {', '.join(reversed(ORDER))}")
-    if ORDER.index(wanted) > ORDER.index(best):
+    order = tuple(sets)
+    if wanted in X86 | ARM and wanted not in order:
+        raise ValueError(f"REFIMPL_ISA={wanted}: for other processors; this one may have {', '.join(reversed(order))}")
+    if wanted not in order:
+        raise ValueError(f"REFIMPL_ISA={wanted}: expected one of {', '.join(reversed(order))}")
+    if order.index(wanted) > order.index(best):
         raise ValueError(f"REFIMPL_ISA={wanted}: this machine has {best} at most")
     return wanted
 
 
-BEST = best_isa(llvm.get_host_cpu_features())
+def emitter(bodies: dict[str, Callable], isa: str) -> Callable:
+    """The body of an intrinsic for an instruction set: its own, that of a set it inherits from, or that of all sets."""
+    return next(bodies[name] for name in (isa, *(X86 | ARM)[isa].inherits, "every", "portable") if name in bodies)
+
+
+def add_features(known: str, features: dict[str, bool]) -> str:
+    """LLVM's list of features, longer by those that a processor has or has not; of two that contradict each other the last one counts."""
+    return ",".join(filter(None, [known, *(f"{'+' if there else '-'}{name}" for name, there in features.items())]))
+
+
+OPTIONAL = arm_features() if SETS is ARM else {}
+BEST = best_isa(dict(llvm.get_host_cpu_features()) | OPTIONAL)
 ISA = chosen_isa(os.environ.get("REFIMPL_ISA"), BEST)
-if ISA != BEST and llvm.get_process_triple().startswith("x86_64"):
-    # the code around the intrinsics stays within the forced set too
-    numba.config.CPU_NAME, numba.config.CPU_FEATURES = TARGETS[ISA]
+if ISA != BEST:         # the code around the intrinsics stays within the forced set too
+    numba.config.CPU_NAME, numba.config.CPU_FEATURES = SETS[ISA].cpu, SETS[ISA].features
+elif OPTIONAL:          # LLVM has no instruction to select for an intrinsic whose feature it does not know of, and ends the process
+    known = numba.config.CPU_FEATURES
+    numba.config.CPU_FEATURES = add_features(llvm.get_host_cpu_features().flatten() if known is None else known, OPTIONAL)
 
 
 # ---- types
@@ -75,7 +123,8 @@ class _VectorModel(PrimitiveModel):
 U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
 U8x32, I32x8, F32x8 = Vector("U8x32", BYTE, 32), Vector("I32x8", INT, LANES // 2), Vector("F32x8", FLOAT, LANES // 2)
 NARROW = {U8x64: U8x32, I32x16: I32x8, F32x16: F32x8}
-TWO_WIDTHS = ISA == "avx2"         # sixteen registers of 256 bits: half a tile at a time leaves more of them for rows
+# sixteen registers of 256 bits, or 32 of 128: half a tile at a time leaves more of them for rows
+TWO_WIDTHS = ISA in ("avx2", "neon", "dotprod", "i8mm")
 Address = types.CPointer(types.uint8)
 F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside intrinsics only
 
@@ -111,12 +160,11 @@ INTRINSICS: dict[str, Intrinsic] = {}
 
 def intrinsic(result: types.Type, *parameters: types.Type, narrow: bool = False, **bodies: Callable):
     """Makes an intrinsic of a NumPy function, its reference. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each
-    instruction set, where `avxvnni` falls back to `avx2`. `narrow`: these (`every`, or where there are TWO_WIDTHS) take vectors of half the
-    lanes too.
+    instruction set (`emitter`). `narrow`: these (`every`, or where there are TWO_WIDTHS) take vectors of half the lanes too.
     """
 
     def define(reference: Callable) -> Callable:
-        emit = bodies.get(ISA) or bodies.get("avx2" if ISA == "avxvnni" else "every") or bodies["every"]
+        emit = emitter(bodies, ISA)
         wide, both = signature(result, *parameters), narrow and (TWO_WIDTHS or "every" in bodies)
         half = signature(NARROW.get(result, result), *(NARROW.get(kind, kind) for kind in parameters))
 
@@ -195,6 +243,13 @@ def by_registers(builder, emit: Callable, *vectors):
     if as_lanes(builder, vectors[0]).type.count == LANES // 2:
         return emit(*vectors)
     return by_halves(builder, emit, *vectors)
+
+
+def by_128_bits(builder, emit: Callable, *vectors):
+    """The same for vectors of 128 bits."""
+    if as_lanes(builder, vectors[0]).type.count == LANES // 4:
+        return emit(*vectors)
+    return by_halves(builder, lambda *halves: by_128_bits(builder, emit, *halves), *vectors)
 
 
 def by_halves(builder, emit: Callable, *vectors):

@@ -38,7 +38,7 @@ def _half_portable(builder, pointer):
     return half_from_bits(builder, builder.zext(load(builder, pointer, SHORTS), I32x8.llvm))
 
 
-@intrinsic(F32x8, Address, avx512=_half_hardware, avx2=_half_hardware, portable=_half_portable)
+@intrinsic(F32x8, Address, avx512=_half_hardware, avx2=_half_hardware, neon=_half_hardware, portable=_half_portable)
 def load_f16_narrow(pointer):
     """8 float16, as float32. Exact."""
     return pointer.span(16).copy().view(np.float16).astype(np.float32)

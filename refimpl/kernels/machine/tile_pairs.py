@@ -1,7 +1,7 @@
-"""The innermost loops for AVX2, which has no dot product of bytes: `vpmaddubsw` adds products of neighbours in 16 bits.
+"""The innermost loops for AVX2 and NEON, which have no dot product of bytes: products are added up in pairs, in 16 bits.
 
-As many of these as are sure to fit are added up there (`WeightFormat.run`). One `vpmaddwd` then takes them to 32 bits, multiplied by the
-integer scale of their sub-block where there is one. The integers, and so the bits, are those of tile_product.py.
+As many of these as are sure to fit are added up there (`WeightFormat.run`). `dot2` then takes them to 32
+bits, multiplied by the integer scale of their sub-block where there is one. The integers, and so the bits, are those of tile_product.py.
 """
 
 import numpy as np

@@ -57,7 +57,7 @@ F32 = FORMATS["exact"]["F32"]
 SPARE = 2                           # rows of results that `multiply_tile` may write beyond the last
 # Bytes. One row from memory on AVX2 (Zen 1, 2048 against 0): Q4_0 1.27 and Q4_K 1.56 times as fast on one thread, 1.15 and 1.37 on two;
 # 1024 and 4096 are alike. Without effect for Q6_K and IQ4_NL, whose arithmetic is the limit. Not measured on other sets.
-AHEAD = 2048 if TWO_WIDTHS else 0
+AHEAD = 2048 if ISA == "avx2" else 0
 EIGHT = ISA == "avx512"             # sums of eight rows stay in registers; other sets have half as many registers, of half the size
 
 
@@ -70,7 +70,7 @@ def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
         prefetch_range(block, fmt.n_bytes, ahead)
         dots = initial_dot(fmt, x, r, b)
         for g in range(0, 8, 4):
-            dots = add_dot(dots, codes(fmt, block, 0, g), codes(fmt, block, 0, g + 1), codes(fmt, block, 0, g + 2),
+            dots = add_dot(fmt, dots, codes(fmt, block, 0, g), codes(fmt, block, 0, g + 1), codes(fmt, block, 0, g + 2),
                            codes(fmt, block, 0, g + 3), q, 32 * b + 4 * g)
         total = add_block(fmt, x, r, b, block_scale(fmt, block), dots, total)
         if fmt.has_minimum:
@@ -86,7 +86,7 @@ def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
             prefetch_range(at(block, s * (fmt.n_bytes // fmt.n_sub)), fmt.n_bytes // fmt.n_sub, ahead)
             dots = initial_dot(fmt, x, r, fmt.n_sub * b + s)
             for g in range(0, fmt.per_sub // 4, 4):
-                dots = add_dot(dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
+                dots = add_dot(fmt, dots, codes(fmt, block, s, g), codes(fmt, block, s, g + 1), codes(fmt, block, s, g + 2),
                                codes(fmt, block, s, g + 3), q, 256 * b + fmt.per_sub * s + 4 * g)
             scaled = scale_add(scaled, sub_scale(fmt, block, s), dots)
         total = add_superblock(fmt, x, r, b, block, scaled, total)

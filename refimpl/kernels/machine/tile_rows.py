@@ -8,7 +8,6 @@ from refimpl.kernels.machine.intrinsics import (
     add_i32,
     at,
     dot2,
-    dot4,
     fma,
     mul_f32,
     mul_i32,
@@ -19,7 +18,7 @@ from refimpl.kernels.machine.intrinsics import (
 )
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import inline, per_row
-from refimpl.kernels.machine.unpack import block_scale, load_half, splat_float, splat_int, sub_minimum_pair
+from refimpl.kernels.machine.unpack import block_scale, dot_of_codes, load_half, splat_float, splat_int, sub_minimum_pair
 
 ZERO_I, ZERO_F = np.int32(0), np.float32(0)
 
@@ -63,10 +62,9 @@ def initial_dot(fmt, x, r, s):
 
 
 @per_row
-def add_dot(total, w0, w1, w2, w3, q, c):
+def add_dot(fmt, total, w0, w1, w2, w3, q, c):
     """Adds the products of 16 codes with columns c, c + 1, ... of the row at q."""
-    total = dot4(dot4(total, w0, at(q, c)), w1, at(q, c + 4))
-    return dot4(dot4(total, w2, at(q, c + 8)), w3, at(q, c + 12))
+    return dot_of_codes(fmt, total, w0, w1, w2, w3, at(q, c))
 
 
 @per_row

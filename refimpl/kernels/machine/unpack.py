@@ -20,6 +20,8 @@ from refimpl.kernels.machine.intrinsics import (
     add_i32,
     at,
     bits,
+    dot16,
+    dot16_int8,
     field_i32,
     fifth_bits,
     load_bf16,
@@ -48,7 +50,8 @@ from refimpl.kernels.machine.narrow import (
     splat_i32_narrow,
 )
 
-PAIRS = ISA == "avx2"           # no dot product of bytes: products of neighbours are summed in 16 bits, as far as they fit
+PAIRS = ISA in ("avx2", "neon")         # no dot product of bytes: products of neighbours are summed in 16 bits, as far as they fit
+SIGNED = PAIRS or ISA in ("dotprod", "i8mm")        # larger codes than 127 are multiplied without their zero point, as int8
 ALL, LOWER, UPPER = "all", "lower", "upper"
 
 
@@ -91,8 +94,8 @@ class WeightFormat:
 
     @property
     def signed(self) -> bool:
-        """Is the zero point (128) subtracted from codes before they are multiplied? AVX2 has no product of larger unsigned bytes."""
-        return PAIRS and self.max_code > 128
+        """Is the zero point (128) subtracted from codes before they are multiplied?"""
+        return SIGNED and self.max_code > 128
 
     @property
     def run(self) -> int:
@@ -308,6 +311,27 @@ def _q6_k(fmt, block, s, g):
             "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4})
 def codes(fmt, block, s, g):
     """The weights of group g in sub-block s as unsigned integers, U8x64: `fmt.zero_point` is still to be subtracted."""
+
+
+# ---- products of codes
+
+def _dot16(fmt, total, w0, w1, w2, w3, activations):
+    return dot16(total, w0, w1, w2, w3, activations)
+
+
+def _dot16_int8(fmt, total, w0, w1, w2, w3, activations):
+    return dot16_int8(total, w0, w1, w2, w3, activations)
+
+
+def _dot16_signed(fmt, total, w0, w1, w2, w3, activations):
+    return dot16_int8(total, plus_128(w0), plus_128(w1), plus_128(w2), plus_128(w3), activations)        # modulo 256 it is minus 128
+
+
+@by_format(lambda fmt: _dot16_signed if fmt.signed else _dot16_int8 if ISA == "dotprod" else _dot16)
+def dot_of_codes(fmt, total, w0, w1, w2, w3, activations):
+    """Adds the products of 16 codes of each row with 16 activations; where `fmt.signed`, of what is left of them without their zero point.
+    `sdot` takes no unsigned codes; up to 127 it makes no difference.
+    """
 
 
 # ---- scales of blocks
