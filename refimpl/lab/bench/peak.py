@@ -16,8 +16,9 @@ from refimpl.kernels.machine.intrinsics import (
     address,
     at,
     dot2,
-    dot4,
     dot4_i16,
+    dot16,
+    dot16_int8,
     fma,
     load_f32,
     load_u8,
@@ -30,23 +31,30 @@ from refimpl.kernels.machine.isa import ISA, TWO_WIDTHS
 from refimpl.kernels.machine.jit import kernel, per_row
 from refimpl.kernels.machine.narrow import load_u8_narrow, splat_i32_narrow
 from refimpl.kernels.machine.threads import running
+from refimpl.kernels.machine.unpack import PAIRS
 
 EACH = tuple(range(12 if ISA == "avx512" else 5))       # sums side by side, so that none waits for the one before; all stay in registers
-TURNS = 1 << 18
-TURN_BYTES = 64         # activations that the loop goes through again and again, a dot product's 4 in each turn
+TURNS = 1 << 16
+TURN_BYTES = 64         # activations that the loop goes through again and again, 16 in each turn
 load_codes, splat_int, N_CODES = (load_u8_narrow, splat_i32_narrow, 32) if TWO_WIDTHS else (load_u8, splat_i32, 64)
 ONE, ZERO, PAIR = np.float32(1), np.int32(0), np.int32(0x10001)
 
 
 def _at_once(total, codes, activations):
-    return dot4(total, codes, activations)
+    return dot16(total, codes, codes, codes, codes, activations)
+
+
+def _at_once_int8(total, codes, activations):
+    return dot16_int8(total, codes, codes, codes, codes, activations)
 
 
 def _by_pairs(total, codes, activations):
-    return dot2(total, splat_int(PAIR), dot4_i16(splat_int(ZERO), codes, activations))
+    for k in range(4):
+        total = dot2(total, splat_int(PAIR), dot4_i16(splat_int(ZERO), codes, at(activations, 4 * k)))
+    return total
 
 
-_dot = per_row(_by_pairs if TWO_WIDTHS else _at_once)
+_dot = per_row(_by_pairs if PAIRS else _at_once_int8 if ISA == "dotprod" else _at_once)
 
 
 @per_row
@@ -71,11 +79,11 @@ def _add_product(a, b, total):
 
 @kernel(parallel=True)
 def dots(code_NC, x_X, turns, out_N16):
-    """`turns` dot products of each of EACH vectors of codes, by every thread. Writes sums of them, so that none can be left out."""
+    """`turns` times four dot products of each of EACH vectors of codes, by every thread. Writes sums, so that none can be left out."""
     for thread in prange(len(out_N16)):
         x, codes, total = address(x_X), _codes(address(code_NC), EACH), _integers(EACH)
         for turn in range(turns):
-            total = _dot(total, codes, at(x, 4 * turn % TURN_BYTES))
+            total = _dot(total, codes, at(x, 16 * turn % TURN_BYTES))
         whole = total[0]
         for i in range(1, len(EACH)):
             whole = add_i32(whole, total[i])
@@ -105,4 +113,4 @@ def peak(floats: bool, n_threads: int, turns: int = TURNS) -> float:
             products(np.ones(16, np.float32), turns, np.empty((n_threads, 16), np.float32))
         else:
             dots(codes, x, turns, np.empty((n_threads, 16), np.int32))
-        return n_threads * turns * len(EACH) * (16 if floats else N_CODES) / (time.perf_counter() - began)
+        return n_threads * turns * len(EACH) * (16 if floats else 4 * N_CODES) / (time.perf_counter() - began)
