@@ -55,8 +55,7 @@ def started(path, expected, **options):
         model = refimpl.load(path, threads=1, **options)
     before = made[0].mapped
     assert model.logits(IDS).tobytes() == expected
-    if isinstance(made[0], prepared.Writing) and not made[0].at_once:
-        made[0].wait()
+    model.wait_until_kept()
     return before, model.notes
 
 

@@ -38,10 +38,10 @@ class Model:
     """A Gemma 4 text model. `load` makes one."""
 
     def __init__(self, file: TensorSource, config: Config, weights: Weights, tokenizer: Tokenizer, backend: Backend,
-                 held_as_float32: Mapping[str, list[str]], cache_disk: int, notes: Sequence[str]):
+                 held_as_float32: Mapping[str, list[str]], cache_disk: int, preparing: InMemory):
         self.file, self.config, self.weights, self.tokenizer, self.backend = file, config, weights, tokenizer, backend
         self.held_as_float32 = held_as_float32      # type -> names of tensors that the kernels cannot read as stored
-        self.cache_disk, self.notes = cache_disk, tuple(notes)          # as given to `load`; what it has to say about copies of the weights
+        self.cache_disk, self._preparing = cache_disk, preparing        # the former as given to `load`
         self._unchanged = Unchanged(file.files())
 
     @property
@@ -58,6 +58,15 @@ class Model:
         mix = ", ".join(f"{name} {n / n_bytes.total():.0%}" for name, n in n_bytes.most_common(3))
         return (f"<Model {self.name}: {c.n_layer} layers ({n_full} full), width {c.n_embd}{moe}, vocabulary {c.n_vocab}; bytes {mix}; "
                 f"{b.name}, {b.arithmetic}, {b.threads} thread{'s' if b.threads > 1 else ''}>")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What `load` has to say about the weights on the disk and in memory, in lines."""
+        return tuple(self._preparing.notes)
+
+    def wait_until_kept(self):
+        """Returns when nothing is being written any more: for measurements."""
+        self._preparing.wait()
 
     def new_cache(self, n_ctx: int | None = None) -> Cache:
         """An empty cache for `n_ctx` positions, the model's whole context when None."""
@@ -168,12 +177,13 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
         preparing = InMemory(functions.prepare)
     with functions.running(), progress("MB loaded", file.n_bytes, 10**6) as advance:
         prepared = prepare_weights(stored, with_progress(preparing.prepare, file, advance))
-    notes = preparing.notes + ([lock_in_memory(parts_of(prepared))] if lock else [])
+    if lock:
+        preparing.notes.append(lock_in_memory(parts_of(prepared)))
     preparing.finish()
     tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     if tokenizer.n_vocab != config.n_vocab:
         raise GGUFError(file.path, None, f"the vocabulary has {tokenizer.n_vocab} tokens, the embedding {config.n_vocab} rows")
-    return Model(file, config, prepared, tokenizer, functions, held_as_float32, cache_disk, notes)
+    return Model(file, config, prepared, tokenizer, functions, held_as_float32, cache_disk, preparing)
 
 
 def with_progress(prepare: Callable[[StoredMatrix], Prepared], file: TensorSource, advance: Advance) -> Callable[[StoredMatrix], Prepared]:

@@ -55,6 +55,9 @@ class InMemory:
     def finish(self):
         """After the last matrix."""
 
+    def wait(self):
+        """Returns when no copy is being written any more."""
+
 
 class Mapped(InMemory):
     """Maps the matrices of which there are copies, rearranges the others into memory."""
@@ -116,7 +119,8 @@ class Writing(Mapped):
 
     def wait(self):
         """Returns when everything is written."""
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _write(self):
         with contextlib.suppress(OSError, AttributeError):              # Windows has no such call

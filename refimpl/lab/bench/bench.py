@@ -92,6 +92,7 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
         _find(opponent)
     n_threads = prepare(threads) if backend == "kernels" else threads or 1
     model = load(path, backend=backend, arithmetic=arithmetic, threads=n_threads, progress=progress)
+    model.wait_until_kept()
     prompt, context, new = random_ids(model, plan)
     engines: dict[str, Engine] = {"refimpl": ModelEngine(model, plan.n_ctx)}
     facts, tests, buffer_bytes = {}, [], min(BUFFER_BYTES, available() // 4)

@@ -83,6 +83,7 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
         raise ValueError(f"acceptance {', '.join(map(str, chances))}: expected chances of 0 to 1, each at most the one before it "
                          "(that all draft tokens up to here are accepted)")
     model = load(path, backend=backend, arithmetic=arithmetic, threads=threads, progress=progress)
+    model.wait_until_kept()
     drafter = load_drafter(drafter_path, model, head=head, progress=progress)
     plan = Plan(0, plan.n_new, max(plan.depth, CONTEXT), plan.repetitions, plan.seed)
     _, context, ids = random_ids(model, plan)
