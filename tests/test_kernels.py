@@ -235,7 +235,7 @@ def test_compiled_and_as_plain_python():
 def test_every_kernel_has_its_twin():
     """The same files, and in them the same functions with the same parameters, every one of them in the table."""
     files = {folder: {path.stem for path in folder.glob("*.py")} for folder in (HERE, HERE.parent / "reference")}
-    assert set(files[HERE]) == set(files[HERE.parent / "reference"]) == {"__init__", *PAIRS}
+    assert files[HERE] == files[HERE.parent / "reference"] - {"angles"} == {"__init__", *PAIRS}          # `ops.rope_angles` needs these
     for name in PAIRS:
         kernels, reference = (functions(module) for module in twins(name))
         without = {function for function in reference if f"{name}.{function}" in NO_TWIN}
