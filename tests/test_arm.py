@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from refimpl.kernels.cores.cpu_features import AT_HWCAP, AT_HWCAP2, arm_features
 from refimpl.kernels.machine import intrinsics, narrow  # noqa: F401  (they define the intrinsics)
-from refimpl.kernels.machine.cpu_features import AT_HWCAP, AT_HWCAP2, arm_features
 from refimpl.kernels.machine.isa import ARM, INTRINSICS, add_features
 
 # instructions that an intrinsic must consist of, by the lowest set that has them; those above inherit

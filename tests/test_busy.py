@@ -6,8 +6,8 @@ import numba
 import pytest
 
 import refimpl
-from refimpl.kernels.machine import busy
-from refimpl.kernels.machine.busy import EVERY, FEW, FIRST_PAUSE, LAST_PAUSE, Watch, waited
+from refimpl.kernels.cores import busy
+from refimpl.kernels.cores.busy import EVERY, FEW, FIRST_PAUSE, LAST_PAUSE, Watch, waited
 
 MACHINE = {     # name -> (threads, the share of the time that all threads together wait, by how many compute)
     "quiet": (4, lambda n: 0.02), "one core taken": (4, lambda n: 0.5 * (n > 3)), "two taken": (4, lambda n: 0.5 * max(n - 2, 0)),

@@ -6,7 +6,7 @@ import pytest
 from kernel_cases import WIDTHS, angles, normal, ops_cases
 
 from refimpl.kernels import ops
-from refimpl.kernels.machine import threads
+from refimpl.kernels.cores import threads
 from refimpl.kernels.machine.intrinsics import address, at, load_f32, store_f32
 from refimpl.kernels.machine.vecmath import exp16, gelu16, tanh16
 from refimpl.reference import ops as reference

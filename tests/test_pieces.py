@@ -4,9 +4,9 @@ import numba
 import numpy as np
 import pytest
 
+from refimpl.kernels.cores.threads import running
 from refimpl.kernels.machine.intrinsics import address, take
 from refimpl.kernels.machine.pieces import next_piece, share_end, shares
-from refimpl.kernels.machine.threads import running
 
 N_TAKE = 20_000
 

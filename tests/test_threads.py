@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_info
 
 from refimpl import host
 from refimpl.host import control_groups, cpu_quota, default_threads, physical_cores
-from refimpl.kernels.machine import threads
-from refimpl.kernels.machine.threads import prepare, running
+from refimpl.kernels.cores import threads
+from refimpl.kernels.cores.threads import prepare, running
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,7 +119,7 @@ def test_default_is_cores_within_the_quota_and_at_least_one(tmp_path, monkeypatc
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
 def test_affinity_of_this_process_counts():
     cpu = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, {{{cpu}}}); from refimpl.kernels.machine.threads import default_threads as d; print(d())"
+    code = f"import os; os.sched_setaffinity(0, {{{cpu}}}); from refimpl.kernels.cores.threads import default_threads as d; print(d())"
     assert python(code) == "1"
 
 
@@ -133,7 +133,7 @@ def test_a_senseless_number_of_threads_is_refused(wrong):
 
 def test_default_asks_for_no_more_than_numba_was_told_to_have():
     assert prepare(1) == 1 and 1 <= prepare() <= default_threads()
-    code = "from refimpl.kernels.machine import threads as t; t.default_threads = lambda: 4; print(t.prepare())"
+    code = "from refimpl.kernels.cores import threads as t; t.default_threads = lambda: 4; print(t.prepare())"
     assert python(code, NUMBA_NUM_THREADS="1") == "1" and python(code, NUMBA_NUM_THREADS="9") == "4"
 
 
@@ -141,7 +141,7 @@ def test_default_asks_for_no_more_than_numba_was_told_to_have():
 def test_more_threads_than_cpus_can_be_had_before_the_first_start_and_not_after(layer):
     code = """
 import numba, numpy as np
-from refimpl.kernels.machine.threads import prepare, running
+from refimpl.kernels.cores.threads import prepare, running
 n = numba.config.NUMBA_NUM_THREADS + 3
 assert prepare(n) == n
 
@@ -222,7 +222,7 @@ def test_entering_and_leaving_searches_for_no_libraries(monkeypatch):
 def test_the_slow_threading_layer_is_named_and_computes_for_one_at_a_time():
     code = """
 import threading, numpy as np
-from refimpl.kernels.machine.threads import prepare, running, slow_layer_warning
+from refimpl.kernels.cores.threads import prepare, running, slow_layer_warning
 from refimpl.lab.bench.bandwidth import sum_parts
 prepare(2)
 data, sums = np.ones(1 << 16, np.float32), []
@@ -244,7 +244,7 @@ print(slow_layer_warning())
 
 
 def test_the_threading_layer_is_known_in_a_process_that_has_computed_nothing():
-    assert python("from refimpl.kernels.machine.threads import layer; print(layer())") in ("omp", "tbb", "workqueue")
+    assert python("from refimpl.kernels.cores.threads import layer; print(layer())") in ("omp", "tbb", "workqueue")
 
 
 def test_a_good_threading_layer_gets_no_warning(monkeypatch):

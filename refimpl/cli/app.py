@@ -208,8 +208,8 @@ def load(path: Path | None, backend: str, arithmetic: str | None, threads: int |
 
         errors.print(f"note: {about_float32(m.held_as_float32, m.file.path)}")
     if m.backend.name == "kernels":
+        from refimpl.kernels.cores.threads import layer, slow_layer_warning
         from refimpl.kernels.machine.isa import ISA
-        from refimpl.kernels.machine.threads import layer, slow_layer_warning
 
         if warning := slow_layer_warning():
             errors.print(f"note: {warning}")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.kernels.machine.threads import prepare
+from refimpl.kernels.cores.threads import prepare
 from refimpl.loading.model import Model, load
 
 N_TOKENS = 80                       # past the window of the built-in model; divisible by all WIDTHS

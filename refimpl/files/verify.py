@@ -24,7 +24,7 @@ from refimpl.formats.hashing import file_hash
 from refimpl.formats.quants.blocks import BLOCKS, Block, fields_of
 from refimpl.formats.quants.codecs import dequantize
 from refimpl.formats.source import TensorSource, releasing
-from refimpl.kernels.machine.threads import prepare, running
+from refimpl.kernels.cores.threads import prepare, running
 from refimpl.loading.hub import listed_sha256
 from refimpl.loading.memory import products_of
 from refimpl.loading.model import BUILT_IN

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
+from refimpl.kernels.cores.threads import current
 from refimpl.kernels.machine.intrinsics import (
     add_f32,
     add_pairs,
@@ -38,7 +39,6 @@ from refimpl.kernels.machine.intrinsics import (
 )
 from refimpl.kernels.machine.isa import ISA, LANES, Pointer
 from refimpl.kernels.machine.jit import inline, kernel, out_of_line, per_row
-from refimpl.kernels.machine.threads import current
 from refimpl.kernels.machine.unpack import FORMATS, WeightFormat, load_floats
 from refimpl.kernels.machine.vecmath import exp16
 

@@ -8,12 +8,12 @@ import numpy as np
 from numba import prange
 
 from refimpl.kernels.activations import SERIAL, allocate_quantized, quantize_row, quantize_rows
+from refimpl.kernels.cores.threads import current
 from refimpl.kernels.machine.checks import float_rows
 from refimpl.kernels.machine.intrinsics import address, at, load_f32, store_f32_part
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import kernel
 from refimpl.kernels.machine.pieces import next_piece, share_end, shares
-from refimpl.kernels.machine.threads import current
 from refimpl.kernels.machine.tile_product import SPARE, multiply_tile
 from refimpl.kernels.machine.tile_rows import Activations
 from refimpl.kernels.machine.tiles import Tiles

@@ -9,12 +9,12 @@ import numpy as np
 from numba import prange
 
 from refimpl.kernels.activations import SERIAL, allocate_quantized, quantize_row, quantize_rows
+from refimpl.kernels.cores.threads import current
 from refimpl.kernels.machine.checks import expert_ids, float_rows
 from refimpl.kernels.machine.intrinsics import address, at, fma, load_f32, load_f32_part, mul_f32, splat_f32, store_f32_part, sub_f32
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import inline, kernel
 from refimpl.kernels.machine.pieces import next_piece, share_end, shares
-from refimpl.kernels.machine.threads import current
 from refimpl.kernels.machine.tile_product import SPARE, multiply_tile
 from refimpl.kernels.machine.tile_rows import Activations
 from refimpl.kernels.machine.tiles import Tiles

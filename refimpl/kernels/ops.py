@@ -8,6 +8,7 @@ arrays.
 import numpy as np
 from numba import prange
 
+from refimpl.kernels.cores.threads import threads_for
 from refimpl.kernels.machine.checks import mismatch
 from refimpl.kernels.machine.intrinsics import (
     add_f32,
@@ -27,7 +28,6 @@ from refimpl.kernels.machine.intrinsics import (
 )
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import inline, kernel
-from refimpl.kernels.machine.threads import threads_for
 from refimpl.kernels.machine.vecmath import gelu16, tanh16
 
 ZERO, ONE = np.float32(0), np.float32(1)

@@ -13,7 +13,7 @@ from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.source import TensorSource, Unchanged, releasing
 from refimpl.host import available
-from refimpl.kernels.machine.threads import prepare
+from refimpl.kernels.cores.threads import prepare
 from refimpl.loading.hub import local
 from refimpl.loading.memory import needed, parts_of, products_of, refuse_context_unless_it_fits, refuse_unless_it_fits
 from refimpl.loading.open import open_model

@@ -69,9 +69,9 @@ def reference_backend(arithmetic: str, prepare: Callable[[Matrix], Matrix]) -> B
 def kernel_backend(arithmetic: str, threads: int) -> Backend:
     """Numba on `threads` threads, fewer while other programs hold cores. Keys and values are float16 for "q8", float32 for "exact"."""
     from refimpl.kernels import attention, matmul, matmul_chosen, moe, ops
+    from refimpl.kernels.cores.busy import WATCH
+    from refimpl.kernels.cores.threads import running
     from refimpl.kernels.machine import tiles
-    from refimpl.kernels.machine.busy import WATCH
-    from refimpl.kernels.machine.threads import running
 
     keep_freed_memory()
     kv_type = {"exact": np.float32, "q8": np.float16}[arithmetic]

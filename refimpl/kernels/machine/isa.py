@@ -27,7 +27,7 @@ from numba.core.datamodel.models import PrimitiveModel
 from numba.core.typing import signature
 from numba.extending import lower_builtin, register_model, type_callable
 
-from refimpl.kernels.machine.cpu_features import arm_features
+from refimpl.kernels.cores.cpu_features import arm_features
 
 LANES = 16
 BYTE, SHORT, INT, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()

@@ -9,9 +9,9 @@ from numba import prange
 
 from refimpl.formats.gguf import GGUFFile
 from refimpl.formats.matrix import Matrix, stored_bytes
+from refimpl.kernels.cores.threads import running
 from refimpl.kernels.machine.intrinsics import add_f32, address, at, load_f32, splat_f32, store_f32, sum_f32
 from refimpl.kernels.machine.jit import inline, kernel
-from refimpl.kernels.machine.threads import running
 from refimpl.loading.memory import parts_of, tables_of
 from refimpl.model.cache import Cache
 from refimpl.model.config import Config

@@ -22,7 +22,7 @@ import psutil
 from refimpl.formats.gguf import GGUFFile
 from refimpl.formats.matrix import stored_bytes
 from refimpl.host import ROOT, available, cpu_quota, physical_cores, read, usable_cpus
-from refimpl.kernels.machine.threads import layer, prepare, running, slow_layer_warning
+from refimpl.kernels.cores.threads import layer, prepare, running, slow_layer_warning
 from refimpl.lab.bench.bandwidth import BUFFER_BYTES, Traffic, bytes_per_token, number_bytes, read_bandwidth
 from refimpl.lab.engines import LLAMACPP, TIMED, known
 from refimpl.lab.llamacpp.client import LlamaCpp

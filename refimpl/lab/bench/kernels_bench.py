@@ -12,8 +12,8 @@ import numpy as np
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import QUANTIZABLE, dequantize, quantize
+from refimpl.kernels.cores.threads import prepare, running
 from refimpl.kernels.machine.isa import LANES
-from refimpl.kernels.machine.threads import prepare, running
 from refimpl.kernels.machine.tiles import Tiles, tiled
 from refimpl.kernels.machine.unpack import LAYOUTS
 from refimpl.kernels.matmul import matmul_q8

@@ -10,6 +10,7 @@ import time
 import numpy as np
 from numba import prange
 
+from refimpl.kernels.cores.threads import running
 from refimpl.kernels.machine.intrinsics import (
     add_f32,
     add_i32,
@@ -30,7 +31,6 @@ from refimpl.kernels.machine.intrinsics import (
 from refimpl.kernels.machine.isa import ISA, TWO_WIDTHS
 from refimpl.kernels.machine.jit import kernel, per_row
 from refimpl.kernels.machine.narrow import load_u8_narrow, splat_i32_narrow
-from refimpl.kernels.machine.threads import running
 from refimpl.kernels.machine.unpack import PAIRS
 
 EACH = tuple(range(12 if ISA == "avx512" else 5))       # sums side by side, so that none waits for the one before; all stay in registers

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from refimpl.kernels.machine.threads import prepare
+from refimpl.kernels.cores.threads import prepare
 from refimpl.lab.engines import ARITHMETIC, EVALUATED, LLAMACPP, REFERENCE, known, parse
 from refimpl.lab.llamacpp.client import LlamaCpp
 from refimpl.loading.model import BUILT_IN, Model, load
