@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from refimpl.model.rotation import angles_at
 from refimpl.reference.angles import HALF_PI, cos_sin, power
 from refimpl.reference.ops import rope_angles, rope_frequencies
 
@@ -58,3 +59,12 @@ def test_powers():
         exponent = rng.uniform(0, 1, 50)
         want = np.float64(base) ** exponent
         assert np.all(np.abs(power(base, exponent) - want) <= np.spacing(want))
+
+
+def test_tables_of_64_positions_are_the_same_angles():
+    rng, frequency_R = np.random.default_rng(1), rope_frequencies(64, 1e4, np.ones(32, np.float32))
+    for n in (1, 2, 8, 9):
+        for first in (0, 60, 63, 64, 100_000):
+            for pos_T in (np.arange(first, first + n), rng.integers(0, 1 << 20, n)):
+                for got, want in zip(angles_at(pos_T, frequency_R), rope_angles(pos_T, frequency_R)):
+                    assert got.dtype == np.float32 and np.array_equal(got, want)

@@ -24,6 +24,7 @@ import numpy as np
 from refimpl.formats.gguf import GGUFError
 from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.source import TensorSource
+from refimpl.model import rotation
 from refimpl.model.backend import Backend, Prepared
 from refimpl.model.cache import Cache
 from refimpl.model.config import AttentionType
@@ -31,7 +32,6 @@ from refimpl.model.drafter_config import DrafterConfig
 from refimpl.model.gemma4 import Step, run_layer
 from refimpl.model.tap import Tap, no_tap
 from refimpl.model.weights import LayerWeights, Taker, layer_weights, rope_frequencies_of
-from refimpl.reference.ops import rope_angles
 
 CENTROIDS, ORDERING = "masked_embd_centroids.weight", "masked_embd_ordering"
 HEADS = ("dense", "centroid")
@@ -115,7 +115,7 @@ Angles = dict[AttentionType, tuple[np.ndarray, np.ndarray]]
 
 def angles_at(weights: DrafterWeights, pos: int) -> Angles:
     """Cosines and sines of the query's rotation at `pos`, the same for all steps of a round."""
-    return {attention: rope_angles(np.array([pos]), frequency_R) for attention, frequency_R in weights.rope_frequency_R.items()}
+    return {attention: rotation.angles_at(np.array([pos]), frequency_R) for attention, frequency_R in weights.rope_frequency_R.items()}
 
 
 def draft_step(config: DrafterConfig, weights: DrafterWeights, backend: Backend, embedding_C: np.ndarray, state_C: np.ndarray,

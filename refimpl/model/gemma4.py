@@ -22,6 +22,7 @@ import numpy as np
 from refimpl.model.backend import Backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import AttentionType, Config, LayerSpec
+from refimpl.model.rotation import angles_at
 from refimpl.model.tap import Tap, no_tap, of_layer
 from refimpl.model.weights import (
     AttentionWeights,
@@ -33,7 +34,6 @@ from refimpl.model.weights import (
     SharedKv,
     Weights,
 )
-from refimpl.reference.ops import rope_angles
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarra
     """
     cache.reserve(len(ids_T))
     pos_T = cache.length + np.arange(len(ids_T))
-    angles = {attention: rope_angles(pos_T, frequency_R) for attention, frequency_R in weights.rope_frequency_R.items()}
+    angles = {attention: angles_at(pos_T, frequency_R) for attention, frequency_R in weights.rope_frequency_R.items()}
     step = Step(pos_T, pos_T + 1, angles, cache, backend, config.norm_eps, tap)
     x_TD = tap("inp_scaled", embed(config, weights, ids_T))
     per_layer_TLP = None
