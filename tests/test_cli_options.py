@@ -24,8 +24,8 @@ def test_spellings_of_llama_cpp(spelling):
 
 def test_options_that_mean_nothing_here_are_named_once_and_change_nothing():
     wanted = run(*GREEDY, "-n", 3)
-    status, out, err = run(*GREEDY, "-n", 3, "-ngl", 99, "--n-gpu-layers=9", "-fa", "on", "-b", 512, "--mlock", "-ctk", "q8_0")
-    assert (status, out) == wanted[:2] and err.startswith("note: -ngl, -fa, -b, --mlock, -ctk have no effect here") and err.count("\n") == 1
+    status, out, err = run(*GREEDY, "-n", 3, "-ngl", 99, "--n-gpu-layers=9", "-fa", "on", "-b", 512, "--mmap", "-ctk", "q8_0")
+    assert (status, out) == wanted[:2] and err.startswith("note: -ngl, -fa, -b, --mmap, -ctk have no effect here") and err.count("\n") == 1
     assert run(*GREEDY, "-n", 3, "-fa")[2].startswith("note: -fa has no effect here")
 
 

@@ -63,10 +63,10 @@ def test_types_take_turns_with_the_base(clock):
 def test_a_clock_for_the_peak(monkeypatch):
     """Multiply-adds of all threads over the seconds of one pass, by a clock that ticks; the sums are those of so many products."""
     monkeypatch.setattr(peak_module.time, "perf_counter", iter(range(0, 100, 2)).__next__)
-    assert peak(False, 2, 8) == 2 * 8 * len(EACH) * N_CODES / 2 and peak(True, 1, 8) == 8 * len(EACH) * 16 / 2
+    assert peak(False, 2, 8) == 2 * 8 * len(EACH) * 4 * N_CODES / 2 and peak(True, 1, 8) == 8 * len(EACH) * 16 / 2
     codes, x, out = np.full((len(EACH), 64), 3, np.uint8), np.full(64, 2, np.uint8), np.zeros((2, 16), np.int32)
     peak_module.dots(codes, x, 10, out)
-    assert (out[:, :N_CODES // 4] == sum(EACH) + len(EACH) * 10 * 4 * 6).all()
+    assert (out[:, :N_CODES // 4] == sum(EACH) + len(EACH) * 10 * 4 * 4 * 6).all()
     floats = np.zeros((1, 16), np.float32)
     peak_module.products(np.full(16, 3, np.float32), 10, floats)
     assert (floats == sum(EACH) + len(EACH) * 30).all()

@@ -84,7 +84,7 @@ BUGS = {
         "Qcur_pos-0", "other rotation"),
     "rope_freqs ignored": Bug(ops.rope_frequencies, " / divisor_R)", " / np.ones_like(divisor_R))", MOE, "Qcur_pos-{full}",
         "other rotation"),
-    "positions counted from 1": Bug(gemma4.forward, "rope_angles(pos_T, frequency_R)", "rope_angles(pos_T + 1, frequency_R)", MOE,
+    "positions counted from 1": Bug(gemma4.forward, "angles_at(pos_T, frequency_R)", "angles_at(pos_T + 1, frequency_R)", MOE,
         "Qcur_pos-0", "other rotation"),
     "window one too long": Bug(cache.LayerCache.first_visible, "pos - self.window + 1", "pos - self.window", MOE, "kqv_out-0",
         "from a position"),
