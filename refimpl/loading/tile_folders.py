@@ -44,7 +44,7 @@ def remove(paths: Iterable[Path]):
     paths, known = [Path(path) for path in paths], _folders()
     for path in paths:
         if path not in known:
-            raise ValueError(f"{path} is not a folder of prepared weights")
+            raise ValueError(f"{path} is not a folder of rearranged weights")
     for path in paths:
         shutil.rmtree(path)
 
