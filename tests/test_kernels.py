@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -187,10 +188,13 @@ def test_no_code_is_larger_than_the_format_says(block):
     tile = np.random.default_rng(0).integers(0, 256, fmt.n_bytes, dtype=np.uint8)
     found = [codes(fmt, address(tile), s, g) for s in range(fmt.n_sub) for g in range(fmt.per_sub // 4)]
     assert max(q.max() for q in found) == fmt.max_code
-    total, x = np.zeros(16, np.int32), np.full(4, -127, np.int8)
-    for _ in range(fmt.run):
-        total = (simd.dot4_i16 if fmt.max_code <= 128 else simd.dot4_i16_signed)(total, np.full(64, fmt.max_code, np.uint8), address(x))
-    assert (total.view(np.int16) == fmt.run * 2 * -127 * (fmt.max_code - 128 * (fmt.max_code > 128))).all()
+    assert not fmt.zero_in_pairs or 4 * fmt.run == fmt.per_sub          # the start is that of a whole sub-block
+    for code, value in itertools.product((0, fmt.max_code), (-127, 127)):
+        start = -fmt.zero_point * value * fmt.per_sub // 2 if fmt.zero_in_pairs else 0
+        total, x = np.full(32, start, np.int16).view(np.int32), np.full(4, value, np.int8)
+        for _ in range(fmt.run):
+            total = (simd.dot4_i16 if fmt.max_code <= 128 else simd.dot4_i16_signed)(total, np.full(64, code, np.uint8), address(x))
+        assert (total.view(np.int16) == start + fmt.run * 2 * value * (code - 128 * (fmt.max_code > 128))).all()
 
 
 def test_every_exponent_in_8_bits():

@@ -17,12 +17,15 @@ from refimpl.kernels.machine.intrinsics import (
     max_f32,
     min_f32,
     mul_f32,
+    mul_i32,
     round_f16,
     round_to_i32,
     splat_f32,
+    splat_i32,
     store_f32_part,
     store_i8,
     sum_i32,
+    sum_pairs_i32,
 )
 from refimpl.kernels.machine.jit import by_format, inline
 
@@ -34,12 +37,26 @@ def allocate_quantized(fmt, n_tok, width):
     """Memory for `n_tok` quantized rows: q int8 (T, D), scales float32 (T, B), sums int32 (T, sub-blocks), Q8_1's products float32 (T, B).
 
     A sum is that of a sub-block's integers, times -zero_point if there is one: what is to be added to a dot product. Where `paired_sums`,
-    it is the plain sum, and those of two neighbours share one int32 as two int16, in the first half of a row.
+    it is the plain sum, and those of two neighbours share one int32 as two int16, in the first half of a row. Where `zero_in_pairs`, it is
+    two int16 as well: of the first two of every four integers, and of the others.
     """
     width = width if fmt.integer else 0
     n_blocks, n_sums = width // fmt.elements, width // fmt.per_sub
     return (np.empty((n_tok, width), np.int8), np.empty((n_tok, n_blocks), np.float32), np.empty((n_tok, n_sums), np.int32),
             np.empty((n_tok, n_blocks), np.float32))
+
+
+def _zero_points_in_pairs(fmt, q):
+    return sum_pairs_i32(mul_i32(q, splat_i32(np.int32(-fmt.zero_point))))
+
+
+def _zero_points(fmt, q):
+    return np.int32(-fmt.zero_point * sum_i32(q))
+
+
+@by_format(lambda fmt: _zero_points_in_pairs if fmt.zero_in_pairs else _zero_points)
+def zero_points(fmt, q):
+    """What the zero points of 16 codes contribute to a dot product with these 16 integers (lanes), as in `sum_TS`."""
 
 
 def _quantize_blocks(fmt, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
@@ -54,8 +71,9 @@ def _quantize_blocks(fmt, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
         store_i8(at(to, 32 * b), q_low)
         store_i8(at(to, 32 * b + 16), q_high)
         d_TB[t, b] = largest / np.float32(127)
-        total = sum_i32(add_i32(q_low, q_high))
-        sum_TS[t, b] = np.int32(-fmt.zero_point * total if fmt.zero_point else total)
+        both = add_i32(q_low, q_high)
+        total = sum_i32(both)
+        sum_TS[t, b] = zero_points(fmt, both) if fmt.zero_point else total
         m_TB[t, b] = d_TB[t, b] * np.float32(total)
     scales, products = at(address(d_TB), 4 * t * n_blocks), at(address(m_TB), 4 * t * n_blocks)
     for b in range(0, n_blocks, 16):
@@ -83,7 +101,7 @@ def _quantize_superblocks(fmt, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
             q = round_to_i32(min_f32(product, splat_f32(np.float32(127))))
             store_i8(at(to, 256 * b + 16 * j), q)
             s = fmt.n_sub * b + 16 * j // fmt.per_sub
-            sum_TS[t, s] += np.int32(-fmt.zero_point * sum_i32(q) if fmt.zero_point and not fmt.paired_sums else sum_i32(q))
+            sum_TS[t, s] += zero_points(fmt, q) if fmt.zero_point else sum_i32(q)
         d_TB[t, b] = np.float32(1) / inverse if inverse != np.float32(0) else np.float32(0)
         if fmt.paired_sums:
             for s in range(fmt.n_sub * b, fmt.n_sub * (b + 1), 2):

@@ -616,6 +616,21 @@ def sum_i32(v):
     return np.int32(_fold(v, np.add))
 
 
+def _sum_pairs(builder, v):
+    while v.type.count > 4:
+        half = v.type.count // 2
+        v = builder.add(part(builder, v, 0, half), part(builder, v, half, half))
+    first, last = (builder.add(*(builder.extract_element(v, INT(k + i)) for i in (0, 1))) for k in (0, 2))
+    return builder.or_(builder.and_(first, INT(0xFFFF)), builder.shl(last, INT(16)))
+
+
+@intrinsic(types.int32, I32x16, every=_sum_pairs)
+def sum_pairs_i32(v):
+    """Two int16, the low one first: the sum of the first two of every four lanes, and of the other two, modulo 2^16."""
+    sums = v.reshape(4, 2, 2).sum(axis=(0, 2), dtype=np.int64)
+    return sums.astype(np.int16).view(np.int32)[0]
+
+
 @intrinsic(F32x16, I32x16, narrow=True, every=lambda builder, v: builder.sitofp(v, resized(F32x16.llvm, v.type.count)))
 def to_f32(v):
     """int32 to float32, rounded to nearest even."""

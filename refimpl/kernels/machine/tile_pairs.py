@@ -1,38 +1,44 @@
 """The innermost loops for AVX2 and NEON, which have no dot product of bytes: products are added up in pairs, in 16 bits.
 
-As many of these as are sure to fit are added up there (`WeightFormat.run`). `dot2` then takes them to 32
+As many of these as are sure to fit are added up there (`WeightFormat.run`), and zero points subtracted. `dot2` then takes them to 32
 bits, multiplied by the integer scale of their sub-block where there is one. The integers, and so the bits, are those of tile_product.py.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from refimpl.kernels.machine.intrinsics import address, at, dot2, dot4_i16, dot4_i16_signed, int16_pair
+from refimpl.kernels.machine.intrinsics import add_i32, address, at, dot2, dot4_i16, dot4_i16_signed, int16_pair
 from refimpl.kernels.machine.jit import by_format, inline, per_row
 from refimpl.kernels.machine.tile_rows import (
     ZERO_F,
     ZERO_I,
     add_block,
     add_block_minimum,
-    add_sum_pair,
     add_superblock,
-    initial_dot,
     prefetch_range,
     row_address,
-    scale_add,
     store_totals,
     zeros,
 )
 from refimpl.kernels.machine.unpack import (
+    ALL,
+    WeightFormat,
     block_scale,
     codes,
     load_half,
     splat_float,
     splat_int,
     sub_scale,
-    sub_scale_pair,
 )
 
 ONE_PAIR = np.int32(0x10001)
+
+
+@per_row
+def initial_pairs(fmt, x, r, b, s):
+    """Where the sums of pairs begin, for row r and sub-block s of block b: at what the zero points contribute."""
+    return splat_int(fmt, x.sum_TS[r, fmt.n_sub * b + s] if fmt.zero_in_pairs else ZERO_I)
 
 
 @per_row
@@ -60,21 +66,21 @@ def add_factor_times(factor, pairs, total):
     return dot2(total, factor, pairs)
 
 
-# ---- sub-blocks
+# ---- a sub-block times several rows
 
-def _pairs(fmt, dots, factor, block, s, q, c):
+def _pairs(fmt, dots, factor, block, b, s, q, x, r):
     """`fmt.run` groups of codes are summed in 16 bits, then multiplied by the factor and added up in 32."""
     for first in range(0, fmt.per_sub // 4, fmt.run):
-        pairs = zeros(q, splat_int(fmt, ZERO_I))
+        pairs = initial_pairs(fmt, x, r, b, s)
         for g in range(first, first + fmt.run):
-            pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g), q, c + 4 * g)
+            pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g), q, fmt.elements * b + fmt.per_sub * s + 4 * g)
         dots = add_factor_times(factor, pairs, dots)
     return dots
 
 
-def _pairs_of_8(fmt, dots, factor, block, s, q, c):
+def _pairs_of_8(fmt, dots, factor, block, b, s, q, x, r):
     """The same for all eight groups, those whose nibbles share bytes one after the other."""
-    pairs = zeros(q, splat_int(fmt, ZERO_I))
+    pairs, c = initial_pairs(fmt, x, r, b, s), fmt.elements * b + fmt.per_sub * s
     for g in range(4):
         pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g), q, c + 4 * g)
         pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g + 4), q, c + 4 * g + 16)
@@ -82,43 +88,75 @@ def _pairs_of_8(fmt, dots, factor, block, s, q, c):
 
 
 @by_format(lambda fmt: _pairs_of_8 if fmt.run == 8 else _pairs)
-def sub_block(fmt, dots, factor, block, s, q, c):
-    """Adds the dot products of sub-block s with the columns from c on, times a factor (twice, in int16)."""
+def sub_block(fmt, dots, factor, block, b, s, q, x, r):
+    """Adds the dot products of sub-block s of block b, times a factor (twice, in int16)."""
+
+
+# ---- the sub-blocks of Q3_K and Q6_K times one row
+
+@per_row
+def add_group(fmt, total, block, b, s, g, q):
+    """Adds the products of group g of sub-block s in two int16 for each lane."""
+    return pair_sums(fmt, total, codes(fmt, block, s, g), at(q, fmt.elements * b + fmt.per_sub * s + 4 * g))
+
+
+@per_row
+def factor_of(fmt, block, s):
+    """The integer scale of sub-block s, twice, in int16."""
+    return int16_pair(sub_scale(fmt, block, s))
 
 
 @inline
-def subtract_zero_points(fmt, scaled, block, b, x, r):
-    """Subtracts what the zero point contributes, of all sub-blocks: their scales, times the sums of the activations there."""
-    total = zeros(r, splat_int(fmt, ZERO_I))
-    for pair in range(fmt.n_sub // 2):
-        total = add_sum_pair(fmt, total, sub_scale_pair(fmt, block, 2 * pair), x, r, fmt.n_sub // 2 * b + pair)
-    return scale_add(scaled, splat_int(fmt, np.int32(-fmt.zero_point)), total)
+def four_sub_blocks(fmt, scaled, block, b, q, x, r, s):
+    """Adds the sub-blocks that the tuple s names, times their scales."""
+    pairs = initial_pairs(fmt, x, r, b, s)
+    for g in range(fmt.per_sub // 4):
+        pairs = add_group(fmt, pairs, block, b, s, g, q)
+    scaled_S = add_factor_times(factor_of(fmt, block, s), pairs, zeros(s, splat_int(fmt, ZERO_I)))
+    return add_i32(add_i32(scaled, add_i32(scaled_S[0], scaled_S[1])), add_i32(scaled_S[2], scaled_S[3]))
 
 
 # ---- a tile, or half of it, times the rows in the tuple r
 
-def blocks_of_pairs(fmt, tile, n_blocks, x, r, ahead, out):
-    """Blocks of 32."""
+def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
     q, total = row_address(address(x.q_TD), 32 * n_blocks, r), zeros(r, splat_float(fmt, ZERO_F))
     for b in range(n_blocks):
         block = at(tile, b * fmt.n_bytes)
         prefetch_range(block, fmt.n_bytes, ahead)
-        dots = sub_block(fmt, initial_dot(fmt, x, r, b), splat_int(fmt, ONE_PAIR), block, 0, q, 32 * b)
+        dots = sub_block(fmt, zeros(r, splat_int(fmt, ZERO_I)), splat_int(fmt, ONE_PAIR), block, b, 0, q, x, r)
         total = add_block(fmt, x, r, b, block_scale(fmt, block), dots, total)
         if fmt.has_minimum:
             total = add_block_minimum(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), total)
     store_totals(out, total)
 
 
-def superblocks_of_pairs(fmt, tile, n_blocks, x, r, ahead, out):
-    """Superblocks of 256."""
+def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
     q, total = row_address(address(x.q_TD), 256 * n_blocks, r), zeros(r, splat_float(fmt, ZERO_F))
     for b in range(n_blocks):
         block, scaled = at(tile, b * fmt.n_bytes), zeros(r, splat_int(fmt, ZERO_I))
         for s in range(fmt.n_sub):
             prefetch_range(at(block, s * (fmt.n_bytes // fmt.n_sub)), fmt.n_bytes // fmt.n_sub, ahead)
-            scaled = sub_block(fmt, scaled, int16_pair(sub_scale(fmt, block, s)), block, s, q, 256 * b + fmt.per_sub * s)
-        if fmt.zero_point and fmt.paired_sums:
-            scaled = subtract_zero_points(fmt, scaled, block, b, x, r)
+            scaled = sub_block(fmt, scaled, int16_pair(sub_scale(fmt, block, s)), block, b, s, q, x, r)
         total = add_superblock(fmt, x, r, b, block, scaled, total)
     store_totals(out, total)
+
+
+def _one_row(fmt, tile, n_blocks, x, r, ahead, out):
+    """For types four of whose sub-blocks, two apart, share bytes: they are loaded once, and the shifts that unpack them are constants. With
+    one row unpacking is most of the work. (With all 16 sub-blocks written out it is half as fast from memory: all loads come first.)
+    """
+    q, total = at(address(x.q_TD), 256 * n_blocks * r[0]), zeros(r, splat_float(fmt, ZERO_F))
+    for b in range(n_blocks):
+        block, scaled = at(tile, b * fmt.n_bytes), splat_int(fmt, ZERO_I)
+        for turn in range(4):
+            prefetch_range(at(block, turn * (fmt.n_bytes // 4)), fmt.n_bytes // 4, ahead)
+            first = 8 * (turn >> 1) + (turn & 1)
+            scaled = four_sub_blocks(fmt, scaled, block, b, q, x, r[0], (first, first + 2, first + 4, first + 6))
+        total = add_superblock(fmt, x, r, b, block, (scaled,), total)
+    store_totals(out, total)
+
+
+def pairs_times(fmt: WeightFormat) -> Callable:
+    """The body of `tile_times_rows` for a format."""
+    one_row = fmt.lanes == ALL
+    return _blocks if fmt.family == "block" else _one_row if one_row and fmt.scattered else _superblocks

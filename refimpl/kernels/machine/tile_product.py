@@ -22,7 +22,7 @@ from refimpl.kernels.machine.intrinsics import (
 )
 from refimpl.kernels.machine.isa import ISA, LANES, TWO_WIDTHS
 from refimpl.kernels.machine.jit import by_format, inline
-from refimpl.kernels.machine.tile_pairs import blocks_of_pairs, superblocks_of_pairs
+from refimpl.kernels.machine.tile_pairs import pairs_times
 from refimpl.kernels.machine.tile_rows import (
     ZERO_F,
     ZERO_I,
@@ -102,10 +102,11 @@ def _floats(fmt, tile, n_blocks, x, r, ahead, out):
     store_totals(out, total)
 
 
-TIMES = {"block": blocks_of_pairs if PAIRS else _blocks, "superblock": superblocks_of_pairs if PAIRS else _superblocks, "float": _floats}
+def _times(fmt):
+    return pairs_times(fmt) if PAIRS and fmt.integer else {"block": _blocks, "superblock": _superblocks, "float": _floats}[fmt.family]
 
 
-@by_format(lambda fmt: TIMES[fmt.family])
+@by_format(_times)
 def tile_times_rows(fmt, tile, n_blocks, x, r, ahead, out):
     """A tile times the rows of x (Activations) that the tuple r names: 16 float32 for each to `out`."""
 
@@ -173,7 +174,7 @@ def _in_halves(fmt):
     return halves
 
 
-@by_format(lambda fmt: _in_halves(fmt) if TWO_WIDTHS and fmt.integer else TIMES[fmt.family])
+@by_format(lambda fmt: _in_halves(fmt) if TWO_WIDTHS and fmt.integer else _times(fmt))
 def tile_times_4(fmt, tile, n_blocks, x, r, ahead, out):
     """A tile times the four rows in r."""
 

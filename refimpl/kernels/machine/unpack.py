@@ -98,14 +98,22 @@ class WeightFormat:
         return SIGNED and self.max_code > 128
 
     @property
+    def zero_in_pairs(self) -> bool:
+        """Is the zero point subtracted from the sums of pairs of products, in 16 bits?"""
+        return PAIRS and self.zero_point > 0 and not self.signed
+
+    @property
     def run(self) -> int:
-        """How many products of pairs, each of at most 2 * max_code * 127, are added up in 16 bits (PAIRS)."""
-        return next((n for n in (8, 4, 2) if n * 254 * self.max_code < 2 ** 15 and 4 * n <= self.per_sub), 1)
+        """How many products of pairs are added up in 16 bits (PAIRS), each of at most 2 * 127 times a code's magnitude. Where
+        `zero_in_pairs`, the sums start with what the zero points of a whole sub-block contribute, so that all of it has to fit.
+        """
+        largest = max(self.zero_point, self.max_code - self.zero_point) if self.zero_in_pairs else self.max_code
+        return next((n for n in (8, 4, 2) if n * 254 * largest < 2 ** 15 and 4 * n <= self.per_sub), 1)
 
     @property
     def paired_sums(self) -> bool:
-        """Do the sums of two sub-blocks of activations share one int32, for products of pairs with integer minimums or scales?"""
-        return self.family == "superblock" and (self.has_minimum or PAIRS and self.zero_point > 0 and not self.signed)
+        """Do the sums of two sub-blocks of activations share one int32, for products of pairs with integer minimums?"""
+        return self.family == "superblock" and self.has_minimum
 
     @property
     def dequantized(self) -> bool:
@@ -182,7 +190,7 @@ def _constant(name: str):
 
 
 for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero_point", "max_code", "scale", "has_minimum", "minimum", "scattered",
-              "dequantized", "integer", "signed", "run", "paired_sums"):
+              "dequantized", "integer", "signed", "run", "zero_in_pairs", "paired_sums"):
     _constant(_name)
 
 
@@ -410,12 +418,6 @@ def sub_minimum(fmt, block, s):
 def sub_minimum_pair(fmt, block, s):
     """The minimums of sub-blocks s and s + 1, as two int16 in a lane."""
     return add_i32(sub_minimum(fmt, block, s), shift_left(sub_minimum(fmt, block, s + 1), 16))
-
-
-@inline
-def sub_scale_pair(fmt, block, s):
-    """The scales of sub-blocks s and s + 1, as two int16 in a lane."""
-    return add_i32(field_i32(sub_scale(fmt, block, s), 0, 0xFFFF), shift_left(sub_scale(fmt, block, s + 1), 16))
 
 
 # ---- floats
