@@ -16,6 +16,7 @@ from refimpl.kernels.machine.tile_rows import (
     add_block,
     add_block_minimum,
     add_superblock,
+    initial_dot,
     prefetch_range,
     row_address,
     store_totals,
@@ -123,7 +124,7 @@ def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
     for b in range(n_blocks):
         block = at(tile, b * fmt.n_bytes)
         prefetch_range(block, fmt.n_bytes, ahead)
-        dots = sub_block(fmt, zeros(r, splat_int(fmt, ZERO_I)), splat_int(fmt, ONE_PAIR), block, b, 0, q, x, r)
+        dots = sub_block(fmt, initial_dot(fmt, x, r, b), splat_int(fmt, ONE_PAIR), block, b, 0, q, x, r)
         total = add_block(fmt, x, r, b, block_scale(fmt, block), dots, total)
         if fmt.has_minimum:
             total = add_block_minimum(fmt, x, r, b, load_half(fmt, at(block, fmt.minimum)), total)

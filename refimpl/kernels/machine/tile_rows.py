@@ -58,7 +58,7 @@ def zeros(r, zero):
 @per_row
 def initial_dot(fmt, x, r, s):
     """Where row r's dot product over sub-block s (counted through the row) starts: at what the zero point has to contribute."""
-    return splat_int(fmt, x.sum_TS[r, s]) if fmt.zero_point and not fmt.signed else splat_int(fmt, ZERO_I)
+    return splat_int(fmt, x.sum_TS[r, s] if fmt.zero_point and not fmt.signed and not fmt.zero_in_pairs else ZERO_I)
 
 
 @per_row

@@ -99,8 +99,10 @@ class WeightFormat:
 
     @property
     def zero_in_pairs(self) -> bool:
-        """Is the zero point subtracted from the sums of pairs of products, in 16 bits?"""
-        return PAIRS and self.zero_point > 0 and not self.signed
+        """Is the zero point subtracted from sums of pairs of products, in 16 bits? Not where a whole block fits there without: its sum in
+        32 bits can as well start with the zero points.
+        """
+        return PAIRS and self.zero_point > 0 and not self.signed and (self.family == "superblock" or self.max_code > 15)
 
     @property
     def run(self) -> int:
