@@ -85,3 +85,13 @@ def test_linux_can_be_asked():
 def test_features_are_added_behind_those_that_llvm_knows():
     assert add_features("+neon,-dotprod", {"dotprod": True, "i8mm": False}) == "+neon,-dotprod,+dotprod,-i8mm"
     assert add_features("", {"dotprod": True}) == "+dotprod"
+
+
+@pytest.mark.parametrize("target", ["neon", "dotprod", "i8mm"])
+def test_the_script_that_compiles_for_the_emulator_finds_what_it_replaces(target):
+    """The emulator is not run here; without this nobody would notice that a module has moved."""
+    code = ("import os, sys; sys.path.insert(0, 'tests/emulation'); from cross_compile import TARGETS, pretend; "
+            f"target = TARGETS[{target!r}]; os.environ |= target.environment(); pretend(target); "
+            "from refimpl.kernels.machine import isa; print(isa.ISA)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.stdout.strip() == target, done.stderr[-500:]

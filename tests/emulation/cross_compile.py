@@ -49,7 +49,7 @@ def pretend(target: Target):
     llvm.Target.from_default_triple = classmethod(lambda cls: cls.from_triple(triple))
     llvm.get_host_cpu_name = lambda: target.cpu
     llvm.get_host_cpu_features = lambda: llvm.targets.FeatureMap()
-    from refimpl.kernels.machine import cpu_features
+    from refimpl.kernels.cores import cpu_features
 
     cpu_features.arm_features = lambda: {name: name in target.optional for name in cpu_features.BITS}
 
