@@ -101,7 +101,7 @@ def _quantize_superblocks(fmt, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
             q = round_to_i32(min_f32(product, splat_f32(np.float32(127))))
             store_i8(at(to, 256 * b + 16 * j), q)
             s = fmt.n_sub * b + 16 * j // fmt.per_sub
-            sum_TS[t, s] += zero_points(fmt, q) if fmt.zero_point else sum_i32(q)
+            sum_TS[t, s] += zero_points(fmt, q) if fmt.zero_point else sum_i32(q)       # of two int16: where a sub-block is 16 wide
         d_TB[t, b] = np.float32(1) / inverse if inverse != np.float32(0) else np.float32(0)
         if fmt.paired_sums:
             for s in range(fmt.n_sub * b, fmt.n_sub * (b + 1), 2):

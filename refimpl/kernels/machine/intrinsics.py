@@ -599,13 +599,15 @@ def field_i32(v, shift, mask):
     return ((v.view(np.uint32) >> np.uint32(shift)) & np.uint32(mask)).view(np.int32)
 
 
+def _folded_to(n: int, emit, builder, v):
+    while v.type.count > n:
+        half = v.type.count // 2
+        v = emit(builder, part(builder, v, 0, half), part(builder, v, half, half))
+    return [builder.extract_element(v, INT(i)) for i in range(n)]
+
+
 def _folded(emit):
-    def tree(builder, v):
-        while v.type.count > 2:
-            half = v.type.count // 2
-            v = emit(builder, part(builder, v, 0, half), part(builder, v, half, half))
-        return emit(builder, builder.extract_element(v, INT(0)), builder.extract_element(v, INT(1)))
-    return tree
+    return lambda builder, v: emit(builder, *_folded_to(2, emit, builder, v))
 
 
 def _fold(v, combine):
@@ -614,18 +616,19 @@ def _fold(v, combine):
     return v[0]
 
 
-@intrinsic(types.int32, I32x16, every=_folded(lambda builder, a, b: builder.add(a, b)))
+def _add(builder, a, b):
+    return builder.add(a, b)
+
+
+@intrinsic(types.int32, I32x16, every=_folded(_add))
 def sum_i32(v):
     """The sum of all lanes, modulo 2^32."""
     return np.int32(_fold(v, np.add))
 
 
 def _sum_pairs(builder, v):
-    while v.type.count > 4:
-        half = v.type.count // 2
-        v = builder.add(part(builder, v, 0, half), part(builder, v, half, half))
-    first, last = (builder.add(*(builder.extract_element(v, INT(k + i)) for i in (0, 1))) for k in (0, 2))
-    return builder.or_(builder.and_(first, INT(0xFFFF)), builder.shl(last, INT(16)))
+    a, b, c, d = _folded_to(4, _add, builder, v)
+    return builder.or_(builder.and_(builder.add(a, b), INT(0xFFFF)), builder.shl(builder.add(c, d), INT(16)))
 
 
 @intrinsic(types.int32, I32x16, every=_sum_pairs)

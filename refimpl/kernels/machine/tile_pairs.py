@@ -34,6 +34,13 @@ from refimpl.kernels.machine.unpack import (
 )
 
 ONE_PAIR = np.int32(0x10001)
+IN_FOURS = ("Q3_K", "Q6_K")         # multiplied with one row four sub-blocks at a time. Q2_K shares bytes too, and gains nothing
+
+
+@inline
+def first_column(fmt, b, s):
+    """Where sub-block s of block b begins in a row."""
+    return fmt.elements * b + fmt.per_sub * s
 
 
 @per_row
@@ -74,14 +81,14 @@ def _pairs(fmt, dots, factor, block, b, s, q, x, r):
     for first in range(0, fmt.per_sub // 4, fmt.run):
         pairs = initial_pairs(fmt, x, r, b, s)
         for g in range(first, first + fmt.run):
-            pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g), q, fmt.elements * b + fmt.per_sub * s + 4 * g)
+            pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g), q, first_column(fmt, b, s) + 4 * g)
         dots = add_factor_times(factor, pairs, dots)
     return dots
 
 
 def _pairs_of_8(fmt, dots, factor, block, b, s, q, x, r):
     """The same for all eight groups, those whose nibbles share bytes one after the other."""
-    pairs, c = initial_pairs(fmt, x, r, b, s), fmt.elements * b + fmt.per_sub * s
+    pairs, c = initial_pairs(fmt, x, r, b, s), first_column(fmt, b, s)
     for g in range(4):
         pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g), q, c + 4 * g)
         pairs = add_pair_sums(fmt, pairs, codes(fmt, block, s, g + 4), q, c + 4 * g + 16)
@@ -93,18 +100,18 @@ def sub_block(fmt, dots, factor, block, b, s, q, x, r):
     """Adds the dot products of sub-block s of block b, times a factor (twice, in int16)."""
 
 
-# ---- the sub-blocks of Q3_K and Q6_K times one row
+# ---- sub-blocks of the types IN_FOURS times one row
 
 @per_row
 def add_group(fmt, total, block, b, s, g, q):
     """Adds the products of group g of sub-block s in two int16 for each lane."""
-    return pair_sums(fmt, total, codes(fmt, block, s, g), at(q, fmt.elements * b + fmt.per_sub * s + 4 * g))
+    return pair_sums(fmt, total, codes(fmt, block, s, g), at(q, first_column(fmt, b, s) + 4 * g))
 
 
 @per_row
-def factor_of(fmt, block, s):
-    """The integer scale of sub-block s, twice, in int16."""
-    return int16_pair(sub_scale(fmt, block, s))
+def times_scale(fmt, block, s, pairs):
+    """The sum of both int16, times the integer scale of sub-block s."""
+    return dot2(splat_int(fmt, ZERO_I), int16_pair(sub_scale(fmt, block, s)), pairs)
 
 
 @inline
@@ -113,7 +120,7 @@ def four_sub_blocks(fmt, scaled, block, b, q, x, r, s):
     pairs = initial_pairs(fmt, x, r, b, s)
     for g in range(fmt.per_sub // 4):
         pairs = add_group(fmt, pairs, block, b, s, g, q)
-    scaled_S = add_factor_times(factor_of(fmt, block, s), pairs, zeros(s, splat_int(fmt, ZERO_I)))
+    scaled_S = times_scale(fmt, block, s, pairs)
     return add_i32(add_i32(scaled, add_i32(scaled_S[0], scaled_S[1])), add_i32(scaled_S[2], scaled_S[3]))
 
 
@@ -143,8 +150,8 @@ def _superblocks(fmt, tile, n_blocks, x, r, ahead, out):
 
 
 def _one_row(fmt, tile, n_blocks, x, r, ahead, out):
-    """For types four of whose sub-blocks, two apart, share bytes: they are loaded once, and the shifts that unpack them are constants. With
-    one row unpacking is most of the work. (With all 16 sub-blocks written out it is half as fast from memory: all loads come first.)
+    """For the types IN_FOURS, of whose sub-blocks four, two apart, share bytes: they are loaded once, and the shifts that unpack them are
+    constants. With one row unpacking is most of the work. (With all 16 written out it is half as fast from memory: all loads come first.)
     """
     q, total = at(address(x.q_TD), 256 * n_blocks * r[0]), zeros(r, splat_float(fmt, ZERO_F))
     for b in range(n_blocks):
@@ -159,5 +166,6 @@ def _one_row(fmt, tile, n_blocks, x, r, ahead, out):
 
 def pairs_times(fmt: WeightFormat) -> Callable:
     """The body of `tile_times_rows` for a format."""
-    one_row = fmt.lanes == ALL
-    return _blocks if fmt.family == "block" else _one_row if one_row and fmt.scattered else _superblocks
+    if fmt.family == "block":
+        return _blocks
+    return _one_row if fmt.lanes == ALL and fmt.type in IN_FOURS else _superblocks

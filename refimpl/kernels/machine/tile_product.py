@@ -56,7 +56,7 @@ from refimpl.kernels.machine.unpack import (
 F32 = FORMATS["exact"]["F32"]
 SPARE = 2                           # rows of results that `multiply_tile` may write beyond the last
 # Bytes. One row from memory on AVX2 (Zen 1, 2048 against 0): Q4_0 1.27 and Q4_K 1.56 times as fast on one thread, 1.15 and 1.37 on two;
-# 1024 and 4096 are alike. Without effect for Q6_K and IQ4_NL, whose arithmetic is the limit. Not measured on other sets.
+# 1024 and 4096 are alike. Without effect for IQ4_NL, whose arithmetic is the limit. Not measured on other sets.
 AHEAD = 2048 if ISA == "avx2" else 0
 EIGHT = ISA == "avx512"             # sums of eight rows stay in registers; other sets have half as many registers, of half the size
 
