@@ -185,6 +185,21 @@ def test_string_array_is_lazy_and_a_sequence(tmp_path):
         none[0]
 
 
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(st.text(max_size=4) | st.sampled_from([b"", b"\0" * 9, b"a\0\0\0\0\0\0\0b", b"x" * 255, b"x" * 256, b"x" * 300]),
+                      min_size=1, max_size=40), cut=st.booleans())
+def test_strings_of_any_length_are_found(tmp_path_factory, texts, cut):
+    """Short ones at once, others one after the other: what looks like a length within a text is none."""
+    raw = [text.encode() if isinstance(text, str) else text for text in texts]
+    whole = gguf([ARCH, array_key("t", STRING, raw)])
+    path = write(tmp_path_factory.mktemp("strings"), whole[:-1] if cut else whole)
+    if cut:
+        with pytest.raises(GGUFError, match="before the end of the file"):
+            open_gguf(path)
+    else:
+        assert [text.encode() for text in open_gguf(path).metadata["t"].tolist()] == raw
+
+
 def test_values_that_are_not_utf8_are_replaced_with_a_warning(tmp_path):
     path = write(tmp_path, gguf([key("name", STRING, string(b"a\xff")), array_key("t", STRING, ["ok", b"\xfe"])]))
     with pytest.warns(UnicodeWarning, match="name"):
@@ -587,7 +602,7 @@ print(calls, mb)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's own account of the memory")
 def test_a_real_vocabulary_opens_at_once(tmp_path):
-    """Gemma's own sizes: one call for each of the 777,050 strings, to read its length, and none is copied."""
+    """Gemma's own sizes: the 777,050 strings are found together, and none is copied."""
     n = 262_144
     path = write(tmp_path, gguf([ARCH, array_key("tokens", STRING, [f"tok{i}" for i in range(n)]),
                                  array_key("scores", F32, count=n, raw=bytes(4 * n)),
@@ -596,7 +611,7 @@ def test_a_real_vocabulary_opens_at_once(tmp_path):
     result = subprocess.run([sys.executable, "-c", MEASURE, path], check=True, capture_output=True, text=True)
     calls, mb = map(float, result.stdout.split())
     print(f"\n262,144 tokens and 514,906 merges: opened with {calls:.0f} calls and {mb:.0f} MB")
-    assert calls < 800_000 and 5 < mb < 200, "less than the copied strings would be a fault of the measurement"
+    assert calls < 10_000 and 5 < mb < 200, "less than the copied strings would be a fault of the measurement"
 
 
 # The writer -------------------------------------------------------------------------------------------------------------------

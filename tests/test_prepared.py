@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,6 +78,16 @@ def test_the_second_start_maps_everything(source, expected, tmp_path):
         tiles = tiles.base
     assert isinstance(tiles, np.memmap) and Path(tiles.filename).resolve() == (folder_of(tmp_path) / "tiles").resolve()
     assert not started(source, expected, cache_disk=0)[0], "0: none is read either"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's own account of the mapping")
+def test_touching_maps_every_page_of_a_matrix_and_no_other(tmp_path):
+    matrices = [SimpleNamespace(name=name, type="Q4_0", shape=(4096, 4096)) for name in "ab"]
+    copy = tile_file.TileFile(tmp_path, "key", "model", [], matrices)
+    copy.create()
+    copy.touch({"b"})
+    account = Path("/proc/self/smaps").read_text().partition(str(copy.data))[2]
+    assert int(account.partition("Rss:")[2].split()[0]) == copy.n_bytes // 2 >> 10
 
 
 def test_a_small_model_and_a_disk_of_nothing_keep_nothing(source, expected, tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ MIN_TENSOR_BYTES = 8 + 0 + 4 + 8 + 4 + 8                        # length of an e
 MAX_RECORDS = 65_536
 MAX_KEY_CHARS = 65_535                                          # bytes; the specification's own limit
 MAX_TEXT_BYTES = 16 << 20                                       # of all keys and single strings; as str they may take four times that
+MAX_SHORT_BYTES = 64 << 20                                      # of an array of strings that is looked through at once
 MAX_NAME_BYTES = 63                                             # ggml keeps names in 64 bytes with a final zero
 MAX_DIMS = 4
 MAX_ALIGNMENT = 65_536
@@ -292,10 +293,15 @@ class _Cursor:
         return values.view(bool)
 
     def strings(self, count: int, key: str) -> StringArray:
-        """The hot loop of opening a file: hops from length to length, 0.15 microseconds each; nothing is decoded."""
+        """The hot loop of opening a file: hops from length to length, 0.4 microseconds each, unless `_short_strings` sees them all at once;
+        nothing is decoded.
+        """
         what = f"an array of {count} strings in {_shown(key)}"
         self.need(8 * count, what)                              # so `starts` is never larger than the file
         mapping, end, first, at = self.mapping, len(self.mapping), self.at, self.at
+        if (short := _short_strings(mapping, first, count)) is not None:
+            self.at = first + int(short[-1]) - 8
+            return StringArray(key, mapping[first:self.at], short)
         read_length = struct.Struct("<Q").unpack_from
         starts = array("q", bytes(8 * count + 8))
         try:
@@ -313,6 +319,23 @@ class _Cursor:
         starts[count] = at + 8                                  # as if another string followed
         self.at = at
         return StringArray(key, mapping[first:at], np.frombuffer(starts, np.int64) - first)
+
+
+def _short_strings(mapping: mmap.mmap, first: int, count: int) -> np.ndarray | None:
+    """Where `count` strings start, counted from `first`, int64 (count + 1,); None unless all are shorter than 256 bytes and without NUL.
+
+    The length of such a string is a byte and seven zeros, which are nowhere else. That each length leads to the next one proves it.
+    """
+    raw = np.frombuffer(mapping, np.uint8, min(32 * count, MAX_SHORT_BYTES, len(mapping) - first), first)
+    zero = raw == 0
+    for run in (1, 2, 3):                                       # of 2, 4 and 7 zeros
+        zero = zero[:-run] & zero[run:]
+    length_at = np.flatnonzero(zero)[:count] - 1
+    if not count or len(length_at) < count or length_at[0] < 0:
+        return None
+    starts = np.append(length_at + 8, length_at[-1] + raw[length_at[-1]] + 16)
+    follows = starts[0] == 8 and np.array_equal(np.diff(starts), raw[length_at] + np.int64(8))
+    return starts if follows and first + starts[-1] - 8 <= len(mapping) else None
 
 
 def _read_part(path: Path, number: int) -> _Part:

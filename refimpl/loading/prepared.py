@@ -71,11 +71,12 @@ class Mapped(InMemory):
         return self.copy.find(matrix) if matrix.name in self.copy.found else super().prepare(matrix)
 
     def finish(self):
-        """Has the system read the mapped matrices from the disk ahead of their first use: all of them, or where memory is short those that
-        every token needs (an expert is read when a token chooses it).
+        """Has the matrices read from the disk, and mapped page by page, ahead of their first use: all of them, or where memory is short those
+        that every token needs (an expert is read when a token chooses it).
         """
         names = self.mapped if self.copy.n_bytes < available() else {name for name in self.mapped if not name.endswith(EXPERTS)}
-        threading.Thread(target=self.copy.read_ahead, args=(names,), name="refimpl-read-ahead", daemon=True).start()
+        for work in (self.copy.read_ahead, self.copy.touch):
+            threading.Thread(target=work, args=(names,), name=f"refimpl-{work.__name__}", daemon=True).start()
 
 
 class Writing(Mapped):
