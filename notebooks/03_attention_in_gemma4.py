@@ -16,7 +16,7 @@ from refimpl.files.synth import SHAPES
 from refimpl.lab.explain import attention_maps, cache_memory
 from refimpl.lab.explain.show import source, table
 from refimpl.loading import hf_names
-from refimpl.model import cache, gemma4
+from refimpl.model import blocks, cache, gemma4
 from refimpl.reference import attention, ops
 
 # %% [markdown]
@@ -169,19 +169,18 @@ table(["model", "weights saved, millions"],
 # %% [markdown]
 # ## What the cache holds, and what it costs
 #
-# A full layer keeps the keys and values of all positions. A sliding layer keeps a ring: position $p$ lies in slot $p \bmod
-# \text{slots}$, and a new position overwrites one that is out of sight. The ring is a little longer than the window, because rows
-# that are not certain yet (drafts, notebook 5) must not overwrite a key that is still seen: with 4 drafts and the token before them,
-# window + 5.
+# Keys and values lie in blocks of 64 positions (Kwon et al. 2023, arXiv:2309.06180): position $p$ in row $p \bmod 64$ of block
+# $\lfloor p / 64 \rfloor$. A full layer keeps all blocks, a sliding one those that the next token sees, and those of the rows that are
+# not certain yet (4 drafts and the token before them, notebook 5). Sequences with a common beginning share its blocks.
 
 # %%
-source(cache.LayerCache, cache.cache_bytes)
+source(blocks.LayerCache, cache.cache_bytes)
 
 # %%
 cache_memory.cache_picture(models, (131_072, 262_144), max_rows=5)
 
 # %% [markdown]
-# Most of it belongs to the full layers; the rings cost the same at any context. Without windows, and with keys and values in every
+# Most of it belongs to the full layers; the windows cost the same at any context. Without windows, and with keys and values in every
 # layer, the whole context of each model would take (GB, float16):
 
 # %%

@@ -11,12 +11,16 @@
     for text in refimpl.stream(model, ids):
         print(text, end="", flush=True)
 
+    session = refimpl.Session(model)                     # a conversation: what was read once is not read again
+    print(session.chat("What is a monad?").text)
+
 Errors are one line: GGUFError (CheckpointError, TokenizerError, ChatError) for a file or template that cannot be used, HubError for a
 download, MemoryRefusal and ContextFull where something does not fit, ValueError for an argument.
 """
 
 from refimpl.decode.drafter import Drafter, load_drafter, propose
 from refimpl.decode.generate import Output, Stats, generate, stream
+from refimpl.decode.session import Session
 from refimpl.extras import MissingExtra
 from refimpl.formats.gguf import GGUFError
 from refimpl.formats.safetensors import CheckpointError
@@ -29,4 +33,4 @@ from refimpl.text.tokenizer import Tokenizer, TokenizerError
 
 __version__ = "0.1.0"
 __all__ = ["ChatError", "CheckpointError", "ContextFull", "Drafter", "GGUFError", "HubError", "MemoryRefusal", "MissingExtra", "Model",
-           "Output", "Stats", "Tokenizer", "TokenizerError", "generate", "load", "load_drafter", "propose", "stream"]
+           "Output", "Session", "Stats", "Tokenizer", "TokenizerError", "generate", "load", "load_drafter", "propose", "stream"]

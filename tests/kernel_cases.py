@@ -5,6 +5,7 @@ import numpy as np
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.codecs import quantize
 from refimpl.kernels import ops
+from refimpl.model.blocks import layer_of
 
 INTEGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 TYPES = (*INTEGER, "F16", "BF16", "F32")
@@ -28,7 +29,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 # ---- attention
 
 def cache_arrays(n_tok, n_head, n_kv, head_dim, n_slots, dtype, seed=0, sharpness=1.5):
-    """Random queries and cache; scores have a standard deviation of `sharpness`."""
+    """Random queries, keys and values; scores have a standard deviation of `sharpness`."""
     rng = np.random.default_rng(seed)
     q = (rng.standard_normal((n_tok, n_head, head_dim)) * sharpness / head_dim**0.5).astype(np.float32)
     k, v = (rng.standard_normal((n_slots, n_kv, head_dim)).astype(dtype) for _ in range(2))
@@ -41,16 +42,16 @@ def causal(n_tok, past, window):
     return np.maximum(0, end - window), end
 
 
-#        T, N, K,  H,    S, past, window
+#        T, N, K,  H, keys, past, window
 ATTENTION = {
     "one key": (1, 1, 1, 16, 1, 0, 1),
-    "one slot, later": (2, 2, 1, 16, 2, 40, 1),
+    "two keys, later": (2, 2, 1, 16, 2, 40, 1),
     "prompt": (9, 4, 2, 32, 9, 0, 99),
     "a chunk to the brim": (3, 2, 2, 48, 128, 61, 64),
-    "wrap inside of a chunk": (7, 4, 1, 16, 90, 100, 70),
-    "ring smaller than a chunk": (5, 3, 3, 80, 21, 200, 17),
+    "keys repeated inside of a chunk": (7, 4, 1, 16, 90, 100, 70),
+    "keys repeated within a chunk": (5, 3, 3, 80, 21, 200, 17),
     "spans": (6, 2, 1, 16, 1300, 1200, 1100),
-    "spans and wrap": (5, 4, 2, 32, 1100, 5000, 1024),
+    "spans, far on": (5, 4, 2, 32, 1100, 5000, 1024),
     "decode": (1, 8, 1, 64, 700, 650, 2000),
     "eight heads to a key": (2, 16, 2, 16, 300, 250, 999),
     "more rows than a unit of work": (70, 2, 1, 16, 150, 30, 80),
@@ -58,8 +59,16 @@ ATTENTION = {
 
 
 def attention_case(name, dtype=np.float16):
-    n_tok, n_head, n_kv, head_dim, n_slots, past, window = ATTENTION[name]
-    return *cache_arrays(n_tok, n_head, n_kv, head_dim, n_slots, dtype), *causal(n_tok, past, window)
+    n_tok, n_head, n_kv, head_dim, n_different, past, window = ATTENTION[name]
+    q, k, v = cache_arrays(n_tok, n_head, n_kv, head_dim, n_different, dtype)
+    ranges = causal(n_tok, past, window)
+    return q, in_blocks(k, v, *ranges), *ranges
+
+
+def in_blocks(k, v, first, end):
+    """The positions of these ranges in blocks: position p has the key and value number p modulo how many there are."""
+    place = np.arange(first.min(), end.max()) % len(k)
+    return layer_of(k[place], v[place], int(first.min()))
 
 
 # ---- the functions between the matrix products

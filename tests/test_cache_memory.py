@@ -12,22 +12,22 @@ from refimpl.reference.ops import rope_frequencies
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_cache_of_the_true_shape_takes_what_is_said(name):
     config = true_config(name)
-    cache = Cache(config, 4096, 5, HALF)
-    cache.reserve(5)
-    for layer in cache.layers.values():
-        assert layer.most == (4096 if layer.window is None else layer.window + 5)
-        layer.grow(layer.most)
-    assert sum(by_kind(config, 4096, 5)) == cache.n_bytes == cache_bytes(config, 4096, 5, HALF)
+    cache, most = Cache(config, 4096, 5, HALF), 0
+    while cache.length < 4096:
+        cache.reserve(n := min(5, 4096 - cache.length))
+        cache.advance(n)
+        most = max(most, cache.n_bytes)
+    assert sum(by_kind(config, 4096, 5)) == most == cache_bytes(config, 4096, 5, HALF)
 
 
 def test_by_hand():
-    """31B at 262,144: 10 full layers with 4 heads of 512, 50 rings of 1,029 with 16 heads of 256, two numbers of 2 bytes each."""
-    full, rings = by_kind(true_config("31B"), 262_144, 5)
-    assert full == 10 * 4 * 512 * 2 * 2 * 262_144 and rings == 50 * 16 * 256 * 2 * 2 * 1029
+    """31B at 262,144: 10 full layers with 4 heads of 512, 50 windows of 1,024 with 16 heads of 256, two numbers of 2 bytes each."""
+    full, sliding = by_kind(true_config("31B"), 262_144, 5)
+    assert full == 10 * 4 * 512 * 2 * 2 * 262_144 and sliding == 50 * 16 * 256 * 2 * 2 * 18 * 64        # 1,028 positions in 18 blocks
     everything, windows, shared = savings(true_config("E2B"), 131_072, 5).values()
     assert everything == (28 * 256 + 7 * 512) * 4 * 131_072
-    assert windows == 28 * 256 * 4 * 517 + 7 * 512 * 4 * 131_072
-    assert shared == 12 * 256 * 4 * 517 + 3 * 512 * 4 * 131_072
+    assert windows == 28 * 256 * 4 * 10 * 64 + 7 * 512 * 4 * 131_072
+    assert shared == 12 * 256 * 4 * 10 * 64 + 3 * 512 * 4 * 131_072
 
 
 def test_every_saving_saves_and_only_small_models_share():
@@ -35,8 +35,8 @@ def test_every_saving_saves_and_only_small_models_share():
         config = true_config(name)
         everything, windows, shared = savings(config, config.n_ctx, 5).values()
         assert everything > 2 * windows and (shared < windows) == (name in ("E2B", "E4B"))
-        full, rings = by_kind(config, 131_072, 5)
-        assert full > 5 * rings                                         # "most of it belongs to the full layers"
+        full, sliding = by_kind(config, 131_072, 5)
+        assert full > 5 * sliding                                         # "most of it belongs to the full layers"
 
 
 def test_values_are_keys_in_the_large_models():

@@ -8,6 +8,7 @@ import pytest
 
 import refimpl
 from refimpl.decode.generate import Done, PromptDone, Text, events
+from refimpl.decode.prefixes import Nothing
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.text.chat import GEMMA4_TEMPLATE
 
@@ -92,7 +93,7 @@ def test_without_a_limit_it_runs_to_the_end_of_the_context(model, monkeypatch):
 
 def test_events_come_in_order_and_their_statistics_are_live(model):
     options = dict(temperature=0.0, top_k=None, top_p=None, min_p=None, seed=0, n_ctx=None, special=False, drafter=None, draft_max="auto",
-                   draft_min_p=0.0, progress=lambda what, total, unit=1: bar)
+                   draft_min_p=0.0, prefixes=Nothing(model), progress=lambda what, total, unit=1: bar)
 
     class Bar:
         n = 0

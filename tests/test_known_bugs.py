@@ -8,7 +8,7 @@ from refimpl.lab.compare.compare import compare, deviations
 from refimpl.lab.compare.known_bugs import BUGS, K_QUANTS, MOE, PLE, Bug, inject
 from refimpl.lab.compare.record import trace
 from refimpl.lab.compare.tolerance import measured
-from refimpl.model.cache import LayerCache
+from refimpl.model import blocks
 
 TEXT = ("def parse(self, text):\n    for line in text.splitlines():\n        if line.startswith('#'):\n            continue\n"
         "        key, value = line.split('=')\n        self.items[key] = value\n    return self.items\n\n\n"
@@ -25,14 +25,14 @@ NOT_RECOGNISED = {
 @pytest.fixture(autouse=True, scope="module")
 def used_memory():
     """Fresh caches hold what an earlier request left, not the zeros of fresh pages: a key that should not be visible shows."""
-    init = LayerCache.__init__
+    empty = blocks.empty_block
 
-    def filled(self, *args):
-        init(self, *args)
-        self.k_SKH.fill(0.5)
-        self.v_SKH.fill(2.0)
+    def filled(shape, dtype):
+        block = empty(shape, dtype)
+        block[:, 0], block[:, 1] = 0.5, 2.0
+        return block
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerCache, "__init__", filled)
+        patch.setattr(blocks, "empty_block", filled)
         yield
 
 

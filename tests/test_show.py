@@ -25,8 +25,8 @@ def test_source_is_what_stands_in_the_file():
 
 def test_source_of_a_method_is_not_indented_and_of_a_kernel_is_python():
     from refimpl.kernels.moe import route
-    from refimpl.model.cache import LayerCache
-    assert "\n```python\ndef grow(self" in source(LayerCache.grow).data
+    from refimpl.model.blocks import LayerCache
+    assert "\n```python\ndef read(self" in source(LayerCache.read).data
     assert "def route(" in source(route).data
 
 

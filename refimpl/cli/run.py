@@ -171,10 +171,11 @@ def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
 def answer(m, ids: list[int], *, echo: str = "", silent: bool = False, **options):
     """Runs the prompt with a progress bar, then prints `echo` and the answer token by token. Returns (Output, was it interrupted)."""
     from refimpl.decode.generate import Output, PromptDone, Stats, Text, events
+    from refimpl.decode.prefixes import Nothing
 
     new_ids, chunks, stats, interrupted = [], [], Stats(), False
     try:
-        for event in events(m, ids, progress=bar, **({"drafter": None} | options)):
+        for event in events(m, ids, progress=bar, **({"drafter": None, "prefixes": Nothing(m)} | options)):
             if isinstance(event, PromptDone):
                 stats = event.stats
                 write(echo)

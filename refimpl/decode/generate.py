@@ -3,23 +3,30 @@
 `plain`, one token after the other, is what speculative decoding (speculative.py) must agree with.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refimpl.decode.draft_length import AutoDraftLength, draft_length_of
+from refimpl.decode.draft_length import AutoDraftLength, DraftLength, draft_length_of
 from refimpl.decode.draft_stats import DraftStats, ExpertCounter
 from refimpl.decode.drafter import Drafter, check_target
+from refimpl.decode.prefixes import Nothing, Prefixes
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import speculative
 from refimpl.loading.model import Model
 from refimpl.model.cache import Cache, ContextFull
 from refimpl.progress import Progress, silent
 from refimpl.text.chat import encode_chat
+
+if TYPE_CHECKING:
+    from refimpl.decode.session import Session
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 """Text, token ids, or the messages of a conversation ({"role": ..., "content": ...}), rendered by the file's chat template."""
@@ -29,10 +36,13 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 class Stats:
     """What a run took. `stop` is why it ended: "end" (an end-of-generation token), "limit" (`max_new_tokens`) or "context" (it is full).
 
-    `draft` has the statistics of drafting, None without a drafter.
+    `reused` of the `n_prompt` tokens of the prompt were not read, as they had been before; `why` says why not more. `draft` has the
+    statistics of drafting, None without a drafter.
     """
 
     n_prompt: int = 0
+    reused: int = 0
+    why: str = ""
     n_generated: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -41,8 +51,8 @@ class Stats:
 
     @property
     def prompt_per_second(self) -> float:
-        """Prompt tokens per second."""
-        return self.n_prompt / self.prompt_seconds if self.prompt_seconds else 0.0
+        """Prompt tokens read per second."""
+        return (self.n_prompt - self.reused) / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
     def decode_per_second(self) -> float:
@@ -85,7 +95,7 @@ class Done:
 def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
              top_p: float | None = None, min_p: float | None = None, seed: int = 0, n_ctx: int | None = None, special: bool = False,
              drafter: Drafter | None = None, draft_max: int | str = "auto", draft_min_p: float = 0.0,
-             progress: Progress = silent) -> Output:
+             session: Session | None = None, progress: Progress = silent) -> Output:
     """Continues `prompt`: text, token ids, or messages ([{"role": "user", "content": ...}]), for which the file needs a chat template.
 
     Stops at an end-of-generation token, after `max_new_tokens` (-1: no limit), or at the end of a context of `n_ctx` tokens (None: the
@@ -95,6 +105,8 @@ def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, tempera
 
     A `drafter` (`load_drafter`) makes it faster and changes no token, whatever the temperature. `draft_max` tokens are drafted at a time
     (1 to 8, or "auto": as many as pay); a draft ends before a token that the drafter gives a probability below `draft_min_p`.
+    With a `session` (decode/session.py) what the prompt has in common with what was read in it is not read again, which changes no bit
+    either; its messages stay as they are.
     `progress` shows how far the prompt is (refimpl/progress.py).
 
     Raises ContextFull if the prompt alone does not fit, MemoryRefusal if there is no memory for prompt and new tokens, ChatError for
@@ -103,7 +115,7 @@ def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, tempera
     ids, chunks = [], []
     for event in events(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         seed=seed, n_ctx=n_ctx, special=special, drafter=drafter, draft_max=draft_max, draft_min_p=draft_min_p,
-                        progress=progress):
+                        prefixes=_prefixes(model, session), progress=progress):
         if isinstance(event, Text):
             ids += event.ids
             chunks.append(event.text)
@@ -113,19 +125,22 @@ def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, tempera
 def stream(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
            top_p: float | None = None, min_p: float | None = None, seed: int = 0, n_ctx: int | None = None, special: bool = False,
            drafter: Drafter | None = None, draft_max: int | str = "auto", draft_min_p: float = 0.0,
-           progress: Progress = silent) -> Iterator[str]:
+           session: Session | None = None, progress: Progress = silent) -> Iterator[str]:
     """Continues `prompt` and yields the text in chunks, as it is made. Arguments and errors are those of `generate`."""
     for event in events(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         seed=seed, n_ctx=n_ctx, special=special, drafter=drafter, draft_max=draft_max, draft_min_p=draft_min_p,
-                        progress=progress):
+                        prefixes=_prefixes(model, session), progress=progress):
         if isinstance(event, Text) and event.text:
             yield event.text
 
 
 def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None,
            min_p: float | None, seed: int, n_ctx: int | None, special: bool, drafter: Drafter | None, draft_max: int | str,
-           draft_min_p: float, progress: Progress) -> Iterator[PromptDone | Text | Done]:
-    """The same in events: PromptDone, a Text for every new token, Done. Arguments and errors are those of `generate`."""
+           draft_min_p: float, prefixes: Nothing | Prefixes, progress: Progress) -> Iterator[PromptDone | Text | Done]:
+    """The same in events: PromptDone, a Text for every new token, Done. Arguments and errors are those of `generate`.
+
+    However it ends, `prefixes` remember what has been read and written until then.
+    """
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < -1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more, or -1 for no limit")
     if n_ctx is not None and (not isinstance(n_ctx, Integral) or n_ctx < 1):
@@ -136,19 +151,39 @@ def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: fl
         check_target(drafter, model)
     draft_length = draft_length_of(draft_max, AutoDraftLength() if drafter is None else drafter.auto)
     sampling = Sampling.from_metadata(model.file.metadata, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    sampler = Sampler(sampling, suppress=model.tokenizer.suppress)
     ids = prompt_ids(model, prompt, special)
-    cache = model.new_cache(n_ctx)
-    if len(ids) > cache.n_ctx:
-        raise ContextFull(f"the prompt has {len(ids)} tokens, the context holds {cache.n_ctx}")
-    model.refuse_unless_it_fits(min(cache.n_ctx, len(ids) + max(0, max_new_tokens)))
+    n_ctx = model.config.n_ctx if n_ctx is None else n_ctx
+    if len(ids) > n_ctx:
+        raise ContextFull(f"the prompt has {len(ids)} tokens, the context holds {n_ctx}")
+    model.refuse_unless_it_fits(min(n_ctx, len(ids) + max(0, max_new_tokens)))
+    model.checked(ids)
 
-    stats, end = Stats(n_prompt=len(ids)), model.tokenizer.end_of_generation
-    started = time.perf_counter()
-    with progress("prompt", len(ids)) as advance:
-        state_D = model.prefill(ids, cache, advance=advance)[-1]
+    found, text_ids = prefixes.find(ids, n_ctx), list(ids)
+    cache, stats = found.cache, Stats(n_prompt=len(ids), reused=found.cache.length, why=found.why)
+    try:
+        yield from _run(model, cache, text_ids, stats, Sampler(sampling, suppress=model.tokenizer.suppress), max_new_tokens, special,
+                        drafter, draft_length, draft_min_p, progress)
+    finally:
+        prefixes.keep(text_ids, cache)
+
+
+def _prefixes(model: Model, session: Session | None) -> Nothing | Prefixes:
+    if session is None:
+        return Nothing(model)
+    if session.model is not model:
+        raise ValueError("this session is one with another model")
+    return session.prefixes
+
+
+def _run(model: Model, cache: Cache, ids: list[int], stats: Stats, sampler: Sampler, max_new_tokens: int, special: bool,
+         drafter: Drafter | None, draft_length: DraftLength, draft_min_p: float,
+         progress: Progress) -> Iterator[PromptDone | Text | Done]:
+    """Reads what `cache` does not hold of the prompt, and continues it. Appends new ids to `ids`."""
+    end, started = model.tokenizer.end_of_generation, time.perf_counter()
+    with progress("prompt", len(ids) - stats.reused) as advance:
+        state_D = model.prefill(ids[stats.reused:], cache, advance=advance)[-1]
     stats.prompt_seconds = time.perf_counter() - started
-    yield PromptDone(ids, stats)
+    yield PromptDone(list(ids), stats)
 
     limit = cache.n_ctx if max_new_tokens == -1 else max_new_tokens
     if drafter is None:
@@ -166,9 +201,10 @@ def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: fl
         if new in end:
             stats.stop = "end"
             break
+        ids.append(new)
         stats.n_generated, stats.decode_seconds = stats.n_generated + 1, time.perf_counter() - started
         yield Text(decoder.push(new), [new])
-        if len(ids) + stats.n_generated - 1 == cache.n_ctx:        # the newest token has no place any more
+        if len(ids) - 1 == cache.n_ctx:        # the newest token has no place any more
             stats.stop = "context"
     if rest := decoder.finish():
         yield Text(rest, [])

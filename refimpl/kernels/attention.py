@@ -1,4 +1,4 @@
-"""Attention over a cache of slots, with a softmax that holds at most 64 scores of a query at a time.
+"""Attention over keys and values in blocks, with a softmax that holds at most 64 scores of a query at a time.
 
 A query goes through its positions in chunks of 64 that begin at multiples of 64. It keeps the largest score so far, the sum of its weights
 and the weighted sum of values; when a chunk brings a larger score, both sums are scaled down (Milakov & Gimelshein 2018,
@@ -52,6 +52,7 @@ PART_BYTES = 64 * LANES // GROUP            # of a query: 16 vectors of products
 BUFFER = 8 * CHUNK                          # float32 that a thread needs: weights of GROUP queries, and parts of their scores
 FLOAT, HALF, INT64 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64)
 FAR = 2 ** 62                               # beyond all positions
+GONE = -2 ** 63                             # of a block: there is none
 ZERO, ONE, NEVER = np.float32(0), np.float32(1), np.float32(-np.inf)
 
 
@@ -59,12 +60,13 @@ class Work(NamedTuple):
     """The arrays of a call by their addresses, sizes, and a thread's own buffers."""
 
     q: Pointer
-    k: Pointer
-    v: Pointer
+    cache: Pointer
+    block_B: np.ndarray         # where each block begins, in bytes from `cache`
+    k_offset: int               # where keys and values begin, from the beginning of a block
+    v_offset: int
     kv: WeightFormat            # F16 or F32
     first_T: np.ndarray
     end_T: np.ndarray
-    n_slots: int
     n_kv: int
     n_head: int
     head_dim: int
@@ -76,9 +78,8 @@ class Work(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """64 positions and the GROUP queries that are computed over them: offsets in bytes, and the range of the 64 that each query sees."""
+    """The GROUP queries that are computed over 64 positions: offsets in bytes, and the range of the 64 that each query sees."""
 
-    slot_C: np.ndarray
     query_G: np.ndarray
     state_G: np.ndarray
     low_G: np.ndarray
@@ -86,50 +87,49 @@ class Chunk(NamedTuple):
     turn_X4: np.ndarray         # (first query, last query, low, high): positions that these queries add up together
 
 
-def attend(q_TNH: np.ndarray, k_SKH: np.ndarray, v_SKH: np.ndarray, first_T: np.ndarray, end_T: np.ndarray) -> np.ndarray:
+def attend(q_TNH: np.ndarray, kept, first_T: np.ndarray, end_T: np.ndarray) -> np.ndarray:
     """Grouped-query attention, float32 (T, N, H). Query head n = k * G + g reads key/value head k; scores are not divided by sqrt(H).
 
-    Keys and values are slots, float32 or float16: position p is in slot p % S. Row t sees positions first_T[t]..end_T[t]-1, at least one
-    and at most S. Raises ValueError for anything else, and where H is not a multiple of 16.
+    `kept` has keys and values in blocks (`LayerCache` in model/blocks.py), float32 or float16. Row t sees positions
+    first_T[t]..end_T[t]-1, at least one, for which there are blocks. Raises ValueError for anything else, and where H is not a multiple
+    of 16.
     """
     n_tok, n_head, head_dim = q_TNH.shape if q_TNH.ndim == 3 else (0, 0, 0)
-    n_slots, n_kv, width = k_SKH.shape if k_SKH.ndim == 3 else (0, 0, 0)
-    if q_TNH.ndim != 3 or not n_slots or q_TNH.dtype != FLOAT or k_SKH.shape != v_SKH.shape or k_SKH.dtype != v_SKH.dtype:
-        raise ValueError(f"expected float32 queries (T, N, H), keys and values (S, K, H), got {q_TNH.dtype} {q_TNH.shape}, "
-                         f"{k_SKH.dtype} {k_SKH.shape}, {v_SKH.dtype} {v_SKH.shape}")
-    half = k_SKH.dtype == HALF
-    if not (half or k_SKH.dtype == FLOAT) or not (k_SKH.flags.c_contiguous and v_SKH.flags.c_contiguous):
-        raise ValueError(f"expected contiguous keys and values in float16 or float32, got {k_SKH.dtype}, strides {k_SKH.strides}")
+    n_positions, n_kv, width = kept.shape
+    if q_TNH.ndim != 3 or q_TNH.dtype != FLOAT or kept.dtype not in (HALF, FLOAT) or n_positions != CHUNK:
+        raise ValueError(f"expected float32 queries (T, N, H), keys and values in float16 or float32 in blocks of {CHUNK} positions, got "
+                         f"{q_TNH.dtype} {q_TNH.shape}, {kept.dtype}, {n_positions} positions")
     if not width or width % LANES or width != head_dim or not n_kv or not n_head or n_head % n_kv:
         raise ValueError(f"{n_head} query heads of {head_dim} do not fit {n_kv} key heads of {width}, or {width} is no multiple of {LANES}")
     if first_T.dtype != INT64 or end_T.dtype != INT64 or first_T.shape != (n_tok,) or end_T.shape != (n_tok,):
         raise ValueError(f"expected {n_tok} positions in int64 twice, got {first_T.dtype} {first_T.shape}, {end_T.dtype} {end_T.shape}")
     first_T, end_T, n = np.ascontiguousarray(first_T), np.ascontiguousarray(end_T), current()
-    bad, rows, wave, heads, n_spans = plan(first_T, end_T, n_slots, n_head, n_kv, head_dim, n)
+    bad, rows, wave, heads, n_spans = plan(first_T, end_T, kept.offset_B, n_head, n_kv, head_dim, n)
     if bad < n_tok:
-        raise ValueError(f"query {bad}: key range [{first_T[bad]}, {end_T[bad]}) must be non-empty, start at 0 or later and span at most "
-                         f"{n_slots} positions")
+        raise ValueError(f"query {bad}: key range [{first_T[bad]}, {end_T[bad]}) must be non-empty, start at 0 or later and have a "
+                         "block for every position")
     out_TNH = np.empty(q_TNH.shape, FLOAT)
     if n_tok:
-        # float16 goes as uint16, as Numba does not know it
-        keys, values = (k_SKH.view(np.uint16), v_SKH.view(np.uint16)) if half else (k_SKH, v_SKH)
         # allocated here, because a kernel frees an array after its last use, and an address of it does not count as one
         state = np.empty((wave, n_head, n_spans, VALUES // 4 + head_dim), FLOAT)
-        attend_rows(FORMATS["exact"]["F16" if half else "F32"], np.ascontiguousarray(q_TNH), keys, values, first_T, end_T, rows, wave,
-                    heads, state, np.empty((n, BUFFER), FLOAT), out_TNH, n)
+        attend_rows(FORMATS["exact"]["F16" if kept.dtype == HALF else "F32"], np.ascontiguousarray(q_TNH), kept.origin, kept.offset_B,
+                    kept.k_offset, kept.v_offset, n_kv, first_T, end_T, rows, wave, heads, state, np.empty((n, BUFFER), FLOAT), out_TNH, n)
     return out_TNH
 
 
 @kernel()
-def plan(first_T, end_T, n_slots, n_head, n_kv, head_dim, n):
+def plan(first_T, end_T, block_B, n_head, n_kv, head_dim, n):
     """(first row with an impossible range, or T; rows, wave and heads of `attend_rows`; spans of the row that has most)."""
-    n_tok, low, high, n_spans = first_T.size, FAR, 0, 1
+    n_tok, n_spans = first_T.size, 1
     for t in range(n_tok):
         first, end = first_T[t], end_T[t]
-        if first < 0 or end <= first or end > FAR or end - first > n_slots:
+        if first < 0 or end <= first or end > CHUNK * block_B.size:
             return t, 0, 0, 0, 0
-        low, high, n_spans = min(low, first), max(high, end), max(n_spans, (end - 1) // SPAN - first // SPAN + 1)
-    rows = max(1, QUERIES * n_kv // n_head) if high - low <= n_slots else 1        # rows so far apart have nothing to share
+        for block in range(first // CHUNK, (end - 1) // CHUNK + 1):
+            if block_B[block] == GONE:
+                return t, 0, 0, 0, 0
+        n_spans = max(n_spans, (end - 1) // SPAN - first // SPAN + 1)
+    rows = max(1, QUERIES * n_kv // n_head)
     row_bytes = n_head * n_spans * (VALUES + 4 * head_dim)
     wave = min(n_tok, rows * max(1, ROOM_BYTES // (rows * row_bytes)))
     # a cache that is read once is read fastest from front to back, all heads of a position together; a prompt reads it again and again from
@@ -161,9 +161,9 @@ def weight_address(w, i, last):
 
 
 @per_row
-def key_address(w, chunk, j):
+def key_address(w, keys, j):
     """Where the key of position j begins."""
-    return at(w.k, chunk.slot_C[j])
+    return at(w.cache, keys + _position_bytes(w) * j)
 
 
 @per_row
@@ -254,13 +254,19 @@ def sum_of_keys(v):
 # ---- GROUP queries and a chunk: scores
 
 @inline
-def _scores(w, chunk, n, j, ahead, step):
-    """Scores of n queries (at most GROUP) for positions j..j+15 of the chunk, to `weights`. Meanwhile prefetches keys `ahead` bytes further
-    on, `step` bytes for 16 columns.
+def _position_bytes(w):
+    """From the key, or value, of a head at one position to the next position's."""
+    return w.n_kv * w.head_dim * (w.kv.n_bytes // LANES)
+
+
+@inline
+def _scores(w, chunk, n, first, j, ahead, step):
+    """Scores of n queries (at most GROUP) for positions j..j+15 of the chunk, to `weights`; its keys begin at `first`. Meanwhile prefetches
+    keys `ahead` bytes further on, `step` bytes for 16 columns.
     """
     queries = query_address(w, chunk, EACH, n - 1)
     for g in range(0, LANES, GROUP):
-        keys, place = key_address(w, chunk, plus(EACH, j + g)), ahead
+        keys, place = key_address(w, first, plus(EACH, j + g)), ahead
         totals = repeat(EACH, repeat(EACH, splat_f32(ZERO)))
         for c in range(0, w.head_dim, LANES):
             key = load(w.kv, keys, c)
@@ -310,8 +316,9 @@ def _weights(w, chunk, i):
 # ---- values
 
 @inline
-def _values(w, chunk, first, last, low, high, ahead, step):
-    """Adds weight times value for positions low..high-1 of the chunk to the sums of queries `first` to `last`, at most GROUP.
+def _values(w, chunk, values, first, last, low, high, ahead, step):
+    """Adds weight times value for positions low..high-1 of the chunk to the sums of queries `first` to `last`, at most GROUP. Its values
+    begin at `values`.
 
     16 * GROUP columns at a time. Where there are fewer queries or columns, the last is computed again: the same numbers go to the same
     place.
@@ -321,7 +328,7 @@ def _values(w, chunk, first, last, low, high, ahead, step):
         columns = column(c, EACH, w.head_dim)
         totals = load_sums(states, columns)
         for j in range(low, high):
-            value = at(w.v, chunk.slot_C[j])
+            value = at(w.cache, values + _position_bytes(w) * j)
             for i in range(0, GROUP, 2):
                 prefetch(at(value, ahead + i * step))
             totals = add_products(load_weight(weights, j), load(w.kv, value, columns), totals)
@@ -332,14 +339,14 @@ def _values(w, chunk, first, last, low, high, ahead, step):
 
 
 @inline
-def _chunk(w, chunk, n, ahead, step):
-    """Adds a chunk to the states of its n queries."""
+def _chunk(w, chunk, n, keys, values, ahead, step):
+    """Adds a chunk, whose keys and values begin `keys` and `values` bytes from `w.cache`, to the states of its n queries."""
     low, high, all_low, all_high = CHUNK, 0, 0, CHUNK               # what any of them sees, and what all of them see
     for i in range(n):
         low, high = min(low, chunk.low_G[i]), max(high, chunk.high_G[i])
         all_low, all_high = max(all_low, chunk.low_G[i]), min(all_high, chunk.high_G[i])
     for j in range(low // LANES * LANES, high, LANES):
-        _scores(w, chunk, n, j, ahead, step)
+        _scores(w, chunk, n, keys, j, ahead, step)
     for i in range(n):
         if chunk.low_G[i] < chunk.high_G[i]:
             _weights(w, chunk, i)
@@ -352,7 +359,7 @@ def _chunk(w, chunk, n, ahead, step):
     for turn in range(2 * n + 1):
         first, last, low, high = chunk.turn_X4[turn, 0], chunk.turn_X4[turn, 1], chunk.turn_X4[turn, 2], chunk.turn_X4[turn, 3]
         if low < high:
-            _values(w, chunk, first, last, low, high, ahead, step)
+            _values(w, chunk, values, first, last, low, high, ahead, step)
 
 
 @inline
@@ -400,12 +407,9 @@ def _span(w, chunk, t0, t1, kv0, kv1, first, end, follows):
     n_queries = (t1 - t0) * group
     n_groups = (n_queries + GROUP - 1) // GROUP
     for begin in range(first // CHUNK * CHUNK, end, CHUNK):
-        more = begin + CHUNK < end + follows
+        block, more = w.block_B[begin // CHUNK], begin + CHUNK < end + follows
+        following = w.block_B[begin // CHUNK + 1] - block if more else np.int64(0)
         for kv in range(kv0, kv1):
-            slot = begin % w.n_slots
-            for j in range(CHUNK):
-                chunk.slot_C[j] = (slot * w.n_kv + kv) * head_bytes
-                slot = slot + 1 if slot + 1 < w.n_slots else 0
             for i in range(0, n_queries, GROUP):
                 n = min(GROUP, n_queries - i)
                 for j in range(n):
@@ -415,15 +419,16 @@ def _span(w, chunk, t0, t1, kv0, kv1, first, end, follows):
                     chunk.query_G[j] = 4 * w.head_dim * (t * w.n_head + head)
                     chunk.state_G[j] = _state_offset(w, t, head, first // SPAN)
                 # while computing, each group of queries prefetches its share of the next chunk's columns: half as fast without
-                ahead = CHUNK * w.n_kv * head_bytes + i // GROUP * head_bytes // n_groups if more else 0
-                _chunk(w, chunk, n, ahead, LANES * number_bytes // n_groups if more else 0)
+                ahead = following + i // GROUP * head_bytes // n_groups if more else 0
+                _chunk(w, chunk, n, block + w.k_offset + kv * head_bytes, block + w.v_offset + kv * head_bytes, ahead,
+                       LANES * number_bytes // n_groups if more else 0)
 
 
 @out_of_line
 def _spans_of_thread(w, t0, t1, rows, heads, thread, n):
     """Computes a thread's share of the spans of rows t0..t1-1. They are divided in order, by how many positions they have."""
-    chunk = Chunk(np.empty(CHUNK, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.int64),
-                  np.empty(GROUP, np.int64), np.empty((2 * GROUP + 1, 4), np.int64))
+    chunk = Chunk(np.empty(GROUP, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.int64),
+                  np.empty((2 * GROUP + 1, 4), np.int64))
     total = 0
     for t in range(t0, t1, rows):
         low, high = _seen(w, t, min(t + rows, t1))
@@ -457,11 +462,10 @@ def _merge_spans(w, t, head, out):
 
 
 @kernel(parallel=True)
-def attend_rows(kv, q_TNH, k_SKH, v_SKH, first_T, end_T, rows, wave, heads, state, buffer_NB, out_TNH, n):
+def attend_rows(kv, q_TNH, origin, block_B, k_offset, v_offset, n_kv, first_T, end_T, rows, wave, heads, state, buffer_NB, out_TNH, n):
     """`attend` on n threads. `wave` rows are computed at a time; the unit of work is `rows` of them and `heads` key/value heads."""
     n_tok, n_head, head_dim = q_TNH.shape
-    n_slots, n_kv, _ = k_SKH.shape
-    q, k, v, out = address(q_TNH), address(k_SKH), address(v_SKH), address(out_TNH)
+    q, cache, out = address(q_TNH), address(origin), address(out_TNH)
     states, buffers, n_spans = address(state), address(buffer_NB), state.shape[2]
     # every other step merges what the step before has left (one parallel loop for both compiles in less time)
     for step in range(2 * ((n_tok + wave - 1) // wave)):
@@ -470,7 +474,8 @@ def attend_rows(kv, q_TNH, k_SKH, v_SKH, first_T, end_T, rows, wave, heads, stat
         for part in prange(n):
             thread = np.int64(part)         # prange counts without a sign
             weights = at(buffers, 4 * BUFFER * thread)
-            w = Work(q, k, v, kv, first_T, end_T, n_slots, n_kv, n_head, head_dim, states, t0, n_spans, weights, at(weights, 16 * CHUNK))
+            w = Work(q, cache, block_B, k_offset, v_offset, kv, first_T, end_T, n_kv, n_head, head_dim, states, t0, n_spans, weights,
+                     at(weights, 16 * CHUNK))
             if step % 2 == 0:
                 _spans_of_thread(w, t0, t1, rows, heads, thread, n)
             else:

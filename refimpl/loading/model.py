@@ -68,9 +68,9 @@ class Model:
         """Returns when nothing is being written any more: for measurements."""
         self._preparing.wait()
 
-    def new_cache(self, n_ctx: int | None = None) -> Cache:
-        """An empty cache for `n_ctx` positions, the model's whole context when None."""
-        return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, CHUNK, self.backend.kv_type)
+    def new_cache(self, n_ctx: int | None = None, keep: int = 0) -> Cache:
+        """An empty cache for `n_ctx` positions, the model's whole context when None; `keep` as in Cache."""
+        return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, CHUNK, self.backend.kv_type, keep)
 
     def refuse_unless_it_fits(self, n_ctx: int):
         """Raises MemoryRefusal where there is no room for the keys and values of `n_ctx` tokens."""

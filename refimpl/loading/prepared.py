@@ -71,8 +71,8 @@ class Mapped(InMemory):
         return self.copy.find(matrix) if matrix.name in self.copy.found else super().prepare(matrix)
 
     def finish(self):
-        """Has the matrices read from the disk, and mapped page by page, ahead of their first use: all of them, or where memory is short those
-        that every token needs (an expert is read when a token chooses it).
+        """Has the matrices read from the disk, and mapped page by page, ahead of their first use: all of them, or where memory is short
+        those that every token needs (an expert is read when a token chooses it).
         """
         names = self.mapped if self.copy.n_bytes < available() else {name for name in self.mapped if not name.endswith(EXPERTS)}
         for work in (self.copy.read_ahead, self.copy.touch):

@@ -2,12 +2,12 @@
 
 The dimension key. Arrays carry their shape as a suffix (`x_TD`), in these letters:
 
-    T tokens in this call      S slots of a cache         D model width (n_embd)
+    T tokens in this call      S positions in a cache     D model width (n_embd)
     N query heads              K key/value heads          G query heads per key/value head, N / K
     H width of a head          R pairs rotated, H / 2     A all query heads together, N * H
     F dense feed-forward width E experts                  X experts used per token        M expert width
     P per-layer input width    L layers                   V vocabulary                    O output rows of a matrix
-    Y bytes in a row           B blocks                   Q elements in a block
+    Y bytes in a row           B blocks                   Q elements in a block of weights
 """
 
 import warnings

@@ -125,7 +125,7 @@ def attention(spec: LayerSpec, w: AttentionWeights, x_TD: np.ndarray, step: Step
         k_TKH = tap("Kcur_pos", backend.rotate(k_TKH, *angles))
         kept.write(step.pos_T[0], k_TKH, v_TKH)
 
-    out_TNH = backend.attend(q_TNH, kept.k_SKH, kept.v_SKH, kept.first_visible(step.pos_T), step.end_T)
+    out_TNH = backend.attend(q_TNH, kept, kept.first_visible(step.pos_T), step.end_T)
     return backend.matmul(tap("kqv_out", out_TNH).reshape(n_tok, -1), w.output_DA)
 
 

@@ -13,7 +13,6 @@ from refimpl.kernels.cores.threads import running
 from refimpl.kernels.machine.intrinsics import add_f32, address, at, load_f32, splat_f32, store_f32, sum_f32
 from refimpl.kernels.machine.jit import inline, kernel
 from refimpl.loading.memory import parts_of, tables_of
-from refimpl.model.cache import Cache
 from refimpl.model.config import Config
 from refimpl.model.weights import MoeWeights, weights_from_gguf
 
@@ -115,9 +114,3 @@ def weight_bytes(file: GGUFFile, config: Config, held: Callable[[Matrix], int] =
 def kv_read(config: Config, depth: int, kv_bytes: float) -> float:
     """Bytes of keys and values that a token after `depth` others reads, its own among them. Layers that share them read them each."""
     return sum(2 * spec.n_kv * spec.head_dim * kv_bytes * min(depth + 1, spec.window or depth + 1) for spec in config.layers)
-
-
-def number_bytes(cache: Cache, config: Config) -> float:
-    """Bytes that this cache takes for one number of a key or a value."""
-    numbers = sum(2 * kept.n_slots * config.layers[i].n_kv * config.layers[i].head_dim for i, kept in cache.layers.items())
-    return cache.n_bytes / numbers

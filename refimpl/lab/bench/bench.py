@@ -23,7 +23,7 @@ from refimpl.formats.gguf import GGUFFile
 from refimpl.formats.matrix import stored_bytes
 from refimpl.host import ROOT, available, cpu_quota, physical_cores, read, usable_cpus
 from refimpl.kernels.cores.threads import layer, prepare, running, slow_layer_warning
-from refimpl.lab.bench.bandwidth import BUFFER_BYTES, Traffic, bytes_per_token, number_bytes, read_bandwidth
+from refimpl.lab.bench.bandwidth import BUFFER_BYTES, Traffic, bytes_per_token, read_bandwidth
 from refimpl.lab.engines import LLAMACPP, TIMED, known
 from refimpl.lab.llamacpp.client import LlamaCpp
 from refimpl.loading.memory import MemoryRefusal
@@ -65,7 +65,7 @@ class ModelEngine:
 
     def __init__(self, model: Model, n_ctx: int):
         self.model, self.n_ctx = model, n_ctx
-        self.kv_bytes = number_bytes(model.new_cache(n_ctx), model.config)
+        self.kv_bytes = model.backend.kv_type.itemsize
 
     def measure(self, context: Sequence[int], ids: Sequence[int], together: bool) -> float:
         """As in Engine."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from refimpl.decode import drafter as drafting
 from refimpl.formats.quants.basic import q4_0
 from refimpl.formats.quants.k import q4_k
-from refimpl.model import cache, config, drafter, gemma4, weights
+from refimpl.model import blocks, config, drafter, gemma4, weights
 from refimpl.reference import attention, moe, ops
 
 MOE, PLE, K_QUANTS = "moe", "ple", "k-quants"     # models that show it: the built-in one, one with per-layer inputs, one in Q4_K
@@ -86,9 +86,9 @@ BUGS = {
         "other rotation"),
     "positions counted from 1": Bug(gemma4.forward, "angles_at(pos_T, frequency_R)", "angles_at(pos_T + 1, frequency_R)", MOE,
         "Qcur_pos-0", "other rotation"),
-    "window one too long": Bug(cache.LayerCache.first_visible, "pos - self.window + 1", "pos - self.window", MOE, "kqv_out-0",
+    "window one too long": Bug(blocks.BlockTable.first_visible, "pos - self.window + 1", "pos - self.window", MOE, "kqv_out-0",
         "from a position"),
-    "window one too short": Bug(cache.LayerCache.first_visible, "pos - self.window + 1", "pos - self.window + 2", MOE, "kqv_out-0",
+    "window one too short": Bug(blocks.BlockTable.first_visible, "pos - self.window + 1", "pos - self.window + 2", MOE, "kqv_out-0",
         "from a position"),
     "scores divided by sqrt(H)": Bug(attention.attend_one, 'np.einsum("KGH,SKH->KGS", q_KGH, k_SKH)',
         'np.einsum("KGH,SKH->KGS", q_KGH, k_SKH) / q_KGH.shape[-1] ** 0.5', MOE, "kqv_out-0", "other scores"),
@@ -101,8 +101,8 @@ BUGS = {
         "skipped step"),
     "keys shared from the wrong layer": Bug(config.config_from_gguf, "kv_from = donors[-1]", "kv_from = donors[0]", PLE,
         "kqv_out-{shared}"),
-    "a batch's keys written one slot on": Bug(cache.LayerCache.write, "k_TKH, v_TKH", "np.roll(k_TKH, 1, 0), v_TKH", MOE, "cache_k-0",
-        "shifted rows"),
+    "a batch's keys written one slot on": Bug(blocks.LayerCache.write, "(k_TKH, v_TKH)", "(np.roll(k_TKH, 1, 0), v_TKH)", MOE,
+        "cache_k-0", "shifted rows"),
     "no residual around attention": Bug(gemma4.run_layer, '"attn_out", x_TD + y_TD', '"attn_out", y_TD', MOE, "attn_out-0",
         "skipped step"),
     # feed-forward

@@ -155,10 +155,10 @@ def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, adva
         recorder.at(first, n)
         state_TD = model.forward(part, cache, recorder.tap)
         for i, layer in cache.layers.items():
-            slots = np.arange(first, first + n) % layer.n_slots
-            for name, kept in ((f"cache_k-{i}", layer.k_SKH), (f"cache_v-{i}", layer.v_SKH)):
+            names = [f"cache_k-{i}", f"cache_v-{i}"]
+            for name, value in zip(names, layer.read(first, first + n) if any(map(recorder.wants, names)) else ()):
                 if recorder.wants(name):
-                    recorder.tap(name, kept[slots])
+                    recorder.tap(name, value)
         if recorder.wants("result_output"):
             wanted_TD = state_TD[recorder._at]
             step = max(1, LOGIT_BYTES // (4 * model.config.n_vocab))

@@ -6,6 +6,7 @@ import numpy as np
 
 from refimpl.lab.explain.show import BLACK, BLUE, ORANGE, RED, figure, legend, picture, text_figure
 from refimpl.loading.model import Model
+from refimpl.model.blocks import layer_of
 from refimpl.model.config import Config
 from refimpl.reference.attention import attend
 from refimpl.reference.ops import rope_angles
@@ -14,11 +15,11 @@ from refimpl.reference.ops import rope_angles
 def weights_of(q_TNH: np.ndarray, k_SKH: np.ndarray, first_T: np.ndarray, end_T: np.ndarray) -> np.ndarray:
     """The weights in `attend`, float32 (N, T, S): what it gives when the values are the rows of an identity matrix.
 
-    Values are as wide as a head, so the identity goes in H columns at a time. Arguments as in reference/attention.py.
+    Values are as wide as a head, so the identity goes in H columns at a time. Position p of the keys is k_SKH[p].
     """
     n_keys, n_kv, width = k_SKH.shape
     unit_SS = np.eye(n_keys, -(-n_keys // width) * width, dtype=np.float32)
-    parts = [attend(q_TNH, k_SKH, np.repeat(unit_SS[:, None, at:at + width], n_kv, axis=1), first_T, end_T)
+    parts = [attend(q_TNH, layer_of(k_SKH, np.repeat(unit_SS[:, None, at:at + width], n_kv, axis=1)), first_T, end_T)
              for at in range(0, n_keys, width)]
     return np.concatenate(parts, axis=-1)[..., :n_keys].transpose(1, 0, 2)
 

@@ -43,7 +43,7 @@ def savings(config: Config, n_ctx: int, max_rows: int) -> dict[str, int]:
 
 
 def by_kind(config: Config, n_ctx: int, max_rows: int) -> tuple[int, int]:
-    """Bytes of a full cache in float16: of the full layers, and of the rings of the sliding ones."""
+    """Bytes of a full cache in float16: of the full layers, and of the windows of the sliding ones."""
     full, sliding = (cache_bytes(only(config, attention), n_ctx, max_rows, HALF)
                      for attention in (AttentionType.FULL, AttentionType.SLIDING))
     return full, sliding
@@ -80,7 +80,7 @@ def layers_picture(configs: dict[str, Config]):
 
 
 def cache_picture(configs: dict[str, Config], contexts: Sequence[int], max_rows: int):
-    """Bars of what a full cache takes, full layers and rings, one panel for each context; models that do not reach it have no bar."""
+    """Bars of what a full cache takes, full layers and windows, one panel for each context; models that do not reach it have no bar."""
     from refimpl.lab.explain.show import BLUE, ORANGE, figure, legend, picture
 
     fig, panels = figure(9, 2.6, 1, len(contexts), sharex=True, sharey=True)

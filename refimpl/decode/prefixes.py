@@ -1,0 +1,185 @@
+"""What a model has read, as a tree over token ids: a prompt that begins like it is read from where they part.
+
+A node is a block of 64 positions of all layers (model/blocks.py). Its key are the ids at these positions, and the path to it gives the ids
+before. Keys and values depend on these ids alone, and a row's bits do not depend on the rows that are computed with it: what is found here
+has the bits that reading again would give.
+
+To go on at a position, full layers need all blocks before it, sliding layers those of the window before it. So where memory is short, the
+blocks of sliding layers go first: the least recently used, and last among them those before the end of a sequence, from where
+conversations go on. Then whole sequences go, from their ends.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import numpy as np
+
+from refimpl.loading.model import Model
+from refimpl.model.blocks import BLOCK
+from refimpl.model.cache import Cache
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cache that holds the first `cache.length` ids of a prompt, and, where that is less than could be, why."""
+
+    cache: Cache
+    why: str
+
+
+class Nothing:
+    """Remembers nothing: every prompt is read from its beginning."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def find(self, ids: Sequence[int], n_ctx: int | None) -> Found:
+        """An empty cache for `n_ctx` tokens (None: the model's own context)."""
+        return Found(self.model.new_cache(n_ctx), "nothing is kept from one prompt to the next")
+
+    def keep(self, ids: Sequence[int], cache: Cache):
+        """Nothing."""
+
+
+@dataclass(eq=False)
+class _Node:
+    """One block: its ids, its part of each table (number of the table -> block), when it was last used, and whether a sequence ended
+    within its window.
+    """
+
+    ids: tuple[int, ...]
+    depth: int
+    parent: "_Node | None"
+    children: dict[tuple[int, ...], "_Node"] = field(default_factory=dict)
+    blocks: dict[int, np.ndarray] = field(default_factory=dict)
+    used: int = 0
+    seen: int = 0           # the same for blocks of sliding layers
+    at_end: bool = False
+
+
+class Prefixes:
+    """The sequences that a model has read, within `budget` bytes."""
+
+    def __init__(self, model: Model, budget: int):
+        self.model, self.budget, self.n_bytes = model, budget, 0
+        self._root, self._clock = _Node((), -1, None), 0
+        self._windows = [table.window for table in model.new_cache(1).tables]
+
+    def find(self, ids: Sequence[int], n_ctx: int | None) -> Found:
+        """A cache for `n_ctx` tokens (None: the model's own context) that holds as much of `ids` as is known, all but the last at most:
+        its state is needed.
+        """
+        path, n_same = self._walk(ids)
+        n_same = min(n_same, len(ids) - 1)
+        points = [n_same, *range((n_same - 1) // BLOCK * BLOCK, -1, -BLOCK)] if n_same else [0]
+        length = next(n for n in points if all(number in node.blocks for node, number in self._needed(path, n)))
+        cache = self.model.new_cache(n_ctx, keep=self._keep())
+        self._clock += 1
+        for node in path[:-(-length // BLOCK)]:
+            node.used = self._clock
+        for node, number in self._needed(path, length):
+            node.seen = self._clock
+            cache.tables[number].put(node.depth, node.blocks[number])
+        cache.start_at(length)
+        why = ""
+        if length < n_same:
+            why = f"what the windows of sliding layers saw at token {n_same} is not in memory any more"
+        elif length < len(ids) - 1:
+            why = f"token {length} is not the one that was read there before" if length else "nothing that was read before begins like it"
+        return Found(cache, why)
+
+    def keep(self, ids: Sequence[int], cache: Cache):
+        """Remembers the committed positions of `cache`, whose tokens are `ids`; where it has more of them than `ids`, only those."""
+        self._clock += 1
+        node, n = self._root, min(cache.length, len(ids))
+        path = []
+        for depth in range(-(-n // BLOCK)):
+            key = tuple(int(i) for i in ids[depth * BLOCK:min(n, (depth + 1) * BLOCK)])
+            node = node.children.get(key) or self._longer(node, key) or self._add(node, key, depth)
+            node.used = node.seen = self._clock
+            for number, table in enumerate(cache.tables):
+                if depth in table.blocks and number not in node.blocks:
+                    block = table.blocks[depth]
+                    block.flags.writeable = False
+                    node.blocks[number] = block
+                    self.n_bytes += block.nbytes
+            path.append(node)
+        for node, number in self._needed(path, n):
+            node.at_end |= self._windows[number] is not None
+        self._trim()
+
+    def _keep(self) -> int:
+        """How many positions beyond the window the sliding layers of a cache keep, so that all of them fit in the budget."""
+        a_token = sum(2 * spec.n_kv * spec.head_dim * self.model.backend.kv_type.itemsize for spec in self.model.config.layers
+                      if spec.has_own_kv and spec.window is not None)
+        return self.budget // a_token if a_token else 0
+
+    def _walk(self, ids: Sequence[int]) -> tuple[list[_Node], int]:
+        """The nodes along `ids`, the last of which may have more, or others; and how many ids are the same."""
+        path, node, n = [], self._root, 0
+        while node is not None:
+            key = tuple(int(i) for i in ids[n:n + BLOCK])
+            node = node.children.get(key) if len(key) == BLOCK else None
+            if node is not None:
+                path.append(node)
+                n += BLOCK
+        children = (path[-1] if path else self._root).children.values()
+        best = max(children, key=lambda child: _n_common(child.ids, key), default=None)
+        if best is None or not (more := _n_common(best.ids, key)):
+            return path, n
+        return [*path, best], n + more
+
+    def _needed(self, path: Sequence[_Node], length: int) -> Iterator[tuple[_Node, int]]:
+        """(node, number of a table) for every block that a sequence needs to go on at `length`."""
+        for number, window in enumerate(self._windows):
+            first = 0 if window is None else max(0, length - window + 1)
+            for node in path[first // BLOCK:-(-length // BLOCK)]:
+                yield node, number
+
+    def _longer(self, parent: _Node, key: tuple[int, ...]) -> _Node | None:
+        """A node that has these ids and more, and all blocks."""
+        whole = (node for node in parent.children.values() if len(node.blocks) == len(self._windows))
+        return next((node for node in whole if node.ids[:len(key)] == key), None)
+
+    def _add(self, parent: _Node, key: tuple[int, ...], depth: int) -> _Node:
+        """A new node. A shorter one that it continues goes."""
+        for other in [other for ids, other in parent.children.items() if len(ids) < len(key) and key[:len(ids)] == ids]:
+            self._remove(other)
+        node = parent.children[key] = _Node(key, depth, parent)
+        return node
+
+    def _remove(self, node: _Node):
+        for number in list(node.blocks):
+            self._drop(node, number)
+        del node.parent.children[node.ids]
+
+    def _drop(self, node: _Node, number: int):
+        self.n_bytes -= node.blocks.pop(number).nbytes
+
+    def _trim(self):
+        """Drops what is least likely to be needed, until the rest is within the budget."""
+        if self.n_bytes <= self.budget:
+            return
+        nodes = list(self._nodes())
+        for node in sorted(nodes, key=lambda node: (node.at_end, node.seen, node.depth)):
+            for number in [number for number in node.blocks if self._windows[number] is not None]:
+                if self.n_bytes <= self.budget:
+                    return
+                self._drop(node, number)
+        for node in sorted(nodes, key=lambda node: (node.used, -node.depth)):
+            if self.n_bytes <= self.budget:
+                return
+            if not node.children:
+                self._remove(node)
+
+    def _nodes(self) -> Iterator[_Node]:
+        left = list(self._root.children.values())
+        while left:
+            node = left.pop()
+            yield node
+            left += node.children.values()
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))

@@ -1,0 +1,109 @@
+"""A conversation that is never read twice: its messages, and what the model has read of it.
+
+Each turn renders all messages anew, so that nothing has to be said about what may be edited, taken back or forked: what the new prompt has
+in common with anything that was read (prefixes.py) is not read again. Every answer has the bits of a run from the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+
+from refimpl.decode.drafter import Drafter, check_target
+from refimpl.decode.generate import Done, Output, PromptDone, Stats, Text, events
+from refimpl.decode.prefixes import Prefixes
+from refimpl.host import available
+from refimpl.loading.model import Model
+from refimpl.progress import silent
+from refimpl.text.chat import encode_chat, split_thought
+
+SHARE = 4           # of the memory that is free after loading, a quarter is for what has been read
+DEFAULTS = {"max_new_tokens": -1, "temperature": None, "top_k": None, "top_p": None, "min_p": None, "seed": 0, "draft_max": "auto",
+            "draft_min_p": 0.0, "progress": silent}
+
+
+class Session:
+    """A conversation with a model.
+
+    messages  {"role": "system", "user" or "assistant", "content": text} each, in order. Edit them as you like.
+    stats     of the latest answer (`Stats` in generate.py): `stats.reused` says how many tokens of the prompt were not read, `stats.why`
+              why not more
+    """
+
+    def __init__(self, model: Model, *, system: str | None = None, drafter: Drafter | None = None, n_ctx: int | None = None,
+                 thinking: bool = False, cache_ram: int | None = None):
+        """`system`: an instruction before the conversation. `drafter` and `n_ctx` as in `generate`. `thinking`: lets the model think first.
+        `cache_ram`: bytes for what has been read, by default a quarter of the memory that is free.
+
+        Raises ChatError for a model without a chat template, ValueError for a drafter of another model.
+        """
+        if drafter is not None:
+            check_target(drafter, model)
+        self.model, self.drafter, self.n_ctx, self.thinking = model, drafter, n_ctx, thinking
+        self.prefixes = Prefixes(model, available() // SHARE if cache_ram is None else cache_ram)
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self.stats = Stats()
+        self.prompt_ids([{"role": "user", "content": "?"}])        # a template that cannot be used is found before the first question
+
+    def stream(self, text: str, **options) -> Iterator[str]:
+        """Sends a message and yields the answer in chunks. `options` are those of `generate`: max_new_tokens, temperature, ..., progress.
+
+        The answer is added to `messages` when it ends, or what there is of it when the caller stops. Of a message whose prompt was not
+        read to its end there is no trace in `messages`; what was read of it is not read again.
+        """
+        for event in self.events(text, **options):
+            if isinstance(event, Text) and event.text:
+                yield event.text
+
+    def chat(self, text: str, **options) -> Output:
+        """Sends a message and returns the answer. `options` as in `stream`. The text includes the model's thoughts."""
+        seen = [event for event in self.events(text, **options) if isinstance(event, Text)]
+        return Output([i for event in seen for i in event.ids], "".join(event.text for event in seen), self.stats)
+
+    def events(self, text: str, **options) -> Iterator[PromptDone | Text | Done]:
+        """As `stream`, in events (generate.py)."""
+        return self._answer([*self.messages, {"role": "user", "content": text}], options)
+
+    def regenerate(self, **options) -> Iterator[PromptDone | Text | Done]:
+        """Answers the last message of the user anew, in events. Raises ValueError where there is none."""
+        return self._answer(self.messages[:self._last_question() + 1], options)
+
+    def undo(self) -> str:
+        """Takes the last message of the user and what follows it back, and returns its text. Raises ValueError where there is none."""
+        last = self._last_question()
+        text, self.messages = self.messages[last]["content"], self.messages[:last]
+        return text
+
+    def fork(self) -> Session:
+        """A second conversation with the same beginning. What either reads both know."""
+        other = copy(self)
+        other.messages, other.stats = [dict(message) for message in self.messages], Stats()
+        return other
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of the prompt for these messages, by the model's chat template. Raises ChatError."""
+        template = self.model.file.metadata.get("tokenizer.chat_template")
+        return encode_chat(self.model.tokenizer, template, list(messages), thinking=self.thinking)
+
+    def _last_question(self) -> int:
+        found = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not found:
+            raise ValueError("there is no message to take back")
+        return found[-1]
+
+    def _answer(self, messages: list[dict[str, str]], options: Mapping[str, object]) -> Iterator[PromptDone | Text | Done]:
+        """Answers `messages`, which become those of the session once the prompt has been read."""
+        run = events(self.model, self.prompt_ids(messages), n_ctx=self.n_ctx, drafter=self.drafter, prefixes=self.prefixes,
+                     special=False, **(DEFAULTS | options))
+        chunks = []
+        try:
+            for event in run:
+                if isinstance(event, PromptDone):
+                    self.messages, self.stats = messages, event.stats
+                elif isinstance(event, Text):
+                    chunks.append(event.text)
+                yield event
+        finally:
+            run.close()
+            if self.messages is messages:
+                self.messages = [*messages, {"role": "assistant", "content": split_thought("".join(chunks))[1]}]

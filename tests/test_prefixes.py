@@ -1,0 +1,199 @@
+"""What was read is not read again, and nothing can be told from the bits."""
+
+import functools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import same
+from shapes import SHAPES, prompt, random_model, reference, write_model
+
+import refimpl
+from refimpl.decode.prefixes import Prefixes
+from refimpl.model.blocks import BlockTable
+
+ENOUGH = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return refimpl.load()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, built_in):
+    """The tiny shapes in NumPy, and the built-in model with the kernels."""
+    folder = tmp_path_factory.mktemp("shapes")
+    return {shape: reference(write_model(folder / f"{shape}.gguf", random_model(shape))) for shape in SHAPES} | {"built-in": built_in}
+
+
+class Cold:
+    """What reading from the beginning gives, each prompt once."""
+
+    def __init__(self, model):
+        self.model = model
+        self.last_state = functools.lru_cache(maxsize=None)(lambda ids: model.prefill(ids, model.new_cache())[-1])
+
+
+def read(prefixes, ids, cold):
+    """Reads a prompt with what is known of it, remembers it, and compares with a cold run. Returns how much was known, and why not more."""
+    found = prefixes.find(ids, None)
+    known = found.cache.length
+    state_D = prefixes.model.prefill(ids[known:], found.cache)[-1]
+    assert same(state_D, cold.last_state(tuple(ids))), f"{known} of {len(ids)} known"
+    prefixes.keep(ids, found.cache)
+    check(prefixes)
+    return known, found.why
+
+
+def check(prefixes):
+    """The books are right, and the budget is kept."""
+    nodes = list(prefixes._nodes())
+    assert prefixes.n_bytes == sum(block.nbytes for node in nodes for block in node.blocks.values()) <= prefixes.budget
+    assert not any(block.flags.writeable for node in nodes for block in node.blocks.values())
+
+
+def sliding_bytes(model) -> int:
+    """Of a block of all sliding layers."""
+    return sum(int(np.prod(table.shape)) * table.dtype.itemsize for table in model.new_cache(1).tables if table.window)
+
+
+# ---- bits
+
+STEPS = st.lists(st.tuples(st.sampled_from(["longer", "edit", "another", "shorter"]), st.integers(0, 400), st.integers(1, 90)),
+                 min_size=2, max_size=7)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "built-in"])
+@settings(max_examples=8, deadline=None)
+@given(steps=STEPS, budget=st.sampled_from([ENOUGH, 1_000_000, 200_000, 0]), rows=st.sampled_from([512, 100, 17]))
+def test_histories_have_the_bits_of_cold_runs(models, shape, steps, budget, rows):
+    """Prompts that go on, go back, change a token far back or come back to what was before the change; in chunks of all sizes; with memory
+    for all of it, for some and for nothing.
+    """
+    model = models[shape]
+    cold, prefixes = Cold(model), Prefixes(model, budget)
+    new_cache = model.new_cache
+
+    def small_chunks(*args, **kwargs):
+        cache = new_cache(*args, **kwargs)
+        cache.max_rows = rows
+        return cache
+    texts = [prompt(70)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "new_cache", small_chunks)
+        for what, at, n in steps:
+            before = texts[at % len(texts)] if what == "another" else texts[-1]
+            at = at % len(before)
+            if what == "shorter":
+                text = before[:at + 1]
+            elif what == "edit":
+                text = [*before[:at], (before[at] + 1) % 200, *before[at + 1:]]
+            else:
+                text = [*before, *prompt(n, seed=at)]
+            texts.append(text[:300])
+            read(prefixes, texts[-1], cold)
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_turns_have_the_ids_of_cold_runs(built_in, drafted, temperature):
+    """A conversation of token ids: each answer is followed by more, twice one is edited, and one is stopped half-way."""
+    session = SimpleNamespace(model=built_in, prefixes=Prefixes(built_in, ENOUGH))
+    prefixes = session.prefixes
+    options = {"max_new_tokens": 40, "temperature": temperature, "drafter": refimpl.load_drafter(None, built_in) if drafted else None}
+    ids, rng = built_in.tokenizer.encode("def sort(items):\n"), np.random.default_rng(1)
+    for turn in range(6):
+        warm, cold = (refimpl.generate(built_in, ids, seed=turn, **options, **more) for more in ({"session": session}, {}))
+        assert warm.ids == cold.ids and cold.stats.reused == 0
+        assert warm.stats.reused > (0 if turn == 0 else len(ids) // 3) - 1
+        check(prefixes)
+        if turn in (2, 4):
+            ids[len(ids) // 2] = 77
+        ids = [*ids, *warm.ids, *rng.integers(5, 500, 30).tolist()]
+        if turn == 3:
+            pieces = refimpl.stream(built_in, ids, seed=9, session=session, **options)
+            for _ in range(5):
+                next(pieces)
+            pieces.close()
+            check(prefixes)
+
+
+# ---- what is known, and what is said about it
+
+def test_only_what_is_new_is_read(built_in):
+    cold, prefixes, text = Cold(built_in), Prefixes(built_in, ENOUGH), prompt(400)
+    assert read(prefixes, text[:200], cold) == (0, "nothing that was read before begins like it")
+    assert read(prefixes, text[:300], cold) == (200, "token 200 is not the one that was read there before")
+    assert read(prefixes, text[:300], cold) == (299, "")
+    assert read(prefixes, text[:100], cold) == (99, "")
+    edited = [*text[:150], 3, *text[151:400]]
+    assert read(prefixes, edited, cold) == (150, "token 150 is not the one that was read there before")
+    assert read(prefixes, text, cold) == (300, "token 300 is not the one that was read there before")
+    assert read(prefixes, [*edited, 7], cold)[0] == 400
+
+
+def test_blocks_are_shared_between_what_begins_alike(built_in):
+    cold, prefixes, text = Cold(built_in), Prefixes(built_in, ENOUGH), prompt(256)
+    read(prefixes, text, cold)
+    alone = prefixes.n_bytes
+    for last in range(5):
+        read(prefixes, [*text[:192], *prompt(64, seed=last)], cold)
+    assert prefixes.n_bytes == alone // 4 * 9, "four blocks, and one more for each of the others"
+
+
+def test_where_the_window_is_gone_the_nearest_point_before_it_is_taken(built_in):
+    """Memory for the full layers and the last windows: what was read long ago is gone on with from where its window is there."""
+    cold, prefixes, text = Cold(built_in), Prefixes(built_in, ENOUGH), prompt(1000)
+    read(prefixes, text, cold)
+    prefixes.budget = prefixes.n_bytes - 8 * sliding_bytes(built_in)
+    assert read(prefixes, [*text, 5], cold)[0] == 1000
+    assert read(prefixes, [*text[:900], 5], cold)[0] == 900
+    assert read(prefixes, [*text[:400], 5], cold) == (0, "what the windows of sliding layers saw at token 400 is not in memory any more")
+
+
+def test_the_ends_of_sequences_stay_longest(built_in):
+    cold, prefixes, text = Cold(built_in), Prefixes(built_in, ENOUGH), prompt(900)
+    read(prefixes, text[:320], cold)
+    read(prefixes, text, cold)
+    prefixes.budget = prefixes.n_bytes - 9 * sliding_bytes(built_in)
+    read(prefixes, [*text, 1], cold)
+    assert read(prefixes, [*text[:320], 9], cold)[0] == 320, "a turn ended there"
+    assert read(prefixes, [*text[:500], 9], cold)[0] < 500
+
+
+# ---- broken on purpose, each is caught
+
+def one_more_is_the_same(walk):
+    def broken(self, ids):
+        path, n = walk(self, ids)
+        return path, n + (1 if path else 0)
+    return broken
+
+
+def without_a_copy(make_room):
+    def broken(self, first, end):
+        for block in self.blocks.values():
+            block.setflags(write=True)
+        make_room(self, first, end)
+    return broken
+
+
+def shorter(first_visible):
+    return lambda self, pos: np.minimum(pos, first_visible(self, pos) + 1)
+
+
+@pytest.mark.parametrize("target, name, broken", [
+    (Prefixes, "_walk", one_more_is_the_same), (BlockTable, "make_room", without_a_copy), (BlockTable, "first_visible", shorter),
+], ids=["keys", "copy on write", "window"])
+def test_mistakes_are_seen(built_in, monkeypatch, target, name, broken):
+    cold, prefixes, text = Cold(built_in), Prefixes(built_in, ENOUGH), prompt(300)
+    texts = [text[:150], text[:250], [*text[:120], *prompt(100, seed=5)], text, [*text[:130], 9, 8]]
+    for ids in texts:
+        cold.last_state(tuple(ids))
+    monkeypatch.setattr(target, name, broken(getattr(target, name)))
+    with pytest.raises((AssertionError, ValueError)):
+        for ids in texts:
+            read(prefixes, ids, cold)
