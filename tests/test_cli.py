@@ -48,7 +48,7 @@ def test_inspect_for_people_and_programs(small):
     assert "gemma4.block_count" not in out and "gemma4.block_count = 6" in run("inspect", "-m", small, "--all")[1]
     described = json.loads(run("inspect", "-m", small, "--json", "-c", 100)[1])
     assert described["metadata"]["general.architecture"] == "gemma4" and len(described["layers"]) == 6
-    assert described["memory"]["kv_bytes"] == sum(4 * (1 * 32 * 100 if i == 5 else 2 * 16 * 100) for i in range(6))
+    assert described["memory"]["kv_bytes"] == sum(4 * (1 * 32 * 128 if i == 5 else 2 * 16 * 128) for i in range(6)), "two blocks"
 
 
 def test_chat_keeps_the_history(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from refimpl.lab.explain.attention_maps import HABITS, attention_maps, habits, weights_of
 from refimpl.loading.model import load
+from refimpl.model.blocks import layer_of
 from refimpl.reference.attention import attend
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "03_attention_in_gemma4.py"
@@ -21,7 +22,7 @@ def test_weights_times_values_are_the_output(n_keys):
     first = np.maximum(0, end - 3)
     weight_NTS = weights_of(q, k, first, end)
     out = np.einsum("KGTS,SKH->TKGH", weight_NTS.reshape(2, 2, 9, n_keys), v).reshape(9, 4, 16)
-    np.testing.assert_allclose(out, attend(q, k, v, first, end), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(out, attend(q, layer_of(k, v), first, end), rtol=0, atol=1e-5)
     assert (weight_NTS.sum(axis=-1) == pytest.approx(np.ones((4, 9)), abs=1e-5))
     seen = (np.arange(n_keys) >= first[:, None]) & (np.arange(n_keys) < end[:, None])
     assert (weight_NTS[:, ~seen] == 0).all() and (weight_NTS[:, seen] > 0).all()

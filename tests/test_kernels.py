@@ -12,7 +12,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from kernel_cases import INTEGER, TYPES, matrix, rows, same
+from kernel_cases import INTEGER, TYPES, causal, in_blocks, matrix, rows, same
 
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
@@ -27,7 +27,7 @@ HERE, PAIRS = Path(jit.__file__).parent.parent, ("matmul", "attention", "moe", "
 NO_TWIN = {         # functions of the reference that have none, and why
     "ops.gelu": "only inside `gated`", "ops.softmax": "only inside `attend` and `route`", "ops.fma": "an intrinsic",
     "ops.rope_frequencies": "once per model", "ops.rope_angles": "once per call", "matmul.integer_parts": "the reference's own unpacking",
-    "attention.visible_slots": "part of `attend`", "attention.attend_one": "part of `attend`",
+    "attention.attend_one": "part of `attend`",
     "activations.quantize_activations": "part of the products, whose bits are those of the reference",
 }
 
@@ -103,13 +103,13 @@ def route_case(n_tok: int, n_expert: int, n_used: int):
     return kernels.route, (logit, n_used, scale), reference.route, (logit, n_used, scale), 1e-6
 
 
-def attend_case(n_tok: int, n_head: int, n_kv: int, dim: int, slots: int, pos: int, window: int, dtype=np.float32):
+def attend_case(n_tok: int, n_head: int, n_kv: int, dim: int, n_keys: int, pos: int, window: int, dtype=np.float32):
     kernels, reference = twins("attention")
     rng = np.random.default_rng(2)
     q = rows(n_tok, n_head * dim).reshape(n_tok, n_head, dim)
-    k, v = (rng.standard_normal((slots, n_kv, dim)).astype(dtype) for _ in range(2))
-    end = pos + 1 + np.arange(n_tok)
-    args = q, k, v, np.maximum(0, end - window), end
+    k, v = (rng.standard_normal((n_keys, n_kv, dim)).astype(dtype) for _ in range(2))
+    first, end = causal(n_tok, pos, window)
+    args = q, in_blocks(k, v, first, end), first, end
     return kernels.attend, args, reference.attend, args, 2e-5
 
 
@@ -133,7 +133,7 @@ TABLE = {
        for name, block in (("q8", "Q4_0"), ("exact", "Q6_K"), ("q8", "F32")) for n_tok in (0, 1, 3)},
     "route": (route_case, 5, 16, 3), "route all": (route_case, 1, 4, 4), "route one of one": (route_case, 2, 1, 1),
     "route 8 of 128": (route_case, 9, 128, 8), "route more than 16": (route_case, 2, 40, 20), "route nothing": (route_case, 0, 4, 2),
-    "attend ring": (attend_case, 3, 4, 2, 16, 40, 100, 17), "attend one": (attend_case, 1, 2, 1, 32, 8, 3, 4),
+    "attend window": (attend_case, 3, 4, 2, 16, 40, 100, 17), "attend one": (attend_case, 1, 2, 1, 32, 8, 3, 4),
     "attend full": (attend_case, 9, 4, 1, 16, 200, 150, 10**6), "attend half": (attend_case, 5, 2, 2, 16, 90, 130, 64, np.float16),
     "rms_norm": (ops_case, "rms_norm", X3, rows(1, 33)[0], 1e-6),
     "rms_norm of one": (ops_case, "rms_norm", X3[..., :1].copy(), X3[0, 0, :1].copy(), 1e-6),
@@ -216,7 +216,7 @@ SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1
          "matmul_q8 Q4_K 6x16x256", "matmul_q8 Q5_K 1x1x256", "matmul_q8 Q6_K 6x16x256", "matmul Q4_0 1x1x256", "matmul Q6_K 1x1x256",
          "matmul Q5_K 1x1x256", "matmul BF16 6x16x256", "matmul_q8 F16 odd width", "matmul F32 odd width",
          "run_experts q8 Q4_0 Q4_0 1 tokens", "matmul_chosen q8 Q4_0 1 rows", "matmul_chosen exact Q6_K 1 rows",
-         "route", "route more than 16", "attend ring", "attend half", "attend full", "rms_norm", "rms_norm of one",
+         "route", "route more than 16", "attend window", "attend half", "attend full", "rms_norm", "rms_norm of one",
          "rms_normalise", "gated", "rotate", "softcap")
 
 

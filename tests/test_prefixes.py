@@ -12,6 +12,7 @@ from shapes import SHAPES, prompt, random_model, reference, write_model
 
 import refimpl
 from refimpl.decode.prefixes import Prefixes
+from refimpl.decode.snapshots import Snapshots
 from refimpl.model.blocks import BlockTable
 
 ENOUGH = 1 << 30
@@ -51,7 +52,8 @@ def read(prefixes, ids, cold):
 def check(prefixes):
     """The books are right, and the budget is kept."""
     nodes = list(prefixes._nodes())
-    assert prefixes.n_bytes == sum(block.nbytes for node in nodes for block in node.blocks.values()) <= prefixes.budget
+    assert prefixes.n_bytes == sum(block.nbytes for node in nodes for number, block in node.blocks.items() if number not in node.stored)
+    assert prefixes.n_bytes <= prefixes.budget and not (prefixes.snapshots and prefixes.snapshots.notes)
     assert not any(block.flags.writeable for node in nodes for block in node.blocks.values())
 
 
@@ -62,19 +64,22 @@ def sliding_bytes(model) -> int:
 
 # ---- bits
 
-STEPS = st.lists(st.tuples(st.sampled_from(["longer", "edit", "another", "shorter"]), st.integers(0, 400), st.integers(1, 90)),
+STEPS = st.lists(st.tuples(st.sampled_from(["longer", "edit", "another", "shorter", "restart"]), st.integers(0, 400), st.integers(1, 90)),
                  min_size=2, max_size=7)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "built-in"])
 @settings(max_examples=8, deadline=None)
-@given(steps=STEPS, budget=st.sampled_from([ENOUGH, 1_000_000, 200_000, 0]), rows=st.sampled_from([512, 100, 17]))
-def test_histories_have_the_bits_of_cold_runs(models, shape, steps, budget, rows):
-    """Prompts that go on, go back, change a token far back or come back to what was before the change; in chunks of all sizes; with memory
-    for all of it, for some and for nothing.
+@given(steps=STEPS, budget=st.sampled_from([ENOUGH, 1_000_000, 200_000, 0]), rows=st.sampled_from([512, 100, 17]), disk=st.booleans())
+def test_histories_have_the_bits_of_cold_runs(models, shape, steps, budget, rows, disk, tmp_path_factory):
+    """Prompts that go on, go back, change a token far back or come back to what was before the change, also after a restart; in chunks of
+    all sizes; with memory for all of it, for some and for nothing.
     """
-    model = models[shape]
-    cold, prefixes = Cold(model), Prefixes(model, budget)
+    model, folder = models[shape], tmp_path_factory.mktemp("disk")
+
+    def begin():
+        return Prefixes(model, budget, Snapshots(folder, model, ENOUGH) if disk else None)
+    cold, prefixes = Cold(model), begin()
     new_cache = model.new_cache
 
     def small_chunks(*args, **kwargs):
@@ -87,6 +92,9 @@ def test_histories_have_the_bits_of_cold_runs(models, shape, steps, budget, rows
         for what, at, n in steps:
             before = texts[at % len(texts)] if what == "another" else texts[-1]
             at = at % len(before)
+            if what == "restart":
+                prefixes = begin()
+                continue
             if what == "shorter":
                 text = before[:at + 1]
             elif what == "edit":
@@ -151,7 +159,7 @@ def test_where_the_window_is_gone_the_nearest_point_before_it_is_taken(built_in)
     prefixes.budget = prefixes.n_bytes - 8 * sliding_bytes(built_in)
     assert read(prefixes, [*text, 5], cold)[0] == 1000
     assert read(prefixes, [*text[:900], 5], cold)[0] == 900
-    assert read(prefixes, [*text[:400], 5], cold) == (0, "what the windows of sliding layers saw at token 400 is not in memory any more")
+    assert read(prefixes, [*text[:400], 5], cold) == (0, "the keys and values that token 400 sees are not all there any more")
 
 
 def test_the_ends_of_sequences_stay_longest(built_in):

@@ -6,15 +6,16 @@ has the bits that reading again would give.
 
 To go on at a position, full layers need all blocks before it, sliding layers those of the window before it. So where memory is short, the
 blocks of sliding layers go first: the least recently used, and last among them those before the end of a sequence, from where
-conversations go on. Then whole sequences go, from their ends.
+conversations go on. Then whole sequences go, from their ends. Blocks that are on the disk (snapshots.py) are mapped and take no memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
 
+from refimpl.decode.snapshots import Snapshot, Snapshots
 from refimpl.loading.model import Model
 from refimpl.model.blocks import BLOCK
 from refimpl.model.cache import Cache
@@ -44,8 +45,8 @@ class Nothing:
 
 @dataclass(eq=False)
 class _Node:
-    """One block: its ids, its part of each table (number of the table -> block), when it was last used, and whether a sequence ended
-    within its window.
+    """One block: its ids, its part of each table (number of the table -> block), the files that have them, when it was last used, and
+    whether a sequence ended where it was visible.
     """
 
     ids: tuple[int, ...]
@@ -53,18 +54,26 @@ class _Node:
     parent: "_Node | None"
     children: dict[tuple[int, ...], "_Node"] = field(default_factory=dict)
     blocks: dict[int, np.ndarray] = field(default_factory=dict)
+    stored: dict[int, Snapshot] = field(default_factory=dict)
     used: int = 0
     seen: int = 0           # the same for blocks of sliding layers
     at_end: bool = False
 
 
 class Prefixes:
-    """The sequences that a model has read, within `budget` bytes."""
+    """The sequences that a model has read, within `budget` bytes.
 
-    def __init__(self, model: Model, budget: int):
-        self.model, self.budget, self.n_bytes = model, budget, 0
+    n_bytes   memory that they take
+    snapshots where they are kept on the disk as well, None where they are not
+    """
+
+    def __init__(self, model: Model, budget: int, snapshots: Snapshots | None = None):
+        """`snapshots`: what they hold is known from the beginning, and what is read later is written there."""
+        self.model, self.budget, self.n_bytes, self.snapshots = model, budget, 0, snapshots
         self._root, self._clock = _Node((), -1, None), 0
         self._windows = [table.window for table in model.new_cache(1).tables]
+        if snapshots is not None:
+            self._load()
 
     def find(self, ids: Sequence[int], n_ctx: int | None) -> Found:
         """A cache for `n_ctx` tokens (None: the model's own context) that holds as much of `ids` as is known, all but the last at most:
@@ -72,8 +81,10 @@ class Prefixes:
         """
         path, n_same = self._walk(ids)
         n_same = min(n_same, len(ids) - 1)
-        points = [n_same, *range((n_same - 1) // BLOCK * BLOCK, -1, -BLOCK)] if n_same else [0]
-        length = next(n for n in points if all(number in node.blocks for node, number in self._needed(path, n)))
+        length = self._usable(path, n_same)
+        while unsound := self._unsound(path, length):
+            self._forget(unsound)
+            length = self._usable(path, n_same)
         cache = self.model.new_cache(n_ctx, keep=self._keep())
         self._clock += 1
         for node in path[:-(-length // BLOCK)]:
@@ -84,7 +95,7 @@ class Prefixes:
         cache.start_at(length)
         why = ""
         if length < n_same:
-            why = f"what the windows of sliding layers saw at token {n_same} is not in memory any more"
+            why = f"the keys and values that token {n_same} sees are not all there any more"
         elif length < len(ids) - 1:
             why = f"token {length} is not the one that was read there before" if length else "nothing that was read before begins like it"
         return Found(cache, why)
@@ -104,10 +115,82 @@ class Prefixes:
                     block.flags.writeable = False
                     node.blocks[number] = block
                     self.n_bytes += block.nbytes
+            self._replace_shorter(node)
             path.append(node)
-        for node, number in self._needed(path, n):
+        needed = list(self._needed(path, n))
+        for node, number in needed:
             node.at_end |= self._windows[number] is not None
+        if self.snapshots is not None:
+            self._save(path, needed)
         self._trim()
+
+    def _usable(self, path: Sequence[_Node], n_same: int) -> int:
+        """Up to where a sequence along `path` can go on: at `n_same` or an earlier beginning of a block."""
+        points = [n_same, *range((n_same - 1) // BLOCK * BLOCK, -1, -BLOCK)] if n_same else [0]
+        return next(n for n in points if all(number in node.blocks for node, number in self._needed(path, n)))
+
+    # ---- on the disk
+
+    def _load(self):
+        """Puts the blocks of all files into the tree, where there are none from a file."""
+        ends: dict[str, _Node] = {"": self._root}
+        for snapshot in self.snapshots.found():
+            above = ends[snapshot.parent]
+            while above.depth >= snapshot.first:
+                above = above.parent
+            ends[snapshot.name] = self._store(snapshot, above) if above.depth == snapshot.first - 1 else above
+
+    def _save(self, path: Sequence[_Node], needed: Sequence[tuple[_Node, int]]):
+        """Writes the nodes at the end of a sequence that are not on the disk yet, and maps what was written."""
+        full = [number for number, window in enumerate(self._windows) if window is None]
+        first = next((node.depth for node in path if not all(number in node.stored for number in full)), len(path))
+        if first == len(path):
+            return
+        blocks: list[dict[int, np.ndarray]] = [{} for _ in self._windows]
+        for node, number in needed:
+            if node.depth >= first:
+                if number not in node.blocks:
+                    return                              # the sequence cannot be gone on with: others have displaced it
+                blocks[number][node.depth] = node.blocks[number]
+        above = path[first - 1] if first else self._root
+        parent = above.stored[full[0]] if first else None
+        ids = [i for node in path[first:] for i in node.ids]
+        if snapshot := self.snapshots.write(parent.name if parent else "", first, ids, blocks):
+            self._store(snapshot, above)
+            for ancestor in dict.fromkeys(node.stored[full[0]] for node in reversed(path[:first])):
+                ancestor.touch()                        # the first last: without it the others are of no use
+
+    def _store(self, snapshot: Snapshot, above: _Node) -> _Node:
+        """Makes the blocks of a file those of the nodes below `above`. Returns the last one."""
+        node = above
+        for depth in range(snapshot.first, snapshot.first - (-len(snapshot.ids) // BLOCK)):
+            begin = (depth - snapshot.first) * BLOCK
+            key = snapshot.ids[begin:begin + BLOCK]
+            node = node.children.get(key) or self._add(node, key, depth)
+            for number, mine in enumerate(snapshot.blocks):
+                if depth in mine and number not in node.stored:
+                    if number in node.blocks:
+                        self._drop(node, number)
+                    node.blocks[number] = snapshot.block(number, depth, self.snapshots.shapes[number])
+                    node.stored[number] = snapshot
+            self._replace_shorter(node)
+        return node
+
+    def _unsound(self, path: Sequence[_Node], length: int) -> set[Snapshot]:
+        """Files that a sequence would need and that are not what was written. From the last to the first: parents count as used last."""
+        needed = {node.stored[number]: None for node, number in self._needed(path, length) if number in node.stored}
+        return {snapshot for snapshot in sorted(needed, key=lambda snapshot: -snapshot.first) if not snapshot.check()}
+
+    def _forget(self, unsound: Collection[Snapshot]):
+        """Removes these files. What others have of the same blocks takes their place."""
+        for snapshot in unsound:
+            self.snapshots.remove(snapshot)
+        for node in self._nodes():
+            for number in [number for number, snapshot in node.stored.items() if snapshot in unsound]:
+                self._drop(node, number)
+        self._load()
+
+    # ---- the tree
 
     def _keep(self) -> int:
         """How many positions beyond the window the sliding layers of a cache keep, so that all of them fit in the budget."""
@@ -125,7 +208,7 @@ class Prefixes:
                 path.append(node)
                 n += BLOCK
         children = (path[-1] if path else self._root).children.values()
-        best = max(children, key=lambda child: _n_common(child.ids, key), default=None)
+        best = max(children, key=lambda child: (_n_common(child.ids, key), len(child.blocks)), default=None)
         if best is None or not (more := _n_common(best.ids, key)):
             return path, n
         return [*path, best], n + more
@@ -143,11 +226,15 @@ class Prefixes:
         return next((node for node in whole if node.ids[:len(key)] == key), None)
 
     def _add(self, parent: _Node, key: tuple[int, ...], depth: int) -> _Node:
-        """A new node. A shorter one that it continues goes."""
-        for other in [other for ids, other in parent.children.items() if len(ids) < len(key) and key[:len(ids)] == ids]:
-            self._remove(other)
         node = parent.children[key] = _Node(key, depth, parent)
         return node
+
+    def _replace_shorter(self, node: _Node):
+        """Removes the nodes of which this one has all ids, if it has all blocks."""
+        if len(node.blocks) == len(self._windows):
+            siblings = node.parent.children.items()
+            for other in [other for ids, other in siblings if len(ids) < len(node.ids) and node.ids[:len(ids)] == ids]:
+                self._remove(other)
 
     def _remove(self, node: _Node):
         for number in list(node.blocks):
@@ -155,7 +242,9 @@ class Prefixes:
         del node.parent.children[node.ids]
 
     def _drop(self, node: _Node, number: int):
-        self.n_bytes -= node.blocks.pop(number).nbytes
+        block = node.blocks.pop(number)
+        if node.stored.pop(number, None) is None:
+            self.n_bytes -= block.nbytes
 
     def _trim(self):
         """Drops what is least likely to be needed, until the rest is within the budget."""
@@ -163,14 +252,14 @@ class Prefixes:
             return
         nodes = list(self._nodes())
         for node in sorted(nodes, key=lambda node: (node.at_end, node.seen, node.depth)):
-            for number in [number for number in node.blocks if self._windows[number] is not None]:
+            for number in [number for number in node.blocks if self._windows[number] is not None and number not in node.stored]:
                 if self.n_bytes <= self.budget:
                     return
                 self._drop(node, number)
         for node in sorted(nodes, key=lambda node: (node.used, -node.depth)):
             if self.n_bytes <= self.budget:
                 return
-            if not node.children:
+            if not node.children and not node.stored:
                 self._remove(node)
 
     def _nodes(self) -> Iterator[_Node]:

@@ -6,17 +6,20 @@ in common with anything that was read (prefixes.py) is not read again. Every ans
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 
 from refimpl.decode.drafter import Drafter, check_target
 from refimpl.decode.generate import Done, Output, PromptDone, Stats, Text, events
 from refimpl.decode.prefixes import Prefixes
+from refimpl.decode.snapshots import Snapshots
 from refimpl.host import available
 from refimpl.loading.model import Model
 from refimpl.progress import silent
 from refimpl.text.chat import encode_chat, split_thought
 
+CACHE_DISK = 10 * 10**9
 SHARE = 4           # of the memory that is free after loading, a quarter is for what has been read
 DEFAULTS = {"max_new_tokens": -1, "temperature": None, "top_k": None, "top_p": None, "min_p": None, "seed": 0, "draft_max": "auto",
             "draft_min_p": 0.0, "progress": silent}
@@ -31,16 +34,19 @@ class Session:
     """
 
     def __init__(self, model: Model, *, system: str | None = None, drafter: Drafter | None = None, n_ctx: int | None = None,
-                 thinking: bool = False, cache_ram: int | None = None):
+                 thinking: bool = False, cache_ram: int | None = None, cache_dir: str | os.PathLike | None = None,
+                 cache_disk: int = CACHE_DISK):
         """`system`: an instruction before the conversation. `drafter` and `n_ctx` as in `generate`. `thinking`: lets the model think first.
-        `cache_ram`: bytes for what has been read, by default a quarter of the memory that is free.
+        `cache_ram`: bytes for what has been read, by default a quarter of the memory that is free. `cache_dir`: a folder in which it is
+        kept as well, so that it is known after a restart and to other sessions, `cache_disk` bytes at most; by default nothing is.
 
         Raises ChatError for a model without a chat template, ValueError for a drafter of another model.
         """
         if drafter is not None:
             check_target(drafter, model)
         self.model, self.drafter, self.n_ctx, self.thinking = model, drafter, n_ctx, thinking
-        self.prefixes = Prefixes(model, available() // SHARE if cache_ram is None else cache_ram)
+        snapshots = None if cache_dir is None else Snapshots(cache_dir, model, cache_disk)
+        self.prefixes = Prefixes(model, available() // SHARE if cache_ram is None else cache_ram, snapshots)
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.stats = Stats()
         self.prompt_ids([{"role": "user", "content": "?"}])        # a template that cannot be used is found before the first question
@@ -67,6 +73,11 @@ class Session:
     def regenerate(self, **options) -> Iterator[PromptDone | Text | Done]:
         """Answers the last message of the user anew, in events. Raises ValueError where there is none."""
         return self._answer(self.messages[:self._last_question() + 1], options)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say about what is kept on the disk, in lines."""
+        return tuple(self.prefixes.snapshots.notes) if self.prefixes.snapshots else ()
 
     def undo(self) -> str:
         """Takes the last message of the user and what follows it back, and returns its text. Raises ValueError where there is none."""

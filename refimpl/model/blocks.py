@@ -26,13 +26,13 @@ class BlockTable:
     offset_B  where each block begins, in bytes from the beginning of `origin`, int64; GONE where there is none. For compiled code.
     """
 
-    def __init__(self, layers: Sequence[LayerSpec], n_blocks: int, dtype: np.dtype):
-        """An empty table for up to `n_blocks` blocks of numbers of the type `dtype`."""
+    def __init__(self, layers: Sequence[LayerSpec], dtype: np.dtype):
+        """An empty table for blocks of numbers of the type `dtype`."""
         first = layers[0]
         self.layers, self.window, self.dtype = layers, first.window, dtype
         self.shape = (len(layers), 2, BLOCK, first.n_kv, first.head_dim)
         self.blocks: dict[int, np.ndarray] = {}
-        self.origin, self.offset_B = np.zeros(1, np.uint8), np.full(n_blocks, GONE, np.int64)
+        self.origin, self.offset_B = np.zeros(1, np.uint8), np.full(16, GONE, np.int64)
         self._spare: list[np.ndarray] = []
 
     @property
@@ -46,6 +46,8 @@ class BlockTable:
 
     def put(self, number: int, block: np.ndarray):
         """Makes `block` the one with this number."""
+        while number >= len(self.offset_B):
+            self.offset_B = np.concatenate([self.offset_B, np.full_like(self.offset_B, GONE)])
         self.blocks[number] = block
         self.offset_B[number] = block.ctypes.data - self.origin.ctypes.data
 
@@ -73,7 +75,7 @@ class BlockTable:
 
     def shared(self, length: int) -> "BlockTable":
         """A table of the same blocks for positions below `length`. From now on neither may write to them."""
-        other = BlockTable(self.layers, len(self.offset_B), self.dtype)
+        other = BlockTable(self.layers, self.dtype)
         for number, block in self.blocks.items():
             if number * BLOCK < length:
                 block.flags.writeable = False
@@ -138,7 +140,7 @@ def layer_of(k_SKH: np.ndarray, v_SKH: np.ndarray, first: int = 0) -> LayerCache
     n_kv, head_dim = k_SKH.shape[1:]
     end = first + len(k_SKH)
     spec = LayerSpec(0, None, n_kv, n_kv, head_dim, None, 0, True, False, None)
-    table = BlockTable([spec], -(-end // BLOCK), k_SKH.dtype)
+    table = BlockTable([spec], k_SKH.dtype)
     numbers = range(first // BLOCK, -(-end // BLOCK))
     whole = empty_block((len(numbers), *table.shape), k_SKH.dtype)
     table.origin = whole.reshape(-1).view(np.uint8)

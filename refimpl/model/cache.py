@@ -30,7 +30,7 @@ class Cache:
     def __init__(self, config: Config, n_ctx: int, max_rows: int, dtype: np.dtype, keep: int = 0):
         self.config, self.n_ctx, self.max_rows, self.dtype, self.keep = config, n_ctx, max_rows, np.dtype(dtype), keep
         self.length = self._written = 0        # the latter: highest position ever written, plus 1
-        self._use([BlockTable(layers, -(-n_ctx // BLOCK), self.dtype) for layers in groups(config)])
+        self._use([BlockTable(layers, self.dtype) for layers in groups(config)])
 
     def _use(self, tables: list[BlockTable]):
         self.tables = tables
