@@ -24,7 +24,7 @@ class Command(NamedTuple):
 
 
 def run_command(conversation: Conversation, name: str, argument: str):
-    """Carries out a command. Raises Leave, Failure (one line for the user, for unknown commands too), OSError, and as `Conversation.ask`."""
+    """Carries out a command. Raises Leave, Failure (one line for the user, unknown commands too), OSError, and as `Conversation.ask`."""
     command = COMMANDS.get(OTHER_NAMES.get(name, name))
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, 1)
