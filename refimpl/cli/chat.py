@@ -110,43 +110,52 @@ def piped(talk):
 
 def on_terminal(talk):
     """Answers what is typed, until the user leaves."""
-    from refimpl.cli.conversation.commands import Leave, run_command
+    from refimpl.cli.conversation.commands import Leave
     from refimpl.cli.conversation.line import Terminal
     from refimpl.cli.conversation.transcript import data_root
+
+    terminal, offer = Terminal(data_root() / "history"), True
+    while True:
+        try:
+            offer = one_line(talk, terminal, offer)
+        except KeyboardInterrupt as e:          # with what stood on the line, which is in the history now
+            offer = not any(e.args)
+            if e.args == ("",):
+                talk.unsent = ""
+            elif not e.args:                    # while something was done
+                errors.print()
+        except (EOFError, Leave):
+            return
+
+
+def one_line(talk, terminal, offer: bool) -> bool:
+    """Reads a line and does what it asks for. `offer`: a message that was not sent is on the line. Returns whether it is to be there next.
+
+    Raises EOFError and Leave at the end, KeyboardInterrupt, and errors that cannot be mended here.
+    """
+    from refimpl.cli.conversation.commands import run_command
     from refimpl.loading.memory import MemoryRefusal
     from refimpl.model.cache import ContextFull
     from refimpl.text.chat import ChatError
 
-    terminal, offered = Terminal(data_root() / "history"), True
-    while True:
-        try:
-            line = terminal.read(talk.unsent if offered else "")
-        except EOFError:
-            return
-        except KeyboardInterrupt as e:          # what stood there is in the history; what was not sent comes back after a command
-            offered = not any(e.args)
-            if offered:
-                talk.unsent = ""
-            continue
-        offered = True
-        try:
-            if line.name is not None:
-                run_command(talk, line.name, line.text)
-            elif line.text:
-                talk.ask(line.text)
-            else:
-                talk.unsent = ""
-        except Leave:
-            return
-        except KeyboardInterrupt:
-            errors.print()
-        except ContextFull as e:
-            errors.print(f"{e}; {talk.ways_out()}")
-        except (Failure, ChatError, MemoryRefusal) as e:
-            errors.print(str(e))
-        except MemoryError:
-            errors.print("not enough memory")
-        except OSError as e:
-            if e.filename in (None, "standard output"):
-                raise
-            errors.print(f"{e.filename}: {e.strerror}")
+    line = terminal.read(talk.unsent if offer else "")
+    try:
+        if line.name is not None:
+            run_command(talk, line.name, line.text)
+        elif line.text:
+            talk.ask(line.text)
+        elif offer:
+            talk.unsent = ""
+        return True
+    except ContextFull as e:
+        problem = f"{e}; {talk.ways_out()}"
+    except (Failure, ChatError, MemoryRefusal) as e:
+        problem = str(e)
+    except MemoryError:
+        problem = "not enough memory"
+    except OSError as e:
+        if e.filename in (None, "standard output"):
+            raise
+        problem = f"{e.filename}: {e.strerror}"
+    errors.print(problem + ("; your message comes back after the next command" if talk.unsent else ""))
+    return False

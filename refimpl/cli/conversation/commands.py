@@ -61,7 +61,8 @@ def undo(conversation: Conversation, argument: str):
 
 def edit(conversation: Conversation, argument: str):
     """/edit"""
-    conversation.unsent = _taken_back(conversation)
+    if not conversation.unsent:
+        conversation.unsent = _taken_back(conversation)
 
 
 def drop(conversation: Conversation, argument: str):
@@ -141,6 +142,10 @@ def stats(conversation: Conversation, argument: str):
 
 def file(conversation: Conversation, argument: str):
     """/file"""
+    if argument == "-":
+        conversation.files = []
+        errors.print("the next message goes without files")
+        return
     path, question = _path_and_text(argument)
     try:
         text = path.read_bytes().decode()
@@ -170,10 +175,10 @@ COMMANDS = {
     "undo": Command("", "takes your last message and its answer back", undo),
     "drop": Command("", "forgets the oldest message and its answer, which makes room in the context", drop),
     "regen": Command("", "another answer to your last message", regenerate),
-    "edit": Command("", "puts your last message back on the line, to be sent again", edit),
+    "edit": Command("", "puts your last message, or the one that was not sent, back on the line", edit),
     "system": Command("[TEXT]", "sets the instruction before the conversation; - removes it; alone shows it", system),
-    "file": Command("PATH [TEXT]", 'sends TEXT about a file; without TEXT the file goes along with the next message ("..." around spaces)',
-                    file),
+    "file": Command("PATH [TEXT]", 'sends TEXT with a file; without TEXT the file goes along with the next message, but for /file - '
+                                   '(a name with spaces in "")', file),
     "save": Command("FILE", "writes the conversation, as JSON that can be edited", save),
     "load": Command("FILE", "goes on with a saved conversation instead of this one", load),
     "sessions": Command("", "lists the conversations that --session keeps", sessions),

@@ -112,10 +112,10 @@ def _history(path: Path):
 
     try:
         own_folder(path.parent)
-        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)) as file:
-            os.fchmod(file.fileno(), 0o600)
-            if os.fstat(file.fileno()).st_size > MAX_HISTORY_BYTES:
-                file.truncate(0)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        path.chmod(0o600)
+        if path.stat().st_size > MAX_HISTORY_BYTES:
+            os.truncate(path, 0)
     except OSError:
         return InMemoryHistory()
     return History(path)

@@ -81,6 +81,8 @@ class Conversation:
     def ways_out(self) -> str:
         """What helps where the context is full."""
         ways = ["/drop forgets the oldest question and answer, /undo the latest, /clear all"] if self.spoken else ["a shorter message"]
+        if self.files:
+            ways.append("/file - leaves the files out")
         if self.context < self.session.model.config.n_ctx:
             ways.append(f"-c {min(2 * self.context, self.session.model.config.n_ctx)} at the start gives more")
         return "; ".join(ways)
