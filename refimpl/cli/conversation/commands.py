@@ -122,7 +122,7 @@ def sessions(conversation: Conversation, argument: str):
     for path in paths:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         try:
-            about = _count(transcript.read(path))
+            about = _count(transcript.read(path).messages)
         except (Failure, OSError):
             about = "cannot be read"
         errors.print(f"{date}  {path.stem}: {about}" + (" (this one)" if path == conversation.path else ""))
