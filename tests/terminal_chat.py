@@ -1,7 +1,7 @@
 """`refimpl chat` on a terminal of its own, for tests; run as a program, the same with a model that answers by a script.
 
-What the scripted model does depends on the last message: "slow prompt" is read for a minute, "slow answer" written for one, "think" is
-answered after a thought, anything else with its length.
+What the scripted model does depends on the last message: "slow prompt" is read for a minute, "slow answer" written for one, "pause" for a
+second; "think" is answered after a thought, anything else with its length.
 """
 
 import json
@@ -18,7 +18,7 @@ from refimpl.formats.gguf_writer import PLAIN_TYPES, write_gguf
 from refimpl.loading.model import BUILT_IN
 from refimpl.text.chat import CHANNEL_END, GEMMA4_TEMPLATE, THOUGHT
 
-READY = re.escape("\x1b[?2004h")            # the line takes keys now, and pastes as such
+READY = r"\x1b\[\?2004h(\x1b\[\?1l)?\x1b\[\?25l\x1b\[0m\x1b\[\?7l"           # how a new prompt is drawn
 UP, LEFT, CTRL_C, CTRL_D, ALT_ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1b\r"
 
 
@@ -95,9 +95,9 @@ def scripted_events(model, ids, **options):
         time.sleep(60)
     stats = Stats(n_prompt=len(ids))
     yield PromptDone(ids, stats)
-    if message.startswith("slow answer"):
+    if message in ("slow answer", "pause"):
         yield Text("WRITING", [])
-        time.sleep(60)
+        time.sleep(1 if message == "pause" else 60)
     if message.startswith("think"):
         for chunk in re.findall("..?.?", f"{THOUGHT}thought\nlet me see\n{CHANNEL_END}so it is", re.DOTALL):
             yield Text(chunk, [])

@@ -208,6 +208,15 @@ def test_a_message_that_does_not_fit_comes_back_after_a_command(chat, data):
     assert spoken(data)[::2] == ["not too long, perhaps"]
 
 
+def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(chat, data):
+    chat.keys("pause\r")
+    chat.shows("WRITING")
+    chat.paste(LINES)
+    chat.keys("\r")
+    assert "class" not in chat.ready() and f"{len(LINES)} characters" in chat.ready()
+    assert spoken(data)[::2] == ["pause", LINES]
+
+
 # ---- thoughts
 
 def test_thoughts_are_dim_and_their_markers_never_shown(chat, data):
@@ -264,6 +273,7 @@ def test_a_session_survives_being_killed(model, tmp_path):
     chat.say("one")
     chat.keys("slow answer\r")
     chat.shows("WRITING")
+    assert_one_line(run("chat", model, "--session", "s", env={"REFIMPL_DATA_DIR": str(tmp_path)}), 1, "s is open in another")
     chat.terminal.kill(signal.SIGKILL)
     chat.terminal.wait()
     assert spoken(tmp_path)[0] == "one" and len(spoken(tmp_path)) == 2

@@ -1,5 +1,6 @@
 """chat."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -65,26 +66,27 @@ def chat(
 
     budget = None if cache_ram is None else n_bytes(cache_ram)
     path = None if session is None else transcript.session_path(session)
-    earlier = earlier_of(path)
-    model = fetched(model, positional)
-    m = load(model, backend, arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
-    refuse_without_template(m, model)
-    drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-    talk = Conversation(Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, thinking=think, cache_ram=budget),
-                        drafting | {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-                                    "seed": seed}, path, verbose)
-    if verbose:
-        errors.print(f"what has been read is kept in up to {talk.session.prefixes.budget / 1e9:.2f} GB (--cache-ram)")
-    if earlier is not None:
-        talk.session.messages = earlier.messages
-        errors.print(f"{session}: {resumed(talk, earlier)}")
-    if system is not None:
-        talk.instruct(system)
-    if sys.stdin.isatty():
-        errors.print(f"{m.name}; /help lists the commands, Ctrl-D ends")
-        on_terminal(talk)
-    else:
-        piped(talk)
+    with transcript.alone(path):
+        earlier = earlier_of(path)
+        model = fetched(model, positional)
+        m = load(model, backend, arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
+        refuse_without_template(m, model)
+        drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
+        talk = Conversation(Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, thinking=think, cache_ram=budget),
+                            drafting | {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+                                        "seed": seed}, path, verbose)
+        if verbose:
+            errors.print(f"what has been read is kept in up to {talk.session.prefixes.budget / 1e9:.2f} GB (--cache-ram)")
+        if earlier is not None:
+            talk.session.messages = earlier.messages
+            errors.print(f"{session}: {resumed(talk, earlier)}")
+        if system is not None:
+            talk.instruct(system)
+        if sys.stdin.isatty():
+            errors.print(f"{m.name}; /help lists the commands, Ctrl-D ends")
+            on_terminal(talk)
+        else:
+            piped(talk)
 
 
 def earlier_of(path: Path | None):
@@ -111,21 +113,22 @@ def piped(talk):
 def on_terminal(talk):
     """Answers what is typed, until the user leaves."""
     from refimpl.cli.conversation.commands import Leave
-    from refimpl.cli.conversation.line import Terminal
+    from refimpl.cli.conversation.line import Terminal, keys_wait
     from refimpl.cli.conversation.transcript import data_root
 
-    terminal, offer = Terminal(data_root() / "history"), True
-    while True:
-        try:
-            offer = one_line(talk, terminal, offer)
-        except KeyboardInterrupt as e:          # with what stood on the line, which is in the history now
-            offer = not any(e.args)
-            if e.args == ("",):
-                talk.unsent = ""
-            elif not e.args:                    # while something was done
-                errors.print()
-        except (EOFError, Leave):
-            return
+    with keys_wait(), contextlib.closing(Terminal(data_root() / "history")) as terminal:
+        offer = True
+        while True:
+            try:
+                offer = one_line(talk, terminal, offer)
+            except KeyboardInterrupt as e:          # with what stood on the line, which is in the history now
+                offer = not any(e.args)
+                if e.args == ("",):
+                    talk.unsent = ""
+                elif not e.args:                    # while something was done
+                    errors.print()
+            except (EOFError, Leave):
+                return
 
 
 def one_line(talk, terminal, offer: bool) -> bool:

@@ -1,8 +1,10 @@
 """What is typed: an editable line on the terminal, and what it means."""
 
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +41,25 @@ def opens_block(typed: str) -> bool:
     return text.startswith(QUOTES) and not (len(text) >= 6 and text.endswith(QUOTES))
 
 
+@contextlib.contextmanager
+def keys_wait() -> Iterator[None]:
+    """What is typed while an answer is written is not shown in the middle of it, but waits for the next prompt, in lines of any length."""
+    try:
+        import termios
+    except ImportError:         # Windows
+        yield
+        return
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    waiting = termios.tcgetattr(keyboard)
+    waiting[3] = waiting[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
+    termios.tcsetattr(keyboard, termios.TCSANOW, waiting)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)
+
+
 class Terminal:
     """The prompt: history, editing, and pastes that are one message whatever is in them."""
 
@@ -47,9 +68,9 @@ class Terminal:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import create_output
 
-        output = create_output(sys.stderr) if sys.stderr.isatty() else create_output(always_prefer_tty=True)
+        self._output = create_output(sys.stderr) if sys.stderr.isatty() else create_output(always_prefer_tty=True)
         self._literal = ""              # how a text begins that was pasted or given, and so is no command and no block
-        self._prompt = PromptSession("> ", multiline=True, prompt_continuation="  ", enable_suspend=True, output=output,
+        self._prompt = PromptSession("> ", multiline=True, prompt_continuation="  ", enable_suspend=True, output=self._output,
                                      history=_history(history), key_bindings=self._keys())
 
     def read(self, text: str = "") -> Line:
@@ -58,7 +79,14 @@ class Terminal:
         """
         self._literal = text[:100]
         typed = self._prompt.prompt(default=text).encode(errors="surrogateescape").decode(errors="replace")
+        self._output.enable_bracketed_paste()           # for what is pasted while the answer is written
+        self._output.flush()
         return meaning(typed, self._is_literal(typed))
+
+    def close(self):
+        """Leaves the terminal as it was."""
+        self._output.disable_bracketed_paste()
+        self._output.flush()
 
     def _is_literal(self, typed: str) -> bool:
         return bool(self._literal) and typed.startswith(self._literal)
@@ -99,8 +127,6 @@ class Terminal:
 
 def _history(path: Path):
     """What was typed, kept in a file that its owner alone can read; in memory where that cannot be."""
-    import contextlib
-
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class History(FileHistory):

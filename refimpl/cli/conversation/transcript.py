@@ -9,10 +9,11 @@ The data root is `REFIMPL_DATA_DIR`, or else the user's data folder of the opera
 readable by their owner only, and are written beside their name and then moved, so that a crash leaves the old one or the new one.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,21 @@ def write(path: Path, model: str, messages: Sequence[Mapping[str, str]]):
         file.write(text.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def alone(path: Path | None) -> Iterator[None]:
+    """Keeps a session from being gone on with twice at once. Raises Failure where another process has it."""
+    from filelock import FileLock, Timeout
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):         # a folder without locks, or that cannot be written
+            try:
+                if path is not None:
+                    stack.enter_context(FileLock(own_folder(path.parent) / f".{path.stem}.lock", timeout=0, mode=0o600))
+            except Timeout:
+                raise Failure(f"{path.stem} is open in another refimpl chat") from None
+        yield
 
 
 def own_folder(path: Path) -> Path:
