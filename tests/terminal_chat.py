@@ -1,7 +1,7 @@
 """`refimpl chat` on a terminal of its own, for tests; run as a program, the same with a model that answers by a script.
 
 What the scripted model does depends on the last message: "slow prompt" is read for a minute, "slow answer" written for one, "pause" for a
-second; "think" is answered after a thought, anything else with its length.
+second; "think" is answered after a thought, "escape" with what a terminal would obey, anything else with its length.
 """
 
 import json
@@ -98,7 +98,9 @@ def scripted_events(model, ids, **options):
     if message in ("slow answer", "pause"):
         yield Text("WRITING", [])
         time.sleep(1 if message == "pause" else 60)
-    if message.startswith("think"):
+    if message == "escape":
+        yield Text("a\x1b[31mb\tc\x9bd\n", [])
+    elif message.startswith("think"):
         for chunk in re.findall("..?.?", f"{THOUGHT}thought\nlet me see\n{CHANNEL_END}so it is", re.DOTALL):
             yield Text(chunk, [])
     else:

@@ -227,6 +227,11 @@ def test_thoughts_are_dim_and_their_markers_never_shown(chat, data):
     assert spoken(data) == ["think", "so it is"]
 
 
+def test_a_terminal_is_not_given_orders(chat, data):
+    assert "a\ufffd[31mb\tc\ufffdd\r\n" in chat.say("escape")
+    assert spoken(data)[1] == "a\x1b[31mb\tc\x9bd\n"
+
+
 def test_a_pipe_gets_the_answer_without_thoughts(model, monkeypatch, tmp_path):
     from terminal_chat import scripted_events
 

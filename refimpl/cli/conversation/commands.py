@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from refimpl.cli.app import Failure, errors, refuse_overwriting
 from refimpl.cli.conversation import transcript
-from refimpl.cli.conversation.turns import Conversation, figures
+from refimpl.cli.conversation.turns import HARMLESS, Conversation, figures
 
 
 class Leave(Exception):
@@ -87,7 +87,7 @@ def regenerate(conversation: Conversation, argument: str):
 def system(conversation: Conversation, argument: str):
     """/system"""
     if not argument:
-        errors.print(conversation.instruction or "there is no instruction; /system TEXT gives one")
+        errors.print((conversation.instruction or "").translate(HARMLESS) or "there is no instruction; /system TEXT gives one")
         return
     conversation.instruct(None if argument == "-" else argument)
     conversation.save()
@@ -166,7 +166,7 @@ def leave(conversation: Conversation, argument: str):
 def resumed(conversation: Conversation, loaded: transcript.Transcript) -> str:
     """What is said where a conversation goes on."""
     other = loaded.model and loaded.model != conversation.session.model.name
-    return f"goes on after {_count(conversation.spoken)}" + (f"; until now with {loaded.model}" if other else "")
+    return f"goes on after {_count(conversation.spoken)}" + (f"; until now with {_short(loaded.model)}" if other else "")
 
 
 COMMANDS = {
@@ -210,7 +210,7 @@ def _count(messages: list[dict[str, str]]) -> str:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text.split()).translate(HARMLESS)
     return line if len(line) <= 60 else line[:59] + "…"
 
 

@@ -14,6 +14,8 @@ from refimpl.decode.session import Session
 from refimpl.text.thoughts import ThoughtSplitter
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+HARMLESS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+"""A model may write what a terminal would obey."""
 
 
 class Conversation:
@@ -146,6 +148,7 @@ class Shown:
             self._write(thought, text)
 
     def _write(self, thought: bool, text: str):
+        text = text.translate(HARMLESS) if self._terminal else text
         if thought:
             if self._terminal:
                 write(f"{DIM}{text}{PLAIN}" if self._dims else text)
