@@ -211,6 +211,8 @@ def test_a_message_that_does_not_fit_comes_back_after_a_command(chat, data):
 def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(chat, data):
     chat.keys("pause\r")
     chat.shows("WRITING")
+    before = chat.terminal.before
+    assert before.rindex("\x1b[?2004h") > before.rindex("\x1b[?2004l"), "pastes are not marked as such"
     chat.paste(LINES)
     chat.keys("\r")
     assert "class" not in chat.ready() and f"{len(LINES)} characters" in chat.ready()
@@ -344,5 +346,6 @@ def test_standard_input_is_one_message(model):
     assert code == 0 and out.strip() and err == "stopped at 5 tokens (-n)\n"
     assert run("chat", model, *REFERENCE, stdin="\n") == (0, "", "note: standard input is empty, there is nothing to answer\n")
     assert_one_line(run("chat", model, *REFERENCE, stdin=b"caf\xe9"), 1, "not UTF-8")
+    assert run("chat", model, "-n", -1, "-c", 24, *REFERENCE, stdin="def")[2].endswith("24 tokens is full; -c 48 at the start gives more\n")
     assert_one_line(run("chat", model, *REFERENCE, "-c", 8, stdin="long enough"), 1, "the context holds 8")
     assert_one_line(run("chat", model, "--cache-ram", "much"), 2, "is no size")

@@ -151,7 +151,7 @@ def one_line(talk, terminal, offer: bool) -> bool:
             talk.unsent = ""
         return True
     except ContextFull as e:
-        problem = f"{e}; {talk.ways_out()}"
+        problem = f"{e}{talk.ways_out()}"
     except (Failure, ChatError, MemoryRefusal) as e:
         problem = str(e)
     except MemoryError:

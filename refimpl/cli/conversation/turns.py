@@ -81,13 +81,16 @@ class Conversation:
             errors.print(f"note: the conversation is not on disk: {self.path}: {e.strerror}")
 
     def ways_out(self) -> str:
-        """What helps where the context is full."""
-        ways = ["/drop forgets the oldest question and answer, /undo the latest, /clear all"] if self.spoken else ["a shorter message"]
-        if self.files:
-            ways.append("/file - leaves the files out")
-        if self.context < self.session.model.config.n_ctx:
-            ways.append(f"-c {min(2 * self.context, self.session.model.config.n_ctx)} at the start gives more")
-        return "; ".join(ways)
+        """What helps where the context is full, after a semicolon; empty where nothing does."""
+        largest, ways = self.session.model.config.n_ctx, []
+        if sys.stdin.isatty():
+            ways.append("/drop forgets the oldest question and answer, /undo the latest, /clear all" if self.spoken else
+                        "shorten the message")
+            if self.files:
+                ways.append("/file - leaves the files out")
+        if self.context < largest:
+            ways.append(f"-c {min(2 * self.context, largest)} at the start gives more")
+        return "".join(f"; {way}" for way in ways)
 
     def _options(self) -> dict[str, object]:
         return self.options | {"seed": self.options["seed"] + self._more_seed, "progress": bar}
@@ -121,9 +124,9 @@ class Conversation:
         if stats.stop == "limit":
             errors.print(f"stopped at {stats.n_generated} tokens (-n)")
         if stats.stop == "context":
-            errors.print(f"the answer is cut off: the context of {self.context} tokens is full; {self.ways_out()}")
+            errors.print(f"the answer is cut off: the context of {self.context} tokens is full{self.ways_out()}")
         elif left < max(self.context // 10, min(256, self.context // 4)):
-            errors.print(f"note: {left} of {self.context} tokens of context are left; {self.ways_out()}")
+            errors.print(f"note: {left} of {self.context} tokens of context are left{self.ways_out()}")
         if self.verbose:
             errors.print(figures(stats), style="dim")
             show_drafting(stats)
