@@ -41,9 +41,9 @@ def show_help(conversation: Conversation, argument: str):
     lines = [(f"/{name} {command.argument}", command.about) for name, command in COMMANDS.items()]
     width = max(len(usage) for usage, _ in lines)
     errors.print("\n".join(f"{usage:{width}}  {about}" for usage, about in lines))
-    errors.print('//text sends "/text". Enter sends, Alt-Enter begins a new line, a paste is one message; """ opens a block of lines\n'
-                 'that a line ending in """ closes. '
-                 "Ctrl-C stops an answer or the reading of a message; Ctrl-D ends.")
+    errors.print('//text sends "/text"; a PATH with spaces goes in quotes. Enter sends, Alt-Enter begins a new line, a paste is\n'
+                 'one message; """ opens a block of lines that a line ending in """ closes. Ctrl-C stops an answer or the\n'
+                 "reading of a message, Ctrl-D ends.")
 
 
 def clear(conversation: Conversation, argument: str):
@@ -177,8 +177,7 @@ COMMANDS = {
     "regen": Command("", "another answer to your last message", regenerate),
     "edit": Command("", "puts your last message, or the one that was not sent, back on the line", edit),
     "system": Command("[TEXT]", "sets the instruction before the conversation; - removes it; alone shows it", system),
-    "file": Command("PATH [TEXT]", 'sends TEXT with a file; without TEXT the file goes along with the next message, but for /file - '
-                                   '(a name with spaces in "")', file),
+    "file": Command("PATH [TEXT]", "sends TEXT with a file; alone: the next message takes the file along; - leaves it out", file),
     "save": Command("FILE", "writes the conversation, as JSON that can be edited", save),
     "load": Command("FILE", "goes on with a saved conversation instead of this one", load),
     "sessions": Command("", "lists the conversations that --session keeps", sessions),
