@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from cli import ROOT, assert_one_line, process, run
-from shapes import random_model, tokenizer_metadata, write_model
+from shapes import random_model, write_model
 
 import refimpl
 from refimpl.formats.gguf_writer import write_gguf
@@ -49,21 +49,6 @@ def test_inspect_for_people_and_programs(small):
     described = json.loads(run("inspect", "-m", small, "--json", "-c", 100)[1])
     assert described["metadata"]["general.architecture"] == "gemma4" and len(described["layers"]) == 6
     assert described["memory"]["kv_bytes"] == sum(4 * (1 * 32 * 128 if i == 5 else 2 * 16 * 128) for i in range(6)), "two blocks"
-
-
-def test_chat_keeps_the_history(tmp_path):
-    from refimpl.text.chat import GEMMA4_TEMPLATE
-
-    tokens = tokenizer_metadata()["tokenizer.ggml.tokens"]
-    types = tokenizer_metadata()["tokenizer.ggml.token_type"].copy()
-    for digit, marker in (("8", "<|turn>"), ("9", "<turn|>")):
-        types[tokens.index(digit)], tokens[tokens.index(digit)] = 3, marker
-    extra = {"tokenizer.chat_template": GEMMA4_TEMPLATE, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    path = write_model(tmp_path / "chat.gguf", random_model("12B"), extra=extra)
-    code, out, err = run("chat", "-m", path, "-n", 5, "--temp", 0, "-v", stdin=b"\nhello\n\n  \nhow <|turn>\n/exit\nnot read\n")
-    assert code == 0, err
-    prompts = [int(line.split()[1]) for line in err.replace("> ", "").splitlines() if line.startswith("prompt")]
-    assert len(prompts) == 2 and prompts[1] > prompts[0] + len("how <|turn>")
 
 
 def test_chat_on_a_file_without_a_template_says_so(small):
@@ -170,15 +155,6 @@ def test_kernels_need_no_writable_folder():
 
 # ---- what is said to somebody who is nearly right
 
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory):
-    """A file with a chat template."""
-    from refimpl.text.chat import GEMMA4_TEMPLATE
-
-    extra = {"tokenizer.chat_template": GEMMA4_TEMPLATE}
-    return write_model(tmp_path_factory.mktemp("chat") / "chat.gguf", random_model("12B"), extra=extra)
-
-
 def test_help_is_a_command_and_an_unknown_one_is_answered_with_those_there_are():
     assert run("help") == run("--help")
     assert run("help", "cache")[1].startswith("Usage: refimpl cache")
@@ -210,18 +186,3 @@ def test_a_folder_is_no_output(tmp_path):
 
 def test_a_question_for_a_file_without_template_is_refused():
     assert_one_line(run("generate", "--chat", "-p", "x"), 1, "the built-in model only continues code")
-
-
-def test_ctrl_c_while_a_message_is_read_goes_back_to_the_prompt(talking, monkeypatch):
-    from refimpl.decode import generate
-
-    def interrupted(m, ids, **options):
-        prompts.append(ids)
-        if len(prompts) == 1:
-            raise KeyboardInterrupt
-        yield from original(m, ids, **options)
-    prompts, original = [], generate.events
-    monkeypatch.setattr(generate, "events", interrupted)
-    code, out, err = run("chat", "-m", talking, "-n", 2, "--temp", 0, stdin=b"first\nsecond\n")
-    assert code == 0 and out != "" and "Traceback" not in err
-    assert len(prompts) == 2 and len(prompts[1]) < len(prompts[0]) + len("first"), "the message that was broken off is forgotten"

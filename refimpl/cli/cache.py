@@ -16,7 +16,7 @@ def cache(
     force: Annotated[bool, typer.Option("--force", help="with --clear owner/name: really delete the downloaded model")] = False,
     as_json: Json = False,
 ):
-    """Show or clear all that refimpl keeps on disk."""
+    """Show or clear what refimpl keeps on disk to be quick."""
     from refimpl.cli.show.table import size, table
     from refimpl.decode import snapshots
     from refimpl.kernels.machine import cache_folder

@@ -1,4 +1,4 @@
-"""generate and chat."""
+"""generate."""
 
 import json
 import sys
@@ -84,57 +84,7 @@ def generate(
         raise typer.Exit(130)
 
 
-@app.command()
-def chat(
-    positional: Positional = None,
-    model: ModelPath = None,
-    system: Annotated[str | None, typer.Option("--system", "-sys", "--system-prompt", help="instruction before the conversation")] = None,
-    think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
-    predict: NewTokens = 1024,
-    ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
-    draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
-    threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,
-    cache_disk: CacheDisk = "50G", lock: Lock = False, verbose: Verbose = False,
-):
-    """Talk to an instruction-tuned model. Ctrl-D or /exit ends; Ctrl-C stops an answer."""
-    from refimpl.text.chat import split_thought
-
-    model = fetched(model, positional)
-    m = load(model, backend, arithmetic, threads, ctx if ctx is not None else 4 * max(predict, 256), verbose, cache_disk,
-             lock)
-    refuse_without_template(m, model)
-    drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-    messages = [{"role": "system", "content": system}] if system else []
-    while True:
-        errors.print("> ", end="")
-        line = sys.stdin.readline()
-        if not line:
-            errors.print()
-        if not line or line.strip() == "/exit":
-            break
-        if not line.strip():
-            continue
-        if len(line.encode()) > TERMINAL_LINE and sys.stdin.isatty():
-            errors.print("note: a terminal cuts lines at 4,095 bytes, the end may be missing; refimpl generate --chat -f FILE reads all")
-        messages.append({"role": "user", "content": line.strip()})
-        try:
-            out, _ = answer(m, chat_ids(m, messages, think), max_new_tokens=predict, n_ctx=ctx, special=False, temperature=temp,
-                            top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, **drafting)
-        except KeyboardInterrupt:           # while the prompt was read: as if the message had not been sent
-            messages.pop()
-            errors.print()
-            continue
-        write("\n")
-        show_stop(m, out.stats, ctx, verbose)
-        messages.append({"role": "assistant", "content": split_thought(out.text)[1]})
-        if verbose:
-            show_stats(out.stats)
-
-
 # ---- helpers
-
-TERMINAL_LINE = 4095        # bytes of a line, with its end, of which Linux keeps all
-
 
 def refuse_without_template(m, path: Path | None):
     """Before anything is asked. `path`: None is the built-in model."""
@@ -215,6 +165,11 @@ def show_stats(stats):
     """Prints the statistics of a run (-v)."""
     errors.print(f"prompt {stats.n_prompt} tokens, {stats.prompt_per_second:.1f}/s; new {stats.n_generated} tokens, "
                  f"{stats.decode_per_second:.1f}/s; stopped by {stats.stop}")
+    show_drafting(stats)
+
+
+def show_drafting(stats):
+    """Prints the statistics of a run's drafting, if there was any (-v)."""
     if stats.draft and stats.draft.rounds:
         d = stats.draft
         shares = ", ".join(f"{100 * share:.0f} %" for share in d.acceptance) or "none made"

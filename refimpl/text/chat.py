@@ -161,14 +161,15 @@ def split_thought(text: str) -> tuple[str, str]:
     """(thought, answer) of what the model wrote: `<|channel>thought`, newline, thought, `<channel|>`, answer.
 
     Without a thought it is ("", text); of a thought that has not ended yet, (what there is, ""). Several thoughts are joined with
-    a newline. The white space around a thought is dropped; the answer is left as it is.
+    a newline. The white space around a thought is dropped; the answer is left as it is, but for the end of a thought that never began.
+    Chunk by chunk it is `ThoughtSplitter` (thoughts.py).
     """
-    thoughts, answer, rest = [], "", text
+    thoughts, answer, rest = [], [], text
     while (start := rest.find(THOUGHT)) >= 0:
-        answer += rest[:start]
+        answer.append(rest[:start])
         body, _, rest = rest[start + len(THOUGHT):].partition(CHANNEL_END)
-        thoughts.append(body.removeprefix("thought").strip())
-    return "\n".join(filter(None, thoughts)), answer + rest
+        thoughts += [part.removeprefix("thought").strip() for part in body.split(THOUGHT)]
+    return "\n".join(filter(None, thoughts)), "".join(part.replace(CHANNEL_END, "") for part in (*answer, rest))
 
 
 def _with_reasoning(message: Mapping) -> dict:

@@ -1,0 +1,180 @@
+"""The turns of a conversation: questions answered on standard output, what is said about them, and the transcript kept up to date."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from refimpl.cli.app import bar, errors, write
+from refimpl.cli.conversation import transcript
+from refimpl.cli.run import show_drafting
+from refimpl.decode.generate import Done, PromptDone, Stats, Text
+from refimpl.decode.session import Session
+from refimpl.text.thoughts import ThoughtSplitter
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+HARMLESS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+"""A model may write what a terminal would obey."""
+
+
+class Conversation:
+    """A session as the command line shows it.
+
+    session    the messages, and what the model has read
+    unsent     a message that was not sent after all: its prompt was not read to the end
+    files      (name, text) of the files that go along with the next message
+    path       where the conversation is kept, None if nowhere
+    stats      of the latest answer, None before the first
+    """
+
+    def __init__(self, session: Session, options: dict[str, object], path: Path | None = None, verbose: bool = False):
+        """`options`: those of `Session.stream`."""
+        self.session, self.options, self.path, self.verbose = session, options, path, verbose
+        self.unsent, self.files, self.stats = "", [], None
+        self._more_seed = 0
+
+    @property
+    def context(self) -> int:
+        """How many tokens it may have."""
+        largest = self.session.model.config.n_ctx
+        return min(self.session.n_ctx or largest, largest)
+
+    @property
+    def instruction(self) -> str | None:
+        """What the system says before the first message."""
+        first = self.session.messages[:1]
+        return first[0]["content"] if first and first[0]["role"] == "system" else None
+
+    @property
+    def spoken(self) -> list[dict[str, str]]:
+        """The messages without the instruction."""
+        return self.session.messages[self.instruction is not None:]
+
+    def instruct(self, text: str | None):
+        """Sets the instruction, or removes it."""
+        self.session.messages = ([] if text is None else [{"role": "system", "content": text}]) + self.spoken
+
+    def ask(self, text: str) -> Stats | None:
+        """Sends a message, prints the answer, and keeps the conversation. None if it was stopped before the prompt was read, else what it
+        took. Raises what `generate` does; the message is `unsent` then.
+        """
+        self.unsent, self._more_seed = text, 0
+        stats = self._answer(self.session.events(with_files(self.files, text), **self._options()))
+        if stats is not None:
+            self.unsent, self.files = "", []
+        return stats
+
+    def again(self) -> Stats | None:
+        """Answers the last message once more, with other random numbers. Raises ValueError where there is none, and as `ask`."""
+        self._more_seed += 1
+        return self._answer(self.session.regenerate(**self._options()))
+
+    def save(self):
+        """Writes the transcript of a session that has a name. Where that cannot be done, says so."""
+        if self.path is None:
+            return
+        try:
+            transcript.own_folder(self.path.parent)
+            transcript.write(self.path, self.session.model.name, self.session.messages)
+        except OSError as e:
+            errors.print(f"note: the conversation is not on disk: {self.path}: {e.strerror}")
+
+    def ways_out(self) -> str:
+        """What helps where the context is full, after a semicolon; empty where nothing does."""
+        largest, ways = self.session.model.config.n_ctx, []
+        if sys.stdin.isatty():
+            ways.append("/drop forgets the oldest question and answer, /undo the latest, /clear all" if self.spoken else
+                        "shorten the message")
+            if self.files:
+                ways.append("/file - leaves the files out")
+        if self.context < largest:
+            ways.append(f"-c {min(2 * self.context, largest)} at the start gives more")
+        return "".join(f"; {way}" for way in ways)
+
+    def _options(self) -> dict[str, object]:
+        return self.options | {"seed": self.options["seed"] + self._more_seed, "progress": bar}
+
+    def _answer(self, events: Iterator[PromptDone | Text | Done]) -> Stats | None:
+        stats, shown = None, Shown()
+        try:
+            for event in events:
+                if isinstance(event, PromptDone):
+                    stats = event.stats
+                elif isinstance(event, Text):
+                    shown.push(event.text)
+            shown.finish()
+        except KeyboardInterrupt:
+            if stats is None:
+                errors.print()
+                return None
+            stats.stop = "interrupted"
+        finally:
+            events.close()
+            if stats is not None:
+                self.stats = stats
+                self.save()
+        write("\n")
+        self._comment(stats)
+        return stats
+
+    def _comment(self, stats: Stats):
+        """What there is to say about an answer."""
+        left = self.context - stats.n_prompt - stats.n_generated
+        if stats.stop == "limit":
+            errors.print(f"stopped at {stats.n_generated} tokens (-n)")
+        if stats.stop == "context":
+            errors.print(f"the answer is cut off: the context of {self.context} tokens is full{self.ways_out()}")
+        elif left < max(self.context // 10, min(256, self.context // 4)):
+            errors.print(f"note: {left} of {self.context} tokens of context are left{self.ways_out()}")
+        if self.verbose:
+            errors.print(figures(stats), style="dim")
+            show_drafting(stats)
+
+
+class Shown:
+    """Writes an answer on standard output as it comes; on a terminal also the thoughts, dimmed."""
+
+    def __init__(self):
+        self._splitter, self._terminal = ThoughtSplitter(), sys.stdout.isatty()
+        self._dims = self._terminal and os.environ.get("TERM") != "dumb"
+        self._thought = False           # a thought was last
+
+    def push(self, chunk: str):
+        """Writes what is certain with this chunk."""
+        for thought, text in self._splitter.push(chunk):
+            self._write(thought, text)
+
+    def finish(self):
+        """Writes the rest."""
+        for thought, text in self._splitter.finish():
+            self._write(thought, text)
+
+    def _write(self, thought: bool, text: str):
+        text = text.translate(HARMLESS) if self._terminal else text
+        if thought:
+            if self._terminal:
+                write(f"{DIM}{text}{PLAIN}" if self._dims else text)
+        else:
+            if self._thought:
+                text = text.lstrip()
+                if not text:
+                    return
+                text = "\n\n" * self._terminal + text
+            write(text)
+        self._thought = thought
+
+
+def figures(stats: Stats) -> str:
+    """What an answer took, in one line."""
+    return (f"reused {stats.reused} tokens, read {stats.n_prompt - stats.reused} ({stats.prompt_per_second:.1f}/s), "
+            f"wrote {stats.n_generated} ({stats.decode_per_second:.1f}/s)" + (f"; {stats.why}" if stats.why else ""))
+
+
+def with_files(files: list[tuple[str, str]], text: str) -> str:
+    """A message after the files it is about, each between fences longer than those in it."""
+    parts = []
+    for name, content in files:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", content)), default=0))
+        parts.append(f"{name}:\n{fence}\n{content.rstrip()}\n{fence}")
+    return "\n\n".join([*parts, text] if text else parts)
