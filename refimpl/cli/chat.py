@@ -39,6 +39,10 @@ from refimpl.cli.run import read_prompt, refuse_without_template
 
 CacheRam = Annotated[str | None, typer.Option("--cache-ram", metavar="SIZE", show_default=False, help="memory for what has been read and "
                                               "need not be read again: 2G, 500M (default: a quarter of what is free)")]
+CacheDir = Annotated[str | None, typer.Option("--cache-dir", metavar="DIR", show_default=False, help="keep what has been read there too, so that "
+                                              "it need not be read after a restart (default: the cache folder); none: in memory only")]
+CacheRead = Annotated[str, typer.Option("--cache-read", metavar="SIZE", help="what has been read, of all models, may take on the disk; "
+                                        "the least recently used goes first")]
 SessionName = Annotated[str | None, typer.Option("--session", metavar="NAME", show_default=False, help="go on where the conversation of "
                                                  "this name was left, and keep it on disk (/sessions lists them)")]
 
@@ -53,7 +57,8 @@ def chat(
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,
-    cache_disk: CacheDisk = "50G", cache_ram: CacheRam = None, lock: Lock = False, verbose: Verbose = False,
+    cache_disk: CacheDisk = "50G", cache_ram: CacheRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G", lock: Lock = False,
+    verbose: Verbose = False,
 ):
     """Talk to an instruction-tuned model. /help lists what else there is; Ctrl-C stops an answer, Ctrl-D ends.
 
@@ -63,8 +68,10 @@ def chat(
     from refimpl.cli.conversation.commands import resumed
     from refimpl.cli.conversation.turns import Conversation
     from refimpl.decode.session import Session
+    from refimpl.kernels.machine.cache_folder import cache_root
 
-    budget = None if cache_ram is None else n_bytes(cache_ram)
+    budget, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
+    folder = None if cache_dir == "none" or not limit else cache_root() if cache_dir is None else Path(cache_dir)
     path = None if session is None else transcript.session_path(session)
     with transcript.alone(path):
         earlier = earlier_of(path)
@@ -72,9 +79,10 @@ def chat(
         m = load(model, backend, arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
         refuse_without_template(m, model)
         drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-        talk = Conversation(Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, thinking=think, cache_ram=budget),
-                            drafting | {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-                                        "seed": seed}, path, verbose)
+        sampling = {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        said = Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, thinking=think, cache_ram=budget, cache_dir=folder,
+                       cache_disk=limit)
+        talk = Conversation(said, drafting | sampling, path, verbose)
         if verbose:
             errors.print(f"what has been read is kept in up to {talk.session.prefixes.budget / 1e9:.2f} GB (--cache-ram)")
         if earlier is not None:

@@ -32,7 +32,7 @@ class Conversation:
         """`options`: those of `Session.stream`."""
         self.session, self.options, self.path, self.verbose = session, options, path, verbose
         self.unsent, self.files, self.stats = "", [], None
-        self._more_seed = 0
+        self._more_seed = self._n_notes = 0
 
     @property
     def context(self) -> int:
@@ -127,6 +127,9 @@ class Conversation:
             errors.print(f"the answer is cut off: the context of {self.context} tokens is full{self.ways_out()}")
         elif left < max(self.context // 10, min(256, self.context // 4)):
             errors.print(f"note: {left} of {self.context} tokens of context are left{self.ways_out()}")
+        for note in self.session.notes[self._n_notes:]:
+            errors.print(f"note: {note}")
+        self._n_notes = len(self.session.notes)
         if self.verbose:
             errors.print(figures(stats), style="dim")
             show_drafting(stats)
