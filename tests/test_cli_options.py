@@ -122,6 +122,6 @@ def test_the_cache_is_shown_and_cleared(tmp_path):
     assert status == 0 and "kernels-avx2-0123456789abcdef" in out and "other\n" not in out and "of another version" in out
     listed = json.loads(run("cache", "--json", env=env)[1])["kernels"]
     assert [(entry["bytes"], entry["in_use"]) for entry in listed] == [(1000, False)] * 2
-    assert_one_line(run("cache", "--clear", "owner/nothing", env=env), 2, "expected old, kernels, weights, or a downloaded model")
+    assert_one_line(run("cache", "--clear", "owner/nothing", env=env), 2, "expected old, kernels, weights, read, or a downloaded model")
     assert "2.00 kB freed" in run("cache", "--clear", "old", env=env)[1]
     assert os.listdir(tmp_path) == ["other"]

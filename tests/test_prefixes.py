@@ -69,7 +69,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["longer", "edit", "another", "shorte
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "built-in"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(steps=STEPS, budget=st.sampled_from([ENOUGH, 1_000_000, 200_000, 0]), rows=st.sampled_from([512, 100, 17]), disk=st.booleans())
 def test_histories_have_the_bits_of_cold_runs(models, shape, steps, budget, rows, disk, tmp_path_factory):
     """Prompts that go on, go back, change a token far back or come back to what was before the change, also after a restart; in chunks of

@@ -211,6 +211,14 @@ def test_a_session_goes_on_after_a_restart(tmp_path):
         assert [message["role"] for message in session.messages] == ["system", *["user", "assistant"] * 2] and session.notes == ()
         reused, n_prompt = session.stats.reused, session.stats.n_prompt
     assert answers[0] == answers[1] and reused == n_prompt - 1, "the second time it was all known"
+    cold = refimpl.Session(session.model, system="be short")
+    for text, answer in zip(("def f(x):", "class A:"), answers[0]):
+        assert cold.chat(text, max_new_tokens=12).text == answer, "and is what an answer without a disk is"
+    session.read_ahead()
+    session.chat("import", max_new_tokens=5)
+    cold.chat("import", max_new_tokens=5)
+    assert session.messages == cold.messages
+    assert cold.stats.n_prompt - cold.stats.reused > 12 + session.stats.n_prompt - session.stats.reused, "the answer had been read ahead"
 
 
 def test_the_checksum_counts(folder, model, states, monkeypatch):

@@ -39,8 +39,8 @@ from refimpl.cli.run import read_prompt, refuse_without_template
 
 CacheRam = Annotated[str | None, typer.Option("--cache-ram", metavar="SIZE", show_default=False, help="memory for what has been read and "
                                               "need not be read again: 2G, 500M (default: a quarter of what is free)")]
-CacheDir = Annotated[str | None, typer.Option("--cache-dir", metavar="DIR", show_default=False, help="keep what has been read there too, so that "
-                                              "it need not be read after a restart (default: the cache folder); none: in memory only")]
+CacheDir = Annotated[str | None, typer.Option("--cache-dir", metavar="DIR", show_default=False, help="keep what has been read there, to know it "
+                                              "after a restart (default: the cache folder); none: only in memory")]
 CacheRead = Annotated[str, typer.Option("--cache-read", metavar="SIZE", help="what has been read, of all models, may take on the disk; "
                                         "the least recently used goes first")]
 SessionName = Annotated[str | None, typer.Option("--session", metavar="NAME", show_default=False, help="go on where the conversation of "
@@ -57,8 +57,8 @@ def chat(
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,
-    cache_disk: CacheDisk = "50G", cache_ram: CacheRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G", lock: Lock = False,
-    verbose: Verbose = False,
+    cache_disk: CacheDisk = "50G", cache_ram: CacheRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G",
+    lock: Lock = False, verbose: Verbose = False,
 ):
     """Talk to an instruction-tuned model. /help lists what else there is; Ctrl-C stops an answer, Ctrl-D ends.
 
@@ -149,7 +149,8 @@ def one_line(talk, terminal, offer: bool) -> bool:
     from refimpl.model.cache import ContextFull
     from refimpl.text.chat import ChatError
 
-    line = terminal.read(talk.unsent if offer else "")
+    with talk.reading_ahead():
+        line = terminal.read(talk.unsent if offer else "")
     try:
         if line.name is not None:
             run_command(talk, line.name, line.text)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -71,11 +72,18 @@ def generate(
         ids = chat_ids(m, [{"role": "user", "content": text}], think)
     else:
         ids = m.tokenizer.encode(text, special=special)
-    out, interrupted = answer(m, ids, echo="" if as_json or chat else text, silent=as_json, max_new_tokens=predict, n_ctx=ctx,
+    show, show_rest = (lambda chunk: None) if as_json else write, lambda: None
+    if chat and not as_json and not special:
+        from refimpl.cli.conversation.turns import Shown
+
+        shown = Shown()
+        show, show_rest = shown.push, shown.finish
+    out, interrupted = answer(m, ids, show, echo="" if as_json or chat else text, max_new_tokens=predict, n_ctx=ctx,
                               special=special, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, **drafting)
     if as_json:
         write(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)) + "\n")
     else:
+        show_rest()
         write("\n")
         show_stop(m, out.stats, ctx, verbose)
     if verbose:
@@ -118,8 +126,8 @@ def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
     return encode_chat(m.tokenizer, m.file.metadata.get("tokenizer.chat_template"), messages, thinking=think)
 
 
-def answer(m, ids: list[int], *, echo: str = "", silent: bool = False, **options):
-    """Runs the prompt with a progress bar, then prints `echo` and the answer token by token. Returns (Output, was it interrupted)."""
+def answer(m, ids: list[int], show: Callable[[str], None], *, echo: str = "", **options):
+    """Runs the prompt with a progress bar, then prints `echo` and shows the answer token by token. Returns (Output, was it interrupted)."""
     from refimpl.decode.generate import Output, PromptDone, Stats, Text, events
     from refimpl.decode.prefixes import Nothing
 
@@ -132,8 +140,7 @@ def answer(m, ids: list[int], *, echo: str = "", silent: bool = False, **options
             elif isinstance(event, Text):
                 new_ids += event.ids
                 chunks.append(event.text)
-                if not silent:
-                    write(event.text)
+                show(event.text)
     except KeyboardInterrupt:
         if not stats.n_prompt:              # before the first token
             raise

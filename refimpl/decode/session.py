@@ -7,8 +7,9 @@ in common with anything that was read (prefixes.py) is not read again. Every ans
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from itertools import takewhile
 
 from refimpl.decode.drafter import Drafter, check_target
 from refimpl.decode.generate import Done, Output, PromptDone, Stats, Text, events
@@ -16,6 +17,7 @@ from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.snapshots import Snapshots
 from refimpl.host import available
 from refimpl.loading.model import Model
+from refimpl.model.blocks import BLOCK
 from refimpl.progress import silent
 from refimpl.text.chat import encode_chat, split_thought
 
@@ -78,6 +80,23 @@ class Session:
     def notes(self) -> tuple[str, ...]:
         """What there is to say about what is kept on the disk, in lines."""
         return tuple(self.prefixes.snapshots.notes) if self.prefixes.snapshots else ()
+
+    def read_ahead(self, stop: Callable[[], bool] = lambda: False):
+        """Reads what the next prompt is certain to begin with: the latest answer, as the template shows it later (Gemma's own puts an
+        empty thought before an answer that is being written, and none before earlier ones). Changes no answer; for the time in which the
+        user types. Ends early, a few tokens later, when `stop()` is true. Raises what `generate` does.
+        """
+        prompts = [self.prompt_ids([*self.messages, {"role": "user", "content": text}]) for text in ("a", "b")]
+        ids = [i for i, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*prompts))]
+        n_ctx = self.model.config.n_ctx if self.n_ctx is None else self.n_ctx
+        if not ids or len(ids) >= n_ctx:
+            return
+        cache = self.prefixes.find([*ids, ids[0]], n_ctx).cache
+        try:
+            while cache.length < len(ids) and not stop():
+                self.model.prefill(ids[cache.length:cache.length + BLOCK], cache)
+        finally:
+            self.prefixes.keep(ids, cache)
 
     def undo(self) -> str:
         """Takes the last message of the user and what follows it back, and returns its text. Raises ValueError where there is none."""

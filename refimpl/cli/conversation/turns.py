@@ -1,8 +1,10 @@
 """The turns of a conversation: questions answered on standard output, what is said about them, and the transcript kept up to date."""
 
+import contextlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from refimpl.cli.conversation import transcript
 from refimpl.cli.run import show_drafting
 from refimpl.decode.generate import Done, PromptDone, Stats, Text
 from refimpl.decode.session import Session
+from refimpl.model.cache import ContextFull
+from refimpl.text.chat import ChatError
 from refimpl.text.thoughts import ThoughtSplitter
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -69,6 +73,24 @@ class Conversation:
         """Answers the last message once more, with other random numbers. Raises ValueError where there is none, and as `ask`."""
         self._more_seed += 1
         return self._answer(self.session.regenerate(**self._options()))
+
+    @contextlib.contextmanager
+    def reading_ahead(self):
+        """While the block runs, which waits for the user, another thread reads what the next prompt begins with."""
+        stop = threading.Event()
+
+        def read():
+            with contextlib.suppress(ChatError, ContextFull, MemoryError, ValueError, OSError):         # the next message meets it again
+                self.session.read_ahead(stop.is_set)
+        thread = threading.Thread(target=read, name="refimpl-ahead", daemon=True)
+        if self.stats is not None:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if thread.ident is not None:
+                thread.join()
 
     def save(self):
         """Writes the transcript of a session that has a name. Where that cannot be done, says so."""
