@@ -39,8 +39,8 @@ from refimpl.cli.run import read_prompt, refuse_without_template
 
 CacheRam = Annotated[str | None, typer.Option("--cache-ram", metavar="SIZE", show_default=False, help="memory for what has been read and "
                                               "need not be read again: 2G, 500M (default: a quarter of what is free)")]
-CacheDir = Annotated[str | None, typer.Option("--cache-dir", metavar="DIR", show_default=False, help="keep what has been read there, to know it "
-                                              "after a restart (default: the cache folder); none: only in memory")]
+CacheDir = Annotated[str | None, typer.Option("--cache-dir", metavar="DIR", show_default=False, help="keep what has been read there, to "
+                                              "know it after a restart (default: the cache folder); none: only in memory")]
 CacheRead = Annotated[str, typer.Option("--cache-read", metavar="SIZE", help="what has been read, of all models, may take on the disk; "
                                         "the least recently used goes first")]
 SessionName = Annotated[str | None, typer.Option("--session", metavar="NAME", show_default=False, help="go on where the conversation of "
