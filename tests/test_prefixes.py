@@ -14,6 +14,7 @@ import refimpl
 from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.snapshots import Snapshots
 from refimpl.model.blocks import BlockTable
+from refimpl.model.cache import cache_bytes
 
 ENOUGH = 1 << 30
 
@@ -170,6 +171,22 @@ def test_the_ends_of_sequences_stay_longest(built_in):
     read(prefixes, [*text, 1], cold)
     assert read(prefixes, [*text[:320], 9], cold)[0] == 320, "a turn ended there"
     assert read(prefixes, [*text[:500], 9], cold)[0] < 500
+
+
+def test_what_was_read_makes_room_for_what_has_to_be(built_in, monkeypatch):
+    """A prompt is refused where memory is short, but not because of what is remembered."""
+    from refimpl.loading import model as loading
+
+    session = SimpleNamespace(model=built_in, prefixes=Prefixes(built_in, ENOUGH))
+    text = prompt(300)
+    want = refimpl.generate(built_in, text, max_new_tokens=5, session=session).ids
+    need = cache_bytes(built_in.config, 305, 512, built_in.backend.kv_type)
+    monkeypatch.setattr(loading, "available", lambda: need - session.prefixes.n_bytes)
+    again = refimpl.generate(built_in, text, max_new_tokens=5, session=session)
+    assert again.ids == want and again.stats.reused == 0
+    monkeypatch.setattr(loading, "available", lambda: 0)
+    with pytest.raises(refimpl.MemoryRefusal):
+        refimpl.generate(built_in, text, max_new_tokens=5, session=session)
 
 
 # ---- broken on purpose, each is caught

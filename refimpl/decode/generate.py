@@ -20,6 +20,7 @@ from refimpl.decode.drafter import Drafter, check_target
 from refimpl.decode.prefixes import Nothing, Prefixes
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import speculative
+from refimpl.loading.memory import MemoryRefusal
 from refimpl.loading.model import Model
 from refimpl.model.cache import Cache, ContextFull
 from refimpl.progress import Progress, silent
@@ -155,7 +156,12 @@ def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: fl
     n_ctx = model.config.n_ctx if n_ctx is None else n_ctx
     if len(ids) > n_ctx:
         raise ContextFull(f"the prompt has {len(ids)} tokens, the context holds {n_ctx}")
-    model.refuse_unless_it_fits(min(n_ctx, len(ids) + max(0, max_new_tokens)))
+    most = min(n_ctx, len(ids) + max(0, max_new_tokens))
+    try:
+        model.refuse_unless_it_fits(most)
+    except MemoryRefusal:
+        prefixes.forget()
+        model.refuse_unless_it_fits(most)
     model.checked(ids)
 
     found, text_ids = prefixes.find(ids, n_ctx), list(ids)

@@ -42,6 +42,9 @@ class Nothing:
     def keep(self, ids: Sequence[int], cache: Cache):
         """Nothing."""
 
+    def forget(self):
+        """Nothing."""
+
 
 @dataclass(eq=False)
 class _Node:
@@ -123,6 +126,12 @@ class Prefixes:
         if self.snapshots is not None:
             self._save(path, needed)
         self._trim()
+
+    def forget(self):
+        """Frees all memory; what is on the disk is still known."""
+        budget, self.budget = self.budget, 0
+        self._trim()
+        self.budget = budget
 
     def _usable(self, path: Sequence[_Node], n_same: int) -> int:
         """Up to where a sequence along `path` can go on: at `n_same` or an earlier beginning of a block."""
