@@ -18,7 +18,7 @@ from refimpl.cli.conversation.line import Line, meaning, opens_block
 from refimpl.cli.conversation.turns import with_files
 from refimpl.text.chat import CHANNEL_END, THOUGHT, encode_chat
 
-REFERENCE = ("--backend", "reference")
+REFERENCE = ("--backend", "reference", "--cache-dir", "none")
 LINES = "class A:\n    x = 1\n\n    def f(self):\n/exit\n        return self.x"
 
 
@@ -251,7 +251,8 @@ def test_what_was_read_is_not_read_again_and_a_full_context_goes_on(model, tmp_p
     assert "reused 0 tokens, read" in first and "begins like it" in first
     second = chat.say("def second(x):")
     empty_thought = 6           # tokens that the template puts before an answer, but not before earlier ones
-    assert int(second.split("reused ")[1].split()[0]) == int(first.split(", read ")[1].split()[0]) - empty_thought
+    known = int(second.split("reused ")[1].split()[0])          # more where there was time to read ahead
+    assert known >= int(first.split(", read ")[1].split()[0]) - empty_thought
     said = [second, *(chat.say(f"def f{i}(x): return x + {i}") for i in range(6))]
     assert any("tokens of context are left; /drop" in text and "-c 512" in text for text in said)
     assert any("256 tokens is full; /drop" in text or "the context holds 256; /drop" in text for text in said)
