@@ -43,7 +43,8 @@ class Chat:
         """`data`: the folder for sessions and history."""
         program = [__file__] if scripted else ["-m", "refimpl"]
         self.terminal = pexpect.spawn(
-            sys.executable, [*program, "chat", *map(str, arguments), "--cache-dir", "none"], encoding="utf-8", timeout=60, dimensions=(24, 100),
+            sys.executable, [*program, "chat", *map(str, arguments), "--cache-dir", "none"], encoding="utf-8", timeout=60,
+            dimensions=(24, 100),
             env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "REFIMPL_DATA_DIR": str(data), **(env or {})})
         self.terminal.delaybeforesend = None
         self.ready()
