@@ -217,8 +217,8 @@ class Prefixes:
                 path.append(node)
                 n += BLOCK
         children = (path[-1] if path else self._root).children.values()
-        best = max(children, key=lambda child: (_n_common(child.ids, key), len(child.blocks)), default=None)
-        if best is None or not (more := _n_common(best.ids, key)):
+        best = max(children, key=lambda child: (n_common(child.ids, key), len(child.blocks)), default=None)
+        if best is None or not (more := n_common(best.ids, key)):
             return path, n
         return [*path, best], n + more
 
@@ -279,5 +279,6 @@ class Prefixes:
             left += node.children.values()
 
 
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from itertools import takewhile
 
 from refimpl.decode.drafter import Drafter, check_target
 from refimpl.decode.generate import Done, Output, PromptDone, Stats, Text, events
-from refimpl.decode.prefixes import Prefixes
+from refimpl.decode.prefixes import Prefixes, n_common
 from refimpl.decode.snapshots import Snapshots
 from refimpl.host import available
 from refimpl.loading.model import Model
@@ -86,8 +85,8 @@ class Session:
         empty thought before an answer that is being written, and none before earlier ones). Changes no answer; for the time in which the
         user types. Ends early, a few tokens later, when `stop()` is true. Raises what `generate` does.
         """
-        prompts = [self.prompt_ids([*self.messages, {"role": "user", "content": text}]) for text in ("a", "b")]
-        ids = [i for i, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*prompts))]
+        ids, other = (self.prompt_ids([*self.messages, {"role": "user", "content": text}]) for text in ("a", "b"))
+        ids = ids[:n_common(ids, other)]
         n_ctx = self.model.config.n_ctx if self.n_ctx is None else self.n_ctx
         if not ids or len(ids) >= n_ctx:
             return

@@ -63,6 +63,8 @@ class BlockTable:
 
     def drop_before(self, pos: int):
         """Drops the blocks that end at `pos` or before. Those that nobody else has are used again."""
+        if pos < BLOCK:                 # of full layers in every call, whose blocks are many
+            return
         for number in [number for number in self.blocks if (number + 1) * BLOCK <= pos]:
             block = self.blocks.pop(number)
             self.offset_B[number] = GONE
