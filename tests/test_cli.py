@@ -53,7 +53,15 @@ def test_inspect_for_people_and_programs(small):
 
 def test_chat_on_a_file_without_a_template_says_so(small):
     assert_one_line(run("chat", "-m", small, stdin=b"hello\n"), 1, "no chat template")           # before the first prompt
-    assert_one_line(run("chat", stdin=b"hello\n"), 1, "the built-in model only continues code", "-m")
+
+
+def test_chat_with_the_built_in_model():
+    """It has no turns: messages and answers are one text that it continues, and never to the end of its context."""
+    code, out, err = run("chat", "--backend", "reference", "--cache-dir", "none", "--temp", "0", "-n", "12", "--system", "import os",
+                         stdin=b"def add(a, b):\n")
+    assert code == 0 and out and out == run("generate", "--backend", "reference", "--temp", "0", "-n", "12",
+                                            "-p", "import os\ndef add(a, b):\n")[1].replace("import os\ndef add(a, b):\n", "")
+    assert "wrote 128 " in run("chat", "--cache-dir", "none", "--temp", "0", "-v", stdin=b"import sys\n")[2]
 
 
 def test_bad_input_gets_one_line(small, tmp_path):
@@ -184,5 +192,5 @@ def test_a_folder_is_no_output(tmp_path):
         assert_one_line(run(*line, "-o", tmp_path / "d.safetensors", "--force"), 1, "is a folder; give the name of a file")
 
 
-def test_a_question_for_a_file_without_template_is_refused():
-    assert_one_line(run("generate", "--chat", "-p", "x"), 1, "the built-in model only continues code")
+def test_a_question_for_a_file_without_template_is_refused(small):
+    assert_one_line(run("generate", "-m", small, "--chat", "-p", "x"), 1, "no chat template")

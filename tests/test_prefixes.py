@@ -1,20 +1,23 @@
 """What was read is not read again, and nothing can be told from the bits."""
 
 import functools
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import same
-from shapes import SHAPES, prompt, random_model, reference, write_model
+from shapes import SHAPES, prompt, random_drafter, random_model, reference, write_drafter, write_model
 
 import refimpl
-from refimpl.decode.prefixes import Prefixes
+from refimpl.decode.generate import Text, events
+from refimpl.decode.prefixes import Nothing, Prefixes
 from refimpl.decode.snapshots import Snapshots
 from refimpl.model.blocks import BlockTable
 from refimpl.model.cache import cache_bytes
+from refimpl.progress import silent
 
 ENOUGH = 1 << 30
 
@@ -106,28 +109,81 @@ def test_histories_have_the_bits_of_cold_runs(models, shape, steps, budget, rows
             read(prefixes, texts[-1], cold)
 
 
-@pytest.mark.parametrize("drafted", [False, True])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_turns_have_the_ids_of_cold_runs(built_in, drafted, temperature):
-    """A conversation of token ids: each answer is followed by more, twice one is edited, and one is stopped half-way."""
-    session = SimpleNamespace(model=built_in, prefixes=Prefixes(built_in, ENOUGH))
-    prefixes = session.prefixes
-    options = {"max_new_tokens": 40, "temperature": temperature, "drafter": refimpl.load_drafter(None, built_in) if drafted else None}
-    ids, rng = built_in.tokenizer.encode("def sort(items):\n"), np.random.default_rng(1)
-    for turn in range(6):
-        warm, cold = (refimpl.generate(built_in, ids, seed=turn, **options, **more) for more in ({"session": session}, {}))
-        assert warm.ids == cold.ids and cold.stats.reused == 0
-        assert warm.stats.reused > (0 if turn == 0 else len(ids) // 3) - 1
-        check(prefixes)
-        if turn in (2, 4):
-            ids[len(ids) // 2] = 77
-        ids = [*ids, *warm.ids, *rng.integers(5, 500, 30).tolist()]
-        if turn == 3:
-            pieces = refimpl.stream(built_in, ids, seed=9, session=session, **options)
-            for _ in range(5):
-                next(pieces)
-            pieces.close()
-            check(prefixes)
+class Talk:
+    """Conversations of token ids that share what was read; every answer is compared with a cold run's."""
+
+    def __init__(self, model, drafter, temperature, begin):
+        self.model, self.begin, self.prefixes, self.texts, self.asked = model, begin, begin(), [prompt(20)], 0
+        self.options = {"max_new_tokens": 10, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "drafter": drafter,
+                        "n_ctx": None, "special": False, "draft_max": "auto", "draft_min_p": 0.0, "progress": silent}
+
+    def answer(self, text):
+        """New ids one by one. The last thing that it does is to compare."""
+        self.asked += 1
+        seed = self.asked
+        cold = self.run(text, seed, Nothing(self.model))
+        warm = self.run(text, seed, self.prefixes)
+        for new in cold:
+            assert next(warm) == new, f"{len(text)} ids"
+            yield new
+        assert next(warm, None) is None
+        check(self.prefixes)
+
+    def run(self, text, seed, prefixes):
+        """New ids of one run."""
+        for event in events(self.model, text, seed=seed, prefixes=prefixes, **self.options):
+            yield from event.ids if isinstance(event, Text) else ()
+
+    def step(self, what, which, at, n):
+        """One thing that people do with conversations."""
+        which %= len(self.texts)
+        text = self.texts[which]
+        if what == "restart":
+            self.prefixes = self.begin()
+        elif what == "evict":
+            self.prefixes.forget()
+        elif what == "fork":
+            self.texts.append(list(text))
+        elif what == "undo":
+            del text[at % len(text) + 1:]
+        elif what == "edit":
+            text[at % len(text)] = 3 + at % 190
+        elif what == "stop":
+            text += prompt(n, seed=at)
+            answer = self.answer(text)
+            text += [new for new, _ in zip(answer, range(at % 10))]
+            answer.close()
+        elif what == "together":                # two answers to the same text, in turns
+            both = [self.answer(text), self.answer(list(text))]
+            pairs = list(zip_longest(*both))
+            first, second = ([pair[i] for pair in pairs if pair[i] is not None] for i in (0, 1))
+            self.texts.append(text + second)
+            text += first
+        else:
+            text += prompt(n, seed=at)
+            text += self.answer(list(text))
+        del text[260:]
+
+
+@pytest.fixture(scope="module")
+def drafters(tmp_path_factory, models):
+    folder = tmp_path_factory.mktemp("drafters")
+    return {shape: refimpl.load_drafter(write_drafter(folder / f"{shape}.gguf", random_drafter(shape)), models[shape])
+            for shape in SHAPES} | {"built-in": refimpl.load_drafter(None, models["built-in"])}
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "built-in"])
+@settings(max_examples=4, deadline=None, phases=[Phase.reuse, Phase.generate])           # to shrink takes minutes
+@given(steps=st.lists(st.tuples(st.sampled_from(["say", "say", "together", "stop", "fork", "undo", "edit", "restart", "evict"]),
+                                st.integers(0, 5), st.integers(0, 400), st.integers(1, 90)), min_size=3, max_size=7),
+       temperature=st.sampled_from([0.0, 1.0]), drafted=st.booleans(), budget=st.sampled_from([ENOUGH, 200_000]), disk=st.booleans())
+def test_conversations_have_the_ids_of_cold_runs(models, drafters, shape, steps, temperature, drafted, budget, disk, tmp_path_factory):
+    """Said, edited, taken back, forked, stopped half-way, answered twice at a time, saved, evicted and restored."""
+    model, folder = models[shape], tmp_path_factory.mktemp("disk")
+    talk = Talk(model, drafters[shape] if drafted else None, temperature,
+                lambda: Prefixes(model, budget, Snapshots(folder, model, ENOUGH) if disk else None))
+    for step in steps:
+        talk.step(*step)
 
 
 # ---- what is known, and what is said about it

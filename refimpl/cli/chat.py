@@ -46,6 +46,8 @@ CacheRead = Annotated[str, typer.Option("--cache-read", metavar="SIZE", help="wh
 SessionName = Annotated[str | None, typer.Option("--session", metavar="NAME", show_default=False, help="go on where the conversation of "
                                                  "this name was left, and keep it on disk (/sessions lists them)")]
 
+CONTINUED = 128         # tokens of an answer by a model that has no turns
+
 
 @app.command()
 def chat(
@@ -60,7 +62,8 @@ def chat(
     cache_disk: CacheDisk = "50G", cache_ram: CacheRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G",
     lock: Lock = False, verbose: Verbose = False,
 ):
-    """Talk to an instruction-tuned model. /help lists what else there is; Ctrl-C stops an answer, Ctrl-D ends.
+    """Talk to an instruction-tuned model, or without -m to the built-in one, which continues code. /help lists what else there is; Ctrl-C
+    stops an answer, Ctrl-D ends.
 
     What is piped in is one message.
     """
@@ -69,6 +72,7 @@ def chat(
     from refimpl.cli.conversation.turns import Conversation
     from refimpl.decode.session import Session
     from refimpl.kernels.machine.cache_folder import cache_root
+    from refimpl.text.chat import CONTINUATION_TEMPLATE
 
     budget, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
     folder = None if cache_dir == "none" or not limit else cache_root() if cache_dir is None else Path(cache_dir)
@@ -77,7 +81,10 @@ def chat(
         earlier = earlier_of(path)
         model = fetched(model, positional)
         m = load(model, backend, arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
-        refuse_without_template(m, model)
+        refuse_without_template(m)
+        only_continues = m.file.metadata["tokenizer.chat_template"] == CONTINUATION_TEMPLATE
+        if only_continues and predict < 0:          # it does not know when to stop
+            predict = CONTINUED
         drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
         sampling = {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         said = Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, thinking=think, cache_ram=budget, cache_dir=folder,
@@ -92,6 +99,8 @@ def chat(
             talk.instruct(system)
         if sys.stdin.isatty():
             errors.print(f"{m.name}; /help lists the commands, Ctrl-D ends")
+            if only_continues:
+                errors.print(f"it was not taught to answer: it continues code, up to {predict} tokens (-n); try: def add(a, b):")
             on_terminal(talk)
         else:
             piped(talk)

@@ -66,7 +66,7 @@ def generate(
     room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256        # a token has a byte or more; 256 for a template
     m = load(model, backend, arithmetic, threads, room, verbose, cache_disk, lock)
     if chat:
-        refuse_without_template(m, model)
+        refuse_without_template(m)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
     if chat:
         ids = chat_ids(m, [{"role": "user", "content": text}], think)
@@ -94,12 +94,11 @@ def generate(
 
 # ---- helpers
 
-def refuse_without_template(m, path: Path | None):
-    """Before anything is asked. `path`: None is the built-in model."""
+def refuse_without_template(m):
+    """Before anything is asked."""
     if not m.file.metadata.get("tokenizer.chat_template"):
-        raise Failure(f"{m.file.path}: the file has no chat template; " + (
-            "the built-in model only continues code: give an instruction-tuned model with -m" if path is None else
-            "an instruction-tuned model (-it in its name) has one; refimpl generate continues text"))
+        raise Failure(f"{m.file.path}: the file has no chat template; an instruction-tuned model (-it in its name) has one; "
+                      "refimpl generate continues text")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -9,8 +9,8 @@ they load: the bits stay the same.
 A score is a sum in 16 lanes, products fused in order, then across lanes, neighbours first. A sum of weights has 16 lanes as well, position
 modulo 16. Values are added in the order of positions.
 
-GROUP queries are computed together, and with them GROUP keys, or GROUP columns of values: a tuple has a number for each of these, and a
-tuple of tuples for each query and each of these.
+Some queries are computed together, and with them some keys, or some vectors of columns of values (`Shape`): a tuple has a number for each
+of these, and a tuple of tuples for each query and each of these.
 """
 
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from refimpl.kernels.cores.threads import current
 from refimpl.kernels.machine.intrinsics import (
     add_f32,
     add_pairs,
+    add_quarters,
     address,
     at,
     fma,
@@ -31,25 +32,40 @@ from refimpl.kernels.machine.intrinsics import (
     mul_f32,
     prefetch,
     splat_f32,
-    splat_from,
     store_f32,
     store_f32_part,
     sub_f32,
     sum_f32,
 )
-from refimpl.kernels.machine.isa import ISA, LANES, Pointer
+from refimpl.kernels.machine.isa import ISA, LANES, TWO_WIDTHS, Pointer
 from refimpl.kernels.machine.jit import inline, kernel, out_of_line, per_row
-from refimpl.kernels.machine.unpack import FORMATS, WeightFormat, load_floats
+from refimpl.kernels.machine.unpack import ALL, FORMATS, LOWER, WeightFormat, load_activations, load_floats, splat_float, splat_from
 from refimpl.kernels.machine.vecmath import exp16
 
+
+class Shape(NamedTuple):
+    """What is computed together: so many queries, and keys or vectors of columns, each numbered. Their sums stay in registers."""
+
+    queries: tuple[int, ...]
+    others: tuple[int, ...]
+
+
+def _shape(n_queries, n_others):
+    return Shape(tuple(range(n_queries)), tuple(range(n_others)))
+
+
 CHUNK, SPAN = 64, 512
-GROUP = 4 if ISA == "avx512" else 2         # GROUP * GROUP sums stay in registers: AVX-512 has twice as many, twice as long
-EACH = tuple(range(GROUP))
+# Registers, and how many loads there are for a product, decide: few queries need many keys. With eight queries a key is converted to
+# float32 once for all of them, which takes as long as three products where registers have 256 bits.
+SMALL, LARGE = {"avx512": (_shape(4, 4), _shape(4, 4)), "avx2": (_shape(2, 4), _shape(8, 1)), "avxvnni": (_shape(2, 4), _shape(8, 1)),
+                "portable": (_shape(2, 2), _shape(2, 2))}.get(ISA, (_shape(2, 4), _shape(4, 2)))
+FEW, MANY = len(SMALL.queries), len(LARGE.queries)
+WIDTH, PART = (LANES // 2, LOWER) if TWO_WIDTHS else (LANES, ALL)       # lanes of a vector of products
 QUERIES = 32                                # about as many share what is loaded of the cache
 ROOM_BYTES = 4 << 20                        # for the states of the rows that are computed together
 LARGEST, WEIGHT, VALUES = 0, 64, 128        # a state, in bytes: largest score and sum of weights in 16 lanes, sums of values (H)
-PART_BYTES = 64 * LANES // GROUP            # of a query: 16 vectors of products, summed by GROUPs of keys, of which 16 scores are made
-BUFFER = 8 * CHUNK                          # float32 that a thread needs: weights of GROUP queries, and parts of their scores
+PART_BYTES = 64 * LANES                     # of a query: the products with 16 keys, in 16 lanes each, of which 16 scores are made
+BUFFER = MANY * (CHUNK + PART_BYTES // 4)   # float32 that a thread needs: weights of MANY queries, and products
 FLOAT, HALF, INT64 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64)
 FAR = 2 ** 62                               # beyond all positions
 GONE = -2 ** 63                             # of a block: there is none
@@ -73,17 +89,17 @@ class Work(NamedTuple):
     state: Pointer
     first_row: int              # of those whose states are in memory
     n_spans: int                # states that there is space for, for each head of a row
-    weights: Pointer            # of GROUP queries, 64 each; scores at first
+    weights: Pointer            # of MANY queries, 64 each; scores at first
     parts: Pointer
 
 
 class Chunk(NamedTuple):
-    """The GROUP queries that are computed over 64 positions: offsets in bytes, and the range of the 64 that each query sees."""
+    """The queries, MANY at most, that are computed over 64 positions: offsets in bytes, and the range of the 64 that each query sees."""
 
-    query_G: np.ndarray
-    state_G: np.ndarray
-    low_G: np.ndarray
-    high_G: np.ndarray
+    query_Q: np.ndarray
+    state_Q: np.ndarray
+    low_Q: np.ndarray
+    high_Q: np.ndarray
     turn_X4: np.ndarray         # (first query, last query, low, high): positions that these queries add up together
 
 
@@ -112,8 +128,9 @@ def attend(q_TNH: np.ndarray, kept, first_T: np.ndarray, end_T: np.ndarray) -> n
     if n_tok:
         # allocated here, because a kernel frees an array after its last use, and an address of it does not count as one
         state = np.empty((wave, n_head, n_spans, VALUES // 4 + head_dim), FLOAT)
-        attend_rows(FORMATS["exact"]["F16" if kept.dtype == HALF else "F32"], np.ascontiguousarray(q_TNH), kept.origin, kept.offset_B,
-                    kept.k_offset, kept.v_offset, n_kv, first_T, end_T, rows, wave, heads, state, np.empty((n, BUFFER), FLOAT), out_TNH, n)
+        kv = FORMATS["exact"]["F16" if kept.dtype == HALF else "F32"].half(PART)
+        attend_rows(kv, np.ascontiguousarray(q_TNH), kept.origin, kept.offset_B, kept.k_offset, kept.v_offset, n_kv, first_T, end_T, rows,
+                    wave, heads, state, np.empty((n, BUFFER), FLOAT), out_TNH, n)
     return out_TNH
 
 
@@ -145,13 +162,13 @@ def plan(first_T, end_T, block_B, n_head, n_kv, head_dim, n):
 @per_row
 def query_address(w, chunk, i, last):
     """Where query i begins, or query `last` if there is none."""
-    return at(w.q, chunk.query_G[min(i, last)])
+    return at(w.q, chunk.query_Q[min(i, last)])
 
 
 @per_row
 def state_address(w, chunk, i, last):
     """Where the state of query i begins, or of query `last`."""
-    return at(w.state, chunk.state_G[min(i, last)])
+    return at(w.state, chunk.state_Q[min(i, last)])
 
 
 @per_row
@@ -174,26 +191,50 @@ def plus(i, n):
 
 @per_row
 def column(first, i, end):
-    """The first of 16 columns, `first` + 16 i, or else the last that there are."""
-    return min(first + LANES * i, end - LANES)
+    """The first column of vector i, `first` + WIDTH i, or else of the last that there is."""
+    return min(first + WIDTH * i, end - WIDTH)
 
 
 @per_row
 def load(kv, pointer, i):
-    """Numbers i..i+15 of a key or value."""
+    """A vector of a key or value, from number i on."""
     return load_floats(kv, at(pointer, i * (kv.n_bytes // LANES)))
 
 
 @per_row
-def load_query(pointer, i):
-    """Numbers i..i+15 of a query."""
-    return load_f32(at(pointer, 4 * i))
+def load_query(kv, pointer, i):
+    """A vector of a query, from number i on."""
+    return load_activations(kv, at(pointer, 4 * i))
 
 
 @per_row
-def load_weight(pointer, j):
+def load_weight(kv, pointer, j):
     """The weight of position j, in every lane."""
-    return splat_from(at(pointer, 4 * j))
+    return splat_from(kv, at(pointer, 4 * j))
+
+
+@per_row
+def prefetch_key(pointer, n_bytes):
+    """Prefetches the key that lies so far on."""
+    prefetch(at(pointer, n_bytes))
+
+
+@per_row
+def store_product(pointer, j, total):
+    """The products of a query with key j, in some lanes."""
+    store_f32(at(pointer, 64 * j), total)
+
+
+@per_row(shared=("others",))
+def store_products(w, i, others, place, totals):
+    """The products of query i with these keys, `place` bytes from the beginning of its products."""
+    store_product(at(w.parts, PART_BYTES * i + place), others, totals)
+
+
+@per_row
+def load_products(pointer, j):
+    """The products of a query with key j, in 16 lanes."""
+    return load_f32(at(pointer, 64 * j))
 
 
 @per_row(shared=("value",))
@@ -215,43 +256,45 @@ def add_products(a, others, totals):
 
 
 @per_row
-def load_sum(state, column):
-    """The sums of values in 16 columns."""
-    return load_f32(at(state, VALUES + 4 * column))
+def load_sum(kv, state, column):
+    """The sums of values in a vector of columns."""
+    return load_activations(kv, at(state, VALUES + 4 * column))
 
 
 @per_row(shared=("columns",))
-def load_sums(state, columns):
+def load_sums(kv, state, columns):
     """The sums of values of a query."""
-    return load_sum(state, columns)
-
-
-@inline
-def _sum_of_2(v):
-    return add_pairs(v[0], v[1])
-
-
-@inline
-def _sum_of_4(v):
-    return add_pairs(add_pairs(v[0], v[1]), add_pairs(v[2], v[3]))
-
-
-@inline
-def _sum_of_8(v):
-    return add_pairs(_sum_of_4(v[:4]), _sum_of_4(v[4:]))
-
-
-SUM_OF = {2: _sum_of_2, 4: _sum_of_4, 8: _sum_of_8}         # neighbours first, as a tree
-_sum_of_keys, _sum_of_parts, PARTS = SUM_OF[GROUP], SUM_OF[LANES // GROUP], tuple(range(0, LANES * LANES // GROUP, LANES))
+    return load_sum(kv, state, columns)
 
 
 @per_row
-def sum_of_keys(v):
-    """A query's products with GROUP keys: 16 / GROUP partial sums for each key."""
-    return _sum_of_keys(v)
+def store_sum(state, column, total):
+    """The sums of values in a vector of columns."""
+    store_f32(at(state, VALUES + 4 * column), total)
 
 
-# ---- GROUP queries and a chunk: scores
+@per_row(shared=("columns",))
+def store_sums(state, columns, totals):
+    """The sums of values of a query."""
+    store_sum(state, columns, totals)
+
+
+@inline
+def _sums_of_4_lanes(a, b, c, d):
+    return add_pairs(add_pairs(a, b), add_pairs(c, d))
+
+
+@inline
+def _sums(v):
+    """The sums of 16 vectors: neighbours first, as a tree."""
+    return add_quarters(_sums_of_4_lanes(v[0], v[1], v[2], v[3]), _sums_of_4_lanes(v[4], v[5], v[6], v[7]),
+                        _sums_of_4_lanes(v[8], v[9], v[10], v[11]), _sums_of_4_lanes(v[12], v[13], v[14], v[15]))
+
+
+KEYS = tuple(range(LANES))
+
+
+# ---- a few queries and a chunk: scores
 
 @inline
 def _position_bytes(w):
@@ -259,26 +302,24 @@ def _position_bytes(w):
     return w.n_kv * w.head_dim * (w.kv.n_bytes // LANES)
 
 
-@inline
-def _scores(w, chunk, n, first, j, ahead, step):
-    """Scores of n queries (at most GROUP) for positions j..j+15 of the chunk, to `weights`; its keys begin at `first`. Meanwhile prefetches
-    keys `ahead` bytes further on, `step` bytes for 16 columns.
+@out_of_line
+def _scores(w, chunk, n, shape, first, j, ahead, step):
+    """Scores of n queries (at most those of the shape) for positions j..j+15 of the chunk, to `weights`; its keys begin at `first`.
+    Meanwhile prefetches keys `ahead` bytes further on, `step` bytes for 16 columns.
     """
-    queries = query_address(w, chunk, EACH, n - 1)
-    for g in range(0, LANES, GROUP):
-        keys, place = key_address(w, first, plus(EACH, j + g)), ahead
-        totals = repeat(EACH, repeat(EACH, splat_f32(ZERO)))
-        for c in range(0, w.head_dim, LANES):
-            key = load(w.kv, keys, c)
-            for i in range(GROUP):
-                prefetch(at(keys[i], place))
-            place += step
-            totals = add_products(load_query(queries, c), key, totals)
-        sums = sum_of_keys(totals)
-        for i in range(GROUP):
-            store_f32(at(w.parts, PART_BYTES * i + 64 * (g // GROUP)), sums[i])
-    for i in range(GROUP):
-        store_f32(at(w.weights, 4 * (CHUNK * i + j)), _sum_of_parts(load_query(at(w.parts, PART_BYTES * i), PARTS)))
+    queries = query_address(w, chunk, shape.queries, n - 1)
+    for g in range(0, LANES, len(shape.others)):
+        keys, place = key_address(w, first, plus(shape.others, j + g)), ahead
+        for lane in range(0, LANES, WIDTH):
+            totals = repeat(shape.queries, repeat(shape.others, splat_float(w.kv, ZERO)))
+            for c in range(lane, w.head_dim, LANES):
+                key = load(w.kv, keys, c)
+                prefetch_key(keys, place)
+                place += step // (LANES // WIDTH)
+                totals = add_products(load_query(w.kv, queries, c), key, totals)
+            store_products(w, shape.queries, shape.others, 64 * g + 4 * lane, totals)
+    for i in range(n):
+        store_f32(at(w.weights, 4 * (CHUNK * i + j)), _sums(load_products(at(w.parts, PART_BYTES * i), KEYS)))
 
 
 # ---- weights
@@ -292,9 +333,9 @@ def _blank(scores, first, end):
 @inline
 def _weights(w, chunk, i):
     """Turns query i's scores for the chunk into weights, 0 where it sees nothing, and updates its state to the new largest score."""
-    scores, state = at(w.weights, 4 * CHUNK * i), at(w.state, chunk.state_G[i])
-    _blank(scores, 0, chunk.low_G[i])
-    _blank(scores, chunk.high_G[i], CHUNK)
+    scores, state = at(w.weights, 4 * CHUNK * i), at(w.state, chunk.state_Q[i])
+    _blank(scores, 0, chunk.low_Q[i])
+    _blank(scores, chunk.high_Q[i], CHUNK)
     before = load_f32(at(state, LARGEST))
     largest = before
     for j in range(0, 4 * CHUNK, 64):
@@ -315,27 +356,26 @@ def _weights(w, chunk, i):
 
 # ---- values
 
-@inline
-def _values(w, chunk, values, first, last, low, high, ahead, step):
-    """Adds weight times value for positions low..high-1 of the chunk to the sums of queries `first` to `last`, at most GROUP. Its values
-    begin at `values`.
+@out_of_line
+def _values(w, chunk, shape, values, first, last, low, high, ahead, step):
+    """Adds weight times value for positions low..high-1 of the chunk to the sums of queries `first` to `last`, at most those of the shape.
+    Its values begin at `values`.
 
-    16 * GROUP columns at a time. Where there are fewer queries or columns, the last is computed again: the same numbers go to the same
-    place.
+    Where there are fewer queries or columns, the last is computed again: the same numbers go to the same place.
     """
-    states, weights = state_address(w, chunk, plus(EACH, first), last), weight_address(w, plus(EACH, first), last)
-    for c in range(0, w.head_dim, LANES * GROUP):
-        columns = column(c, EACH, w.head_dim)
-        totals = load_sums(states, columns)
+    states = state_address(w, chunk, plus(shape.queries, first), last)
+    weights = weight_address(w, plus(shape.queries, first), last)
+    n_columns = WIDTH * len(shape.others)
+    for c in range(0, w.head_dim, n_columns):
+        columns = column(c, shape.others, w.head_dim)
+        totals = load_sums(w.kv, states, columns)
         for j in range(low, high):
             value = at(w.cache, values + _position_bytes(w) * j)
-            for i in range(0, GROUP, 2):
-                prefetch(at(value, ahead + i * step))
-            totals = add_products(load_weight(weights, j), load(w.kv, value, columns), totals)
-        ahead += GROUP * step
-        for i in range(GROUP):
-            for k in range(GROUP):
-                store_f32(at(states[i], VALUES + 4 * columns[k]), totals[i][k])
+            for place in range(0, n_columns, 2 * LANES):
+                prefetch(at(value, ahead + place // LANES * step))
+            totals = add_products(load_weight(w.kv, weights, j), load(w.kv, value, columns), totals)
+        ahead += n_columns * step // LANES
+        store_sums(states, columns, totals)
 
 
 @inline
@@ -343,28 +383,41 @@ def _chunk(w, chunk, n, keys, values, ahead, step):
     """Adds a chunk, whose keys and values begin `keys` and `values` bytes from `w.cache`, to the states of its n queries."""
     low, high, all_low, all_high = CHUNK, 0, 0, CHUNK               # what any of them sees, and what all of them see
     for i in range(n):
-        low, high = min(low, chunk.low_G[i]), max(high, chunk.high_G[i])
-        all_low, all_high = max(all_low, chunk.low_G[i]), min(all_high, chunk.high_G[i])
+        low, high = min(low, chunk.low_Q[i]), max(high, chunk.high_Q[i])
+        all_low, all_high = max(all_low, chunk.low_Q[i]), min(all_high, chunk.high_Q[i])
     for j in range(low // LANES * LANES, high, LANES):
-        _scores(w, chunk, n, keys, j, ahead, step)
+        if n > FEW:
+            _scores(w, chunk, n, LARGE, keys, j, ahead, step)
+        else:
+            _scores(w, chunk, n, SMALL, keys, j, ahead, step)
     for i in range(n):
-        if chunk.low_G[i] < chunk.high_G[i]:
+        if chunk.low_Q[i] < chunk.high_Q[i]:
             _weights(w, chunk, i)
-    # positions in order: before those that all queries see, each query alone; then all together; then each alone
-    all_high = max(all_low, all_high)
-    for i in range(n):
-        _set_turn(chunk, i, i, i, chunk.low_G[i], min(all_low, chunk.high_G[i]))
-        _set_turn(chunk, n + 1 + i, i, i, max(all_high, chunk.low_G[i]), chunk.high_G[i])
-    _set_turn(chunk, n, 0, n - 1, all_low, all_high)
-    for turn in range(2 * n + 1):
+    # positions in order: before those that all queries see, those with the same sight (heads of a row) alone; then all; then alone again
+    all_high, n_turns = max(all_low, all_high), 0
+    for after in range(2):
+        first = 0
+        for i in range(1, n + 1):
+            if i == n or chunk.low_Q[i] != chunk.low_Q[first] or chunk.high_Q[i] != chunk.high_Q[first]:
+                low = max(all_high, chunk.low_Q[first]) if after else chunk.low_Q[first]
+                high = chunk.high_Q[first] if after else min(all_low, chunk.high_Q[first])
+                n_turns = _add_turn(chunk, n_turns, first, i - 1, low, high)
+                first = i
+        if not after:
+            n_turns = _add_turn(chunk, n_turns, 0, n - 1, all_low, all_high)
+    for turn in range(n_turns):
         first, last, low, high = chunk.turn_X4[turn, 0], chunk.turn_X4[turn, 1], chunk.turn_X4[turn, 2], chunk.turn_X4[turn, 3]
-        if low < high:
-            _values(w, chunk, values, first, last, low, high, ahead, step)
+        if last - first < FEW:
+            _values(w, chunk, SMALL, values, first, last, low, high, ahead, step)
+        else:
+            _values(w, chunk, LARGE, values, first, last, low, high, ahead, step)
 
 
 @inline
-def _set_turn(chunk, turn, first, last, low, high):
+def _add_turn(chunk, turn, first, last, low, high):
+    """The number of the next turn: that of this one, if it has no positions."""
     chunk.turn_X4[turn, 0], chunk.turn_X4[turn, 1], chunk.turn_X4[turn, 2], chunk.turn_X4[turn, 3] = first, last, low, high
+    return turn + 1 if low < high else turn
 
 
 # ---- spans, rows, threads
@@ -405,30 +458,31 @@ def _span(w, chunk, t0, t1, kv0, kv1, first, end, follows):
                 for place in range(WEIGHT, _state_bytes(w), 64):
                     store_f32(at(state, place), splat_f32(ZERO))
     n_queries = (t1 - t0) * group
-    n_groups = (n_queries + GROUP - 1) // GROUP
     for begin in range(first // CHUNK * CHUNK, end, CHUNK):
         block, more = w.block_B[begin // CHUNK], begin + CHUNK < end + follows
         following = w.block_B[begin // CHUNK + 1] - block if more else np.int64(0)
         for kv in range(kv0, kv1):
-            for i in range(0, n_queries, GROUP):
-                n = min(GROUP, n_queries - i)
+            i = 0
+            while i < n_queries:
+                n = min(MANY if n_queries - i > 2 * FEW else FEW, n_queries - i)
                 for j in range(n):
                     t, head = t0 + (i + j) // group, kv * group + (i + j) % group
                     low, high = max(0, w.first_T[t] - begin), min(CHUNK, w.end_T[t] - begin)
-                    chunk.low_G[j], chunk.high_G[j] = (low, high) if low < high else (CHUNK, 0)
-                    chunk.query_G[j] = 4 * w.head_dim * (t * w.n_head + head)
-                    chunk.state_G[j] = _state_offset(w, t, head, first // SPAN)
-                # while computing, each group of queries prefetches its share of the next chunk's columns: half as fast without
-                ahead = following + i // GROUP * head_bytes // n_groups if more else 0
+                    chunk.low_Q[j], chunk.high_Q[j] = (low, high) if low < high else (CHUNK, 0)
+                    chunk.query_Q[j] = 4 * w.head_dim * (t * w.n_head + head)
+                    chunk.state_Q[j] = _state_offset(w, t, head, first // SPAN)
+                # while computing, some queries prefetch their share of the next chunk's columns: half as fast without
+                ahead = following + i * head_bytes // n_queries if more else 0
                 _chunk(w, chunk, n, block + w.k_offset + kv * head_bytes, block + w.v_offset + kv * head_bytes, ahead,
-                       LANES * number_bytes // n_groups if more else 0)
+                       LANES * number_bytes * n // n_queries if more else 0)
+                i += n
 
 
 @out_of_line
 def _spans_of_thread(w, t0, t1, rows, heads, thread, n):
     """Computes a thread's share of the spans of rows t0..t1-1. They are divided in order, by how many positions they have."""
-    chunk = Chunk(np.empty(GROUP, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.int64),
-                  np.empty((2 * GROUP + 1, 4), np.int64))
+    chunk = Chunk(np.empty(MANY, np.int64), np.empty(MANY, np.int64), np.empty(MANY, np.int64), np.empty(MANY, np.int64),
+                  np.empty((2 * MANY + 2, 4), np.int64))
     total = 0
     for t in range(t0, t1, rows):
         low, high = _seen(w, t, min(t + rows, t1))
@@ -475,7 +529,7 @@ def attend_rows(kv, q_TNH, origin, block_B, k_offset, v_offset, n_kv, first_T, e
             thread = np.int64(part)         # prange counts without a sign
             weights = at(buffers, 4 * BUFFER * thread)
             w = Work(q, cache, block_B, k_offset, v_offset, kv, first_T, end_T, n_kv, n_head, head_dim, states, t0, n_spans, weights,
-                     at(weights, 16 * CHUNK))
+                     at(weights, 4 * CHUNK * MANY))
             if step % 2 == 0:
                 _spans_of_thread(w, t0, t1, rows, heads, thread, n)
             else:

@@ -35,6 +35,7 @@ MEMORY_BYTES = 640 * 1024 * 1024
 
 THOUGHT, CHANNEL_END = "<|channel>", "<channel|>"
 
+CONTINUATION_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"   # of a base model: no turns
 GEMMA4_TEMPLATE = r"""
 {%- if tools %}{{ raise_exception('this template has no tools') }}{% endif %}
 {%- macro text_of(message) %}

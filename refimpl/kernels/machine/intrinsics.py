@@ -38,6 +38,7 @@ from refimpl.kernels.machine.isa import (
     by_registers,
     call,
     intrinsic,
+    join,
     lanes,
     load,
     part,
@@ -821,18 +822,32 @@ def largest_f32(v):
 
 
 def _add_pairs(builder, a, b):
-    even, odd = (ir.Constant(I32x16.llvm, list(range(k, 2 * LANES, 2))) for k in (0, 1))
+    even, odd = (ir.Constant(I32x16.llvm, [from_ + quarter + k for quarter in range(0, LANES, 4) for from_ in (0, LANES) for k in pair])
+                 for pair in ((0, 2), (1, 3)))
     return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
 
 
 @intrinsic(F32x16, F32x16, F32x16, every=_add_pairs)
 def add_pairs(a, b):
-    """The sums of neighbours: of lanes 2i and 2i + 1 of a, then of b. Four rounds of it turn 16 vectors into the vector of their sums."""
-    both = np.append(a, b)
+    """The sums of neighbours, 2i and 2i + 1: of the first four lanes of a, then of b, then of the next four of both, and so on."""
+    both = np.stack([a.reshape(-1, 4), b.reshape(-1, 4)], axis=1).reshape(-1)
     return both[0::2] + both[1::2]
 
 
+def _add_quarters(builder, *vectors):
+    quarters = [[part(builder, v, first, 4) for v in vectors] for first in range(0, LANES, 4)]
+    q0, q1, q2, q3 = (join(builder, join(builder, a, b), join(builder, c, d)) for a, b, c, d in quarters)
+    return builder.fadd(builder.fadd(q0, q1), builder.fadd(q2, q3))
+
+
+@intrinsic(F32x16, F32x16, F32x16, F32x16, F32x16, every=_add_quarters)
+def add_quarters(a, b, c, d):
+    """The sum of the four quarters of a, neighbours first, then those of b, c and d."""
+    q0, q1, q2, q3 = (np.concatenate([v[first:first + 4] for v in (a, b, c, d)]) for first in range(0, LANES, 4))
+    return (q0 + q1) + (q2 + q3)
+
+
 @intrinsic(F32x16, Address, every=lambda builder, pointer: splat(builder, load(builder, pointer, FLOAT)))
-def splat_from(pointer):
+def splat_f32_from(pointer):
     """One float32 in memory, in every lane."""
     return np.full(LANES, pointer.span(4).view(np.float32)[0])

@@ -22,7 +22,8 @@ from refimpl.kernels.machine.isa import ISA
 FOLDER = open_folder(ISA)               # None: nothing is kept
 KERNELS: dict[str, object] = {}         # everything that `kernel` made, by module and name
 PARTS: set[Callable] = set()            # the functions that kernels are composed of
-INLINE = {"forceinline": True, "error_model": "numpy"}
+CALLED = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}        # by kernels alone: Python needs no way in
+INLINE = {"forceinline": True, **CALLED}
 
 
 def kernel(**options) -> Callable:
@@ -114,7 +115,7 @@ def by_format(bodies: dict[str, Callable] | Callable) -> Callable:
 def out_of_line(function) -> Callable:
     """As `inline`, for a part that is large: it stays a function that is called."""
     PARTS.add(function)
-    return register_jitable(error_model="numpy")(function)
+    return register_jitable(**CALLED)(function)
 
 
 def per_row(function: Callable | None = None, *, shared: tuple[str, ...] = ()) -> Callable:

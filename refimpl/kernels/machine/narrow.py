@@ -7,6 +7,7 @@ from numba.core import types
 from refimpl.kernels.machine.intrinsics import half_from_bits
 from refimpl.kernels.machine.isa import (
     BYTE,
+    FLOAT,
     HALF,
     LANES,
     SHORT,
@@ -28,6 +29,12 @@ HALVES, BYTES, SHORTS = ir.VectorType(HALF, N), ir.VectorType(BYTE, N), ir.Vecto
 def load_u8_narrow(pointer):
     """32 bytes."""
     return pointer.span(32).copy()
+
+
+@intrinsic(F32x8, Address, every=lambda builder, pointer: load(builder, pointer, F32x8.llvm))
+def load_f32_narrow(pointer):
+    """8 float32."""
+    return pointer.span(32).copy().view(np.float32)
 
 
 def _half_hardware(builder, pointer):
@@ -79,3 +86,9 @@ def splat_i32_narrow(x):
 def splat_f32_narrow(x):
     """x in every lane."""
     return np.full(N, x, np.float32)
+
+
+@intrinsic(F32x8, Address, every=lambda builder, pointer: splat(builder, load(builder, pointer, FLOAT), N))
+def splat_f32_from_narrow(pointer):
+    """One float32 in memory, in every lane."""
+    return np.full(N, pointer.span(4).view(np.float32)[0])

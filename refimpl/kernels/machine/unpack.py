@@ -36,6 +36,7 @@ from refimpl.kernels.machine.intrinsics import (
     plus_128,
     shift_left,
     splat_f32,
+    splat_f32_from,
     splat_i32,
 )
 from refimpl.kernels.machine.isa import ISA, LANES
@@ -43,9 +44,11 @@ from refimpl.kernels.machine.jit import by_format, inline
 from refimpl.kernels.machine.narrow import (
     load_e8m0_narrow,
     load_f16_narrow,
+    load_f32_narrow,
     load_i8_as_i32_narrow,
     load_u8_as_i32_narrow,
     load_u8_narrow,
+    splat_f32_from_narrow,
     splat_f32_narrow,
     splat_i32_narrow,
 )
@@ -424,18 +427,26 @@ def sub_minimum_pair(fmt, block, s):
 
 # ---- floats
 
-def _float_f32(fmt, pointer):
-    return load_f32(pointer)
-
-
-def _float_f16(fmt, pointer):
-    return load_f16(pointer)
-
-
 def _float_bf16(fmt, pointer):
     return load_bf16(pointer)
 
 
-@by_format({"F32": _float_f32, "F16": _float_f16, "BF16": _float_bf16})
+def _load_floats(fmt):
+    if fmt.type == "BF16":
+        return _float_bf16
+    return _by_lanes(load_f32, load_f32_narrow, 32)(fmt) if fmt.type == "F32" else _by_lanes(load_f16, load_f16_narrow, 16)(fmt)
+
+
+@by_format(_load_floats)
 def load_floats(fmt, pointer):
-    """16 numbers stored as F32, F16 or BF16, as F32x16: a column of 16 rows."""
+    """16 numbers stored as F32, F16 or BF16, as float32: a column of 16 rows. Half of them in narrow vectors (not of BF16)."""
+
+
+@by_format(_by_lanes(load_f32, load_f32_narrow, 32))
+def load_activations(fmt, pointer):
+    """As many float32 as there are lanes."""
+
+
+@by_format(_splat_by_lanes(splat_f32_from, splat_f32_from_narrow))
+def splat_from(fmt, pointer):
+    """One float32 in memory, in every lane."""

@@ -31,6 +31,7 @@ from refimpl.loading.model import CHUNK
 from refimpl.model.config import Config, config_from_gguf
 from refimpl.model.weights import vocabulary_size, weights_from_gguf
 from refimpl.progress import silent
+from refimpl.text.chat import CONTINUATION_TEMPLATE
 from refimpl.text.tokenizer import Tokenizer
 
 
@@ -82,8 +83,9 @@ def evaluate(side: Side, texts: Sequence[Path] = (), *, against: Side | None = N
 def _windows_of(texts, file: GGUFFile, tokenizer: Tokenizer, n_ctx: int, stride: int | None, count: str, raw: bool, notes: list[str]):
     """(windows, names of documents, how they were cut)."""
     template = file.metadata.get("tokenizer.chat_template")
-    chat = isinstance(template, str) and not raw
-    if raw and isinstance(template, str):
+    trained = isinstance(template, str) and template != CONTINUATION_TEMPLATE
+    chat = trained and not raw
+    if raw and trained:
         notes.append("raw text: the perplexity of an instruction-tuned model means nothing on it; compare engines with it, not models")
     stride = max(1, n_ctx // 2) if stride is None else stride
     documents = read_documents(texts, tokenizer, template if chat else None)

@@ -15,6 +15,7 @@ import numpy as np
 
 from refimpl.formats.gguf_writer import write_gguf
 from refimpl.loading.hf_names import drafter_metadata, gguf_metadata, gguf_tensors
+from refimpl.text.chat import CONTINUATION_TEMPLATE
 from refimpl.tiny import corpus
 from refimpl.tiny.training import vocabulary
 
@@ -64,7 +65,8 @@ def export(run: Path, target: Path):
         # no top-k or top-p: without the tail a model of this size gets into loops (8 of 48 texts; none with it)
         "general.sampling.temp": 0.7, "general.sampling.top_k": 0, "general.sampling.top_p": 1.0,
     }
-    metadata = gguf_metadata(config) | about | tokenizer_metadata((run / "tokenizer.json").read_text())
+    metadata = gguf_metadata(config) | about | tokenizer_metadata((run / "tokenizer.json").read_text()) | {
+        "tokenizer.chat_template": CONTINUATION_TEMPLATE}
     write_gguf(target, metadata, gguf_tensors(config, state, lambda name, shape: "Q4_0"))
 
 
