@@ -17,7 +17,7 @@ import numpy as np
 from refimpl.decode.draft_length import AutoDraftLength, DraftLength, draft_length_of
 from refimpl.decode.draft_stats import DraftStats, ExpertCounter
 from refimpl.decode.drafter import Drafter, check_target
-from refimpl.decode.prefixes import Nothing, Prefixes
+from refimpl.decode.prefixes import POINT, Nothing, Prefixes, read
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import speculative
 from refimpl.loading.memory import MemoryRefusal
@@ -167,8 +167,8 @@ def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: fl
     found, text_ids = prefixes.find(ids, n_ctx), list(ids)
     cache, stats = found.cache, Stats(n_prompt=len(ids), reused=found.cache.length, why=found.why)
     try:
-        yield from _run(model, cache, text_ids, stats, Sampler(sampling, suppress=model.tokenizer.suppress), max_new_tokens, special,
-                        drafter, draft_length, draft_min_p, progress)
+        yield from _run(model, cache, prefixes, text_ids, stats, Sampler(sampling, suppress=model.tokenizer.suppress), max_new_tokens,
+                        special, drafter, draft_length, draft_min_p, progress)
     finally:
         prefixes.keep(text_ids, cache)
 
@@ -181,13 +181,13 @@ def _prefixes(model: Model, session: Session | None) -> Nothing | Prefixes:
     return session.prefixes
 
 
-def _run(model: Model, cache: Cache, ids: list[int], stats: Stats, sampler: Sampler, max_new_tokens: int, special: bool,
-         drafter: Drafter | None, draft_length: DraftLength, draft_min_p: float,
+def _run(model: Model, cache: Cache, prefixes: Nothing | Prefixes, ids: list[int], stats: Stats, sampler: Sampler, max_new_tokens: int,
+         special: bool, drafter: Drafter | None, draft_length: DraftLength, draft_min_p: float,
          progress: Progress) -> Iterator[PromptDone | Text | Done]:
     """Reads what `cache` does not hold of the prompt, and continues it. Appends new ids to `ids`."""
     end, started = model.tokenizer.end_of_generation, time.perf_counter()
     with progress("prompt", len(ids) - stats.reused) as advance:
-        state_D = model.prefill(ids[stats.reused:], cache, advance=advance)[-1]
+        state_D = read(model, ids, cache, prefixes, advance)
     stats.prompt_seconds = time.perf_counter() - started
     yield PromptDone(list(ids), stats)
 
@@ -209,6 +209,8 @@ def _run(model: Model, cache: Cache, ids: list[int], stats: Stats, sampler: Samp
             break
         ids.append(new)
         stats.n_generated, stats.decode_seconds = stats.n_generated + 1, time.perf_counter() - started
+        if (len(ids) - 1) % POINT == 0:
+            prefixes.keep(ids, cache, ended=False)
         yield Text(decoder.push(new), [new])
         if len(ids) - 1 == cache.n_ctx:        # the newest token has no place any more
             stats.stop = "context"

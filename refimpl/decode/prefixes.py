@@ -6,7 +6,9 @@ has the bits that reading again would give.
 
 To go on at a position, full layers need all blocks before it, sliding layers those of the window before it. So where memory is short, the
 blocks of sliding layers go first: the least recently used, and last among them those before the end of a sequence, from where
-conversations go on. Then whole sequences go, from their ends. Blocks that are on the disk (snapshots.py) are mapped and take no memory.
+conversations go on. Of a long sequence the windows before every 1024th position stay longer, those before every 2048th longer still, and so
+on: what is left is spread evenly, and from wherever it is edited, the nearest point is not far. Then whole sequences go, from their ends.
+Blocks that are on the disk (snapshots.py) are mapped and take no memory.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -19,6 +21,9 @@ from refimpl.decode.snapshots import Snapshot, Snapshots
 from refimpl.loading.model import Model
 from refimpl.model.blocks import BLOCK
 from refimpl.model.cache import Cache
+from refimpl.progress import Advance
+
+POINT = 1024            # positions, a multiple of BLOCK: at its multiples what is read and written is remembered before it ends
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Nothing:
         """An empty cache for `n_ctx` tokens (None: the model's own context)."""
         return Found(self.model.new_cache(n_ctx), "nothing is kept from one prompt to the next")
 
-    def keep(self, ids: Sequence[int], cache: Cache):
+    def keep(self, ids: Sequence[int], cache: Cache, ended: bool = True):
         """Nothing."""
 
     def forget(self):
@@ -103,8 +108,11 @@ class Prefixes:
             why = f"token {length} is not the one that was read there before" if length else "nothing that was read before begins like it"
         return Found(cache, why)
 
-    def keep(self, ids: Sequence[int], cache: Cache):
-        """Remembers the committed positions of `cache`, whose tokens are `ids`; where it has more of them than `ids`, only those."""
+    def keep(self, ids: Sequence[int], cache: Cache, ended: bool = True):
+        """Remembers the committed positions of `cache`, whose tokens are `ids`; where it has more of them than `ids`, only those.
+
+        `ended`: a conversation goes on from there, and it is written to the disk. Without it, it is a point on the way.
+        """
         self._clock += 1
         node, n = self._root, min(cache.length, len(ids))
         path = []
@@ -120,11 +128,12 @@ class Prefixes:
                     self.n_bytes += block.nbytes
             self._replace_shorter(node)
             path.append(node)
-        needed = list(self._needed(path, n))
-        for node, number in needed:
-            node.at_end |= self._windows[number] is not None
-        if self.snapshots is not None:
-            self._save(path, needed)
+        if ended:
+            needed = list(self._needed(path, n))
+            for node, number in needed:
+                node.at_end |= self._windows[number] is not None
+            if self.snapshots is not None:
+                self._save(path, needed)
         self._trim()
 
     def forget(self):
@@ -202,10 +211,10 @@ class Prefixes:
     # ---- the tree
 
     def _keep(self) -> int:
-        """How many positions beyond the window the sliding layers of a cache keep, so that all of them fit in the budget."""
+        """How many positions beyond the window the sliding layers of a cache keep, until they are remembered; fewer for a small budget."""
         a_token = sum(2 * spec.n_kv * spec.head_dim * self.model.backend.kv_type.itemsize for spec in self.model.config.layers
                       if spec.has_own_kv and spec.window is not None)
-        return self.budget // a_token if a_token else 0
+        return min(POINT, self.budget // a_token) if a_token else 0
 
     def _walk(self, ids: Sequence[int]) -> tuple[list[_Node], int]:
         """The nodes along `ids`, the last of which may have more, or others; and how many ids are the same."""
@@ -260,7 +269,7 @@ class Prefixes:
         if self.n_bytes <= self.budget:
             return
         nodes = list(self._nodes())
-        for node in sorted(nodes, key=lambda node: (node.at_end, node.seen, node.depth)):
+        for node in sorted(nodes, key=lambda node: (node.at_end, node.seen, self._worth(node), node.depth)):
             for number in [number for number in node.blocks if self._windows[number] is not None and number not in node.stored]:
                 if self.n_bytes <= self.budget:
                     return
@@ -271,12 +280,30 @@ class Prefixes:
             if not node.children and not node.stored:
                 self._remove(node)
 
+    def _worth(self, node: _Node) -> int:
+        """Of a block of sliding layers: the largest power of two that divides the number of the POINT that sees it, 0 where none does."""
+        point = -(-(node.depth + 1) * BLOCK // POINT)
+        window = max((window for window in self._windows if window is not None), default=0)
+        return point & -point if point * POINT - window + 1 < (node.depth + 1) * BLOCK else 0
+
     def _nodes(self) -> Iterator[_Node]:
         left = list(self._root.children.values())
         while left:
             node = left.pop()
             yield node
             left += node.children.values()
+
+
+def read(model: Model, ids: Sequence[int], cache: Cache, prefixes: Nothing | Prefixes, advance: Advance) -> np.ndarray:
+    """Reads what `cache` does not hold of `ids`, which `prefixes` remember on the way. Returns the last state (D,). `advance` as in
+    `Model.prefill`.
+    """
+    while True:
+        end = min(len(ids), (cache.length // POINT + 1) * POINT)
+        state_D = model.prefill(ids[cache.length:end], cache, advance=advance)[-1]
+        if end == len(ids):
+            return state_D
+        prefixes.keep(ids[:end], cache, ended=False)
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:
