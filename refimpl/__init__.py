@@ -11,7 +11,7 @@
     for text in refimpl.stream(model, ids):
         print(text, end="", flush=True)
 
-    session = refimpl.Session(model)                     # a conversation: what was read once is not read again
+    session = model.session()                            # a conversation: what was read once is not read again
     print(session.chat("What is a monad?").text)
 
 Errors are one line: GGUFError (CheckpointError, TokenizerError, ChatError) for a file or template that cannot be used, HubError for a

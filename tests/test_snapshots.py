@@ -206,12 +206,12 @@ def test_a_session_goes_on_after_a_restart(tmp_path):
     path = with_template(tmp_path / "chat.gguf")
     answers = []
     for _ in range(2):
-        session = refimpl.Session(refimpl.load(path), system="be short", cache_dir=tmp_path)
+        session = refimpl.load(path).session(system="be short", cache_dir=tmp_path)
         answers.append([session.chat(text, max_new_tokens=12).text for text in ("def f(x):", "class A:")])
         assert [message["role"] for message in session.messages] == ["system", *["user", "assistant"] * 2] and session.notes == ()
         reused, n_prompt = session.stats.reused, session.stats.n_prompt
     assert answers[0] == answers[1] and reused == n_prompt - 1, "the second time it was all known"
-    cold = refimpl.Session(session.model, system="be short")
+    cold = session.model.session(system="be short")
     for text, answer in zip(("def f(x):", "class A:"), answers[0]):
         assert cold.chat(text, max_new_tokens=12).text == answer, "and is what an answer without a disk is"
     session.read_ahead()

@@ -90,7 +90,7 @@ def chat(
         said = Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, thinking=think, cache_ram=budget, cache_dir=folder,
                        cache_disk=limit)
         talk = Conversation(said, drafting | sampling, path, verbose)
-        if verbose:
+        if verbose or sys.stdin.isatty():
             errors.print(f"what has been read is kept in up to {talk.session.prefixes.budget / 1e9:.2f} GB (--cache-ram)")
         if earlier is not None:
             talk.session.messages = earlier.messages

@@ -136,3 +136,11 @@ class Session:
             run.close()
             if self.messages is messages:
                 self.messages = [*messages, {"role": "assistant", "content": split_thought("".join(chunks))[1]}]
+
+
+def _session(model: Model, **options) -> Session:
+    """A conversation with the model. `options` are those of `Session`: system, drafter, n_ctx, ..."""
+    return Session(model, **options)
+
+
+Model.session = _session            # from here, because imports run downwards: the class knows nothing of what is built on it

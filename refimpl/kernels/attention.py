@@ -37,7 +37,7 @@ from refimpl.kernels.machine.intrinsics import (
     sub_f32,
     sum_f32,
 )
-from refimpl.kernels.machine.isa import ISA, LANES, TWO_WIDTHS, Pointer
+from refimpl.kernels.machine.isa import ISA, LANES, SMALL_REGISTERS, Pointer
 from refimpl.kernels.machine.jit import inline, kernel, out_of_line, per_row
 from refimpl.kernels.machine.unpack import ALL, FORMATS, LOWER, WeightFormat, load_activations, load_floats, splat_float, splat_from
 from refimpl.kernels.machine.vecmath import exp16
@@ -60,7 +60,7 @@ CHUNK, SPAN = 64, 512
 SMALL, LARGE = {"avx512": (_shape(4, 4), _shape(4, 4)), "avx2": (_shape(2, 4), _shape(8, 1)), "avxvnni": (_shape(2, 4), _shape(8, 1)),
                 "portable": (_shape(2, 2), _shape(2, 2))}.get(ISA, (_shape(2, 4), _shape(4, 2)))
 FEW, MANY = len(SMALL.queries), len(LARGE.queries)
-WIDTH, PART = (LANES // 2, LOWER) if TWO_WIDTHS else (LANES, ALL)       # lanes of a vector of products
+WIDTH, PART = (LANES // 2, LOWER) if SMALL_REGISTERS else (LANES, ALL)      # lanes of a vector of products
 QUERIES = 32                                # about as many share what is loaded of the cache
 ROOM_BYTES = 4 << 20                        # for the states of the rows that are computed together
 LARGEST, WEIGHT, VALUES = 0, 64, 128        # a state, in bytes: largest score and sum of weights in 16 lanes, sums of values (H)

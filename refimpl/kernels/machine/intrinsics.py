@@ -34,7 +34,6 @@ from refimpl.kernels.machine.isa import (
     U8x64,
     as_lanes,
     by_128_bits,
-    by_halves,
     by_registers,
     call,
     intrinsic,
@@ -388,7 +387,7 @@ def _dot4_avxvnni(builder, total, weights, activations):
 
     def half(t, w):
         return call(builder, "llvm.x86.avx512.vpdpbusd.256", eight, t, builder.bitcast(w, eight), four)
-    return by_halves(builder, half, total, weights)
+    return by_registers(builder, half, total, weights)
 
 
 def _pairs_portable(builder, total, a, b):
@@ -528,7 +527,7 @@ def _dot2_avx2(builder, total, a, b):
 
 
 def _dot2_avxvnni(builder, total, a, b):
-    return by_halves(builder, partial(_dot2_of("llvm.x86.avx512.vpdpwssd.256", 8), builder), total, a, b)
+    return by_registers(builder, partial(_dot2_of("llvm.x86.avx512.vpdpwssd.256", 8), builder), total, a, b)
 
 
 @intrinsic(I32x16, I32x16, I32x16, I32x16, narrow=True, avx512=_dot2_of("llvm.x86.avx512.vpdpwssd.512", LANES), avxvnni=_dot2_avxvnni,

@@ -123,8 +123,9 @@ class _VectorModel(PrimitiveModel):
 U8x64, I32x16, F32x16 = Vector("U8x64", BYTE, 64), Vector("I32x16", INT, LANES), Vector("F32x16", FLOAT, LANES)
 U8x32, I32x8, F32x8 = Vector("U8x32", BYTE, 32), Vector("I32x8", INT, LANES // 2), Vector("F32x8", FLOAT, LANES // 2)
 NARROW = {U8x64: U8x32, I32x16: I32x8, F32x16: F32x8}
-# sixteen registers of 256 bits, or 32 of 128: half a tile at a time leaves more of them for rows
-TWO_WIDTHS = ISA in ("avx2", "neon", "dotprod", "i8mm")
+# sixteen registers of 256 bits, or 32 of 128: half of the lanes at a time leaves more of them
+SMALL_REGISTERS = ISA in ("avx2", "avxvnni", "neon", "dotprod", "i8mm")
+TWO_WIDTHS = SMALL_REGISTERS and ISA != "avxvnni"         # in products of tiles; `vpdpbusd` needs no registers between bytes and sums
 Address = types.CPointer(types.uint8)
 F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside intrinsics only
 
@@ -160,12 +161,12 @@ INTRINSICS: dict[str, Intrinsic] = {}
 
 def intrinsic(result: types.Type, *parameters: types.Type, narrow: bool = False, **bodies: Callable):
     """Makes an intrinsic of a NumPy function, its reference. `bodies` are emitters `(builder, *values) -> value`: `every`, or one for each
-    instruction set (`emitter`). `narrow`: these (`every`, or where there are TWO_WIDTHS) take vectors of half the lanes too.
+    instruction set (`emitter`). `narrow`: these (`every`, or where there are SMALL_REGISTERS) take vectors of half the lanes too.
     """
 
     def define(reference: Callable) -> Callable:
         emit = emitter(bodies, ISA)
-        wide, both = signature(result, *parameters), narrow and (TWO_WIDTHS or "every" in bodies)
+        wide, both = signature(result, *parameters), narrow and (SMALL_REGISTERS or "every" in bodies)
         half = signature(NARROW.get(result, result), *(NARROW.get(kind, kind) for kind in parameters))
 
         def takes(*args):
