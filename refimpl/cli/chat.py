@@ -62,10 +62,10 @@ def chat(
     cache_disk: CacheDisk = "50G", cache_ram: CacheRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G",
     lock: Lock = False, verbose: Verbose = False,
 ):
-    """Talk to an instruction-tuned model, or without -m to the built-in one, which continues code. /help lists what else there is; Ctrl-C
-    stops an answer, Ctrl-D ends.
+    """Talk to an instruction-tuned model.
 
-    What is piped in is one message.
+    /help lists what else there is; Ctrl-C stops an answer, Ctrl-D ends. What is piped in is one message. Without -m it is the built-in
+    model, which continues code.
     """
     from refimpl.cli.conversation import transcript
     from refimpl.cli.conversation.commands import resumed
