@@ -109,6 +109,30 @@ def test_histories_have_the_bits_of_cold_runs(models, shape, steps, budget, rows
             read(prefixes, texts[-1], cold)
 
 
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_turns_have_the_ids_of_cold_runs(built_in, drafted, temperature):
+    """A conversation of token ids: each answer is followed by more, twice one is edited, and one is stopped half-way."""
+    session = SimpleNamespace(model=built_in, prefixes=Prefixes(built_in, ENOUGH))
+    prefixes = session.prefixes
+    options = {"max_new_tokens": 40, "temperature": temperature, "drafter": refimpl.load_drafter(None, built_in) if drafted else None}
+    ids, rng = built_in.tokenizer.encode("def sort(items):\n"), np.random.default_rng(1)
+    for turn in range(6):
+        warm, cold = (refimpl.generate(built_in, ids, seed=turn, **options, **more) for more in ({"session": session}, {}))
+        assert warm.ids == cold.ids and cold.stats.reused == 0
+        assert warm.stats.reused > (0 if turn == 0 else len(ids) // 3) - 1
+        check(prefixes)
+        if turn in (2, 4):
+            ids[len(ids) // 2] = 77
+        ids = [*ids, *warm.ids, *rng.integers(5, 500, 30).tolist()]
+        if turn == 3:
+            pieces = refimpl.stream(built_in, ids, seed=9, session=session, **options)
+            for _ in range(5):
+                next(pieces)
+            pieces.close()
+            check(prefixes)
+
+
 class Talk:
     """Conversations of token ids that share what was read; every answer is compared with a cold run's."""
 

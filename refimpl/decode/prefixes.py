@@ -80,6 +80,7 @@ class Prefixes:
         self.model, self.budget, self.n_bytes, self.snapshots = model, budget, 0, snapshots
         self._root, self._clock = _Node((), -1, None), 0
         self._windows = [table.window for table in model.new_cache(1).tables]
+        self._window = max((window for window in self._windows if window is not None), default=0)
         if snapshots is not None:
             self._load()
 
@@ -283,8 +284,7 @@ class Prefixes:
     def _worth(self, node: _Node) -> int:
         """Of a block of sliding layers: the largest power of two that divides the number of the POINT that sees it, 0 where none does."""
         point = -(-(node.depth + 1) * BLOCK // POINT)
-        window = max((window for window in self._windows if window is not None), default=0)
-        return point & -point if point * POINT - window + 1 < (node.depth + 1) * BLOCK else 0
+        return point & -point if point * POINT - self._window + 1 < (node.depth + 1) * BLOCK else 0
 
     def _nodes(self) -> Iterator[_Node]:
         left = list(self._root.children.values())

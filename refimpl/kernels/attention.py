@@ -57,8 +57,9 @@ def _shape(n_queries, n_others):
 CHUNK, SPAN = 64, 512
 # Registers, and how many loads there are for a product, decide: few queries need many keys. With eight queries a key is converted to
 # float32 once for all of them, which takes as long as three products where registers have 256 bits.
-SMALL, LARGE = {"avx512": (_shape(4, 4), _shape(4, 4)), "avx2": (_shape(2, 4), _shape(8, 1)), "avxvnni": (_shape(2, 4), _shape(8, 1)),
-                "portable": (_shape(2, 2), _shape(2, 2))}.get(ISA, (_shape(2, 4), _shape(4, 2)))
+SMALL, LARGE = {"avx512": (_shape(4, 4), _shape(4, 4)), "portable": (_shape(2, 2), _shape(2, 2)),
+                **dict.fromkeys(("avx2", "avxvnni"), (_shape(2, 4), _shape(8, 1))),
+                **dict.fromkeys(("neon", "dotprod", "i8mm"), (_shape(2, 4), _shape(4, 2)))}[ISA]
 FEW, MANY = len(SMALL.queries), len(LARGE.queries)
 WIDTH, PART = (LANES // 2, LOWER) if SMALL_REGISTERS else (LANES, ALL)      # lanes of a vector of products
 QUERIES = 32                                # about as many share what is loaded of the cache

@@ -821,7 +821,7 @@ def largest_f32(v):
 
 
 def _add_pairs(builder, a, b):
-    even, odd = (ir.Constant(I32x16.llvm, [from_ + quarter + k for quarter in range(0, LANES, 4) for from_ in (0, LANES) for k in pair])
+    even, odd = (ir.Constant(I32x16.llvm, [first + quarter + k for quarter in range(0, LANES, 4) for first in (0, LANES) for k in pair])
                  for pair in ((0, 2), (1, 3)))
     return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
 

@@ -125,7 +125,7 @@ U8x32, I32x8, F32x8 = Vector("U8x32", BYTE, 32), Vector("I32x8", INT, LANES // 2
 NARROW = {U8x64: U8x32, I32x16: I32x8, F32x16: F32x8}
 # sixteen registers of 256 bits, or 32 of 128: half of the lanes at a time leaves more of them
 SMALL_REGISTERS = ISA in ("avx2", "avxvnni", "neon", "dotprod", "i8mm")
-TWO_WIDTHS = SMALL_REGISTERS and ISA != "avxvnni"         # in products of tiles; `vpdpbusd` needs no registers between bytes and sums
+HALF_TILES = SMALL_REGISTERS and ISA != "avxvnni"         # of products with bytes: `vpdpbusd` needs no registers between bytes and sums
 Address = types.CPointer(types.uint8)
 F64x16, I64x16 = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES)      # inside intrinsics only
 

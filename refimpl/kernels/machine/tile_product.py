@@ -20,7 +20,7 @@ from refimpl.kernels.machine.intrinsics import (
     sub_i32,
     to_f32,
 )
-from refimpl.kernels.machine.isa import ISA, LANES, TWO_WIDTHS
+from refimpl.kernels.machine.isa import HALF_TILES, ISA, LANES
 from refimpl.kernels.machine.jit import by_format, inline
 from refimpl.kernels.machine.tile_pairs import pairs_times
 from refimpl.kernels.machine.tile_rows import (
@@ -174,7 +174,7 @@ def _in_halves(fmt):
     return halves
 
 
-@by_format(lambda fmt: _in_halves(fmt) if TWO_WIDTHS and fmt.integer else _times(fmt))
+@by_format(lambda fmt: _in_halves(fmt) if HALF_TILES and fmt.integer else _times(fmt))
 def tile_times_4(fmt, tile, n_blocks, x, r, ahead, out):
     """A tile times the four rows in r."""
 

@@ -431,13 +431,10 @@ def _float_bf16(fmt, pointer):
     return load_bf16(pointer)
 
 
-def _load_floats(fmt):
-    if fmt.type == "BF16":
-        return _float_bf16
-    return _by_lanes(load_f32, load_f32_narrow, 32)(fmt) if fmt.type == "F32" else _by_lanes(load_f16, load_f16_narrow, 16)(fmt)
+FLOATS = {"F32": _by_lanes(load_f32, load_f32_narrow, 32), "F16": _by_lanes(load_f16, load_f16_narrow, 16), "BF16": lambda fmt: _float_bf16}
 
 
-@by_format(_load_floats)
+@by_format(lambda fmt: FLOATS[fmt.type](fmt))
 def load_floats(fmt, pointer):
     """16 numbers stored as F32, F16 or BF16, as float32: a column of 16 rows. Half of them in narrow vectors (not of BF16)."""
 

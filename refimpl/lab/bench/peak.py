@@ -28,7 +28,7 @@ from refimpl.kernels.machine.intrinsics import (
     store_f32,
     store_i32,
 )
-from refimpl.kernels.machine.isa import ISA, TWO_WIDTHS
+from refimpl.kernels.machine.isa import HALF_TILES, ISA
 from refimpl.kernels.machine.jit import kernel, per_row
 from refimpl.kernels.machine.narrow import load_u8_narrow, splat_i32_narrow
 from refimpl.kernels.machine.unpack import PAIRS
@@ -36,7 +36,7 @@ from refimpl.kernels.machine.unpack import PAIRS
 EACH = tuple(range(12 if ISA == "avx512" else 5))       # sums side by side, so that none waits for the one before; all stay in registers
 TURNS = 1 << 16
 TURN_BYTES = 64         # activations that the loop goes through again and again, 16 in each turn
-load_codes, splat_int, N_CODES = (load_u8_narrow, splat_i32_narrow, 32) if TWO_WIDTHS else (load_u8, splat_i32, 64)
+load_codes, splat_int, N_CODES = (load_u8_narrow, splat_i32_narrow, 32) if HALF_TILES else (load_u8, splat_i32, 64)
 ONE, ZERO, PAIR = np.float32(1), np.int32(0), np.int32(0x10001)
 
 
