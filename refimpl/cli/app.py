@@ -167,7 +167,7 @@ def _listen():
     def compiling(name: str, weight_types: tuple[str, ...]):
         _compiled[0] += 1
         if _compiled[0] == 1:
-            errors.print(f"compiling kernels for {ISA} (first use on this machine of {' '.join(weight_types) or name}; up to a minute)")
+            errors.print(f"compiling kernels for {ISA} (first use on this machine of {' '.join(weight_types) or name}; a minute or two)")
         if errors.is_terminal:
             errors.print(f"  {_compiled[0]}: {' '.join((name, *weight_types))}")
     announce(compiling)

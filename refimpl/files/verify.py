@@ -223,7 +223,7 @@ def check_runs(path: Path | None, threads: int, progress: Progress = silent, not
         def receive(message: dict[str, object]):
             if isa := message.get("compiling"):
                 if isa not in compiling:
-                    notify(f"compiling kernels for {isa} (up to a minute; they are kept)")
+                    notify(f"compiling kernels for {isa} (a minute or two; they are kept)")
                 compiling.add(isa)
             elif "run" in message:
                 found.append(message["run"])
