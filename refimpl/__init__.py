@@ -19,7 +19,8 @@ download, MemoryRefusal and ContextFull where something does not fit, ValueError
 """
 
 from refimpl.decode.drafter import Drafter, load_drafter, propose
-from refimpl.decode.generate import Output, Stats, generate, stream
+from refimpl.decode.generate import Output, generate, stream
+from refimpl.decode.request import Stats
 from refimpl.decode.session import Session
 from refimpl.extras import MissingExtra
 from refimpl.formats.gguf import GGUFError

@@ -16,7 +16,8 @@ import refimpl
 from refimpl.formats.gguf import open_gguf
 from refimpl.formats.gguf_writer import PLAIN_TYPES, write_gguf
 from refimpl.loading.model import BUILT_IN
-from refimpl.text.chat import CHANNEL_END, GEMMA4_TEMPLATE, THOUGHT
+from refimpl.text.chat import CHANNEL_END, THOUGHT
+from refimpl.text.templates import GEMMA4_TEMPLATE
 
 READY = r"\x1b\[\?2004h(\x1b\[\?1l)?\x1b\[\?25l\x1b\[0m\x1b\[\?7l"           # how a new prompt is drawn
 UP, LEFT, CTRL_C, CTRL_D, ALT_ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1b\r"
@@ -86,7 +87,8 @@ def spoken(data, session: str = "s") -> list[str]:
 
 def scripted_events(model, ids, **options):
     """In place of `events`: no model is run."""
-    from refimpl.decode.generate import Done, PromptDone, Stats, Text
+    from refimpl.decode.generate import PromptDone, Text
+    from refimpl.decode.request import Done, Stats
 
     message = model.tokenizer.decode(ids, special=True).split("<|turn>user\n")[-1].split("<turn|>")[0]
     if message.startswith("too long"):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from shapes import SHAPES, prompt, random_model, reference, write_model
 
-from refimpl.model import gemma4
 from refimpl.model.cache import Cache, ContextFull, cache_bytes
 from refimpl.model.config import LayerSpec
 
@@ -89,7 +88,7 @@ def test_rejected_rows_leave_no_trace(shape, tmp_path):
     cache, done, states, wrong = Cache(model.config, 512, 5, model.backend.kv_type), 0, [], [7, 8, 9]
     while done < len(ids):
         take = min(2, len(ids) - done)
-        x = gemma4.forward(model.config, model.weights, model.backend, np.array([*ids[done:done + take], *wrong]), cache)
+        x = model.forward(np.array([*ids[done:done + take], *wrong]), cache)
         if done % 4:
             cache.advance(take)
         else:
@@ -120,7 +119,7 @@ def test_context_end_and_row_limit(tmp_path):
     with pytest.raises(ContextFull, match="11 tokens do not fit in a context of 10"):
         model.prefill([5], cache)
     with pytest.raises(ValueError, match="5 rows in one call"):
-        gemma4.forward(model.config, model.weights, model.backend, np.arange(5, 10), Cache(model.config, 10, 4, model.backend.kv_type))
+        model.forward(np.arange(5, 10), Cache(model.config, 10, 4, model.backend.kv_type))
 
 
 def test_only_what_is_visible_takes_memory(tmp_path):

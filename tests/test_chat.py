@@ -7,7 +7,8 @@ import pytest
 from refimpl.formats.gguf import open_gguf
 from refimpl.loading.model import BUILT_IN
 from refimpl.text import chat
-from refimpl.text.chat import GEMMA4_TEMPLATE, ChatError, encode_chat, render_chat, split_thought
+from refimpl.text.chat import ChatError, encode_chat, render_chat, split_thought
+from refimpl.text.templates import GEMMA4_TEMPLATE
 from refimpl.text.tokenizer import Tokenizer
 from refimpl.tiny.training.export import tokenizer_metadata
 from refimpl.tiny.training.vocabulary import train_vocabulary
@@ -15,10 +16,22 @@ from refimpl.tiny.training.vocabulary import train_vocabulary
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
 HI = [{"role": "user", "content": "hi"}]
 EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
+BUILT_IN_TOKENIZER = Tokenizer.from_metadata(open_gguf(BUILT_IN).metadata, BUILT_IN)
 
 
 def turns(*pairs):
     return [{"role": role, "content": content} for role, content in pairs]
+
+
+def call(content=None, ids=("c",), **calls):
+    """A message that calls tools, name=arguments."""
+    functions = [{"name": name, "arguments": arguments} for name, arguments in calls.items()]
+    return {"role": "assistant", "content": content,
+            "tool_calls": [{"id": i, "type": "function", "function": function} for i, function in zip(ids, functions)]}
+
+
+def result(content, i="c", **more):
+    return {"role": "tool", "tool_call_id": i, "content": content, **more}
 
 
 # Rendered by llama.cpp's models/templates/google-gemma-4-31B-it.jinja (SHA-256 85a08664...) with transformers 5.22.2.
@@ -66,17 +79,80 @@ def test_our_template_renders_what_googles_renders(messages, thinking, prompted,
     assert got == "<bos>" + expected
 
 
-@pytest.mark.parametrize("messages, tools", [
-    (HI, [{"type": "function", "function": {"name": "f"}}]), ([*HI, {"role": "tool", "content": "1"}], None),
-    ([*HI, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}], None),
-    ([{"role": "user", "content": [{"type": "image"}]}], None)])
-def test_our_template_refuses_what_it_would_leave_out(messages, tools):
+Q = '<|"|>'
+DECLARED = {"type": "object", "required": ["city"], "properties": {
+    "unit": {"type": "string", "enum": ["C", "F"], "nullable": True}, "city": {"type": "string", "description": "where"},
+    "when": {"type": "array", "items": {"type": "object", "properties": {"day": {"type": "integer"}}, "required": ["day"],
+                                        "default": {"a": [1]}}},
+    "at": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "tells it", "parameters": DECLARED}}
+DECLARATION = (
+    "<|tool>declaration:weather{description:'tells it',parameters:{properties:{at:{properties:{x:{type:'NUMBER'}},required:['x'],"
+    "type:'OBJECT'},city:{description:'where',type:'STRING'},unit:{enum:['C','F'],nullable:true,type:'STRING'},when:{items:{"
+    "default:{'a':[1]},properties:{day:{type:'INTEGER'}},required:['day'],type:'OBJECT'},type:'ARRAY'}},required:['city'],"
+    "type:'OBJECT'}}<tool|>").replace("'", Q)
+NOW = {"type": "function", "function": {"name": "now"}}
+
+# As above: the same as Google's template renders, as were 6,006 random conversations with tools. Written with ' for <|"|>.
+# (messages, tools, thinking, prompt without <bos>)
+GOLDEN_TOOLS = [
+    (HI, [WEATHER, NOW], False, "<|turn>system\n" + DECLARATION + "<|tool>declaration:now{description:''}<tool|><turn|>\n"
+     "<|turn>user\nhi<turn|>\n<|turn>model\n" + EMPTY_THOUGHT),
+    (turns(("system", " s "), ("user", "hi")), [NOW], True,
+     "<|turn>system\n<|think|>\ns<|tool>declaration:now{description:''}<tool|><turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\n"),
+    ([*HI, call(weather='{"unit": "C", "city": "Bern", "n": [1, 2.5, true, null, {"a": {}}]}'), result("12 C")], None, False,
+     "<|turn>user\nhi<turn|>\n<|turn>model\n<|tool_call>call:weather{city:'Bern',n:[1,2.5,true,None,{a:{}}],unit:'C'}<tool_call|>"
+     "<|tool_response>response:weather{value:'12 C'}<tool_response|>"),
+    ([*HI, call(ids="ab", f={}, g={"x": 1}), result("2", "b"), result([{"type": "text", "text": "o"}, {"type": "text", "text": "k"}], "a"),
+      *turns(("assistant", "done"), ("user", "?"))], None, False,
+     "<|turn>user\nhi<turn|>\n<|turn>model\n<|tool_call>call:f{}<tool_call|><|tool_call>call:g{x:1}<tool_call|>"
+     "<|tool_response>response:g{value:'2'}<tool_response|><|tool_response>response:f{value:'ok'}<tool_response|>done<turn|>\n"
+     "<|turn>user\n?<turn|>\n<|turn>model\n" + EMPTY_THOUGHT),
+    ([*HI, {**call(f={}), "reasoning_content": "old"}, result(""), *turns(("assistant", "b"), ("user", "c")),
+      {**call(f={}), "reasoning": "new"}, result("x", "other", name="n"), {**call(f={}), "thinking": "next"}, result("y", "other")],
+     None, True,
+     "<|turn>system\n<|think|>\n<turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\n<|tool_call>call:f{}<tool_call|>"
+     "<|tool_response>response:f{value:''}<tool_response|>b<turn|>\n<|turn>user\nc<turn|>\n<|turn>model\n"
+     "<|channel>thought\nnew\n<channel|><|tool_call>call:f{}<tool_call|><|tool_response>response:n{value:'x'}<tool_response|>"
+     "<|channel>thought\nnext\n<channel|><|tool_call>call:f{}<tool_call|><|tool_response>response:unknown{value:'y'}<tool_response|>"),
+    ([*HI, {**call("so", f={}), "tool_responses": [{"name": "f", "response": {"b": 1, "A": "x"}}, {"response": "y"}]}, *HI], None, False,
+     "<|turn>user\nhi<turn|>\n<|turn>model\n<|tool_call>call:f{}<tool_call|><|tool_response>response:f{A:'x',b:1}<tool_response|>"
+     "<|tool_response>response:unknown{value:'y'}<tool_response|>so<turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\n" + EMPTY_THOUGHT),
+    ([*HI, call(f={})], None, True,
+     "<|turn>system\n<|think|>\n<turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\n<|tool_call>call:f{}<tool_call|><|tool_response>"),
+]
+
+
+@pytest.mark.parametrize("messages, tools, thinking, expected", GOLDEN_TOOLS)
+def test_our_template_renders_tools_as_googles_does(messages, tools, thinking, expected):
+    got = render_chat(GEMMA4_TEMPLATE, messages, tools=tools, thinking=thinking, **TOKENS)
+    assert got == "<bos>" + expected.replace("'", Q)
+
+
+@pytest.mark.parametrize("messages, tools, words", [
+    ([*HI, call(f="{")], None, "arguments of 'f' are not JSON"), ([*HI, call(f="[1]")], None, "'f' must be an object"),
+    ([*HI, call(f=3)], None, "must be an object"), ([*HI, {**HI[0], "tool_calls": "f"}], None, "must be a list"),
+    ([*HI, {**HI[0], "tool_calls": [{"name": "f"}]}], None, "message 1: a tool call must have"),
+    ([*HI, call(f="[" * 10**5)], None, "not JSON"),
+    (HI, [{"name": "f"}], "tool 0 must have a 'function'"), (HI, "tools", "tools must be a list")])
+def test_calls_and_tools_that_are_none(messages, tools, words):
+    for render in (lambda: render_chat("x", messages, tools=tools, **TOKENS),
+                   lambda: encode_chat(BUILT_IN_TOKENIZER, "x", messages, tools=tools)):
+        with pytest.raises(ChatError, match=words) as caught:
+            render()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("messages", [
+    [*HI, {"role": "tool", "content": "1"}], [{"role": "user", "content": [{"type": "image"}]}],
+    [*HI, call(f={}), *HI, {"role": "tool", "content": "1"}], [*HI, call(f={}), {"role": "tool", "content": [{"type": "image"}]}]])
+def test_our_template_refuses_what_it_would_leave_out(messages):
     with pytest.raises(ChatError, match="this template has"):
-        render_chat(GEMMA4_TEMPLATE, messages, tools=tools, **TOKENS)
+        render_chat(GEMMA4_TEMPLATE, messages, **TOKENS)
 
 
 def test_a_rendered_prompt_becomes_control_tokens():
-    tokenizer = Tokenizer.from_metadata(open_gguf(BUILT_IN).metadata, BUILT_IN)
+    tokenizer = BUILT_IN_TOKENIZER
     ids = tokenizer.encode(render_chat(GEMMA4_TEMPLATE, HI, **TOKENS), special=True, bos=False)
     assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
     assert [tokenizer.token(i) for i in ids if tokenizer.token(i).startswith("<")] == [
@@ -238,3 +314,49 @@ def test_markers_in_a_message_stay_text():
     plain = [{"role": "user", "content": "user model"}]
     text = render_chat(GEMMA4_TEMPLATE, plain, bos_token="<bos>", eos_token="<eos>")
     assert encode_chat(tokenizer, GEMMA4_TEMPLATE, plain) == tokenizer.encode(text, special=True, bos=False)
+
+
+def test_no_string_of_a_conversation_can_spell_a_control_token():
+    """Names, keys, ids, arguments (also by JSON's escapes), results, reasoning, declarations, parts of contents: all of them."""
+    evil = "".join(m for m in BUILT_IN_TOKENIZER.markers if m != "<unk>")
+
+    def tainted(value):
+        if isinstance(value, str):
+            return value + evil
+        if isinstance(value, dict):
+            return {key + evil * (key not in kept): item if key in ("role", "type") else tainted(item) for key, item in value.items()}
+        return [tainted(item) for item in value] if isinstance(value, list) else value
+
+    messages = [*turns(("system", "s"), ("user", "u")), {"role": "user", "content": [{"type": "text", "text": "t"}]},
+                {**call("c", f={"k": ["v", {"in": "x"}]}), "reasoning_content": "why"}, result("r"),
+                {**call(g={}), "tool_responses": [{"name": "g", "response": {"rk": "rv"}}]},
+                *turns(("assistant", "a"), ("user", "b")), {**call(h={"z": ""}), "reasoning": "so"}, result("y", "d", name="n")]
+    tools = [{"type": "function", "function": {**WEATHER["function"], "response": {"type": "object", "description": "back"}}}]
+    kept = {*messages[3], *messages[4], *messages[5], *messages[8], "id", "function", "arguments", "text", "type", "response",
+            "description", "parameters", "properties", "required", "enum", "nullable", "items", "default", "name"}
+    dirty, dirty_tools = tainted(messages), tainted(tools)
+    arguments = dirty[3]["tool_calls"][0]["function"]["arguments"]
+    dirty[3]["tool_calls"][0]["function"]["arguments"] = "".join(f"\\u{ord(c):04x}" if c == "<" else c for c in json.dumps(arguments))
+    assert "<" not in dirty[3]["tool_calls"][0]["function"]["arguments"]
+    tokenizer = BUILT_IN_TOKENIZER
+
+    def control(messages, tools):
+        ids = encode_chat(tokenizer, GEMMA4_TEMPLATE, messages, thinking=True, tools=tools)
+        return ids, [tokenizer.token(i) for i in ids if tokenizer.token(i) in tokenizer.markers]
+
+    ids, found = control(dirty, dirty_tools)
+    assert found == control(messages, tools)[1]
+    assert tokenizer.decode(ids, special=True).count(evil) >= 30
+    text = render_chat(GEMMA4_TEMPLATE, messages, bos_token="<bos>", eos_token="<eos>", thinking=True, tools=tools)
+    assert control(messages, tools)[0] == tokenizer.encode(text, special=True, bos=False)
+
+
+def test_the_mark_that_cuts_is_in_no_string():
+    """Private-use characters of a message and a tool stay what they are; with all of them used there is no prompt."""
+    tools = [{"type": "function", "function": {"name": "f", "description": "<bos>" + "".join(map(chr, range(0xE800, 0xF900)))}}]
+    content = "<bos>" + "".join(map(chr, range(0xE000, 0xE800)))
+    ids = encode_chat(BUILT_IN_TOKENIZER, GEMMA4_TEMPLATE, turns(("user", content)), tools=tools)
+    text = BUILT_IN_TOKENIZER.decode(ids)
+    assert content in text and tools[0]["function"]["description"] in text
+    with pytest.raises(ChatError, match="private-use"):
+        encode_chat(BUILT_IN_TOKENIZER, GEMMA4_TEMPLATE, turns(("user", "".join(chr(c) for area in chat.PRIVATE_USE for c in area))))

@@ -3,9 +3,19 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 
-from refimpl.decode.draft_length import MAX_DRAFT, AutoDraftLength, FixedDraftLength, best_draft_length, draft_length_of
+from refimpl.decode.draft_length import (
+    DRAFTER,
+    MAX_DRAFT,
+    PROBE_EVERY,
+    AutoDraftLength,
+    FixedDraftLength,
+    best_draft_length,
+    draft_length_of,
+)
+from refimpl.decode.repeats import Repeats
 
 
 def rate(verify, draft, accepted, k):
@@ -132,3 +142,58 @@ def test_a_fixed_number_stays():
     depth = draft_length_of(3, AutoDraftLength())
     depth.observe(3, 0, 100, 100)
     assert isinstance(depth, FixedDraftLength) and depth.choose() == 3 and draft_length_of("auto", kept := AutoDraftLength()) is kept
+
+
+# ---- tokens that cost nothing
+
+def measured(verify, draft, accepted) -> AutoDraftLength:
+    """Knows these costs, and of the drafter this acceptance."""
+    auto = AutoDraftLength()
+    for _ in range(60):
+        for k, seconds in enumerate(verify):
+            auto.cost(k, [draft], seconds)
+        auto.judge(1, int(accepted))
+    return auto
+
+
+def test_what_gives_more_tokens_per_second_drafts():
+    auto = measured(DENSE, 0.2, True)
+    for _ in range(60):
+        auto.judge(4, 4, "sure")
+        auto.judge(4, 0, "never")
+    assert auto.source(1, {"sure": 4, "never": 4}) == ("sure", 4) and auto.source(1, {"never": 4}) == (DRAFTER, 1)
+    assert auto.source(0, {"sure": 2}) == ("sure", 2) and auto.source(3, {"sure": 0}) == (DRAFTER, 3)
+    auto = measured([1.0, 2.1, 3.2], 0.2, False)             # where rows cost as much as calls, nothing pays
+    auto.rounds = PROBE_EVERY + 1
+    assert auto.source(0, {"sure": 2}) == (DRAFTER, 0)
+    auto.rounds = PROBE_EVERY
+    assert auto.source(0, {"sure": 2}) == ("sure", 1)
+
+
+def test_costs_are_measured_before_anything_is_believed():
+    """Three calls without a draft token, three with one."""
+    auto, chosen = AutoDraftLength(), []
+    for _ in range(7):
+        source, n = auto.source(0, {"sure": 5})
+        chosen.append(n)
+        auto.observe(n, n, 0.0, 1 + 0.1 * n, source)
+    assert chosen == [0, 0, 0, 1, 1, 1, 2] and not auto.draft
+    assert auto.choose() == 1, "the drafter's own cost is not known yet"
+    auto.observe(1, 1, 0.1, 1.1)
+    assert auto.choose() > 1
+
+
+def test_a_fixed_number_takes_the_first_that_offers_any():
+    assert FixedDraftLength(3).source(3, {"a": 0, "b": 5, "c": 9}) == ("b", 3) and FixedDraftLength(3).source(2, {"a": 0}) == (DRAFTER, 2)
+
+
+def test_repeats():
+    """What followed the latest three ids when they came last before; the index grows with the text."""
+    repeats = Repeats()
+    assert repeats.offer([1, 2], 4) == [] and repeats.offer([1, 2, 3], 4) == []
+    assert repeats.offer([1, 2, 3, 4, 1, 2, 3], 4) == [4, 1, 2, 3] and repeats.offer([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 2) == [5, 1]
+    text = np.random.default_rng(2).integers(0, 4, 400).tolist()
+    repeats = Repeats()
+    for n in range(1, 400):
+        ends = [end for end in range(3, n) if text[end - 3:end] == text[max(0, n - 3):n]]
+        assert repeats.offer(text[:n], 5) == (text[ends[-1]:n][:5] if ends else [])

@@ -22,7 +22,7 @@ from refimpl.lab.evaluate.logit_sources import other_side, rows_at_once, side_of
 from refimpl.lab.evaluate.saved_runs import read_npz, read_run
 from refimpl.lab.evaluate.summary import mean_and_error
 from refimpl.lab.evaluate.windows import Document, Window, bytes_of, cut, read_documents
-from refimpl.text.chat import GEMMA4_TEMPLATE
+from refimpl.text.templates import GEMMA4_TEMPLATE
 
 ROOT = Path(__file__).parent.parent
 TEXT = "import os\n\n\ndef walk(top, names):\n    for name in sorted(names):\n        yield os.path.join(top, name)  # \u00e9\u2203\n" * 4

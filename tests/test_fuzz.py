@@ -37,7 +37,8 @@ from hypothesis import strategies as st
 
 import refimpl
 from refimpl.formats.gguf import open_gguf
-from refimpl.text.chat import GEMMA4_TEMPLATE, encode_chat
+from refimpl.text.chat import encode_chat
+from refimpl.text.templates import GEMMA4_TEMPLATE
 from refimpl.text.tokenizer import Tokenizer
 
 FOUND = Path(__file__).parent / "files" / "fuzz"

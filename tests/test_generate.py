@@ -10,7 +10,7 @@ import refimpl
 from refimpl.decode.generate import Done, PromptDone, Text, events
 from refimpl.decode.prefixes import Nothing
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.text.chat import GEMMA4_TEMPLATE
+from refimpl.text.templates import GEMMA4_TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_ids_are_checked(model, ids):
 def test_settings_that_are_not_given_are_the_files(model, metadata, monkeypatch):
     seen, init = [], Sampler.__init__
 
-    def watched(self, sampling, suppress=()):
+    def watched(self, sampling, *args):
         seen.append(sampling)
-        init(self, sampling, suppress)
+        init(self, sampling, *args)
     monkeypatch.setattr(Sampler, "__init__", watched)
     metadata |= {"general.sampling.temp": np.float32(0.3), "general.sampling.top_k": 7}
     refimpl.generate(model, [2, 5], max_new_tokens=1, top_p=0.5, seed=4)
@@ -109,7 +109,7 @@ def test_events_come_in_order_and_their_statistics_are_live(model):
             self.n += n
     bar, run = Bar(), events(model, [2, 5, 6], max_new_tokens=3, **options)
     first = next(run)
-    assert isinstance(first, PromptDone) and first.ids == [2, 5, 6] and bar.n == 3 and first.stats.n_generated == 0
+    assert isinstance(first, PromptDone) and first.ids == [2, 5, 6] and bar.n == 3 and first.stats.n_generated == 1
     new = [next(run) for _ in range(3)]
     assert all(isinstance(event, Text) for event in new) and first.stats.n_generated == 3
     *_, last = run

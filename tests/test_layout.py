@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "refimpl"
 # from the ground up; a room may import those before it and itself. The longest name that fits is a module's room
 ROOMS = ["host", "progress", "extras", "formats.quants", "formats", "reference", "kernels.cores", "kernels.machine", "kernels", "model",
          "text", "loading", "decode", "files", "lab.llamacpp", "lab.engines", "lab.bench", "lab.evaluate", "lab.compare", "lab.explain",
-         "cli", "tiny", "tiny.training"]
+         "serve", "cli", "tiny", "tiny.training"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted(Path(__file__).parent.glob("*.py"))
 FOLDERS = sorted({path.parent for path in FILES})
@@ -93,4 +93,4 @@ def test_import_loads_little():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     packages = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
     assert packages <= {"refimpl", "numpy", "threadpoolctl", "tokenizers"}, packages
-    assert len(loaded) < 330, f"{len(loaded)} modules"
+    assert len(loaded) < 340, f"{len(loaded)} modules"

@@ -257,18 +257,17 @@ def test_what_is_left_of_a_long_sequence_is_spread(built_in, monkeypatch):
     """Memory for a few windows: the one before the fourth point stays longest, then that before the second, in a prompt and in what is
     written. Between them nothing is left, and from the nearest one it goes on with the same bits.
     """
-    for module in ("generate", "prefixes"):
+    for module in ("run", "prefixes"):
         monkeypatch.setattr(f"refimpl.decode.{module}.POINT", 128)
     text, sliding = prompt(770), sliding_bytes(built_in)
     full = sum(int(np.prod(table.shape)) * table.dtype.itemsize for table in built_in.new_cache(1).tables if not table.window)
-    for n_windows, known in ((2, [512, 256]), (1, [512, 0])):
-        for written in (0, 400):
-            session = SimpleNamespace(model=built_in, prefixes=Prefixes(built_in, 13 * full + (2 + n_windows) * sliding))
-            first = refimpl.generate(built_in, text[:770 - written], max_new_tokens=written + 1, temperature=0, session=session)
-            both = [*text[:770 - written], *first.ids][:770]
-            check(session.prefixes)
-            for at, want in zip((630, 370), known):
-                assert session.prefixes.find([*both[:at], 5], None).cache.length == want, (n_windows, written, at)
+    for n_windows, written, known in ((2, 0, [512, 256]), (1, 150, [512, 0])):
+        session = SimpleNamespace(model=built_in, prefixes=Prefixes(built_in, 13 * full + (2 + n_windows) * sliding))
+        first = refimpl.generate(built_in, text[:770 - written], max_new_tokens=written + 1, temperature=0, session=session)
+        both = [*text[:770 - written], *first.ids][:770]
+        check(session.prefixes)
+        for at, want in zip((630, 370), known):
+            assert session.prefixes.find([*both[:at], 5], None).cache.length == want, (n_windows, written, at)
     state_TD = built_in.prefill(both[512:], session.prefixes.find([*both[:630], 5], None).cache)
     assert same(state_TD[-1], Cold(built_in).last_state(tuple(both)))
 

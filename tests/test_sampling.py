@@ -190,3 +190,35 @@ def test_values_of_a_file():
         Sampling.from_metadata({"general.sampling.top_p": 7.0})
     with pytest.raises(TypeError):
         Sampling.from_metadata(file, top_q=1)
+
+
+def test_penalties_count_what_was_picked_and_biases_are_added():
+    """OpenAI's definition: n * frequency + presence is taken from the logit of a token that was picked n times."""
+    sampling = Sampling(temperature=0.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 1.0),))
+    sampler, logits_V = Sampler(sampling), np.array([2.0, 1.3, 0.9, 0.5], np.float32)
+    # what is left of the logits before each pick: 2.0 1.3 0.9 1.5; 1.25 1.3 0.9 1.5; 1.25 1.3 0.9 0.75; 1.25 0.55 ...; 0.75 ... 0.9
+    assert [sampler.pick(logits_V) for _ in range(5)] == [0, 3, 1, 0, 2]
+    assert logits_V.tolist() == np.array([2.0, 1.3, 0.9, 0.5], np.float32).tolist()
+    with pytest.raises(ValueError, match="logit_bias: token id 4 is outside"):
+        Sampler(Sampling(logit_bias=((4, 1.0),))).pick(logits_V)
+    for bad in ({"presence_penalty": np.nan}, {"frequency_penalty": "1"}, {"logit_bias": ((1, np.inf),)}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Sampling(**bad)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_constraint_decides_before_anything_else(temperature):
+    """The filters see what is allowed only, and the constraint hears of each pick."""
+    class Small:
+        def __init__(self):
+            self.heard = []
+
+        def mask(self, logits_V):
+            return np.where(np.arange(len(logits_V)) < 2, logits_V, -np.inf).astype(np.float32)
+
+        def accept(self, token):
+            self.heard.append(token)
+    small = Small()
+    sampler = Sampler(Sampling(temperature=temperature, top_k=3, top_p=0.9, seed=1), constraint=small)
+    picked = [sampler.pick(np.array([0.0, 0.1, 9.0, 9.0], np.float32)) for _ in range(20)]
+    assert picked == small.heard and set(picked) == ({1} if temperature == 0 else {0, 1})

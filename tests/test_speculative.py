@@ -15,7 +15,7 @@ from refimpl.decode.draft_length import MAX_DRAFT, AutoDraftLength, FixedDraftLe
 from refimpl.decode.draft_stats import DraftStats
 from refimpl.decode.drafter import Drafter
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.decode.speculative import accept, speculative
+from refimpl.decode.speculative import Speculation, accept, speculative
 from refimpl.lab.compare.known_bugs import MOE, Bug, inject
 from refimpl.loading import model as model_module
 from refimpl.model import drafter as network
@@ -277,10 +277,10 @@ def test_drafts_do_not_depend_on_what_was_rejected_before(pairs):
 
 
 OF_A_ROUND = {      # what only shows after a partial acceptance, and where: in the text or in the drafts
-    "wrong row carried": ("drafts", speculative, "state_TD[len(emitted) - 1]", "state_TD[-1]"),
-    "rejected rows committed": ("text", speculative, "cache.advance(len(emitted))", "cache.advance(1 + len(drafted))"),
-    "too little committed": ("drafts", speculative, "cache.advance(len(emitted))", "cache.advance(max(1, len(emitted) - 1))"),
-    "one key too many visible": ("drafts", network.draft_step, "Step(pos_T, pos_T,", "Step(pos_T, pos_T + 1,"),
+    "wrong row carried": ("drafts", Speculation.finish, "state_TD[len(emitted) - 1]", "state_TD[-1]"),
+    "rejected rows committed": ("text", Speculation.finish, "cache.advance(len(emitted))", "cache.advance(1 + len(drafted))"),
+    "too little committed": ("drafts", Speculation.finish, "cache.advance(len(emitted))", "cache.advance(max(1, len(emitted) - 1))"),
+    "one key too many visible": ("drafts", network.draft_step, "Step(parts, pos_T, pos_T,", "Step(parts, pos_T, pos_T + 1,"),
 }
 
 

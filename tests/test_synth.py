@@ -24,7 +24,8 @@ from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import QUANTIZABLE
 from refimpl.loading.hf_names import fitting_type, gguf_metadata
 from refimpl.model.config import config_from_gguf
-from refimpl.text.chat import GEMMA4_TEMPLATE, encode_chat
+from refimpl.text.chat import encode_chat
+from refimpl.text.templates import GEMMA4_TEMPLATE
 from refimpl.text.tokenizer import Tokenizer
 
 PARAMETERS = {"12B": 11.907e9, "26B-A4B": 25.233e9, "31B": 30.697e9}        # published: 11.91, 25.23 and 30.70 billion

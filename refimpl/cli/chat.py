@@ -72,7 +72,7 @@ def chat(
     from refimpl.cli.conversation.turns import Conversation
     from refimpl.decode.session import Session
     from refimpl.kernels.machine.cache_folder import cache_root
-    from refimpl.text.chat import CONTINUATION_TEMPLATE
+    from refimpl.text.templates import CONTINUATION_TEMPLATE
 
     budget, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
     folder = None if cache_dir == "none" or not limit else cache_root() if cache_dir is None else Path(cache_dir)

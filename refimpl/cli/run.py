@@ -127,8 +127,9 @@ def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
 
 def answer(m, ids: list[int], show: Callable[[str], None], *, echo: str = "", **options):
     """Runs the prompt with a progress bar, then prints `echo` and shows the answer token by token. Returns (Output, was it interrupted)."""
-    from refimpl.decode.generate import Output, PromptDone, Stats, Text, events
+    from refimpl.decode.generate import Output, PromptDone, Text, events
     from refimpl.decode.prefixes import Nothing
+    from refimpl.decode.request import Stats
 
     new_ids, chunks, stats, interrupted = [], [], Stats(), False
     try:

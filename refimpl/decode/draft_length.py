@@ -2,9 +2,10 @@
 
 import itertools
 import math
+import operator
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MAX_DRAFT = 8               # draft tokens in a round
 N_TIMINGS = 9               # latest timings of which the median counts
@@ -12,8 +13,10 @@ DECAY = 0.97                # weight of earlier observations at every new one: a
 PRIOR = 2.0, 0.7            # before anything is observed: weight of 2 observations, acceptance of 70 %
 PLAIN_EVERY = 128           # rounds: one goes without a draft, since the cost of that may have changed
 PROBE_SHARE = 0.005         # share of the time that may go into probes while drafting does not pay
+PROBE_EVERY = 64            # rounds: one verifies a token that cost nothing, though it does not seem to pay
 N_FIRST = 3                 # rounds with no draft token, then with one, that measure the costs
 LONGER_EVERY = 16           # rounds: one drafts a token more than seems best
+DRAFTER = "drafter"         # the source of draft tokens that take time; those of others cost nothing
 
 
 def best_draft_length(verify_K: Sequence[float], draft: float, accepted_K: Sequence[float]) -> int:
@@ -25,11 +28,14 @@ def best_draft_length(verify_K: Sequence[float], draft: float, accepted_K: Seque
     step of the drafter; `accepted_K[i - 1]`: a_i, the probability that draft tokens 1 to i are all accepted. The 1 is the target's own
     token.
     """
-    rates, expected = [], 1.0
-    for k, verify in enumerate(verify_K):
-        expected += accepted_K[k - 1] if k else 0.0
-        rates.append(expected / (verify + k * draft))
-    return max(range(len(rates)), key=lambda k: (rates[k], -k))
+    rate_K = rates(verify_K, draft, accepted_K)
+    return max(range(len(rate_K)), key=lambda k: (rate_K[k], -k))
+
+
+def rates(verify_K: Sequence[float], draft: float, accepted_K: Sequence[float]) -> list[float]:
+    """rate(0), rate(1), ... as above."""
+    expected_K = itertools.accumulate(accepted_K[:len(verify_K) - 1], initial=1.0)
+    return [expected / (verify + k * draft) for k, (expected, verify) in enumerate(zip(expected_K, verify_K))]
 
 
 class FixedDraftLength:
@@ -44,8 +50,36 @@ class FixedDraftLength:
         """The draft length of the next round."""
         return self.n
 
-    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float):
+    def source(self, n_draft: int, offers: Mapping[str, int]) -> tuple[str, int]:
+        """The first that offers anything, and how many of its tokens."""
+        return next(((name, min(n, self.n)) for name, n in offers.items() if n), (DRAFTER, n_draft))
+
+    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, source: str = DRAFTER):
         """Ignores what a round took."""
+
+    def judge(self, drafted: int, accepted: int, source: str = DRAFTER):
+        """Ignores what was accepted."""
+
+    def cost(self, drafted: int, steps: Sequence[float], verify_seconds: float):
+        """Ignores what a call took."""
+
+
+class Acceptance:
+    """How many of the draft tokens of one source are accepted, by position: averages that decay."""
+
+    def __init__(self):
+        weight, share = PRIOR
+        self.judged, self.right = [weight] * MAX_DRAFT, [weight * share] * MAX_DRAFT
+
+    def accepted(self) -> list[float]:
+        """a_1, a_2, ...: the probability that draft tokens 1 to i are all accepted."""
+        return list(itertools.accumulate((right / judged for judged, right in zip(self.judged, self.right)), operator.mul))
+
+    def judge(self, drafted: int, accepted: int):
+        """Takes in a round."""
+        for i in range(min(drafted, accepted + 1)):
+            self.judged[i] = self.judged[i] * DECAY + 1
+            self.right[i] = self.right[i] * DECAY + (i < accepted)
 
 
 class AutoDraftLength:
@@ -60,18 +94,13 @@ class AutoDraftLength:
     def __init__(self):
         self.verify: list[deque[float]] = [deque(maxlen=N_TIMINGS) for _ in range(MAX_DRAFT + 1)]       # seconds, by draft length
         self.draft: deque[float] = deque(maxlen=3 * N_TIMINGS)                                          # seconds of a drafter's step
-        weight, share = PRIOR
-        self.judged, self.right = [weight] * MAX_DRAFT, [weight * share] * MAX_DRAFT      # by position: tokens judged, tokens accepted
+        self.sources: dict[str, Acceptance] = {DRAFTER: Acceptance()}
         self.rounds = self.plain = 0            # rounds in all; rounds without a draft since the last one with a draft
         self.best, self.probe_after = 0, 0      # the best length; while it is 0, plain rounds before one token is drafted
 
     def accepted(self) -> list[float]:
         """a_1, a_2, ...: the probability that draft tokens 1 to i are all accepted."""
-        chances, all_before = [], 1.0
-        for judged, right in zip(self.judged, self.right):
-            all_before *= right / judged
-            chances.append(all_before)
-        return chances
+        return self.sources[DRAFTER].accepted()
 
     def verify_seconds(self) -> list[float]:
         """Seconds for 0, 1, ... draft tokens: measured, interpolated between measurements, and one length further extrapolated.
@@ -96,6 +125,8 @@ class AutoDraftLength:
         for k in (0, 1):
             if len(self.verify[k]) < N_FIRST:
                 return k
+        if not self.draft:                  # others have drafted so far, at no cost
+            return 1
         if self.plain == 0:                 # after plain rounds little has changed, and a small model has no time to lose
             self._update()
         if self.best == 0:
@@ -109,16 +140,45 @@ class AutoDraftLength:
         self.best = best_draft_length(verify, draft, self.accepted()[:len(verify) - 1])
         self.probe_after = max(LONGER_EVERY, math.ceil(max(0.0, verify[1] + draft - verify[0]) / (PROBE_SHARE * verify[0])))
 
-    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float):
+    def source(self, n_draft: int, offers: Mapping[str, int]) -> tuple[str, int]:
+        """Who drafts in a round, and how many tokens: the drafter its `n_draft`, or the source in `offers` (name -> how many tokens it has,
+        which cost nothing) that gives more tokens per second.
+        """
+        offers = {name: n for name, n in offers.items() if n}
+        if not offers:
+            return DRAFTER, n_draft
+        if any(len(self.verify[k]) < N_FIRST for k in (0, 1)):
+            return (DRAFTER, 0) if len(self.verify[0]) < N_FIRST else (next(iter(offers)), 1)
+        verify, draft = self.verify_seconds(), statistics.median(self.draft) if self.draft else 0.0
+        best, best_rate = (DRAFTER, n_draft), (rates(verify, draft, self.accepted())[:n_draft + 1] or [0.0])[-1]
+        for name, n in offers.items():
+            accepted = self._acceptance(name).accepted()[:min(n, len(verify) - 1)]
+            rate_K = rates(verify[:len(accepted) + 1], 0.0, accepted)
+            k = max(range(len(rate_K)), key=rate_K.__getitem__)
+            if k and rate_K[k] >= best_rate:
+                best, best_rate = (name, k), rate_K[k]
+        if best == (DRAFTER, 0) and self.rounds % PROBE_EVERY == 0:
+            return next(iter(offers)), 1
+        return best
+
+    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, source: str = DRAFTER):
         """Takes in a round: how many tokens were drafted, how many of them accepted, and the seconds of drafting and verifying."""
+        self.cost(drafted, [draft_seconds / drafted] if drafted and source == DRAFTER else [], verify_seconds)
+        self.judge(drafted, accepted, source)
+
+    def cost(self, drafted: int, steps: Sequence[float], verify_seconds: float):
+        """Takes in what a call took, in which each sequence had so many draft tokens: steps of the drafter, and the target."""
         self.rounds += 1
         self.plain = 0 if drafted else self.plain + 1
         self.verify[drafted].append(verify_seconds)
-        if drafted:
-            self.draft.append(draft_seconds / drafted)
-        for i in range(min(drafted, accepted + 1)):
-            self.judged[i] = self.judged[i] * DECAY + 1
-            self.right[i] = self.right[i] * DECAY + (i < accepted)
+        self.draft.extend(steps)
+
+    def judge(self, drafted: int, accepted: int, source: str = DRAFTER):
+        """Takes in how many of the tokens that were drafted in a round were accepted."""
+        self._acceptance(source).judge(drafted, accepted)
+
+    def _acceptance(self, source: str) -> Acceptance:
+        return self.sources.setdefault(source, Acceptance())
 
 
 DraftLength = FixedDraftLength | AutoDraftLength

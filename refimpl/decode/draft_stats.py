@@ -1,5 +1,6 @@
 """Statistics of speculative decoding, gathered from its rounds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from refimpl.decode.speculative import Round
 from refimpl.loading.model import Model
 from refimpl.model.cache import Cache
-from refimpl.model.tap import no_tap
+from refimpl.model.tap import Look, no_tap
 
 
 @dataclass
@@ -75,16 +76,21 @@ class ExpertCounter:
     """A model, as `speculative` uses it, that counts into `stats` the distinct experts of calls with draft tokens."""
 
     def __init__(self, model: Model, stats: DraftStats):
-        self.model, self.stats, self.head = model, stats, model.head
+        self.model, self.look, self.head = model, counting_experts([stats]), model.head
 
     def forward(self, ids_T: np.ndarray, cache: Cache) -> np.ndarray:
         """As in Model."""
-        return self.model.forward(ids_T, cache, self._look if len(ids_T) > 1 else no_tap)
+        return self.model.forward(ids_T, cache, self.look if len(ids_T) > 1 else no_tap)
 
-    def _look(self, name: str, value: np.ndarray):
+
+def counting_experts(all_stats: Sequence[DraftStats]) -> Look:
+    """A tap that counts the distinct experts of a call into all of these."""
+    def look(name: str, value: np.ndarray):
         if name.startswith("ffn_moe_topk-"):
-            self.stats.experts += len(set(value.ravel().tolist()))
-            self.stats.expert_layers += 1
+            for stats in all_stats:
+                stats.experts += len(set(value.ravel().tolist()))
+                stats.expert_layers += 1
+    return look
 
 
 def figures(stats: DraftStats) -> dict[str, object]:

@@ -5,24 +5,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from refimpl.decode.draft_length import AutoDraftLength, DraftLength, draft_length_of
-from refimpl.decode.draft_stats import DraftStats, ExpertCounter
 from refimpl.decode.drafter import Drafter, check_target
-from refimpl.decode.prefixes import POINT, Nothing, Prefixes, read
+from refimpl.decode.prefixes import Nothing, Prefixes
+from refimpl.decode.request import Done, Request, Stats, Token
+from refimpl.decode.run import Run, check_prompt, step
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.decode.speculative import speculative
 from refimpl.loading.memory import MemoryRefusal
-from refimpl.loading.model import Model
-from refimpl.model.cache import Cache, ContextFull
+from refimpl.loading.model import CHUNK, Model
+from refimpl.model.cache import Cache
 from refimpl.progress import Progress, silent
 from refimpl.text.chat import encode_chat
 
@@ -31,34 +29,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 """Text, token ids, or the messages of a conversation ({"role": ..., "content": ...}), rendered by the file's chat template."""
-
-
-@dataclass
-class Stats:
-    """What a run took. `stop` is why it ended: "end" (an end-of-generation token), "limit" (`max_new_tokens`) or "context" (it is full).
-
-    `reused` of the `n_prompt` tokens of the prompt were not read, as they had been before; `why` says why not more. `draft` has the
-    statistics of drafting, None without a drafter.
-    """
-
-    n_prompt: int = 0
-    reused: int = 0
-    why: str = ""
-    n_generated: int = 0
-    prompt_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    stop: str = ""
-    draft: DraftStats | None = None
-
-    @property
-    def prompt_per_second(self) -> float:
-        """Prompt tokens read per second."""
-        return (self.n_prompt - self.reused) / self.prompt_seconds if self.prompt_seconds else 0.0
-
-    @property
-    def decode_per_second(self) -> float:
-        """New tokens per second. The first one comes out of the prompt and is not counted."""
-        return max(self.n_generated - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -84,13 +54,6 @@ class Text:
 
     text: str
     ids: list[int]
-
-
-@dataclass(frozen=True)
-class Done:
-    """The run has ended; `stats.stop` says why."""
-
-    stats: Stats
 
 
 def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
@@ -154,23 +117,43 @@ def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: fl
     sampling = Sampling.from_metadata(model.file.metadata, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     ids = prompt_ids(model, prompt, special)
     n_ctx = model.config.n_ctx if n_ctx is None else n_ctx
-    if len(ids) > n_ctx:
-        raise ContextFull(f"the prompt has {len(ids)} tokens, the context holds {n_ctx}")
-    most = min(n_ctx, len(ids) + max(0, max_new_tokens))
+    check_prompt(model, ids, n_ctx)
+    make_room(model, prefixes, min(n_ctx, len(ids) + max(0, max_new_tokens)))
+    run = Run(model, Request(ids, sampling, max_new_tokens), n_ctx, prefixes, drafter, draft_min_p)
+    decoder = model.tokenizer.stream(special=special)
     try:
-        model.refuse_unless_it_fits(most)
+        with progress("prompt", len(ids) - run.cache.length) as advance:
+            first = []
+            while run.reading and not run.stats.stop:
+                before = run.cache.length
+                [first] = _step(model, run, draft_length)
+                advance(run.cache.length - before)
+        yield PromptDone(list(ids), run.stats)
+        yield from (Text(decoder.push(token.id), [token.id]) for token in first)
+        while not run.stats.stop:
+            [tokens] = _step(model, run, draft_length)
+            yield from (Text(decoder.push(token.id), [token.id]) for token in tokens)
+        if rest := decoder.finish():
+            yield Text(rest, [])
+        yield Done(run.stats)
+    finally:
+        run.close("gone")
+
+
+def _step(model: Model, run: Run, draft_length: DraftLength) -> list[list[Token]]:
+    made = step(model, [run], [CHUNK], draft_length)
+    if run.error is not None:
+        raise run.error
+    return made
+
+
+def make_room(model: Model, prefixes: Nothing | Prefixes, n_ctx: int):
+    """Makes sure of memory for the keys and values of `n_ctx` tokens, if need be with that of what is remembered. Raises MemoryRefusal."""
+    try:
+        model.refuse_unless_it_fits(n_ctx)
     except MemoryRefusal:
         prefixes.forget()
-        model.refuse_unless_it_fits(most)
-    model.checked(ids)
-
-    found, text_ids = prefixes.find(ids, n_ctx), list(ids)
-    cache, stats = found.cache, Stats(n_prompt=len(ids), reused=found.cache.length, why=found.why)
-    try:
-        yield from _run(model, cache, prefixes, text_ids, stats, Sampler(sampling, suppress=model.tokenizer.suppress), max_new_tokens,
-                        special, drafter, draft_length, draft_min_p, progress)
-    finally:
-        prefixes.keep(text_ids, cache)
+        model.refuse_unless_it_fits(n_ctx)
 
 
 def _prefixes(model: Model, session: Session | None) -> Nothing | Prefixes:
@@ -179,44 +162,6 @@ def _prefixes(model: Model, session: Session | None) -> Nothing | Prefixes:
     if session.model is not model:
         raise ValueError("this session is one with another model")
     return session.prefixes
-
-
-def _run(model: Model, cache: Cache, prefixes: Nothing | Prefixes, ids: list[int], stats: Stats, sampler: Sampler, max_new_tokens: int,
-         special: bool, drafter: Drafter | None, draft_length: DraftLength, draft_min_p: float,
-         progress: Progress) -> Iterator[PromptDone | Text | Done]:
-    """Reads what `cache` does not hold of the prompt, and continues it. Appends new ids to `ids`."""
-    end, started = model.tokenizer.end_of_generation, time.perf_counter()
-    with progress("prompt", len(ids) - stats.reused) as advance:
-        state_D = read(model, ids, cache, prefixes, advance)
-    stats.prompt_seconds = time.perf_counter() - started
-    yield PromptDone(list(ids), stats)
-
-    limit = cache.n_ctx if max_new_tokens == -1 else max_new_tokens
-    if drafter is None:
-        chosen = plain(model, cache, sampler, state_D)
-    else:
-        stats.draft, draft = DraftStats(), partial(drafter.draft, min_p=draft_min_p)
-        chosen = _speculative_ids(model, draft, cache, sampler, state_D, limit, draft_length, end, stats.draft)
-    decoder = model.tokenizer.stream(special=special)
-    started = time.perf_counter()
-    while not stats.stop:
-        if stats.n_generated == limit:
-            stats.stop = "limit"
-            break
-        new = next(chosen)
-        if new in end:
-            stats.stop = "end"
-            break
-        ids.append(new)
-        stats.n_generated, stats.decode_seconds = stats.n_generated + 1, time.perf_counter() - started
-        if (len(ids) - 1) % POINT == 0:
-            prefixes.keep(ids, cache, ended=False)
-        yield Text(decoder.push(new), [new])
-        if len(ids) - 1 == cache.n_ctx:        # the newest token has no place any more
-            stats.stop = "context"
-    if rest := decoder.finish():
-        yield Text(rest, [])
-    yield Done(stats)
 
 
 def prompt_ids(model: Model, prompt: Prompt, special: bool = False) -> list[int]:
@@ -241,12 +186,3 @@ def plain(model: Model, cache: Cache, sampler: Sampler, state_D: np.ndarray) -> 
         yield new
         state_D = model.forward(np.array([new]), cache)[-1]
         cache.advance(1)
-
-
-def _speculative_ids(model, draft, cache, sampler, state_D, limit, draft_length, end, stats: DraftStats) -> Iterator[int]:
-    """Yields at most `limit` ids: the first from the prompt's state, the others from rounds, which are counted into `stats`."""
-    first = sampler.pick(model.head(state_D[None])[0])
-    yield first
-    for done in speculative(ExpertCounter(model, stats), draft, cache, sampler, first, state_D, limit - 1, draft_length, end):
-        stats.add(done)
-        yield from done.emitted

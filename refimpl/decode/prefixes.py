@@ -21,7 +21,6 @@ from refimpl.decode.snapshots import Snapshot, Snapshots
 from refimpl.loading.model import Model
 from refimpl.model.blocks import BLOCK
 from refimpl.model.cache import Cache
-from refimpl.progress import Advance
 
 POINT = 1024            # positions, a multiple of BLOCK: at its multiples what is read and written is remembered before it ends
 
@@ -137,10 +136,15 @@ class Prefixes:
                 self._save(path, needed)
         self._trim()
 
+    def resize(self, budget: int):
+        """From now on no more than `budget` bytes are taken."""
+        self.budget = budget
+        self._trim()
+
     def forget(self):
         """Frees all memory; what is on the disk is still known."""
-        budget, self.budget = self.budget, 0
-        self._trim()
+        budget = self.budget
+        self.resize(0)
         self.budget = budget
 
     def _usable(self, path: Sequence[_Node], n_same: int) -> int:
@@ -292,18 +296,6 @@ class Prefixes:
             node = left.pop()
             yield node
             left += node.children.values()
-
-
-def read(model: Model, ids: Sequence[int], cache: Cache, prefixes: Nothing | Prefixes, advance: Advance) -> np.ndarray:
-    """Reads what `cache` does not hold of `ids`, which `prefixes` remember on the way. Returns the last state (D,). `advance` as in
-    `Model.prefill`.
-    """
-    while True:
-        end = min(len(ids), (cache.length // POINT + 1) * POINT)
-        state_D = model.prefill(ids[cache.length:end], cache, advance=advance)[-1]
-        if end == len(ids):
-            return state_D
-        prefixes.keep(ids[:end], cache, ended=False)
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:

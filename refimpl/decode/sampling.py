@@ -10,6 +10,7 @@ top-p and min-p keep other tokens.
     min-p   keep tokens at least min_p times as probable as the most probable one
     draw    u uniform in [0, 1): the first kept token, in order of id, whose cumulative probability exceeds u
 
+Before all of that, logits are changed: penalties and biases are added, and what a constraint (constraint.py) does not allow becomes -inf.
 A draw takes exactly one number from the generator, so the n-th token depends only on the seed, n and the logits.
 """
 
@@ -19,12 +20,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refimpl.decode.constraint import FREE, Constraint
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How to choose a token. The defaults are the ones Gemma 4 is published with. Raises ValueError naming a bad value.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch that filter off; `seed` starts the generator.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch that filter off; `seed` starts the generator. Of a token that has
+    been picked n times, n * `frequency_penalty` is taken from the logit, and `presence_penalty` where n > 0 (OpenAI's definition, over
+    the answer); `logit_bias` has (id, what is added) pairs.
     """
 
     temperature: float = 1.0
@@ -32,10 +37,13 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
         """Checks every value once."""
-        for name in ("temperature", "top_p", "min_p"):
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
             _require(is_number and math.isfinite(value), name, value, "a finite number")
@@ -46,6 +54,7 @@ class Sampling:
         _require(self.temperature >= 0, "temperature", self.temperature, ">= 0 (0 is greedy)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1 is off)")
         _require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1 (0 is off)")
+        _require(all(math.isfinite(bias) for _, bias in self.logit_bias), "logit_bias", self.logit_bias, "ids with finite numbers")
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object], **overrides: object) -> "Sampling":
@@ -58,19 +67,28 @@ class Sampling:
 
 
 class Sampler:
-    """Picks tokens by a `Sampling`, with its own random generator: the same seed gives the same picks."""
+    """Picks the tokens of one answer by a `Sampling`, with its own random generator: the same seed gives the same picks."""
 
-    def __init__(self, sampling: Sampling, suppress: Iterable[int] = ()):
+    def __init__(self, sampling: Sampling, suppress: Iterable[int] = (), constraint: Constraint = FREE):
         """`suppress`: ids that are never picked (GGUF's tokenizer.ggml.suppress_tokens)."""
-        self.sampling = sampling
+        self.sampling, self.constraint = sampling, constraint
         self._suppress = np.array(sorted(set(suppress)), np.int64)
+        self._bias = dict(sampling.logit_bias)
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+        self._counts: dict[int, int] = {}
 
     def pick(self, logits_V: np.ndarray) -> int:
         """The id of the next token. Greedy takes the largest logit (the lowest id of equal ones) and draws nothing.
 
         Raises ValueError if the logits hold NaN or +inf, or nothing but -inf.
         """
+        token = self._choose(logits_V)
+        self.constraint.accept(token)
+        if self.sampling.presence_penalty or self.sampling.frequency_penalty:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        return token
+
+    def _choose(self, logits_V: np.ndarray) -> int:
         if self.sampling.temperature == 0:
             return int(np.argmax(self._checked(logits_V)))
         id_K, p_K = self.distribution(logits_V)
@@ -104,11 +122,18 @@ class Sampler:
         logits_V = np.asarray(logits_V, np.float32)
         if logits_V.ndim != 1 or not logits_V.size:
             raise ValueError(f"logits must be one non-empty vector, not of shape {logits_V.shape}")
-        if self._suppress.size:
-            if not 0 <= self._suppress[0] <= self._suppress[-1] < logits_V.size:
-                raise ValueError(f"suppressed ids {self._suppress.tolist()} do not all lie in the vocabulary of {logits_V.size}")
+        if self._suppress.size and not 0 <= self._suppress[0] <= self._suppress[-1] < logits_V.size:
+            raise ValueError(f"suppressed ids {self._suppress.tolist()} do not all lie in the vocabulary of {logits_V.size}")
+        if outside := [i for i in self._bias if not 0 <= i < logits_V.size]:
+            raise ValueError(f"logit_bias: token id {outside[0]} is outside of the vocabulary (0 to {logits_V.size - 1})")
+        if self._suppress.size or self._bias or self._counts:
             logits_V = logits_V.copy()
+            for i, bias in self._bias.items():
+                logits_V[i] += np.float32(bias)
+            for i, n in self._counts.items():
+                logits_V[i] -= np.float32(n * self.sampling.frequency_penalty + self.sampling.presence_penalty)
             logits_V[self._suppress] = -np.inf
+        logits_V = self.constraint.mask(logits_V)
         if not np.isfinite(top := logits_V.max()):  # max() is NaN as soon as one logit is
             found = "NaN" if np.isnan(top) else "+inf" if top > 0 else "nothing but -inf"
             raise ValueError(f"cannot sample: the logits hold {found}")

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 
 from refimpl.decode.drafter import Drafter, check_target
-from refimpl.decode.generate import Done, Output, PromptDone, Stats, Text, events
+from refimpl.decode.generate import Output, PromptDone, Text, events
 from refimpl.decode.prefixes import Prefixes, n_common
+from refimpl.decode.request import Done, Stats
 from refimpl.decode.snapshots import Snapshots
 from refimpl.host import available
 from refimpl.loading.model import Model

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.decode.draft_length import DraftLength
+from refimpl.decode.draft_length import DRAFTER, DraftLength
 from refimpl.decode.sampling import Sampler
 from refimpl.loading.model import Model
 from refimpl.model.cache import Cache
@@ -38,12 +38,15 @@ def accept(drafted: Sequence[int], chosen: Iterable[int], end: Collection[int] =
 
 @dataclass(frozen=True)
 class Round:
-    """The draft tokens, the ids emitted (accepted draft tokens and the target's choice after them), and the seconds of both models."""
+    """The draft tokens, the ids emitted (accepted draft tokens and the target's choice after them), the seconds of both models, and who
+    drafted.
+    """
 
     drafted: list[int]
     emitted: list[int]
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    source: str = DRAFTER
 
     @property
     def n_accepted(self) -> int:
@@ -51,30 +54,49 @@ class Round:
         return sum(a == b for a, b in zip(self.drafted, self.emitted))
 
 
+class Speculation:
+    """A sequence between rounds.
+
+    token    the latest one, which the target has not run
+    state_D  the target's final normed state before it
+    """
+
+    def __init__(self, cache: Cache, sampler: Sampler, token: int, state_D: np.ndarray, end: Collection[int] = ()):
+        """An id of `end` is the last one emitted."""
+        self.cache, self.token, self.state_D, self._sampler, self._end = cache, token, state_D, sampler, end
+
+    def room(self, limit: int) -> int:
+        """How many tokens may be drafted, so that `limit` ids are emitted at most and all have a place."""
+        return max(0, min(limit - 1, self.cache.n_ctx - self.cache.length - 1, self.cache.max_rows - 1))
+
+    def finish(self, drafted: list[int], state_TD: np.ndarray, logit_TV: np.ndarray, draft_seconds: float, verify_seconds: float,
+               source: str = DRAFTER) -> Round:
+        """What the target's states and logits of the latest token and the draft tokens make of these. Commits what is emitted but for its
+        last id.
+        """
+        emitted = accept(drafted, map(self._sampler.pick, logit_TV), self._end)
+        self.cache.advance(len(emitted))
+        self.token, self.state_D = emitted[-1], state_TD[len(emitted) - 1]
+        return Round(drafted, emitted, draft_seconds, verify_seconds, source)
+
+
 def speculative(model: Model, draft: Callable[[int, np.ndarray, Cache, int], list[int]], cache: Cache, sampler: Sampler, token: int,
                 state_D: np.ndarray, limit: int, draft_length: DraftLength, end: Collection[int] = ()) -> Iterator[Round]:
-    """Yields rounds that emit at most `limit` ids after `token`, as plain decoding would; an id of `end` is the last.
-
-    `token` is the latest one, which the target has not run; `state_D` the target's final normed state before it. `draft(token, state_D,
-    cache, n)` proposes up to n ids (`Drafter.draft`).
+    """Yields rounds that emit at most `limit` ids after `token`, as plain decoding would; an id of `end` is the last. `draft(token,
+    state_D, cache, n)` proposes up to n ids (`Drafter.draft`); `token` and `state_D` as in Speculation.
 
     A round is committed before it is yielded, and rejected draft tokens never are: whenever the caller stops, the cache holds the tokens up
     to the latest yielded one, without that one.
     """
-    while limit > 0 and token not in end:
-        room = min(limit - 1, cache.n_ctx - cache.length - 1, cache.max_rows - 1)
+    sequence = Speculation(cache, sampler, token, state_D, end)
+    while limit > 0 and sequence.token not in end:
         started = time.perf_counter()
-        n = min(draft_length.choose(), room)
-        drafted = draft(token, state_D, cache, n) if n else []
+        n = min(draft_length.choose(), sequence.room(limit))
+        drafted = draft(sequence.token, sequence.state_D, cache, n) if n else []
         drafted_at = time.perf_counter()
-        state_TD = model.forward(np.array([token, *drafted]), cache)
+        state_TD = model.forward(np.array([sequence.token, *drafted]), cache)
         logit_TV = model.head(state_TD)
-        verified_at = time.perf_counter()
-
-        emitted = accept(drafted, map(sampler.pick, logit_TV), end)
-        cache.advance(len(emitted))
-        token, state_D, limit = emitted[-1], state_TD[len(emitted) - 1], limit - len(emitted)
-
-        done = Round(drafted, emitted, drafted_at - started, verified_at - drafted_at)
+        done = sequence.finish(drafted, state_TD, logit_TV, drafted_at - started, time.perf_counter() - drafted_at)
         draft_length.observe(len(drafted), done.n_accepted, done.draft_seconds, done.verify_seconds)
+        limit -= len(done.emitted)
         yield done

@@ -19,7 +19,7 @@ from refimpl.loading.hf_names import fitting_type, gguf_metadata, rope_divisors,
 from refimpl.model.config import DRAFTER_ARCHITECTURE
 from refimpl.model.drafter import CENTROIDS, ORDERING
 from refimpl.progress import Progress, silent
-from refimpl.text.chat import GEMMA4_TEMPLATE
+from refimpl.text.templates import GEMMA4_TEMPLATE
 
 N_VOCAB = 262_144
 SLIDING, FULL = "sliding_attention", "full_attention"

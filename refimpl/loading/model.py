@@ -95,9 +95,13 @@ class Model:
 
         Does not commit them: `cache.advance(n)` commits the first n. Raises GGUFError where the file was changed since it was opened.
         """
+        return self.forward_together(ids_T, [(cache, len(ids_T))], tap)
+
+    def forward_together(self, ids_T: np.ndarray, sequences: Sequence[tuple[Cache, int]], tap: Look = no_tap) -> np.ndarray:
+        """The same for rows of several sequences: (cache, number of rows) of each, in order. No row's bits depend on the others."""
         self._unchanged.check()
         with self.backend.running(len(ids_T)):
-            return gemma4.forward(self.config, self.weights, self.backend, ids_T, cache, tap_of(tap))
+            return gemma4.forward(self.config, self.weights, self.backend, ids_T, sequences, tap_of(tap))
 
     def head(self, state_TD: np.ndarray) -> np.ndarray:
         """Logits of states, float32 (T, V)."""

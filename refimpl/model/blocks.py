@@ -22,7 +22,7 @@ ALIGNMENT = 64          # bytes, a line of the processor's caches
 class BlockTable:
     """The blocks of one sequence for layers of the same heads and window, float (L, 2, 64, K, H) each: keys, then values.
 
-    blocks    number -> block
+    blocks    number -> block, of `block_bytes` bytes
     offset_B  where each block begins, in bytes from the beginning of `origin`, int64; GONE where there is none. For compiled code.
     """
 
@@ -31,6 +31,7 @@ class BlockTable:
         first = layers[0]
         self.layers, self.window, self.dtype = layers, first.window, dtype
         self.shape = (len(layers), 2, BLOCK, first.n_kv, first.head_dim)
+        self.block_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         self.blocks: dict[int, np.ndarray] = {}
         self.origin, self.offset_B = np.zeros(1, np.uint8), np.full(16, GONE, np.int64)
         self._spare: list[np.ndarray] = []
@@ -38,7 +39,7 @@ class BlockTable:
     @property
     def n_bytes(self) -> int:
         """Memory held, in bytes, that of shared blocks too."""
-        return sum(block.nbytes for block in (*self.blocks.values(), *self._spare))
+        return (len(self.blocks) + len(self._spare)) * self.block_bytes
 
     def first_visible(self, pos: int | np.ndarray) -> int | np.ndarray:
         """The earliest position that a query at `pos` sees; elementwise for an array."""

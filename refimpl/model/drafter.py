@@ -126,7 +126,8 @@ def draft_step(config: DrafterConfig, weights: DrafterWeights, backend: Backend,
     target's and is only read; its `length` is the position of the query.
     """
     pos_T = np.array([cache.length])
-    step = Step(pos_T, pos_T, angles, cache, backend, config.trunk.norm_eps, tap)       # keys end before the query's own position
+    parts = [(slice(0, 1), cache)]
+    step = Step(parts, pos_T, pos_T, angles, backend, config.trunk.norm_eps, tap)       # keys end before the query's own position
     input_TC = tap("inp_xh", np.concatenate([embedding_C, state_C])[None])
     x_TD = tap("pre_proj", backend.matmul(input_TC, weights.pre_projection_DC))
     for layer in weights.layers:

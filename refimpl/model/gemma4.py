@@ -10,11 +10,14 @@
 - mixture of experts: the 26B-A4B adds 8 of 128 experts to a dense feed-forward network, routed from the residual stream itself;
 - logits are soft-capped: c * tanh(logit / c).
 
+Rows of several sequences may be computed together: products and experts see them all, attention goes sequence by sequence. A row's bits
+are the same, whatever the others are.
+
 Array names carry their shape (letters in config.py). `backend` (backend.py) has the functions that cost time. `tap(name, value)` (tap.py)
 shows a value to whoever wants to see it, and returns it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,10 +43,10 @@ from refimpl.model.weights import (
 class Step:
     """What all layers of one call share. The query in row t is at position pos_T[t] and sees keys of positions below end_T[t]."""
 
+    parts: Sequence[tuple[slice, Cache]]                              # rows that belong to one sequence, and its cache
     pos_T: np.ndarray
     end_T: np.ndarray
     angles: Mapping[AttentionType, tuple[np.ndarray, np.ndarray]]     # cosines and sines of the rotation, float32 (T, R) each
-    cache: Cache
     backend: Backend
     eps: float                                                        # added to the mean square in every norm
     tap: Tap
@@ -53,16 +56,21 @@ class Step:
         return self if self.tap is no_tap else replace(self, tap=of_layer(self.tap, i))
 
 
-def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarray, cache: Cache, tap: Tap = no_tap) -> np.ndarray:
-    """Runs tokens at positions cache.length, cache.length + 1, ... Returns the final normed states, float32 (T, D).
+def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarray, sequences: Sequence[tuple[Cache, int]],
+            tap: Tap = no_tap) -> np.ndarray:
+    """Runs the next tokens of one or more sequences. Returns the final normed states, float32 (T, D).
 
-    Writes their keys and values into the cache but does not commit them: the caller does, with `cache.advance`. `head` turns states into
-    logits, and a drafter reads them too. `ids_T` must have been checked. transformers: Gemma4TextModel.
+    `sequences`: a cache, and how many of the rows go on in it, at positions cache.length, cache.length + 1, ...; for each sequence, in the
+    order of the rows. Writes keys and values into the caches but does not commit them: the caller does, with `cache.advance`. `head` turns
+    states into logits, and a drafter reads them too. `ids_T` must have been checked. transformers: Gemma4TextModel.
     """
-    cache.reserve(len(ids_T))
-    pos_T = cache.length + np.arange(len(ids_T))
+    for cache, n_rows in sequences:
+        cache.reserve(n_rows)
+    ends = np.cumsum([n_rows for _, n_rows in sequences])
+    parts = [(slice(end - n_rows, end), cache) for (cache, n_rows), end in zip(sequences, ends)]
+    pos_T = np.concatenate([cache.length + np.arange(n_rows) for cache, n_rows in sequences])
     angles = {attention: angles_at(pos_T, frequency_R) for attention, frequency_R in weights.rope_frequency_R.items()}
-    step = Step(pos_T, pos_T + 1, angles, cache, backend, config.norm_eps, tap)
+    step = Step(parts, pos_T, pos_T + 1, angles, backend, config.norm_eps, tap)
     x_TD = tap("inp_scaled", embed(config, weights, ids_T))
     per_layer_TLP = None
     if isinstance(weights.per_layer, PerLayerEmbedding):
@@ -111,7 +119,7 @@ def run_layer(layer: LayerWeights, x_TD: np.ndarray, per_layer_TLP: np.ndarray |
 def attention(spec: LayerSpec, w: AttentionWeights, x_TD: np.ndarray, step: Step) -> np.ndarray:
     """QKV projection, QK-norm, RoPE, cache update, attention, output projection. transformers: Gemma4TextAttention."""
     backend, eps, tap, n_tok = step.backend, step.eps, step.tap, len(x_TD)
-    angles, kept = step.angles[spec.attention], step.cache.layers[spec.kv_from]
+    angles, kept = step.angles[spec.attention], [(rows, cache.layers[spec.kv_from]) for rows, cache in step.parts]
 
     q_TNH = tap("Qcur", backend.matmul(x_TD, w.query_AD).reshape(n_tok, spec.n_head, spec.head_dim))
     q_TNH = tap("Qcur_normed", backend.rms_norm(q_TNH, w.query_norm_H, eps))
@@ -123,9 +131,12 @@ def attention(spec: LayerSpec, w: AttentionWeights, x_TD: np.ndarray, step: Step
         k_TKH = tap("Kcur_normed", backend.rms_norm(k_TKH, w.kv.key_norm_H, eps))
         v_TKH = tap("Vcur_normed", backend.rms_normalise(v_TKH, eps))
         k_TKH = tap("Kcur_pos", backend.rotate(k_TKH, *angles))
-        kept.write(step.pos_T[0], k_TKH, v_TKH)
+        for rows, layer in kept:
+            layer.write(step.pos_T[rows.start], k_TKH[rows], v_TKH[rows])
 
-    out_TNH = backend.attend(q_TNH, kept, kept.first_visible(step.pos_T), step.end_T)
+    out_TNH = np.empty_like(q_TNH)
+    for rows, layer in kept:
+        out_TNH[rows] = backend.attend(q_TNH[rows], layer, layer.first_visible(step.pos_T[rows]), step.end_T[rows])
     return backend.matmul(tap("kqv_out", out_TNH).reshape(n_tok, -1), w.output_DA)
 
 

@@ -28,65 +28,18 @@ MAX_TEMPLATE_CHARS = 256 * 1024
 """Largest template accepted; Google's has 16 thousand characters."""
 MAX_OUTPUT_CHARS = 16 * 1024 * 1024
 """Largest prompt accepted: several times what fits into Gemma 4's 262,144 tokens of context."""
+MAX_CALLS = 256
+"""Most tool calls in a message."""
 CPU_SECONDS, WALL_SECONDS = 2, 20
 """Processor time a rendering may use, and the time after which a child that does not use its processor is given up."""
 MEMORY_BYTES = 640 * 1024 * 1024
 """Address space of the child, of which the interpreter and Jinja take about 30 MiB."""
 
 THOUGHT, CHANNEL_END = "<|channel>", "<channel|>"
-
-CONTINUATION_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"   # of a base model: no turns
-GEMMA4_TEMPLATE = r"""
-{%- if tools %}{{ raise_exception('this template has no tools') }}{% endif %}
-{%- macro text_of(message) %}
-    {%- if message.tool_calls or message.tool_responses %}{{ raise_exception('this template has no tools') }}{% endif %}
-    {%- set parts = [message.content] if message.content is string else [] %}
-    {%- if message.content is not string and message.content is sequence %}
-        {%- for part in message.content if part.type != 'text' %}{{ raise_exception('this template has text only') }}{% endfor %}
-        {%- set parts = message.content | map(attribute='text') | list %}
-    {%- endif %}
-    {%- for part in parts %}
-        {%- if message.role in ['assistant', 'model'] %}
-            {#- thoughts of earlier turns are not shown to the model again #}
-            {%- set answer %}
-                {%- for piece in part.split('<channel|>') %}{{ piece.split('<|channel>')[0] }}{% endfor %}
-            {%- endset %}
-            {{- answer | trim }}
-        {%- else %}
-            {{- part | trim }}
-        {%- endif %}
-    {%- endfor %}
-{%- endmacro %}
-{{- bos_token }}
-{%- set has_system = messages[0].role in ['system', 'developer'] %}
-{%- if has_system or enable_thinking %}
-    {{- '<|turn>system\n' }}
-    {{- '<|think|>\n' if enable_thinking }}
-    {{- text_of(messages[0]) if has_system }}
-    {{- '<turn|>\n' }}
-{%- endif %}
-{%- for message in (messages[1:] if has_system else messages) %}
-    {%- if message.role not in ['system', 'developer', 'user', 'assistant', 'model'] %}
-        {{- raise_exception('this template has no role ' ~ message.role) }}
-    {%- endif %}
-    {%- set role = 'model' if message.role == 'assistant' else message.role %}
-    {#- an answer that follows an answer continues its turn #}
-    {%- if not (role == 'model' and loop.previtem and loop.previtem.role == 'assistant') %}
-        {{- '<|turn>' ~ role ~ '\n' }}
-    {%- endif %}
-    {{- text_of(message) ~ '<turn|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|turn>model\n' }}
-    {#- with thinking off, the thought is given, and empty #}
-    {{- '<|channel>thought\n<channel|>' if not enable_thinking }}
-{%- endif %}
-"""
-"""Our own template for files made here: the rendering of Google's for conversations of plain text, thinking on or off. It refuses
-tools and images instead of leaving them out."""
+ROLES = frozenset(("system", "developer", "user", "assistant", "model", "tool"))
+PRIVATE_USE = range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
 
 TRUSTED_SHA256 = frozenset({
-    hashlib.sha256(GEMMA4_TEMPLATE.encode()).hexdigest(),
     "85a08664d16d8f3be4416c92427b3ac10df1024ac566cc0b4bc3bab409393f98",  # llama.cpp models/templates/google-gemma-4-31B-it.jinja
     "65f93a25708c952457106a30e185ba7beffddd726121c8d7e3f3e08b23c16c67",  # same folder, google-gemma-4-31B-it-interleaved.jinja
     "2dfbfc7d538912f4ea11d29d85b4e25d7bc26386e53f57529f1d707c28b5828c",  # in llama.cpp models/ggml-vocab-gemma-4.gguf
@@ -101,6 +54,7 @@ def render_chat(template: str | None, messages: list[dict], *, bos_token: str, e
                 thinking: bool = False, tools: list[dict] | None = None) -> str:
     """The prompt for `messages` (dicts with "role" and "content") by `template` (the file's tokenizer.chat_template).
 
+    `messages` and `tools` are in OpenAI's form: "tool_calls" with arguments as JSON or a dict, role "tool" for a call's result.
     `thinking` is passed as `enable_thinking`, the name Gemma's template reads. Encode the result with `special=True, bos=False`;
     text in a message that spells a control token then becomes that token (`encode_chat` keeps it text).
     Raises ChatError: no template, malformed messages, an error in or from the template, more time, memory or output than allowed.
@@ -109,19 +63,13 @@ def render_chat(template: str | None, messages: list[dict], *, bos_token: str, e
         raise ChatError("the file has no chat template (tokenizer.chat_template): it only continues text")
     if len(template) > MAX_TEMPLATE_CHARS:
         raise ChatError(f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE_CHARS} are accepted")
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ChatError("messages must be a list with at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ChatError(f"message {i} must be a dict with a 'role', not {str(message)[:60]!r}")
-    variables = {"messages": [_with_reasoning(message) for message in messages], "tools": tools, "documents": None,
+    _check_messages(messages)
+    variables = {"messages": [_with_reasoning(message) for message in with_parsed_calls(messages)], "tools": _checked_tools(tools),
+                 "documents": None,
                  "add_generation_prompt": bool(add_generation_prompt), "enable_thinking": bool(thinking),
                  "bos_token": bos_token, "eos_token": eos_token}
-    try:
-        request = json.dumps({"template": template, "variables": variables})
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ChatError(f"messages must be plain JSON: {_one_line(error)}") from None
-    if hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest() in TRUSTED_SHA256:
+    request = _plain_json({"template": template, "variables": variables})
+    if _is_trusted(template):
         reply = _reply(request)
     else:
         reply = _reply_of_child(request)
@@ -130,32 +78,48 @@ def render_chat(template: str | None, messages: list[dict], *, bos_token: str, e
     return reply["text"]
 
 
-def encode_chat(tokenizer: "Tokenizer", template: str | None, messages: list[dict], *, thinking: bool = False) -> list[int]:
+def encode_chat(tokenizer: "Tokenizer", template: str | None, messages: list[dict], *, thinking: bool = False,
+                tools: list[dict] | None = None) -> list[int]:
     """Token ids of the prompt for `messages`, in which text that spells a control token (`<|turn>`) stays text.
 
-    Before the template runs, such text is cut by a character that is in no message; what is between the cuts is encoded separately.
-    Raises ChatError as `render_chat` does.
+    This goes for every string in `messages` and `tools`: names, keys, arguments, results. Before the template runs, such text is cut by
+    a character that is in none of them; what is between the cuts is encoded separately. Raises ChatError as `render_chat` does.
     """
-    texts = "".join(str(message.get("content")) for message in messages) + (template or "")
-    seam = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in texts)
-    messages = [{**message, "content": _cut(message.get("content"), tokenizer.markers, seam)} for message in messages]
+    _check_messages(messages)
+    messages = with_parsed_calls(messages)          # before cutting: JSON can spell a control token with escapes
+    used = set(_plain_json([messages, tools]) + (template or ""))
+    seam = next((chr(c) for area in PRIVATE_USE for c in area if chr(c) not in used), None)
+    if seam is None:
+        raise ChatError("the messages use every private-use character of Unicode: none is left to mark what is text")
+    cut = _Cutter(tokenizer.markers, seam)
+    messages = [{key: value if key == "role" and value in ROLES else cut(value) for key, value in message.items()} for message in messages]
     prompt = render_chat(template, messages, bos_token=tokenizer.token(tokenizer.bos), eos_token=tokenizer.token(tokenizer.eos),
-                         thinking=thinking)
+                         thinking=thinking, tools=cut(tools))
     return [i for part in prompt.split(seam) for i in tokenizer.encode(part, special=True, bos=False)]
 
 
-def _cut(text: object, markers: Iterable[str], seam: str) -> object:
-    """`text` with `seam` after the first character of everything that spells a marker. Anything but a string is returned unchanged.
+class _Cutter:
+    """Puts `seam` after the first character of everything that spells a marker, in every string of a plain JSON value.
 
     Looks at every length that markers have (at most 256), not at every marker: a hostile file has a hundred thousand of them.
     """
-    markers = frozenset(markers)
-    if not isinstance(text, str) or not markers:
-        return text
-    heads, lengths = re.escape("".join({marker[0] for marker in markers})), {len(marker) for marker in markers}
-    ends = [at + 1 for at in (match.start() for match in re.finditer(f"[{heads}]", text))
-            if any(text[at:at + n] in markers for n in lengths)]
-    return seam.join(text[first:end] for first, end in zip([0, *ends], [*ends, len(text)]))
+
+    def __init__(self, markers: Iterable[str], seam: str):
+        self.markers, self.seam = frozenset(markers), seam
+        self.lengths = {len(marker) for marker in self.markers}
+        self.heads = re.compile(f"[{re.escape(''.join({marker[0] for marker in self.markers}))}]" if self.markers else r"(?!)")
+
+    def __call__(self, value: object) -> object:
+        if isinstance(value, str):
+            return self._cut(value)
+        if isinstance(value, Mapping):
+            return {self(key): self(item) for key, item in value.items()}
+        return [self(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _cut(self, text: str) -> str:
+        ends = [at + 1 for at in (match.start() for match in self.heads.finditer(text))
+                if any(text[at:at + n] in self.markers for n in self.lengths)]
+        return self.seam.join(text[first:end] for first, end in zip([0, *ends], [*ends, len(text)]))
 
 
 def split_thought(text: str) -> tuple[str, str]:
@@ -171,6 +135,68 @@ def split_thought(text: str) -> tuple[str, str]:
         body, _, rest = rest[start + len(THOUGHT):].partition(CHANNEL_END)
         thoughts += [part.removeprefix("thought").strip() for part in body.split(THOUGHT)]
     return "\n".join(filter(None, thoughts)), "".join(part.replace(CHANNEL_END, "") for part in (*answer, rest))
+
+
+def with_parsed_calls(messages: list[dict]) -> list[dict]:
+    """The messages with the arguments of tool calls as dicts, which templates read; clients write them as JSON in a string.
+
+    Raises ChatError if they are not JSON, or not an object.
+    """
+    for i, message in enumerate(messages):
+        if isinstance(calls := message.get("tool_calls"), list) and len(calls) > MAX_CALLS:        # templates look for each one's response
+            raise ChatError(f"message {i} has {len(calls)} tool calls; at most {MAX_CALLS} are accepted")
+    return [{**message, "tool_calls": [_parsed_call(i, call) for call in _list_of(message["tool_calls"], f"message {i}: tool_calls")]}
+            if message.get("tool_calls") else message for i, message in enumerate(messages)]
+
+
+def _parsed_call(i: int, call: object) -> dict:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ChatError(f"message {i}: a tool call must have a 'function' with a 'name', not {str(call)[:60]!r}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise ChatError(f"message {i}: the arguments of {function['name'][:60]!r} are not JSON: {_one_line(error)}") from None
+    if not isinstance(arguments, Mapping | None):
+        raise ChatError(f"message {i}: the arguments of {function['name'][:60]!r} must be an object, not {str(arguments)[:60]!r}")
+    return {**call, "function": {**function, "arguments": arguments or {}}}
+
+
+def _check_messages(messages: object):
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ChatError("messages must be a list with at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ChatError(f"message {i} must be a dict with a 'role', not {str(message)[:60]!r}")
+
+
+def _checked_tools(tools: object) -> list[dict] | None:
+    for i, tool in enumerate(_list_of(tools or [], "tools")):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ChatError(f"tool {i} must have a 'function' with a 'name', not {str(tool)[:60]!r}")
+    return tools or None
+
+
+def _list_of(value: object, name: str) -> Iterable:
+    if not isinstance(value, list | tuple):
+        raise ChatError(f"{name} must be a list, not {str(value)[:60]!r}")
+    return value
+
+
+def _plain_json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatError(f"messages must be plain JSON: {_one_line(error)}") from None
+
+
+def _is_trusted(template: str) -> bool:
+    from refimpl.text.templates import GEMMA4_TEMPLATE  # not above: the rendering child has no package
+
+    return template == GEMMA4_TEMPLATE or hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest() in TRUSTED_SHA256
 
 
 def _with_reasoning(message: Mapping) -> dict:

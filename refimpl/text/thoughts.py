@@ -24,18 +24,19 @@ class ThoughtSplitter:
         text, pieces = self._held + chunk, []
         while found := min(((at, marker) for marker in MARKERS if (at := text.find(marker)) >= 0), default=None):
             at, marker = found
-            pieces += self._piece(text[:at]) + self._end()
-            self.thinking, text = marker == THOUGHT, text[at + len(marker):]
+            pieces += self.text(text[:at]) + self.switch(marker == THOUGHT)
+            text = text[at + len(marker):]
         n_held = max(n for marker in MARKERS for n in range(len(marker)) if text.endswith(marker[:n]))
         self._held = text[len(text) - n_held:]
-        return pieces + self._piece(text[:len(text) - n_held])
+        return pieces + self.text(text[:len(text) - n_held])
 
     def finish(self) -> list[tuple[bool, str]]:
         """The pieces that were held back because a marker could have followed."""
         text, self._held = self._held, ""
-        return self._piece(text) + self._end()
+        return self.text(text) + self.switch(self.thinking)
 
-    def _piece(self, text: str) -> list[tuple[bool, str]]:
+    def text(self, text: str) -> list[tuple[bool, str]]:
+        """The same for text in which no marker is looked for (answer.py knows them by their ids)."""
         if self.thinking:
             if not self._named:
                 text, self._name = self._name + text, ""
@@ -51,10 +52,11 @@ class ThoughtSplitter:
             text = kept
         return [(self.thinking, text)] if text else []
 
-    def _end(self) -> list[tuple[bool, str]]:
-        """What is left of a thought at its end: a name that was none."""
+    def switch(self, thinking: bool, named: bool = False) -> list[tuple[bool, str]]:
+        """A marker begins a thought (`named`: its name has been written already) or ends it: what is left, a name that was none."""
         name, self._name = self._name.removeprefix(NAME), ""
         self._named = True
-        pieces = self._piece(name) if self.thinking and name else []
-        self._space, self._named, self._begun = "", False, False
+        pieces = self.text(name) if self.thinking and name else []
+        self._space, self._begun = "", False
+        self.thinking, self._named = thinking, named
         return pieces

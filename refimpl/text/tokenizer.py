@@ -63,8 +63,10 @@ class Tokenizer:
         self.n_vocab = len(tokens)
         self.bos, self.eos = bos, eos
         self.end_of_generation, self.suppress, self.warnings = end_of_generation, suppress, warnings
-        self.markers = tuple(tokens[i] for i in [*sorted(control), *(i for i in visible if tokens[i][0] == "<" and "|" in tokens[i])])
+        marked = [*sorted(control), *(i for i in visible if tokens[i][0] == "<" and "|" in tokens[i])]
+        self.markers = tuple(tokens[i] for i in marked)
         self._tokens, self._control, self._bytes = tokens, control, bytes_
+        self._marker_ids = {tokens[i]: i for i in reversed(marked)}         # reversed: of equal ones the first id stays
         # Two front ends over one model (the model is shared, not copied): which added tokens they match is the difference.
         everywhere = [tokens[i] for i in visible if tokens[i] not in self.markers]
         self._plain = _encoder(bpe, everywhere, [])
@@ -144,6 +146,17 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """The token as the vocabulary spells it (`▁the`, `<0x0A>`, `<|turn>`)."""
         return self._tokens[_checked(token_id, self.n_vocab)]
+
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; those of a character's byte tokens make it when joined."""
+        token_id = _checked(token_id, self.n_vocab)
+        byte = self._bytes.get(token_id)
+        return self._tokens[token_id].replace(SPACE, " ").encode() if byte is None else bytes((byte,))
+
+    def id_of(self, marker: str) -> int | None:
+        """The id of a token that structures a conversation (`<|turn>`); None if the vocabulary has no such token."""
+        return self._marker_ids.get(marker)
 
 
 class StreamDecoder:

@@ -11,7 +11,8 @@ from pathlib import Path
 from refimpl.cli.app import bar, errors, write
 from refimpl.cli.conversation import transcript
 from refimpl.cli.run import show_drafting
-from refimpl.decode.generate import Done, PromptDone, Stats, Text
+from refimpl.decode.generate import PromptDone, Text
+from refimpl.decode.request import Done, Stats
 from refimpl.decode.session import Session
 from refimpl.model.cache import ContextFull
 from refimpl.text.chat import ChatError

@@ -31,7 +31,7 @@ from refimpl.loading.model import CHUNK
 from refimpl.model.config import Config, config_from_gguf
 from refimpl.model.weights import vocabulary_size, weights_from_gguf
 from refimpl.progress import silent
-from refimpl.text.chat import CONTINUATION_TEMPLATE
+from refimpl.text.templates import CONTINUATION_TEMPLATE
 from refimpl.text.tokenizer import Tokenizer
 
 

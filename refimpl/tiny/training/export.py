@@ -15,7 +15,7 @@ import numpy as np
 
 from refimpl.formats.gguf_writer import write_gguf
 from refimpl.loading.hf_names import drafter_metadata, gguf_metadata, gguf_tensors
-from refimpl.text.chat import CONTINUATION_TEMPLATE
+from refimpl.text.templates import CONTINUATION_TEMPLATE
 from refimpl.tiny import corpus
 from refimpl.tiny.training import vocabulary
 

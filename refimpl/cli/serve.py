@@ -1,0 +1,101 @@
+"""serve."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refimpl.cli.app import (
+    Arithmetic,
+    CacheDisk,
+    Context,
+    Draft,
+    DraftHead,
+    DraftMax,
+    Failure,
+    Lock,
+    ModelPath,
+    Positional,
+    Threads,
+    Verbose,
+    app,
+    drafting_of,
+    errors,
+    fetched,
+    load,
+    n_bytes,
+)
+from refimpl.cli.chat import CacheDir, CacheRead
+
+CONTEXT = 32768         # tokens; the models' own, 131,072 and more, would promise memory that few have
+
+ServedRam = Annotated[str | None, typer.Option("--cache-ram", metavar="SIZE", show_default=False, help="memory for the keys and values of "
+                                               "all that is running or remembered: 2G, 500M (default: half of what is free)")]
+
+
+@app.command()
+def serve(
+    positional: Positional = None,
+    model: ModelPath = None,
+    host: Annotated[str, typer.Option("--host", help="address to listen on; 0.0.0.0: all of this machine's")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free")] = 8080,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar="REFIMPL_API_KEY", show_default=False,
+                                                help="clients have to know it")] = None,
+    cors: Annotated[list[str], typer.Option("--cors", metavar="ORIGIN", show_default=False, help="web pages from there may use the server "
+                                            "(may be repeated; *: all)")] = [],          # noqa: B006
+    allowed_host: Annotated[list[str], typer.Option("--allowed-host", metavar="NAME", show_default=False, help="a name under which the "
+                                                    "server is reached, besides localhost and addresses (may be repeated)")] = [],  # noqa: B006
+    parallel: Annotated[int, typer.Option("--parallel", "-np", min=1, max=256, help="answers at a time; more wait")] = 8,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="requests that may wait; more get 503")] = 64,
+    latency_ms: Annotated[int, typer.Option("--latency-ms", min=1, help="while others write, so much of a new prompt is read at a time "
+                                            "that they wait no longer than this")] = 200,
+    ctx: Context = None, draft: Draft = None, draft_max: DraftMax = "auto", draft_head: DraftHead = None,
+    threads: Threads = None, arithmetic: Arithmetic = None,
+    cache_disk: CacheDisk = "50G", cache_ram: ServedRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G",
+    lock: Lock = False, verbose: Verbose = False,
+):
+    """Serve OpenAI's and Anthropic's APIs.
+
+    Editors, agents and scripts connect to http://127.0.0.1:8080/v1. Every answer has the bits that it has alone, whoever else is asking.
+    Without -m it is the built-in model. Ctrl-C ends it.
+    """
+    from refimpl.decode.prefixes import Prefixes
+    from refimpl.decode.request import SOURCES
+    from refimpl.decode.snapshots import Snapshots
+    from refimpl.host import available
+    from refimpl.kernels.machine.cache_folder import cache_root
+    from refimpl.serve.app import make_app
+    from refimpl.serve.connections import listen, run
+    from refimpl.serve.engine import Engine
+    from refimpl.serve.scheduler import Scheduler
+    from refimpl.serve.settings import Settings
+
+    ram, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
+    folder = None if cache_dir == "none" or not limit else cache_root() if cache_dir is None else Path(cache_dir)
+    path = fetched(model, positional)
+    m = load(path, "kernels", arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
+    drafting = drafting_of(m, path, draft, draft_max, 0.0, draft_head)
+    n_ctx = min(m.config.n_ctx, CONTEXT if ctx is None else ctx)
+    prefixes = Prefixes(m, available() // 2 if ram is None else ram, None if folder is None else Snapshots(folder, m, limit))
+    scheduler = Scheduler(m, prefixes, n_ctx, drafter=drafting.get("drafter"), draft_max=drafting["draft_max"], most_running=parallel,
+                          most_waiting=queue, latency=latency_ms / 1000)
+    settings = Settings(host=host, port=port, name=m.name, api_key=api_key or None, cors=cors, allowed_hosts=allowed_host, drafts=SOURCES)
+    if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
+        errors.print("note: everybody who reaches this machine can use the server; --api-key asks them for a key")
+    try:
+        listening = listen(settings)
+    except OSError as error:
+        raise Failure(f"cannot listen on {host}:{port}: {error.strerror or error}; another --port or --host may be free") from None
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    errors.print(f"{m.name}: {address}/v1 (OpenAI), {address} (Anthropic); context {n_ctx}, {parallel} answers at a time, "
+                 f"{prefixes.budget / 1e9:.2f} GB for what is read; Ctrl-C ends")
+    engine = Engine(scheduler)
+    try:
+        run(make_app(engine, settings), settings, listening)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+    finally:
+        listening.close()
+        engine.close()
+        for note in dict.fromkeys(prefixes.snapshots.notes if prefixes.snapshots else ()):
+            errors.print(f"note: {note}")

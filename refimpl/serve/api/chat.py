@@ -1,0 +1,255 @@
+"""POST /v1/chat/completions: OpenAI's chat API, with llama-server's `reasoning_content`, `timings` and `return_progress`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from refimpl.serve.answering import Answers, spelled, streamed, timings
+from refimpl.serve.api.contents import objects, string, text_of
+from refimpl.serve.asking import (
+    MAX_TOP,
+    Effort,
+    OpenSamplingFields,
+    TemplateOptions,
+    Tool,
+    Want,
+    chosen_tool,
+    constraint_of,
+    encoded,
+    limit_of,
+    shared,
+    thinking_of,
+)
+from refimpl.serve.body import read
+from refimpl.serve.errors import ApiError, bad, form
+from refimpl.serve.parts import Block, End, Progress, Said, append
+from refimpl.serve.settings import Site
+from refimpl.serve.sse import DONE, Stream, event, unless_gone
+from refimpl.text.answer import CallArguments, CallStart, Content, Piece, Thought
+
+ROLES = "system", "developer", "user", "assistant", "tool"
+FINGERPRINT = "refimpl"
+FINISH = {"stop_string": "stop"}
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+
+
+class Schema(msgspec.Struct, kw_only=True):
+    """`response_format.json_schema`."""
+
+    name: str | None = None
+    schema: dict[str, Any] | bool
+
+
+class Format(msgspec.Struct):
+    """`response_format`."""
+
+    type: str  # noqa: A003
+    json_schema: Schema | None = None
+
+
+class Fields(OpenSamplingFields, kw_only=True):
+    """The parameters that are understood."""
+
+    messages: list[Any]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: Format | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    reasoning: Effort | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+
+
+async def endpoint(request: Request) -> Response:
+    """One request."""
+    site: Site = request.app.state.site
+    fields, ignored = await read(request, Fields)
+    want = await _want(site, fields)
+    answers = await Answers.begin(site, want)
+    head = Head(f"chatcmpl-{uuid4().hex}", int(time.time()), site)
+    headers = want.headers | ignored
+    if fields.stream:
+        def failed(error: ApiError) -> bytes:
+            return event(form(request.url.path, error)) + DONE
+        return Stream(streamed(answers, _events(answers, fields, head), failed), site.settings.ping_seconds, headers)
+    return JSONResponse(await unless_gone(request, _whole(answers, fields, head)), headers=headers)
+
+
+@dataclass
+class Head:
+    """What all objects of one response begin with."""
+
+    id: str  # noqa: A003
+    created: int
+    site: Site
+
+    def object(self, kind: str, choices: list[dict], **more: object) -> dict[str, object]:  # noqa: A003
+        """One of them."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.site.settings.name, "system_fingerprint": FINGERPRINT,
+                "choices": choices, **more}
+
+
+def messages_of(value: object) -> list[dict]:
+    """Messages as a template takes them: contents are strings. Raises ApiError."""
+    messages = []
+    for i, message in enumerate(objects(value, "messages")):
+        place, role = f"messages.{i}", message.get("role")
+        if role not in ROLES:
+            raise bad(f"{place}.role", f"{place}.role must be one of {', '.join(ROLES)}, not {role!r:.60}")
+        kept = {key: string(message[key], f"{place}.{key}") for key in ("name", "tool_call_id", "reasoning_content", "reasoning")
+                if message.get(key) is not None}
+        if message.get("tool_calls"):
+            kept["tool_calls"] = objects(message["tool_calls"], f"{place}.tool_calls")
+        messages.append({"role": role, "content": text_of(message.get("content"), f"{place}.content"), **kept})
+    if not messages:
+        raise bad("messages", "messages must hold at least one message")
+    return messages
+
+
+async def _want(site: Site, fields: Fields) -> Want:
+    if fields.top_logprobs is not None and not 0 <= fields.top_logprobs <= MAX_TOP:
+        raise bad("top_logprobs", f"top_logprobs must be from 0 to {MAX_TOP}")
+    if fields.top_logprobs and not fields.logprobs:
+        raise bad("top_logprobs", "top_logprobs needs logprobs to be true")
+    tools = msgspec.to_builtins(fields.tools or [])
+    thinking = thinking_of(fields.reasoning_effort or (fields.reasoning and fields.reasoning.effort), fields.chat_template_kwargs)
+    common = shared(site, fields, fields.n)
+    choice = chosen_tool(fields.tool_choice, tools)
+    make, notes = await constraint_of(site, thinking=thinking, tools=tools, choice=choice, parallel=fields.parallel_tool_calls is not False,
+                                      format_=schema_of(fields.response_format), lark=fields.grammar, regex=fields.regex)
+    limit = limit_of(fields.max_tokens, "max_tokens") if fields.max_completion_tokens is None else \
+        limit_of(fields.max_completion_tokens, "max_completion_tokens")
+    ids = await encoded(site, messages_of(fields.messages), tools, thinking)
+    n_top = (fields.top_logprobs or 0) if fields.logprobs else -1
+    return Want([ids], max_new_tokens=limit, n_top=n_top, constraint=make, notes=notes, **common)
+
+
+def schema_of(format_: Format | None) -> Mapping[str, object] | None:
+    """`response_format` as `constraint_of` takes it. Raises ApiError."""
+    if format_ is None or format_.type != "json_schema":
+        return None if format_ is None else {"type": format_.type}
+    if format_.json_schema is None:
+        raise bad("response_format", "response_format: json_schema is missing")
+    return {"type": "json_schema", "schema": format_.json_schema.schema}
+
+
+async def _whole(answers: Answers, fields: Fields, head: Head) -> dict[str, object]:
+    """The response that is not streamed."""
+    n = len(answers)
+    blocks: list[list[Block]] = [[] for _ in range(n)]
+    tokens, ends = [[] for _ in range(n)], [None] * n
+    async for i, part in answers:
+        if isinstance(part, Said):
+            tokens[i] += part.tokens
+            for piece in part.pieces:
+                append(blocks[i], piece)
+        elif isinstance(part, End):
+            ends[i] = part
+    choices = []
+    for i, end in enumerate(ends):
+        message = {"role": "assistant", "content": _joined(blocks[i], "content"), "refusal": None}
+        if (thought := _joined(blocks[i], "thought")) is not None:
+            message["reasoning_content"] = thought
+        if calls := [block for block in blocks[i] if block.kind == "call"]:
+            message["tool_calls"] = [{"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.text}}
+                                     for call in calls]
+        elif message["content"] is None:
+            message["content"] = ""
+        choices.append({"index": i, "message": message, "finish_reason": FINISH.get(end.why, end.why),
+                        "logprobs": _logprobs(head.site, tokens[i]) if fields.logprobs else None})
+    return head.object("chat.completion", choices, usage=usage(answers, ends), timings=timings(ends[0]))
+
+
+async def _events(answers: Answers, fields: Fields, head: Head) -> AsyncIterator[bytes]:
+    """The response in chunks."""
+    def chunk(i: int, delta: dict, finish: str | None = None, tokens=(), **more: object) -> bytes:
+        logprobs = _logprobs(head.site, tokens) if fields.logprobs and tokens else None
+        choice = {"index": i, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        return event(head.object("chat.completion.chunk", [choice], **more))
+
+    for i in range(len(answers)):
+        yield chunk(i, {"role": "assistant", "content": ""})
+    ends: list[End] = []
+    async for i, part in answers:
+        if isinstance(part, Progress) and fields.return_progress:
+            yield chunk(i, {}, prompt_progress=progress_of(part))
+        elif isinstance(part, Said):
+            tokens = part.tokens
+            for delta in filter(None, map(_delta, part.pieces)):
+                yield chunk(i, delta, tokens=tokens)
+                tokens = ()
+            if tokens and fields.logprobs:
+                yield chunk(i, {}, tokens=tokens)
+        elif isinstance(part, End):
+            ends.append(part)
+            yield chunk(i, {}, FINISH.get(part.why, part.why), timings=timings(part))
+    if fields.stream_options is not None and fields.stream_options.include_usage:
+        yield event(head.object("chat.completion.chunk", [], usage=usage(answers, ends)))
+    yield DONE
+
+
+def call_id() -> str:
+    """A new one."""
+    return f"call_{uuid4().hex[:24]}"
+
+
+def progress_of(part: Progress) -> dict[str, int]:
+    """llama-server's `prompt_progress`."""
+    reading = part.reading
+    return {"total": reading.n_prompt, "cache": reading.reused, "processed": reading.n_read, "time_ms": round(part.seconds * 1000)}
+
+
+def usage(answers: Answers, ends: list[End]) -> dict[str, object]:
+    """Tokens of a response. A prompt counts once, however many answers it has."""
+    n_generated = sum(end.n_generated for end in ends)
+    cached = min((end.stats.reused for end in ends), default=0)
+    return {"prompt_tokens": answers.n_prompt, "completion_tokens": n_generated, "total_tokens": answers.n_prompt + n_generated,
+            "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def _delta(piece: Piece) -> dict[str, object] | None:
+    if isinstance(piece, Content):
+        return {"content": piece.text}
+    if isinstance(piece, Thought):
+        return {"reasoning_content": piece.text}
+    if isinstance(piece, CallStart):
+        function = {"name": piece.name, "arguments": ""}
+        return {"tool_calls": [{"index": piece.index, "id": call_id(), "type": "function", "function": function}]}
+    if isinstance(piece, CallArguments):
+        return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.json}}]}
+    return None
+
+
+def _joined(blocks: list[Block], kind: str) -> str | None:
+    texts = [block.text for block in blocks if block.kind == kind]
+    return "".join(texts) if texts else None
+
+
+def _logprobs(site: Site, tokens) -> dict[str, object]:
+    def entry(i: int, logprob: float) -> dict[str, object]:
+        text, raw = spelled(site.tokenizer, i)
+        return {"token": text, "logprob": logprob, "bytes": raw}
+
+    return {"content": [{**entry(token.id, token.logprob), "top_logprobs": [entry(*top) for top in token.top]} for token in tokens],
+            "refusal": None}

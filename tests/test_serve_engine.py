@@ -1,0 +1,147 @@
+"""The whole server with the built-in model: the same bits beside others, places that are given back, grammars, restarts."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import pytest
+from serving import on_a_port, until
+
+import refimpl
+from refimpl.decode.prefixes import Prefixes
+from refimpl.decode.request import SOURCES, Done, Request
+from refimpl.decode.sampling import Sampler, Sampling
+from refimpl.serve.check import check_server
+from refimpl.serve.engine import Engine
+from refimpl.serve.scheduler import Scheduler
+
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "description": {"type": "string", "maxLength": 12},
+                                           "enabled": {"type": "boolean"}}, "required": ["name", "description", "enabled"],
+          "additionalProperties": False}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model = refimpl.load()
+    return model, refimpl.load_drafter(None, model)
+
+
+@pytest.fixture
+def engine(pair):
+    model, drafter = pair
+    made = Engine(Scheduler(model, Prefixes(model, 1 << 28), 2048, drafter=drafter, most_running=6))
+    yield made
+    made.close()
+
+
+def ask(url, path="/v1/completions", **fields):
+    request = urllib.request.Request(url + path, json.dumps(fields).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def test_answers_are_the_same_alone_and_beside_others(engine):
+    with on_a_port(engine, drafts=SOURCES) as (url, _):
+        result = check_server(url, n=6)
+        assert result["ok"] and result["differ"] == {"alone again": [], "beside others": []}, result["first"]
+        until(lambda: not engine.n_running and not engine.n_waiting)
+
+
+def test_the_check_notices_a_server_whose_answers_depend_on_others(engine, monkeypatch):
+    """One generator for all requests: what mlx_lm.server avoids by not batching."""
+    import numpy as np
+
+    shared, init = np.random.default_rng(1), Sampler.__init__
+
+    def leaky(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self._random = shared
+    monkeypatch.setattr(Sampler, "__init__", leaky)
+    with on_a_port(engine, drafts=SOURCES) as (url, _):
+        result = check_server(url, n=3)
+    assert not result["ok"] and result["differ"]["alone again"] and 0 not in result["differ"]["beside others"], "greedy ones stay"
+    assert result["first"]["at first"] != result["first"]["then"]
+
+
+def test_the_answer_is_the_librarys(engine, pair):
+    want = refimpl.generate(pair[0], "class Stack:", max_new_tokens=40, temperature=0.8, seed=11)
+    with on_a_port(engine, drafts=SOURCES) as (url, _):
+        got = ask(url, prompt="class Stack:", max_tokens=40, temperature=0.8, seed=11)
+    assert got["choices"][0]["text"] == want.text and got["usage"]["completion_tokens"] == len(want.ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_schema_is_kept_and_forced_tokens_are_drafts(pair, temperature):
+    """With drafts from anywhere and without any: the same text; what the grammar forces is accepted."""
+    model, drafter = pair
+    engine = Engine(Scheduler(model, Prefixes(model, 1 << 28), 2048, drafter=drafter, draft_max=4))
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+
+    def answer(drafts):
+        with on_a_port(engine, drafts=drafts) as (url, _):
+            return ask(url, prompt="{", max_tokens=120, temperature=temperature, seed=3, response_format=wanted)
+    plain, drafted = answer(()), answer(SOURCES)
+    engine.close()
+    text = drafted["choices"][0]["text"]
+    assert text == plain["choices"][0]["text"] and set(json.loads(text)) == set(SCHEMA["required"])
+    assert drafted["timings"]["draft_n_accepted"] > 5
+
+
+def test_who_goes_away_frees_the_place(engine):
+    body = json.dumps({"prompt": "x", "max_tokens": 1900, "stream": True}).encode()
+    with on_a_port(engine) as (url, port):
+        def leave():
+            request = urllib.request.Request(url + "/v1/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                response.read(300)
+        threads = [threading.Thread(target=leave) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        until(lambda: not engine.n_running and not engine.n_waiting)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+            assert "refimpl_requests_running 0.0" in response.read().decode()
+
+
+def test_what_waits_when_it_is_stopped_is_told(pair):
+    model, _ = pair
+    engine, events = Engine(Scheduler(model, Prefixes(model, 1 << 28), 512, most_running=1)), []
+
+    async def main():
+        answers = [await engine.submit(Request([2, 300 + i], Sampling(seed=i))) for i in range(3)]
+        await asyncio.to_thread(engine.close)
+        for answer in answers:
+            events.append([event async for event in answer][-1])
+        with pytest.raises(RuntimeError, match="being stopped"):
+            await engine.submit(Request([2], Sampling()))
+    asyncio.run(main())
+    assert [type(event) for event in events] == [Done] * 3 and {event.stats.stop for event in events} <= {"gone", "context"}
+
+
+def test_the_command_stops_saves_and_goes_on(tmp_path):
+    """SIGTERM: what has been read is on the disk, and the next start knows it. A port that is taken is one line."""
+    environment = os.environ | {"REFIMPL_API_KEY": "k"}
+    arguments = [sys.executable, "-m", "refimpl", "serve", "--port", "0", "--cache-dir", str(tmp_path)]
+    known = []
+    for _ in range(2):
+        server = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
+        line = next(line for line in server.stderr if "http://" in line)
+        url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+        request = urllib.request.Request(url + "/v1/completions", json.dumps({"prompt": "def f():\n" * 40, "max_tokens": 3}).encode(),
+                                         {"Content-Type": "application/json", "Authorization": "Bearer k"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            known.append(json.load(response)["usage"]["prompt_tokens_details"]["cached_tokens"])
+        taken = subprocess.run([*arguments[:4], "--port", url.rpartition(":")[2], "--cache-dir", "none"], capture_output=True, text=True,
+                               env=environment) if not known[:-1] else None
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0 and "stopped" in server.stderr.read()
+        if taken is not None:
+            assert taken.returncode == 1 and re.search("^refimpl: cannot listen on 127.0.0.1:.*another --port", taken.stderr, re.MULTILINE)
+    assert known[0] == 0 and known[1] > 100
