@@ -23,7 +23,7 @@ CLOSING = [i for i in range(TOKENIZER.n_vocab) if TOKENIZER.token(i) in ('"', "}
 
 def walk(rules: Grammar, seed: int, most: int = 600) -> list[int]:
     """An answer by random logits that ask for its end more and more. Checks every mask and every draft."""
-    random, ids = np.random.default_rng(seed), []
+    random, ids, promised = np.random.default_rng(seed), [], []
     sampler = Sampler(Sampling(temperature=0), constraint=rules)
     while not ids or ids[-1] not in TOKENIZER.end_of_generation:
         assert len(ids) < most, TOKENIZER.decode(ids, special=True)
@@ -35,7 +35,10 @@ def walk(rules: Grammar, seed: int, most: int = 600) -> list[int]:
         allowed_V = masked_V != -np.inf
         assert allowed_V.any() and np.array_equal(masked_V[allowed_V], logits_V[allowed_V])
         assert np.array_equal(rules.mask(logits_V), masked_V)           # `forced` changes nothing
-        assert not forced or allowed_V[forced[0]]
+        assert forced[:len(promised)] == promised, "what was forced stays so"
+        if forced and forced[0] not in TOKENIZER.end_of_generation:
+            assert np.flatnonzero(allowed_V).tolist() == forced[:1], "a draft that is always accepted"
+        promised = forced[1:]
         ids.append(sampler.pick(logits_V))
     assert set(np.flatnonzero(rules.mask(logits_V) != -np.inf)) == TOKENIZER.end_of_generation       # nothing follows the end
     return ids[:-1]

@@ -13,7 +13,7 @@ import refimpl
 from refimpl.decode.generate import plain
 from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.request import SOURCES, Done, Failed, Reading, Request, Token
-from refimpl.decode.run import Run
+from refimpl.decode.run import Run, token_of
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.snapshots import Snapshots
 from refimpl.model.cache import ContextFull
@@ -55,7 +55,7 @@ class EveryOther:
 
 def request(model, ids, n_new, sampling, constrained=False, drafts=SOURCES) -> Request:
     extra = {"constraint": EveryOther(model.tokenizer.end_of_generation)} if constrained else {}
-    return Request(ids, sampling, n_new, n_top=2, drafts=drafts, **extra)
+    return Request(ids, sampling, n_new, n_top=4, drafts=drafts, **extra)
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def cold(model, ids, n_new, sampling, constrained):
     for new, logit_V in zip(made, seen):
         log_p_V = logit_V.astype(np.float64) - logit_V.max()
         log_p_V -= np.log(np.exp(log_p_V).sum())
-        best = sorted(range(len(logit_V)), key=lambda i: (-logit_V[i], i))[:2]
+        best = sorted(range(len(logit_V)), key=lambda i: (-logit_V[i], i))[:4]
         tokens.append((new, log_p_V[new], [(i, log_p_V[i]) for i in best]))
     return tokens
 
@@ -136,6 +136,14 @@ def test_companions_change_nothing(models, shape, events, ram, most, latency, dr
     assert not scheduler.has_work
     for _, got, case in asked:
         compare(got, cold(model, *case), whole=got[-1].stats.stop != "gone")
+
+
+def test_of_equal_tokens_the_lower_id_is_named_first():
+    logit_V = np.array([1, 3, 2, 3, 2, 2], np.float32)
+    for n, want in ((0, []), (1, [1]), (2, [1, 3]), (3, [1, 3, 2]), (4, [1, 3, 2, 4]), (9, [1, 3, 2, 4, 5, 0])):
+        token = token_of(3, logit_V, n)
+        assert [i for i, _ in token.top] == want and token.logprob == pytest.approx(3 - np.log(np.exp(logit_V).sum()))
+    assert token_of(3, logit_V, -1) == Token(3)
 
 
 def test_the_needle(models):

@@ -1,7 +1,8 @@
 """Grammars that an answer must follow: JSON by a schema, a regular expression, Lark or GBNF, tool calls. llguidance does the parsing.
 
 Every function returns a Grammar for one answer. With `thinking` the answer may begin with a thought, `<|channel>thought ... <channel|>`,
-in which anything goes. End-of-generation tokens are allowed exactly where the grammar can end.
+in which anything goes. End-of-generation tokens are allowed exactly where the grammar can end. Where only one text can follow, its tokens
+are those that the tokenizer makes of it, and no others are allowed: so they are drafts that are always accepted.
 
 Grammars come from strangers: texts, their nesting, and the work and memory llguidance may spend on one are bounded, and what is beyond
 is a ValueError of one line. So is a grammar that allows nothing.
@@ -36,8 +37,9 @@ STACK_BYTES = 256 * 1024 * 1024
 LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_items_in_row": 2000,
           "max_lexer_states": 50_000, "max_grammar_size": 100_000, "verbose_errors": False}
 """Of llguidance: about 50 ms to build a lexer's expressions, 15 ms a token, 100 MB of states."""
-JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}", "coerce_one_of": True}
-"""Bounded white space: a model can write it for ever. oneOf is read as anyOf: that no other branch fits cannot be told in advance."""
+JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
+"""In one line: a model can write white space for ever, and what it has no choice about takes no time. oneOf is read as anyOf: that no other
+branch fits cannot be told in advance."""
 ANY = r"(?s:.)"
 JSON_STRING = r'"(?:[^"\\]|\\.)*"'
 
@@ -60,6 +62,7 @@ class Grammar:
         self._end = tokenizer.eos if end is None else end
         parser_tokenizer, limits = _parser_tokenizer(tokenizer), LLParserLimits(**LIMITS)
         self._matcher = _on_a_large_stack(lambda: LLMatcher(parser_tokenizer, grammar, log_level=0, limits=limits))
+        self._forced: list[int] = []            # what must follow, in order
         self._allowed_V = np.zeros(0, bool)
         self._is_current = False
         self._allowed()
@@ -77,14 +80,12 @@ class Grammar:
         if not self._matcher.consume_token(int(token)):
             raise ValueError(f"token {token} does not follow the grammar: {_line(self._matcher.get_error())}")
         self._is_current = False
+        del self._forced[:1]
 
     def forced(self) -> list[int]:
         """The tokens of the text that must come next; where nothing can, an end-of-generation token."""
-        if self._matcher.is_error():
-            return []
-        if self._matcher.is_stopped():
-            return [self._end]
-        return self._matcher.compute_ff_tokens()
+        self._allowed()
+        return [self._end] if self._matcher.is_stopped() else list(self._forced)
 
     def _allowed(self) -> np.ndarray:
         """Whether each token is allowed now."""
@@ -96,6 +97,11 @@ class Grammar:
                 raise ValueError(f"grammar: {_line(self._matcher.get_error())}")
             if self._matcher.is_error() or not self._allowed_V.any():
                 raise ValueError("grammar: nothing is allowed here, neither a token nor the end")
+            if not self._forced and not self._matcher.is_stopped():
+                self._forced = self._matcher.compute_ff_tokens()
+            if self._forced:
+                self._allowed_V = np.zeros_like(self._allowed_V)
+                self._allowed_V[self._forced[0]] = True
             self._is_current = True
         return self._allowed_V
 

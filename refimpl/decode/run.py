@@ -144,7 +144,7 @@ class Run:
             if new in self.model.tokenizer.end_of_generation:
                 stats.stop = "end"
                 break
-            tokens.append(_token(new, logit_V, self.request.n_top))
+            tokens.append(token_of(new, logit_V, self.request.n_top))
             self.ids.append(new)
             stats.n_generated += 1
             if (len(self.ids) - 1) % POINT == 0:
@@ -210,11 +210,13 @@ def observe(draft_length: DraftLength, rounds: Sequence[Round]):
     draft_length.cost(round(n_drafted / len(rounds)), steps, rounds[0].verify_seconds)
 
 
-def _token(new: int, logit_V: np.ndarray, n_top: int) -> Token:
+def token_of(new: int, logit_V: np.ndarray, n_top: int) -> Token:
+    """The token, with the logarithm of its probability and the `n_top` most probable ones; -1: alone."""
     if n_top < 0:
         return Token(new)
     logit_V = logit_V.astype(np.float64)
     log_sum = logit_V.max() + np.log(np.exp(logit_V - logit_V.max()).sum())
-    id_K = np.argpartition(-logit_V, n_top)[:n_top] if 0 < n_top < len(logit_V) else np.arange(len(logit_V))[:n_top]
-    id_K = id_K[np.lexsort((id_K, -logit_V[id_K]))]          # of equal ones the lower id first
+    n_top = min(n_top, len(logit_V))
+    id_K = np.flatnonzero(logit_V >= np.partition(logit_V, -n_top)[-n_top]) if n_top else np.arange(0)
+    id_K = id_K[np.lexsort((id_K, -logit_V[id_K]))][:n_top]             # of equal ones the lower id first
     return Token(new, float(logit_V[new] - log_sum), [(int(i), float(logit_V[i] - log_sum)) for i in id_K])
