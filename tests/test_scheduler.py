@@ -255,13 +255,15 @@ def test_where_memory_is_short_the_latest_waits_on_the_disk(models, tmp_path):
 def test_a_failing_constraint_fails_alone(models):
     model, _ = models["built-in"]
 
-    class Broken(EveryOther):
-        def accept(self, token):
-            raise ValueError("broken")
-    scheduler = Scheduler(model, Prefixes(model, ENOUGH), N_CTX)
-    got, _ = run_all(scheduler, [Request(prompt(9), SAMPLINGS[0], 9, Broken((1,))), request(model, prompt(9), 9, SAMPLINGS[0])])
-    assert isinstance(got[0][-1], Failed) and str(got[0][-1].error) == "broken"
-    compare(got[1], cold(model, tuple(prompt(9)), 9, SAMPLINGS[0], False))
+    def broken(*_):
+        raise ValueError("broken")
+    for where in ("mask", "accept", "forced"):
+        scheduler, constraint = Scheduler(model, Prefixes(model, ENOUGH), N_CTX, draft_max=2), EveryOther((1,))
+        setattr(constraint, where, broken)
+        got, _ = run_all(scheduler, [Request(prompt(9), SAMPLINGS[0], 9, constraint, drafts=SOURCES),
+                                     request(model, prompt(9), 9, SAMPLINGS[0])])
+        assert isinstance(got[0][-1], Failed) and str(got[0][-1].error) == "broken", where
+        compare(got[1], cold(model, tuple(prompt(9)), 9, SAMPLINGS[0], False))
 
 
 def test_a_failing_model_fails_all_and_the_next_one_runs(models, monkeypatch):

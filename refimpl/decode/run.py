@@ -3,6 +3,7 @@
 What a run gives does not depend on the runs beside it: each row has the bits that it has alone, and all else is the run's own.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -174,28 +175,36 @@ def step(model: Model, runs: Sequence[Run], n_read: Sequence[int], draft_length:
     drafting = [run for run in runs if run.drafts] if not any(run.reading for run in runs) else []
     n_draft = draft_length.choose() if any(run.uses_drafter for run in drafting) else 0
     for run in drafting:
-        run.propose(n_draft, draft_length)
-    rows = [run.begin(n) for run, n in zip(runs, n_read)]
-    counted = [run.stats.draft for run, ids in zip(runs, rows) if run in drafting and len(ids) > 1]
+        with _errors_of(run):
+            run.propose(n_draft, draft_length)
+    parts = [(run, run.begin(n)) for run, n in zip(runs, n_read) if run.error is None]
+    counted = [run.stats.draft for run, ids in parts if run in drafting and len(ids) > 1]
+    if not parts:
+        return [[] for _ in runs]
     started = time.perf_counter()
-    state_TD = model.forward_together(np.array([i for ids in rows for i in ids]), [(run.cache, len(ids)) for run, ids in zip(runs, rows)],
+    state_TD = model.forward_together(np.array([i for _, ids in parts for i in ids]), [(run.cache, len(ids)) for run, ids in parts],
                                       counting_experts(counted) if counted else no_tap)
-    ends = np.cumsum([len(ids) for ids in rows])
-    n_logits = [run.n_logits(len(ids)) for run, ids in zip(runs, rows)]
+    ends = np.cumsum([len(ids) for _, ids in parts])
+    n_logits = [run.n_logits(len(ids)) for run, ids in parts]
     wanted_N = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, n_logits)])
     logit_NV = model.head(state_TD[wanted_N]) if len(wanted_N) else np.empty((0, model.config.n_vocab), np.float32)
     seconds = time.perf_counter() - started
-    tokens, first = [], 0
-    for run, ids, end, n in zip(runs, rows, ends, n_logits):
-        try:
-            tokens.append(run.finish(state_TD[end - len(ids):end], logit_NV[first:first + n], seconds))
-        except Exception as error:              # of this run's constraint or sampler
-            run.error = error
-            tokens.append([])
+    tokens, first = {}, 0
+    for (run, ids), end, n in zip(parts, ends, n_logits):
+        with _errors_of(run):
+            tokens[run] = run.finish(state_TD[end - len(ids):end], logit_NV[first:first + n], seconds)
         first += n
-    if drafting:
-        observe(draft_length, [run.round for run in drafting if run.error is None])
-    return tokens
+    observe(draft_length, [run.round for run in drafting if run.error is None])
+    return [tokens.get(run, []) for run in runs]
+
+
+@contextlib.contextmanager
+def _errors_of(run: Run):
+    """What its constraint or sampler raises is this run's error, and nobody else's."""
+    try:
+        yield
+    except Exception as error:
+        run.error = error
 
 
 def observe(draft_length: DraftLength, rounds: Sequence[Round]):
