@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 
 import pytest
@@ -145,3 +146,20 @@ def test_the_command_stops_saves_and_goes_on(tmp_path):
         if taken is not None:
             assert taken.returncode == 1 and re.search("^refimpl: cannot listen on 127.0.0.1:.*another --port", taken.stderr, re.MULTILINE)
     assert known[0] == 0 and known[1] > 100
+
+
+def test_a_model_without_turns_ends_and_has_no_tools(engine):
+    """The built-in one would write until its context is full."""
+    message = [{"role": "user", "content": "def f():"}]
+    with on_a_port(engine) as (url, _):
+        assert ask(url, "/v1/chat/completions", messages=message, seed=1)["usage"]["completion_tokens"] <= 128
+        assert ask(url, "/v1/responses", input="def f():", seed=1)["usage"]["output_tokens"] <= 128
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(url, "/v1/chat/completions", messages=message, tools=[{"type": "function", "function": {"name": "f"}}])
+        assert refused.value.code == 400 and "does not know tools" in refused.value.read().decode()
+
+
+def test_a_server_that_cannot_be_asked_is_one_line():
+    for url, words in (("http://127.0.0.1:9", "127.0.0.1:9/v1/completions: .*refused"), ("localhost", "no address of a server")):
+        with pytest.raises(ValueError, match=words):
+            check_server(url)

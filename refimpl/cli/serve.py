@@ -85,7 +85,8 @@ def serve(
     try:
         listening = listen(settings)
     except OSError as error:
-        raise Failure(f"cannot listen on {host}:{port}: {error.strerror or error}; another --port or --host may be free") from None
+        why = str(error.strerror or error).partition(" (")[0]          # Python adds the address
+        raise Failure(f"cannot listen on {host}:{port}: {why}; another --port or --host may be free") from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     errors.print(f"{m.name}: {address}/v1 (OpenAI), {address} (Anthropic); context {n_ctx}, {parallel} answers at a time, "
                  f"{prefixes.budget / 1e9:.2f} GB for what is read; Ctrl-C ends")

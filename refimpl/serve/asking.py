@@ -125,11 +125,11 @@ def seed_of(seed: int | None) -> int:
     return secrets.randbits(31) if seed is None else seed
 
 
-def limit_of(value: int | None, name: str) -> int:
-    """A number of new tokens; -1, or nothing: until the text or the context ends. Raises ApiError."""
+def limit_of(value: int | None, name: str, default: int = -1) -> int:
+    """A number of new tokens; -1: until the text or the context ends. Raises ApiError."""
     if value is not None and value < -1:
         raise bad(name, f"{name} must be at least 0, or -1 for no limit")
-    return -1 if value is None else value
+    return default if value is None else value
 
 
 def checked_stops(stops: tuple[str, ...], name: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ N_NEW = 24              # tokens of an answer
 WAYS = ("alone again", "beside others")
 
 
-class ServerError(Exception):
+class ServerError(ValueError):
     """The server cannot be asked. One line."""
 
 

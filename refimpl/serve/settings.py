@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 from refimpl.decode.draft_length import DRAFTER
 from refimpl.serve.metrics import Metrics
+from refimpl.text.templates import CONTINUATION_TEMPLATE
 
 if TYPE_CHECKING:
     from refimpl.serve.engine import Engine
     from refimpl.text.tokenizer import Tokenizer
 
+CONTINUED = 128
+"""Tokens of an answer by a model that does not know when to stop."""
 MAX_CHOICES = 64
 """Answers to one request: n times the number of prompts."""
 
@@ -63,3 +66,8 @@ class Site:
     def template(self) -> str | None:
         """The model's chat template."""
         return self.engine.model.file.metadata.get("tokenizer.chat_template")
+
+    @property
+    def default_limit(self) -> int:
+        """New tokens of an answer in a conversation where none is given: no limit (-1), but for a model that has no turns to end."""
+        return CONTINUED if self.template == CONTINUATION_TEMPLATE else -1

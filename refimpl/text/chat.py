@@ -68,6 +68,8 @@ def render_chat(template: str | None, messages: list[dict], *, bos_token: str, e
                  "documents": None,
                  "add_generation_prompt": bool(add_generation_prompt), "enable_thinking": bool(thinking),
                  "bos_token": bos_token, "eos_token": eos_token}
+    if tools and "tools" not in template:
+        raise ChatError("the chat template of this model does not know tools")
     request = _plain_json({"template": template, "variables": variables})
     if _is_trusted(template):
         reply = _reply(request)

@@ -138,7 +138,7 @@ async def _want(site: Site, fields: Fields) -> Want:
     choice = chosen_tool(fields.tool_choice, tools)
     make, notes = await constraint_of(site, thinking=thinking, tools=tools, choice=choice, parallel=fields.parallel_tool_calls is not False,
                                       format_=schema_of(fields.response_format), lark=fields.grammar, regex=fields.regex)
-    limit = limit_of(fields.max_tokens, "max_tokens") if fields.max_completion_tokens is None else \
+    limit = limit_of(fields.max_tokens, "max_tokens", site.default_limit) if fields.max_completion_tokens is None else \
         limit_of(fields.max_completion_tokens, "max_completion_tokens")
     ids = await encoded(site, messages_of(fields.messages), tools, thinking)
     n_top = (fields.top_logprobs or 0) if fields.logprobs else -1
