@@ -101,7 +101,7 @@ class Run:
         """The ids to run next: of the prompt at most `n_read`, then the latest token and what was drafted."""
         if self.reading:
             length = self.cache.length
-            return self.ids[length:min(length + n_read, self._n_read, (length // POINT + 1) * POINT)]
+            return self.ids[length:min(length + min(n_read, self.cache.max_rows), self._n_read, (length // POINT + 1) * POINT)]
         return [self._sequence.token, *self._drafted[0]]
 
     def n_logits(self, n_rows: int) -> int:
