@@ -46,8 +46,6 @@ CacheRead = Annotated[str, typer.Option("--cache-read", metavar="SIZE", help="wh
 SessionName = Annotated[str | None, typer.Option("--session", metavar="NAME", show_default=False, help="go on where the conversation of "
                                                  "this name was left, and keep it on disk (/sessions lists them)")]
 
-CONTINUED = 128         # tokens of an answer by a model that has no turns
-
 
 @app.command()
 def chat(
@@ -71,11 +69,10 @@ def chat(
     from refimpl.cli.conversation.commands import resumed
     from refimpl.cli.conversation.turns import Conversation
     from refimpl.decode.session import Session
-    from refimpl.kernels.machine.cache_folder import cache_root
-    from refimpl.text.templates import CONTINUATION_TEMPLATE
+    from refimpl.text.templates import CONTINUATION_TEMPLATE, CONTINUED
 
     budget, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
-    folder = None if cache_dir == "none" or not limit else cache_root() if cache_dir is None else Path(cache_dir)
+    folder = folder_of(cache_dir, limit)
     path = None if session is None else transcript.session_path(session)
     with transcript.alone(path):
         earlier = earlier_of(path)
@@ -104,6 +101,15 @@ def chat(
             on_terminal(talk)
         else:
             piped(talk)
+
+
+def folder_of(cache_dir: str | None, limit: int) -> Path | None:
+    """Where --cache-dir says that what has been read is kept on the disk; None: nowhere, as it is where --cache-read allows no bytes."""
+    from refimpl.kernels.machine.cache_folder import cache_root
+
+    if cache_dir == "none" or not limit:
+        return None
+    return cache_root() if cache_dir is None else Path(cache_dir)
 
 
 def earlier_of(path: Path | None):

@@ -1,6 +1,5 @@
 """serve."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +24,7 @@ from refimpl.cli.app import (
     load,
     n_bytes,
 )
-from refimpl.cli.chat import CacheDir, CacheRead
+from refimpl.cli.chat import CacheDir, CacheRead, folder_of
 
 CONTEXT = 32768         # tokens; the models' own, 131,072 and more, would promise memory that few have
 
@@ -60,10 +59,8 @@ def serve(
     Without -m it is the built-in model. Ctrl-C ends it.
     """
     from refimpl.decode.prefixes import Prefixes
-    from refimpl.decode.request import SOURCES
     from refimpl.decode.snapshots import Snapshots
     from refimpl.host import available
-    from refimpl.kernels.machine.cache_folder import cache_root
     from refimpl.serve.app import make_app
     from refimpl.serve.connections import listen, run
     from refimpl.serve.engine import Engine
@@ -71,7 +68,7 @@ def serve(
     from refimpl.serve.settings import Settings
 
     ram, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
-    folder = None if cache_dir == "none" or not limit else cache_root() if cache_dir is None else Path(cache_dir)
+    folder = folder_of(cache_dir, limit)
     path = fetched(model, positional)
     m = load(path, "kernels", arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
     drafting = drafting_of(m, path, draft, draft_max, 0.0, draft_head)
@@ -79,7 +76,7 @@ def serve(
     prefixes = Prefixes(m, available() // 2 if ram is None else ram, None if folder is None else Snapshots(folder, m, limit))
     scheduler = Scheduler(m, prefixes, n_ctx, drafter=drafting.get("drafter"), draft_max=drafting["draft_max"], most_running=parallel,
                           most_waiting=queue, latency=latency_ms / 1000)
-    settings = Settings(host=host, port=port, name=m.name, api_key=api_key or None, cors=cors, allowed_hosts=allowed_host, drafts=SOURCES)
+    settings = Settings(host=host, port=port, name=m.name, api_key=api_key or None, cors=cors, allowed_hosts=allowed_host)
     if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         errors.print("note: everybody who reaches this machine can use the server; --api-key asks them for a key")
     try:

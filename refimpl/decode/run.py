@@ -42,11 +42,11 @@ class Run:
         """
         self.model, self.request, self.prefixes, self.ids = model, request, prefixes, list(request.ids)
         self.uses_drafter = drafter is not None and DRAFTER in request.drafts
-        self.drafts = self.uses_drafter or bool(set(request.drafts) - {DRAFTER})
         self._draft = partial(drafter.draft, min_p=draft_min_p) if self.uses_drafter else None
         repeats = Repeats()
         self._free = {name: offer for name, offer in ((FORCED, lambda n: request.constraint.forced()[:n]),
                                                       (REPEAT, lambda n: repeats.offer(self.ids, n))) if name in request.drafts}
+        self.drafts = self.uses_drafter or bool(self._free)
         self._sampler = Sampler(request.sampling, model.tokenizer.suppress, request.constraint)
         self._limit = n_ctx if request.max_new_tokens == -1 else request.max_new_tokens
         self.error: Exception | None = None

@@ -12,7 +12,7 @@ from anyio.to_thread import run_sync
 
 from refimpl.decode import grammar
 from refimpl.decode.constraint import FREE, Constraint
-from refimpl.decode.request import FORCED, Request
+from refimpl.decode.request import Request
 from refimpl.decode.sampling import Sampling
 from refimpl.serve.errors import bad
 from refimpl.serve.settings import MAX_CHOICES, Site
@@ -90,7 +90,7 @@ class Want:
         for i, ids in enumerate(ids for ids in self.prompts for _ in range(self.n)):
             constraint = await run_sync(self.constraint)
             sampling = replace(self.sampling, seed=self.seed + i)
-            made.append(Request(ids, sampling, self.max_new_tokens, constraint, self.n_top, (*drafts, FORCED)))
+            made.append(Request(ids, sampling, self.max_new_tokens, constraint, self.n_top, drafts))
         return made
 
 
@@ -169,7 +169,7 @@ async def constraint_of(site: Site, *, thinking: bool, tools: list[dict], choice
     """
     t = site.tokenizer
     kind = (format_ or {}).get("type", "text")
-    asked: dict[str, Callable[[], Constraint]] = {}
+    asked: dict[str, Callable[[], grammar.Grammar]] = {}
     if tools and choice != "none":
         asked["tools"] = lambda: grammar.tool_calls(t, tools, choice, parallel=parallel, thinking=thinking)
     if kind == "json_object":
@@ -193,7 +193,7 @@ async def constraint_of(site: Site, *, thinking: bool, tools: list[dict], choice
     except ValueError as error:
         raise bad(name, f"{name}: {' '.join(str(error).split())[:400]}") from None
     made = [first]
-    return (lambda: made.pop() if made else make()), getattr(first, "notes", ())
+    return (lambda: made.pop() if made else make()), first.notes
 
 
 class Tool(msgspec.Struct):

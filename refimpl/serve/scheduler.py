@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from refimpl.decode.draft_length import AutoDraftLength, DraftLength, FixedDraftLength
+from refimpl.decode.draft_length import N_TIMINGS, AutoDraftLength, DraftLength, FixedDraftLength
 from refimpl.decode.drafter import Drafter
 from refimpl.decode.generate import make_room
 from refimpl.decode.prefixes import Prefixes, n_common
@@ -23,7 +23,6 @@ from refimpl.model.blocks import BLOCK
 from refimpl.model.cache import cache_bytes
 
 FEWEST = 8              # tokens of a prompt that are read beside answers, however slow the machine is
-N_TIMINGS = 9           # latest timings of which the median counts
 
 
 class Busy(Exception):
@@ -85,7 +84,7 @@ class Costs:
 class Scheduler:
     """The requests of one model. One thread calls `submit`, `cancel` and `step`.
 
-    running  those that have a place, in the order in which they got it
+    running  those that have a place; of those that read, who was served last is last
     waiting  those that have none: the longest first
     """
 
@@ -229,9 +228,10 @@ class Scheduler:
         return self._n_bytes() + need <= self.ram
 
     def _keep_within_memory(self):
-        """What is remembered gets what the running ones leave; where they take too much, the latest one has to wait."""
+        """What is remembered gets what the running ones leave; where they take too much, the one that was asked last has to wait."""
         while self._n_bytes() > self.ram and len(self.running) > 1:
-            ticket = self.running.pop()
+            ticket = max(self.running, key=lambda ticket: ticket.number)
+            self.running.remove(ticket)
             ticket.run.pause()
             ticket.paused = True
             self.waiting.appendleft(ticket)

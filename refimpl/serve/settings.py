@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from refimpl.decode.draft_length import DRAFTER
+from refimpl.decode.request import SOURCES
 from refimpl.serve.metrics import Metrics
-from refimpl.text.templates import CONTINUATION_TEMPLATE
+from refimpl.text.templates import CONTINUATION_TEMPLATE, CONTINUED
 
 if TYPE_CHECKING:
     from refimpl.serve.engine import Engine
     from refimpl.text.tokenizer import Tokenizer
 
-CONTINUED = 128
-"""Tokens of an answer by a model that does not know when to stop."""
 MAX_CHOICES = 64
 """Answers to one request: n times the number of prompts."""
 
@@ -29,7 +27,7 @@ class Settings:
     api_key           asked for by every endpoint but /health; None: nobody is asked
     cors              origins whose pages may read answers ("*": all)
     allowed_hosts     names under which the server is reached, besides localhost, `host` and IP addresses ("*": any)
-    drafts            who may draft tokens (decode/request.py); the grammar of a request always may
+    drafts            who may draft tokens (decode/request.py)
     max_body          bytes of a request
     body_seconds      a request has to be there after so long
     header_seconds    the same for its headers
@@ -43,7 +41,7 @@ class Settings:
     api_key: str | None = None
     cors: Collection[str] = ()
     allowed_hosts: Collection[str] = ()
-    drafts: Collection[str] = (DRAFTER,)
+    drafts: Collection[str] = SOURCES
     max_body: int = 20 << 20
     body_seconds: float = 30.0
     header_seconds: float = 30.0

@@ -1,5 +1,6 @@
 """The chat templates of files made here, written anew: Google's may not be shipped."""
 
+CONTINUED = 128         # tokens of an answer by a model that has no turns, and so does not know when to stop
 CONTINUATION_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"   # of a base model: no turns
 GEMMA4_TEMPLATE = r"""
 {%- set quote = '<|"|>' %}

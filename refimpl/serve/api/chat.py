@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from refimpl.serve.answering import Answers, spelled, streamed, timings
+from refimpl.serve.answering import Answers, spelled, timings
 from refimpl.serve.api.contents import objects, string, text_of
+from refimpl.serve.api.openai import FINISH, CompletionFields, Head, progress_of, respond, schema_of, usage
 from refimpl.serve.asking import (
     MAX_TOP,
     Effort,
-    OpenSamplingFields,
     TemplateOptions,
     Tool,
     Want,
@@ -28,51 +26,23 @@ from refimpl.serve.asking import (
     shared,
     thinking_of,
 )
-from refimpl.serve.body import read
-from refimpl.serve.errors import ApiError, bad, form
+from refimpl.serve.errors import bad
 from refimpl.serve.parts import Block, End, Progress, Said, append
 from refimpl.serve.settings import Site
-from refimpl.serve.sse import DONE, Stream, event, unless_gone
+from refimpl.serve.sse import DONE, event
 from refimpl.text.answer import CallArguments, CallStart, Content, Piece, Thought
 
 ROLES = "system", "developer", "user", "assistant", "tool"
-FINGERPRINT = "refimpl"
-FINISH = {"stop_string": "stop"}
 
 
-class StreamOptions(msgspec.Struct):
-    """`stream_options`."""
-
-    include_usage: bool | None = None
-
-
-class Schema(msgspec.Struct, kw_only=True):
-    """`response_format.json_schema`."""
-
-    name: str | None = None
-    schema: dict[str, Any] | bool
-
-
-class Format(msgspec.Struct):
-    """`response_format`."""
-
-    type: str  # noqa: A003
-    json_schema: Schema | None = None
-
-
-class Fields(OpenSamplingFields, kw_only=True):
+class Fields(CompletionFields, kw_only=True):
     """The parameters that are understood."""
 
     messages: list[Any]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    return_progress: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: Format | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -83,31 +53,7 @@ class Fields(OpenSamplingFields, kw_only=True):
 
 async def endpoint(request: Request) -> Response:
     """One request."""
-    site: Site = request.app.state.site
-    fields, ignored = await read(request, Fields)
-    want = await _want(site, fields)
-    answers = await Answers.begin(site, want)
-    head = Head(f"chatcmpl-{uuid4().hex}", int(time.time()), site)
-    headers = want.headers | ignored
-    if fields.stream:
-        def failed(error: ApiError) -> bytes:
-            return event(form(request.url.path, error)) + DONE
-        return Stream(streamed(answers, _events(answers, fields, head), failed), site.settings.ping_seconds, headers)
-    return JSONResponse(await unless_gone(request, _whole(answers, fields, head)), headers=headers)
-
-
-@dataclass
-class Head:
-    """What all objects of one response begin with."""
-
-    id: str  # noqa: A003
-    created: int
-    site: Site
-
-    def object(self, kind: str, choices: list[dict], **more: object) -> dict[str, object]:  # noqa: A003
-        """One of them."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.site.settings.name, "system_fingerprint": FINGERPRINT,
-                "choices": choices, **more}
+    return await respond(request, Fields, "chatcmpl", _want, _whole, _events)
 
 
 def messages_of(value: object) -> list[dict]:
@@ -143,15 +89,6 @@ async def _want(site: Site, fields: Fields) -> Want:
     ids = await encoded(site, messages_of(fields.messages), tools, thinking)
     n_top = (fields.top_logprobs or 0) if fields.logprobs else -1
     return Want([ids], max_new_tokens=limit, n_top=n_top, constraint=make, notes=notes, **common)
-
-
-def schema_of(format_: Format | None) -> Mapping[str, object] | None:
-    """`response_format` as `constraint_of` takes it. Raises ApiError."""
-    if format_ is None or format_.type != "json_schema":
-        return None if format_ is None else {"type": format_.type}
-    if format_.json_schema is None:
-        raise bad("response_format", "response_format: json_schema is missing")
-    return {"type": "json_schema", "schema": format_.json_schema.schema}
 
 
 async def _whole(answers: Answers, fields: Fields, head: Head) -> dict[str, object]:
@@ -212,20 +149,6 @@ async def _events(answers: Answers, fields: Fields, head: Head) -> AsyncIterator
 def call_id() -> str:
     """A new one."""
     return f"call_{uuid4().hex[:24]}"
-
-
-def progress_of(part: Progress) -> dict[str, int]:
-    """llama-server's `prompt_progress`."""
-    reading = part.reading
-    return {"total": reading.n_prompt, "cache": reading.reused, "processed": reading.n_read, "time_ms": round(part.seconds * 1000)}
-
-
-def usage(answers: Answers, ends: list[End]) -> dict[str, object]:
-    """Tokens of a response. A prompt counts once, however many answers it has."""
-    n_generated = sum(end.n_generated for end in ends)
-    cached = min((end.stats.reused for end in ends), default=0)
-    return {"prompt_tokens": answers.n_prompt, "completion_tokens": n_generated, "total_tokens": answers.n_prompt + n_generated,
-            "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def _delta(piece: Piece) -> dict[str, object] | None:

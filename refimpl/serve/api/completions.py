@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Sequence
-from uuid import uuid4
 
 from anyio.to_thread import run_sync
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from refimpl.decode.request import Token
-from refimpl.serve.answering import Answers, spelled, streamed, timings
-from refimpl.serve.api.chat import FINISH, Format, Head, StreamOptions, progress_of, schema_of, usage
-from refimpl.serve.asking import MAX_TOP, OpenSamplingFields, Want, checked_ids, constraint_of, limit_of, shared
-from refimpl.serve.body import read
-from refimpl.serve.errors import ApiError, bad, form
+from refimpl.serve.answering import Answers, spelled, timings
+from refimpl.serve.api.openai import FINISH, CompletionFields, Head, progress_of, respond, schema_of, usage
+from refimpl.serve.asking import MAX_TOP, Want, checked_ids, constraint_of, limit_of, shared
+from refimpl.serve.errors import bad
 from refimpl.serve.parts import End, Progress, Said
 from refimpl.serve.settings import MAX_CHOICES, Site
-from refimpl.serve.sse import DONE, Stream, event, unless_gone
+from refimpl.serve.sse import DONE, event
 
 DEFAULT_MAX_TOKENS = 16
 """What OpenAI documents. A text has no end of a turn: without a limit most would fill the context."""
 
 
-class Fields(OpenSamplingFields, kw_only=True):
+class Fields(CompletionFields, kw_only=True):
     """The parameters that are understood."""
 
     prompt: str | list[str | int | list[int]]
     max_tokens: int | None = None
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    return_progress: bool | None = None
     logprobs: int | None = None
-    response_format: Format | None = None
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
@@ -42,16 +34,7 @@ class Fields(OpenSamplingFields, kw_only=True):
 
 async def endpoint(request: Request) -> Response:
     """One request."""
-    site: Site = request.app.state.site
-    fields, ignored = await read(request, Fields)
-    want = await _want(site, fields)
-    answers = await Answers.begin(site, want)
-    head, headers = Head(f"cmpl-{uuid4().hex}", int(time.time()), site), want.headers | ignored
-    if fields.stream:
-        def failed(error: ApiError) -> bytes:
-            return event(form(request.url.path, error)) + DONE
-        return Stream(streamed(answers, _events(answers, fields, head), failed), site.settings.ping_seconds, headers)
-    return JSONResponse(await unless_gone(request, _whole(answers, fields, head)), headers=headers)
+    return await respond(request, Fields, "cmpl", _want, _whole, _events)
 
 
 async def _want(site: Site, fields: Fields) -> Want:
