@@ -85,8 +85,9 @@ class Projector:
         cells = isinstance(self.vision, CellConfig)
         _check_image(patches_TP, pos_T2, self.vision, 1 if cells else POOL)
         self._unchanged.check()
+        tower = unified if cells else vision
         with self.backend.running(len(patches_TP)):
-            return (unified if cells else vision).image_tokens(self.vision, self.weights.vision, self.backend, patches_TP, pos_T2, tap_of(tap))
+            return tower.image_tokens(self.vision, self.weights.vision, self.backend, patches_TP, pos_T2, tap_of(tap))
 
     def audio_tokens(self, frames_TM: np.ndarray, tap: Look = no_tap) -> np.ndarray:
         """The soft tokens of one clip, float32 (n, D): one of four mel frames (the last of one to four), float32 (T, 128); of a projector
@@ -101,8 +102,9 @@ class Projector:
         if frames_TM.dtype != np.float32 or frames_TM.ndim != 2 or frames_TM.shape[1] != width or not len(frames_TM):
             raise ValueError(f"expected at least one frame of {width} numbers in float32, got {frames_TM.dtype} of shape {frames_TM.shape}")
         self._unchanged.check()
+        tower = unified if raw else conformer
         with self.backend.running(len(frames_TM)):
-            return (unified if raw else conformer).audio_tokens(self.audio, self.weights.audio, self.backend, frames_TM, tap_of(tap))
+            return tower.audio_tokens(self.audio, self.weights.audio, self.backend, frames_TM, tap_of(tap))
 
 
 def _check_image(patches_TP: np.ndarray, pos_T2: np.ndarray, config: VisionConfig | CellConfig, multiple: int):

@@ -145,7 +145,7 @@ def architecture_of(metadata: Mapping[str, object]) -> str | None:
 
 
 def unknown_keys(metadata: Mapping[str, object]) -> list[str]:
-    """The keys of the file's architecture (`gemma4.*`, `gemma4-assistant.*`, `clip.*`) that this version does not know and therefore ignores."""
+    """The keys of the file's architecture (`gemma4.*`, `gemma4-assistant.*`, `clip.*`) that this version does not know and ignores."""
     architecture = architecture_of(metadata)
     own = [key for key in metadata if key.startswith(f"{architecture}.")]
     return sorted(key for key in own if key.removeprefix(f"{architecture}.") not in KNOWN.get(architecture, ()))

@@ -76,7 +76,8 @@ def gguf_name(name: str) -> str:
     if not (match := _LAYER.fullmatch(name)):
         return _GLOBAL[name]
     vision = name.startswith("vision_tower")
-    blk, own, matrices = f"{'v' if vision else 'a'}.blk.{match[1]}.", *((_VISION, _VISION_MATRICES) if vision else (_AUDIO, _AUDIO_MATRICES))
+    own, matrices = (_VISION, _VISION_MATRICES) if vision else (_AUDIO, _AUDIO_MATRICES)
+    blk = f"{'v' if vision else 'a'}.blk.{match[1]}."
     if match[2] in own:
         return blk + own[match[2]]
     part = _PART.fullmatch(match[2])

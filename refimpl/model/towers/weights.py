@@ -282,7 +282,8 @@ def _conformer_layer(take: Taker, config: ConformerConfig, blk: str) -> Conforme
     d = config.n_embd
     attention = BandAttention(
         norm_before_D=take.vector(blk + "attn_pre_norm.weight", d),
-        query_AD=_linear(take, blk + "attn_q", d, d), key_AD=_linear(take, blk + "attn_k", d, d), value_AD=_linear(take, blk + "attn_v", d, d),
+        query_AD=_linear(take, blk + "attn_q", d, d), key_AD=_linear(take, blk + "attn_k", d, d),
+        value_AD=_linear(take, blk + "attn_v", d, d),
         scale_H=take.vector(blk + "per_dim_scale.weight", config.head_dim),       # softplus is in the file
         relative_AD=take.matrix(blk + "attn_k_rel.weight", d, d),
         output_DA=_linear(take, blk + "attn_out", d, d),
