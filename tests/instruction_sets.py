@@ -15,7 +15,7 @@ from pathlib import Path
 import numba
 import numpy as np
 from filelock import FileLock
-from kernel_cases import ATTENTION, TYPES, attention_case, matrix, ops_cases, rows
+from kernel_cases import ATTENTION, TYPES, attention_case, matrix, ops_cases, rows, tower_cases
 
 import refimpl
 from refimpl.kernels import matmul
@@ -63,7 +63,7 @@ def digests(threads: int, types: dict[str, tuple[str, ...]], paths: list[str], c
     if types != DOT_PRODUCTS:
         for name in ATTENTION:
             found[f"attend, {name}"] = digest(attend(*attention_case(name)))
-        for name, function, arguments in ops_cases():
+        for name, function, arguments in (*ops_cases(), *tower_cases()):
             found[name] = digest(function(*arguments))
     for path in [None, *(paths if types != DOT_PRODUCTS else ())]:
         for arithmetic in ("q8", "exact") if path is None and types["matmul"] == TYPES else ("q8",):

@@ -98,7 +98,8 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, output_type: str
         raise OSError(errno.ENOSPC, f"{n_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", os.fspath(output))
     with progress("MB converted", file.n_bytes, 10**6) as advance:
         advance = releasing(file, advance)
-        write_gguf(output, metadata_for(file, types, output_type), [_deferred(file, info, types[name], advance) for name, info in file.tensors.items()])
+        write_gguf(output, metadata_for(file, types, output_type),
+                   [_deferred(file, info, types[name], advance) for name, info in file.tensors.items()])
     return {"output": str(output), "bytes": output.stat().st_size, "tensors": len(types), "types": dict(Counter(types.values())),
             "converted": sum(types[name] != info.type for name, info in file.tensors.items())}
 
