@@ -66,9 +66,9 @@ def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarra
     """Runs the next tokens of one or more sequences. Returns the final normed states, float32 (T, D).
 
     `sequences`: a cache, and how many of the rows go on in it, at positions cache.length, cache.length + 1, ...; for each sequence, in the
-    order of the rows. `soft`: what negative ids stand for. Writes keys and values into the caches but does not commit them: the caller does,
-    with `cache.advance`. `head` turns states into logits, and a drafter reads them too. `ids_T` must have been checked. transformers:
-    Gemma4TextModel.
+    order of the rows. `soft`: what negative ids stand for. Writes keys and values into the caches but does not commit them: the caller
+    does, with `cache.advance`. `head` turns states into logits, and a drafter reads them too. `ids_T` must have been checked.
+    transformers: Gemma4TextModel.
     """
     for cache, n_rows in sequences:
         cache.reserve(n_rows)

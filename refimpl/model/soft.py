@@ -76,8 +76,8 @@ class Soft:
             part, row = self.place[int(ids_T[t])]
             if part.together:
                 end_T[t] = pos_T[t] - row + part.n
-        if len(ids_T) and (last := end_T.max()) > pos_T[-1] + 1:
-            raise ValueError(f"the soft tokens of a picture see each other and must be read in one call: {last - pos_T[-1] - 1} are missing")
+        if missing := end_T.max(initial=0) - pos_T[-1] - 1:
+            raise ValueError(f"the soft tokens of a picture see each other and must be read in one call: {missing} are missing")
         return end_T
 
     def cut(self, ids: Sequence[int], first: int, end: int) -> int:
