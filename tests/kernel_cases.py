@@ -91,10 +91,15 @@ def ops_cases():
         yield f"rms_normalise {width}", ops.rms_normalise, (x, 1e-6)
         yield f"gated {width}", ops.gated, (x, normal(rng, 3, width))
         yield f"softcap {width}", ops.softcap, (x, 3.0)
+        yield f"layer_norm {width}", ops.layer_norm, (x, weight, normal(rng, width), 1e-5)
+        yield f"silu {width}", ops.silu, (x,)
+        yield f"glu {width}", ops.glu, (normal(rng, 3, 2 * width, scale=4),)
     for n_tok, n_head, head_dim in ((1, 1, 2), (3, 2, 10), (2, 3, 34), (9, 4, 64)):
         yield f"rotate {head_dim}", ops.rotate, (normal(rng, n_tok, n_head, head_dim), *angles(rng, n_tok, head_dim // 2))
     yield "rms_norm heads", ops.rms_norm, (normal(rng, 5, 2, 256), normal(rng, 256), 1e-6)
     yield "rms_norm many", ops.rms_norm, (normal(rng, 301, 741), normal(rng, 741), 1e-6)         # rounding of sums shows in a few rows only
+    yield "layer_norm many", ops.layer_norm, (normal(rng, 301, 741), normal(rng, 741), normal(rng, 741), 1e-5)
+    yield "silu many", ops.silu, (normal(rng, 50_003),)
     yield "gated many", ops.gated, (normal(rng, 50_003), normal(rng, 50_003))
     yield "softcap many", ops.softcap, (normal(rng, 7, 5_001), 30.0)
     yield "rotate many", ops.rotate, (normal(rng, 41, 7, 130), *angles(rng, 41, 65))

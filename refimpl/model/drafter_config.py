@@ -10,6 +10,7 @@ from refimpl.formats.gguf import GGUFError
 from refimpl.model.config import (
     ARCHITECTURE,
     DRAFTER_ARCHITECTURE,
+    PROJECTOR_ARCHITECTURE,
     AttentionType,
     Config,
     DenseFfn,
@@ -40,6 +41,8 @@ def drafter_config_from_gguf(metadata: Mapping[str, object], n_vocab: int, targe
     architecture = architecture_of(metadata)
     if architecture == ARCHITECTURE:
         raise GGUFError(path, None, "this is a model (gemma4), no drafter (gemma4-assistant)")
+    if architecture == PROJECTOR_ARCHITECTURE:
+        raise GGUFError(path, None, "this is a projector (clip), no drafter (gemma4-assistant): give it with --mmproj")
     if architecture != DRAFTER_ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; a drafter is {DRAFTER_ARCHITECTURE}")
     keys, big = Keys(metadata, path, DRAFTER_ARCHITECTURE), 1 << 20
