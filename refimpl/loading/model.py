@@ -27,6 +27,7 @@ from refimpl.model.soft import NO_SOFT, Soft
 from refimpl.model.tap import Look, no_tap, tap_of
 from refimpl.model.weights import Weights, prepare_weights, vocabulary_size, weights_from_gguf
 from refimpl.progress import Advance, Progress, silent
+from refimpl.text.prompt import Projector, Prompt, encode_prompt
 from refimpl.text.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
@@ -113,9 +114,12 @@ class Model:
         with self.backend.running(len(state_TD)):
             return gemma4.head(self.config, self.weights, self.backend, state_TD)
 
-    def logits(self, ids: Sequence[int], tap: Look = no_tap) -> np.ndarray:
-        """The logits at every position of `ids`, float32 (T, V), from an empty cache. `tap` as in `prefill`."""
-        logit_TV = self.head(self.prefill(ids, self.new_cache(), tap))
+    def logits(self, prompt: Prompt, tap: Look = no_tap, projector: Projector | None = None) -> np.ndarray:
+        """The logits at every position, float32 (T, V), from an empty cache. `prompt` in any form (text/prompt.py): ids, text, parts. `tap`
+        as in `prefill`; a `projector` (loading/projector.py) for pictures and sounds.
+        """
+        encoded = encode_prompt(self.tokenizer, self.file.metadata.get("tokenizer.chat_template"), prompt, projector)
+        logit_TV = self.head(self.prefill(encoded.ids, self.new_cache(), tap, soft=encoded.soft))
         tap("result_output", logit_TV)
         return logit_TV
 

@@ -48,12 +48,12 @@ def mel_frames(samples_N: np.ndarray, what: str = "the sound") -> np.ndarray:
     return np.log(magnitudes_FB @ mel_filters() + FLOOR).astype(np.float32)
 
 
-def raw_frames(samples_N: np.ndarray) -> np.ndarray:
-    """Samples at 16 kHz, float32 (N,), -> float32 (T, 640): cut into pieces of 40 ms, zeros behind the last. What the 12B takes.
+def raw_frames(samples_N: np.ndarray, size: int = RAW) -> np.ndarray:
+    """Samples at 16 kHz, float32 (N,), -> float32 (T, size): cut into pieces of 640, 40 ms, zeros behind the last. What the 12B takes.
 
     transformers: Gemma4UnifiedAudioFeatureExtractor.
     """
-    frames_TN = np.zeros((n_raw_tokens(len(samples_N)), RAW), np.float32)
+    frames_TN = np.zeros((-(-len(samples_N) // size), size), np.float32)
     frames_TN.reshape(-1)[:len(samples_N)] = samples_N
     return frames_TN
 

@@ -11,11 +11,13 @@ import numpy as np
 
 from refimpl.media.images import open_image
 from refimpl.media.patches import TOKENS, check_budget
-from refimpl.media.sounds import SECONDS, open_sound
+from refimpl.media.sounds import open_sound
 from refimpl.media.source import Source, name_of
 
 if TYPE_CHECKING:
     import PIL.Image
+
+LONGEST = 3600          # seconds of sound; a projector may take less
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +55,13 @@ class Image:
 class Audio:
     """A sound: a path, the bytes of a file, or (samples (N,) or (N, channels), rate in Hz).
 
-    One of more than `seconds` is refused. E2B and E4B hear 30 s at most; the 12B has no limit but its context, at 25 tokens a second.
+    One of more than `seconds` is refused. E2B and E4B hear 30 s at most, and say so; the 12B has no limit but its context, at 25 tokens a
+    second.
     Raises MediaError (a ValueError) when it is opened.
     """
 
     source: Source | tuple[np.ndarray, int]
-    seconds: float = SECONDS
+    seconds: float = LONGEST
 
     @property
     def name(self) -> str:

@@ -115,11 +115,11 @@ def markers_of(tokenizer: Tokenizer, part: Image | Audio) -> tuple[int, int, int
     """
     kind = _kind(part)
     texts = f"<|{kind}>", f"<|{kind}|>", f"<{kind}|>"
-    found = [tokenizer.encode(text, special=True, bos=False) for text in texts]
-    if missing := next((text for text, ids in zip(texts, found) if len(ids) != 1), None):
-        raise ChatError(f"{part.name}: the vocabulary of this model has no token {missing}; it takes no "
+    found = tuple(tokenizer.id_of(text) for text in texts)
+    if None in found:
+        raise ChatError(f"{part.name}: the vocabulary of this model has no token {texts[found.index(None)]}; it takes no "
                         f"{'pictures' if kind == 'image' else 'sounds'}")
-    return tuple(i for [i] in found)
+    return found
 
 
 def is_list_of_ids(value: object) -> bool:
