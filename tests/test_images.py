@@ -59,16 +59,17 @@ def saved(image, name, **options):
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(MODES)), st.integers(1, 300), st.integers(1, 300), st.sampled_from([70, 70, 70, 140, 280]), st.integers(1, 8),
-       st.booleans())
-def test_patches_are_those_of_transformers(mode, height, width, tokens, orientation, transparent):
+       st.booleans(), st.sampled_from([1, 5_000, images.STRIP]))
+def test_patches_are_those_of_transformers(mode, height, width, tokens, orientation, transparent, strip):
     image, options = picture(mode, height, width), {"exif": PIL.Image.Exif()}
     options["exif"][0x112] = orientation
     if transparent and mode in TRANSPARENT:
         options["transparency"] = TRANSPARENT[mode]
     data = saved(image, MODES[mode], **options)
     expected = PROCESSOR(images=PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))), max_soft_tokens=tokens, return_tensors="np")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("error")
+        patch.setattr(images, "STRIP", strip)
         rgb_HWC = open_image(data, "it")
     values_TZ, positions = patches(pixels(rgb_HWC, tokens))
     n = len(values_TZ)
@@ -90,7 +91,7 @@ def test_every_budget(tokens):
 side = st.one_of(st.integers(1, 5000), st.integers(1, 100), st.integers(1, 1000).map(lambda n: n * 48), st.just(100_000))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(side, side, st.sampled_from(BUDGETS), st.sampled_from([(16, 3), (4, 3), (4, 2)]))
 def test_the_size_is_the_one_of_transformers(height, width, tokens, geometry):
     if height * width <= images.MAX_PIXELS:
@@ -231,6 +232,7 @@ def test_other_budgets_are_refused(make):
         make()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")               # Pillow's, of odd tags
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"]), st.data())
 def test_damaged_files_open_or_are_refused(name, data):

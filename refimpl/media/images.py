@@ -28,7 +28,8 @@ def open_image(source: Source | PIL.Image.Image | np.ndarray, what: str) -> np.n
     Turned upright as EXIF says; what is transparent shows white; then Pillow's `convert("RGB")`, which cuts 16-bit grey at 255 instead of
     scaling it. Of an animation the first frame is taken. As transformers' Gemma4ImageProcessorPil does with a Pillow image (of a path its
     `load_image` drops the alpha channel, so that what lies under it shows).
-    Raises MediaError for what is no picture, is cut, or has more than 100 megapixels; these last are not decoded at all.
+    Raises MediaError for what is no picture, is cut, or has more than 100 megapixels; these last are not decoded at all. The largest
+    ones take 0.8 GB of memory for a moment.
     """
     import PIL.Image
 

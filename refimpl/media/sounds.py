@@ -19,7 +19,7 @@ RATE = 16_000                                       # samples a second that Gemm
 SECONDS = 30                                        # E2B and E4B: 750 tokens
 MIN_RATE, MAX_RATE = 1_000, 768_000                 # of a file
 MAX_CHANNELS = 32
-MAX_BYTES = 4_000_000_000                           # of a file; it is read bit by bit, and no further than the limit in seconds
+MAX_BYTES = 4_000_000_000                           # of a file; read block by block, no further than the limit in seconds
 LOUDEST = 2.0**31                                   # integers that were not scaled pass; float32 does not overflow in a spectrum
 BLOCK = 65_536                                      # samples that are read at a time
 WAV_UNKNOWN = 0x7FFF_0000                           # programs that write to a pipe leave about this or more as the length
@@ -31,8 +31,9 @@ def open_sound(source: Source | tuple[np.ndarray, int], what: str, seconds: floa
 
     Channels are averaged, and another rate is changed by soxr's "HQ" to ceil(N * 16000 / rate) samples: as librosa does it for
     transformers' `load_audio`. Samples are floats around -1 to 1, or int16.
-    Raises MediaError for what is no sound, is empty, cut, or longer than `seconds`, by its header and before it is decoded. It cannot be
-    seen that an OGG file was cut between two pages, or an MP3 file that does not say its length (a variable rate without Xing header).
+    Raises MediaError for what is no sound, is empty, cut, or longer than `seconds`, by its header and before it is decoded. Not seen:
+    that an OGG file was cut between two pages; and an MP3 file of variable rate that does not say its length is read as far as libsndfile
+    guesses.
     """
     if isinstance(source, tuple):
         mono_N, rate = _of_arrays(source, what, seconds)
@@ -55,7 +56,7 @@ def check_sound(n_samples: float, rate: int, n_channels: int, what: str, seconds
     if n_samples < 1:
         raise MediaError(what, "has no samples; there is nothing in it")
     if not n_samples <= seconds * rate:
-        raise MediaError(what, f"lasts {n_samples / rate:,.2f} s, expected at most {seconds:g}; cut it, as in "
+        raise MediaError(what, f"lasts at least {n_samples / rate:,.2f} s, expected at most {seconds:g}; cut it, as in "
                          f"`ffmpeg -i FILE -ss 0 -t {seconds:g} part.wav`")
 
 

@@ -6,7 +6,7 @@ FFmpeg is told the container, by how the file begins: one that is left to guess 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from refimpl.media.images import check_size
 from refimpl.media.source import MediaError, Source, container_of, opened
 
 if TYPE_CHECKING:
-    import av.container
+    import av
 
 FRAMES = 32
 TOKENS = 70                                         # the budget of a frame
@@ -43,9 +43,7 @@ def open_video(source: Source, what: str, frames: int = FRAMES) -> Iterator[Fram
     if frames < 1:
         raise MediaError(what, f"{frames} frames are wanted of it, expected at least 1")
     with _container(source, what) as container:
-        if not container.streams.video:
-            raise MediaError(what, "has no pictures in it; a sound goes where sounds are taken")
-        stream = container.streams.video[0]
+        stream = _first(container.streams.video, what, "pictures")
         check_size(stream.height, stream.width, what)
         rate = float(stream.average_rate or 0)
         total = stream.frames or _count(container, stream)
@@ -76,11 +74,9 @@ def sound_track(file: BinaryIO, kind: str, what: str, check: Callable[[float, in
     what the header says, before anything is decoded.
     """
     with _opened(file, kind, what) as container:
-        if not container.streams.audio:
-            raise MediaError(what, "has no sound in it; a video without sound goes where videos are taken")
-        stream = container.streams.audio[0]
-        seconds = (container.duration or 0) / 1e6
-        check(max(1, seconds * stream.rate), stream.rate, stream.channels)
+        stream = _first(container.streams.audio, what, "sound")
+        known = stream.duration and kind != "aac"               # of bare AAC FFmpeg guesses it
+        check(max(1, float(stream.duration * stream.time_base) * stream.rate) if known else 1, stream.rate, stream.channels)
         to_floats = require("av", "video").AudioResampler(format="fltp")
         for frame in container.decode(stream):
             for block in to_floats.resample(frame):
@@ -109,6 +105,12 @@ def _opened(file: BinaryIO, kind: str, what: str) -> Iterator[av.container.Input
     except (av.FFmpegError, OSError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MediaError(what, f"cannot be decoded as {kind} ({reason}); download it again, or convert it to MP4") from None
+
+
+def _first(streams: Sequence[av.stream.Stream], what: str, kind: str) -> av.stream.Stream:
+    if not streams or streams[0].codec_context is None:         # FFmpeg does not know the codec
+        raise MediaError(what, f"has no {kind} in it that can be decoded; convert it to MP4")
+    return streams[0]
 
 
 def _count(container: av.container.InputContainer, stream: av.video.VideoStream) -> int:
