@@ -58,8 +58,8 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="the GGUF file to write")],
     kind: Annotated[str, typer.Option("--type", help="auto: types unchanged, W4A16 as Q4_0; or F32, F16, BF16, Q8_0, Q4_0, Q4_K, ... "
                                       "(norms and router stay F32; embeddings are Q6_K for types smaller than Q8_0)")] = "auto",
-    mmproj: Annotated[bool, typer.Option("--mmproj", help="instead of the text model, write the part that sees and hears: a "
-                                          "projector")] = False,
+    mmproj: Annotated[bool, typer.Option("--mmproj", help="write the part that sees and hears, a projector, instead of the "
+                                          "text model")] = False,
     force: Force = False, as_json: Json = False,
 ):
     """Write a GGUF file, from a Hugging Face directory or a GGUF."""

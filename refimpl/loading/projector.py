@@ -1,10 +1,15 @@
 """A projector ready to use: the part of a model that turns images and sound into soft tokens, which the text model takes."""
 
+import hashlib
 import os
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from refimpl.formats.gguf import GGUFError
+from refimpl.formats.hashing import sample_hash
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.source import TensorSource, Unchanged
 from refimpl.host import available
@@ -14,8 +19,12 @@ from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
 from refimpl.loading.model import Model, with_progress
 from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
 from refimpl.loading.towers.directory import open_projector
+from refimpl.media.mel import mel_frames, raw_frames
+from refimpl.media.parts import Audio, Image
+from refimpl.media.patches import TOKENS, n_tokens, patches, pixels
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.config import warn_of_unknown_keys
+from refimpl.model.soft import SoftTokens
 from refimpl.model.tap import Look, no_tap, tap_of
 from refimpl.model.towers import conformer, unified, vision
 from refimpl.model.towers.config import POOL, CellConfig, ProjectorConfig, SoundFrameConfig, VisionConfig, projector_config_from_gguf
@@ -23,17 +32,22 @@ from refimpl.model.towers.weights import ProjectorWeights, projector_weights_fro
 from refimpl.model.weights import prepare_matrices
 from refimpl.progress import Progress, silent
 
+KEPT_BYTES = 128 << 20      # of soft tokens of the latest pictures and sounds
+
 
 class Projector:
     """The part of a Gemma 4 model that sees and hears. `load_projector` makes one.
 
-    vision   VisionConfig (an encoder) or CellConfig (none: the 12B); None: it does not see
-    audio    ConformerConfig or SoundFrameConfig; None: it does not hear
+    config   its `vision` is a VisionConfig (an encoder) or a CellConfig (none: the 12B), None where it does not see; its `audio` a
+             ConformerConfig or a SoundFrameConfig, None where it does not hear
+    target   the text model that takes the soft tokens; None: it is on its own
     """
 
-    def __init__(self, file: TensorSource, config: ProjectorConfig, weights: ProjectorWeights, backend: Backend, preparing: InMemory):
-        self.file, self.config, self.weights, self.backend = file, config, weights, backend
-        self.vision, self.audio = config.vision, config.audio
+    def __init__(self, file: TensorSource, config: ProjectorConfig, weights: ProjectorWeights, backend: Backend, preparing: InMemory,
+                 target: Model | None):
+        self.file, self.config, self.weights, self.backend, self.target = file, config, weights, backend, target
+        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._identity = f"{sample_hash(file.files())} {backend.name} {backend.arithmetic}"
         self._preparing, self._unchanged = preparing, Unchanged(file.files())
 
     @property
@@ -49,17 +63,17 @@ class Projector:
     @property
     def sees(self) -> bool:
         """Does it take images?"""
-        return self.vision is not None
+        return self.config.vision is not None
 
     @property
     def hears(self) -> bool:
         """Does it take sound?"""
-        return self.audio is not None
+        return self.config.audio is not None
 
     @property
     def encoder_free(self) -> bool:
         """Is it the 12B's, which takes cells of pixels and frames of samples instead of patches and mel frames?"""
-        return isinstance(self.vision, CellConfig) or isinstance(self.audio, SoundFrameConfig)
+        return isinstance(self.config.vision, CellConfig) or isinstance(self.config.audio, SoundFrameConfig)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -67,9 +81,60 @@ class Projector:
         return tuple(self._preparing.notes)
 
     def __repr__(self) -> str:
-        parts = [type(part).__name__.removesuffix("Config") for part in (self.vision, self.audio) if part]
+        parts = [type(part).__name__.removesuffix("Config") for part in (self.config.vision, self.config.audio) if part]
         b = self.backend
         return f"<Projector {self.name}: {' and '.join(parts)}, width {self.n_embd}; {b.name}, {b.arithmetic}, threads {b.threads}>"
+
+    def image(self, source: object, tokens: int = TOKENS) -> np.ndarray:
+        """The soft tokens of a picture as they enter the text model, float32 (n, D). `source` and `tokens` as in Image, or an Image.
+
+        Raises MediaError (a ValueError) for what cannot be opened, ValueError for a projector that does not see.
+        """
+        image = source if isinstance(source, Image) else Image(source, tokens)
+        if self.config.vision is None:
+            raise ValueError(f"{image.name}: {self.file.path} does not see")
+        patch, pool = self._squares
+        return self.image_tokens(*patches(pixels(image.rgb_HWC, image.tokens, patch, pool), patch))
+
+    def audio(self, source: object) -> np.ndarray:
+        """The soft tokens of a sound, float32 (n, D). `source` as in Audio, or an Audio. Raises as `image` does."""
+        return self.audio_tokens(self._frames(source if isinstance(source, Audio) else Audio(source)))
+
+    def soft_tokens(self, part: Image | Audio) -> SoftTokens:
+        """What a prompt has in the place of a picture or a sound. It is opened here, and computed only when the model reads it: not where
+        it has been read before. Raises as `image` does, and where the projector was loaded without its target.
+        """
+        if self.target is None:
+            raise ValueError(f"{self.file.path} was loaded without the model that takes its tokens: load_projector(path, target=model)")
+        digest = hashlib.sha256(f"{self._identity} {part.digest}".encode()).digest()
+        if isinstance(part, Audio):
+            frames_TM = self._frames(part)
+            n = len(frames_TM) if isinstance(self.config.audio, SoundFrameConfig) else -(-len(frames_TM) // 4)
+            return SoftTokens(digest, n, False, lambda: self._once(digest, lambda: self.audio_tokens(frames_TM)))
+        if self.config.vision is None:
+            raise ValueError(f"{part.name}: {self.file.path} does not see")
+        n = n_tokens(*part.rgb_HWC.shape[:2], part.tokens, *self._squares)
+        return SoftTokens(digest, n, self.target.config.looks_ahead_in_images, lambda: self._once(digest, lambda: self.image(part)))
+
+    @property
+    def _squares(self) -> tuple[int, int]:
+        """Pixels of the side of a patch, and patches of the side of a soft token."""
+        return self.config.vision.side, 1 if isinstance(self.config.vision, CellConfig) else POOL
+
+    def _frames(self, audio: Audio) -> np.ndarray:
+        if self.config.audio is None:
+            raise ValueError(f"{audio.name}: {self.file.path} does not hear")
+        raw = isinstance(self.config.audio, SoundFrameConfig)
+        return raw_frames(audio.samples_N, self.config.audio.n_samples) if raw else mel_frames(audio.samples_N, audio.name)
+
+    def _once(self, digest: bytes, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What was made last is kept."""
+        if digest not in self._kept:
+            self._kept[digest] = make()
+        self._kept.move_to_end(digest)
+        while len(self._kept) > 1 and sum(rows.nbytes for rows in self._kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return self._kept[digest]
 
     def image_tokens(self, patches_TP: np.ndarray, pos_T2: np.ndarray, tap: Look = no_tap) -> np.ndarray:
         """The soft tokens of one image, row by row, float32 (n, D).
@@ -80,14 +145,14 @@ class Projector:
 
         Raises ValueError for anything else, and for a projector that does not see. `tap` as in `Model.prefill`.
         """
-        if self.vision is None:
+        if self.config.vision is None:
             raise ValueError(f"{self.file.path}: this projector does not see")
-        cells = isinstance(self.vision, CellConfig)
-        _check_image(patches_TP, pos_T2, self.vision, 1 if cells else POOL)
+        cells = isinstance(self.config.vision, CellConfig)
+        _check_image(patches_TP, pos_T2, self.config.vision, 1 if cells else POOL)
         self._unchanged.check()
         tower = unified if cells else vision
         with self.backend.running(len(patches_TP)):
-            return tower.image_tokens(self.vision, self.weights.vision, self.backend, patches_TP, pos_T2, tap_of(tap))
+            return tower.image_tokens(self.config.vision, self.weights.vision, self.backend, patches_TP, pos_T2, tap_of(tap))
 
     def audio_tokens(self, frames_TM: np.ndarray, tap: Look = no_tap) -> np.ndarray:
         """The soft tokens of one clip, float32 (n, D): one of four mel frames (the last of one to four), float32 (T, 128); of a projector
@@ -95,16 +160,16 @@ class Projector:
 
         Raises ValueError for anything else, and for a projector that does not hear.
         """
-        if self.audio is None:
+        if self.config.audio is None:
             raise ValueError(f"{self.file.path}: this projector does not hear")
-        raw = isinstance(self.audio, SoundFrameConfig)
-        width = self.audio.n_samples if raw else self.audio.n_mel
+        raw = isinstance(self.config.audio, SoundFrameConfig)
+        width = self.config.audio.n_samples if raw else self.config.audio.n_mel
         if frames_TM.dtype != np.float32 or frames_TM.ndim != 2 or frames_TM.shape[1] != width or not len(frames_TM):
             raise ValueError(f"expected at least one frame of {width} numbers in float32, got {frames_TM.dtype} of shape {frames_TM.shape}")
         self._unchanged.check()
         tower = unified if raw else conformer
         with self.backend.running(len(frames_TM)):
-            return tower.audio_tokens(self.audio, self.weights.audio, self.backend, frames_TM, tap_of(tap))
+            return tower.audio_tokens(self.config.audio, self.weights.audio, self.backend, frames_TM, tap_of(tap))
 
 
 def _check_image(patches_TP: np.ndarray, pos_T2: np.ndarray, config: VisionConfig | CellConfig, multiple: int):
@@ -152,7 +217,14 @@ def load_projector(path: str | os.PathLike, target: Model | None = None, *, back
     with functions.running(), progress("MB of the projector", file.n_bytes, 10**6) as advance:
         weights = prepare_matrices(weights, with_progress(preparing.prepare, file, advance))
     preparing.finish()
-    return Projector(file, config, weights, functions, preparing)
+    return Projector(file, config, weights, functions, preparing, target)
+
+
+def projectors_beside(path: Path | None) -> list[Path]:
+    """Projectors in a model's folder: GGUF files with "mmproj" in their names, or the model's own directory if it is one."""
+    if path is None:
+        return []
+    return [path] if path.is_dir() else sorted(file for file in path.parent.glob("*.gguf") if "mmproj" in file.name.lower())
 
 
 def _functions(target: Model | None, backend: str | None, arithmetic: str | None, threads: int | None) -> Backend:

@@ -81,6 +81,11 @@ class Config:
         """Number of layers, L."""
         return len(self.layers)
 
+    @property
+    def looks_ahead_in_images(self) -> bool:
+        """Do the rows of an image see each other in sliding layers? Those of E2B and E4B, the models with per-layer inputs, do not."""
+        return self.n_ple == 0
+
     def last_own(self, attention: AttentionType) -> int:
         """The last layer of this type that has its own keys and values: layers that share, and a drafter, attend to them."""
         return max(layer.index for layer in self.layers if layer.attention is attention and layer.has_own_kv)

@@ -91,9 +91,9 @@ async def _want(site: Site, fields: Fields) -> Want:
         raise bad("text.format", "text.format: schema is missing")
     make, notes = await constraint_of(site, thinking=thinking, tools=tools, choice=chosen_tool(fields.tool_choice, tools), format_=format_,
                                       parallel=fields.parallel_tool_calls is not False, lark=fields.grammar, regex=fields.regex)
-    ids = await encoded(site, chat_of(fields.instructions, fields.input), tools, thinking)
+    prompt = await encoded(site, chat_of(fields.instructions, fields.input), tools, thinking)
     limit = limit_of(fields.max_output_tokens, "max_output_tokens", site.default_limit)
-    return Want([ids], max_new_tokens=limit, constraint=make, notes=notes, **common)
+    return Want([prompt], max_new_tokens=limit, constraint=make, notes=notes, **common)
 
 
 def _head(site: Site, fields: Fields, want: Want) -> dict[str, object]:
