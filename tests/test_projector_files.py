@@ -14,7 +14,9 @@ from shapes import random_drafter, random_model, reference, write_drafter, write
 from tower_models import KINDS, SIDE, picture, random_towers, save_towers, sound
 
 import refimpl
+from refimpl.cli.show.inspect import as_text
 from refimpl.files.convert import convert
+from refimpl.files.inspect import describe
 from refimpl.formats.gguf import GGUFError, open_gguf
 from refimpl.formats.gguf_writer import write_gguf
 from refimpl.loading.projector import load_projector
@@ -172,3 +174,11 @@ def test_settings_that_are_not_computed_are_refused(tmp_path, folders, part, key
     config[part] = {k: v for k, v in (config[part] | {key: value}).items() if v is not None}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     not_loaded(tmp_path / "m", str(tmp_path / "m"))
+
+
+def test_inspect(tmp_path):
+    path = tmp_path / "mmproj.gguf"
+    convert(save_towers(tmp_path / "model", random_towers("unified")), path, "F32", projector=True)
+    described = describe(path)
+    assert described["projector"]["n_out"] == 64 and described["projector"]["vision"]["side"] == 3 * SIDE
+    assert "give it with --mmproj" in as_text(described) and "hears: n_samples 40" in as_text(described)
