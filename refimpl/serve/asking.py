@@ -153,10 +153,23 @@ def thinking_of(effort: str | None, options: TemplateOptions | None = None, name
 
 
 async def encoded(site: Site, messages: list[dict], tools: list[dict], thinking: bool) -> list[int]:
-    """The prompt's ids. Raises ApiError or ChatError. In a thread, as a template may take its time."""
+    """The prompt's ids. Raises ApiError or ChatError. In a thread, as a template may take its time. The model knows no role developer,
+    which is OpenAI's newer name for system.
+    """
     if len(messages) > MAX_MESSAGES:
         raise bad("messages", f"messages: at most {MAX_MESSAGES} are accepted, not {len(messages)}")
-    return await run_sync(lambda: encode_chat(site.tokenizer, site.template, messages, thinking=thinking, tools=tools or None))
+    known = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    in_order = [part for message in known for part in _text_then_calls(message)]
+    return await run_sync(lambda: encode_chat(site.tokenizer, site.template, in_order, thinking=thinking, tools=tools or None))
+
+
+def _text_then_calls(message: dict) -> list[dict]:
+    """A message with both as two: Google's templates write what was said before a call behind its response, and end the turn there, so that
+    the model would be asked outside of a turn.
+    """
+    if not message.get("tool_calls") or not message["content"].strip():
+        return [message]
+    return [{"role": message["role"], "content": message["content"]}, {**message, "content": ""}]
 
 
 async def constraint_of(site: Site, *, thinking: bool, tools: list[dict], choice: str = "auto", parallel: bool = True,
