@@ -139,9 +139,11 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(model, states, tmp_path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
     with monkeypatch.context() as patch:
         patch.setattr(module.TensorWriter, "write", full)
-        prefixes = begin(model, tmp_path)
-        assert [read(prefixes, n, states) for n in (200, 350)] == [0, 200], "it goes on in memory"
-        assert "No space left on device" in prefixes.snapshots.notes[0] and not list(tmp_path.rglob("*.tmp"))
+        told = []
+        prefixes = Prefixes(model, ENOUGH, Snapshots(tmp_path, model, ENOUGH, told.append))
+        assert [read(prefixes, n, states) for n in (200, 350, 450)] == [0, 200, 350], "it goes on in memory"
+        assert "No space left on device" in told[0] and not list(tmp_path.rglob("*.tmp"))
+        assert told == prefixes.snapshots.notes and len(told) == 1, "once, not for every answer"
     (tmp_path / "file").write_text("")
     prefixes = begin(model, tmp_path / "file")
     assert read(prefixes, 200, states) == 0 and "not kept on the disk" in prefixes.snapshots.notes[0]

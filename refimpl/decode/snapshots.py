@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ FORMAT = 1
 NUMERICS = 1                # goes up when any bit of a key or value does
 NAME = re.compile(r"read-[0-9a-f]{16}")
 BAD = (OSError, GGUFError, ValueError, KeyError, TypeError, AttributeError, RecursionError)      # what reading any bytes can raise
+MAX_NOTES = 100            # as many are kept and told
 LINE = 64                   # bytes; blocks begin at multiples, as in memory
 
 
@@ -77,16 +78,19 @@ class Snapshot:
 class Snapshots:
     """The files of one model in one folder.
 
-    notes  lines for the user: what was passed over, what could not be written
+    notes  lines for the user: what was passed over, and why something could not be written, each reason once
     """
 
-    def __init__(self, root: str | os.PathLike, model: Model, limit: int):
-        """`root`: the cache root. `limit`: bytes that all files of all models may take; the least recently used go first."""
+    def __init__(self, root: str | os.PathLike, model: Model, limit: int, tell: Callable[[str], None] = lambda note: None):
+        """`root`: the cache root. `limit`: bytes that all files of all models may take; the least recently used go first. `tell` is called
+        with each note when there is one, from whatever thread reads or writes.
+        """
         tables = model.new_cache(1).tables
         self.root, self.key, self.model, self.limit = Path(root), key_of(model), model.name, limit
         self.folder = self.root / f"read-{self.key[:16]}"
         self.shapes, self.dtype = [table.shape for table in tables], tables[0].dtype
         self.notes: list[str] = []
+        self._tell, self._noted = tell, set[str]()
 
     def found(self) -> list[Snapshot]:
         """All files that may be used, each after its parent."""
@@ -95,7 +99,7 @@ class Snapshots:
             try:
                 snapshot = self._open(path)
             except BAD as error:
-                self.notes.append(f"{path}: passed over: {getattr(error, 'strerror', None) or error}")
+                self._note(f"{path}: passed over: {getattr(error, 'strerror', None) or error}")
             else:
                 children.setdefault(snapshot.parent, []).append(snapshot)
         ready, names = [], [""]
@@ -121,17 +125,24 @@ class Snapshots:
             self._make_room(path)
             snapshot = self._open(path)
         except BAD as error:
-            self.notes.append("what was read is not kept on the disk: "
-                              f"{getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}")
+            why = str(getattr(error, "strerror", None) or error)
+            self._note(f"what was read is not kept on the disk: {getattr(error, 'filename', None) or path}: {why}", why)
             return None
         snapshot.sound = True
         return snapshot
 
     def remove(self, snapshot: Snapshot):
         """Deletes a file that turned out to be unsound, with a note."""
-        self.notes.append(f"{snapshot.path}: passed over: not the bytes that were written")
+        self._note(f"{snapshot.path}: passed over: not the bytes that were written")
         with contextlib.suppress(OSError):
             snapshot.path.unlink()
+
+    def _note(self, note: str, key: str = ""):
+        """Says it once; notes with the same `key` are the same."""
+        if (key or note) not in self._noted and len(self.notes) < MAX_NOTES:
+            self._noted.add(key or note)
+            self.notes.append(note)
+            self._tell(note)
 
     def _write(self, path: Path, header: dict[str, object], blocks: Sequence[Mapping[int, np.ndarray]]):
         room = -(-(len(json.dumps(json.dumps(header))) + 4096) // LINE) * LINE + LINE - 8
