@@ -17,7 +17,7 @@ from refimpl.serve.settings import Settings
 GRACE_SECONDS = 5
 """Answers that are being written may go on for so long once the server is to stop."""
 DESCRIPTORS = 1 << 16
-"""A connection takes one, and each turn of a conversation that is on the disk takes one while it is gone on with; many systems allow 1024."""
+"""A connection takes one, and each turn of a conversation on the disk takes one while the conversation goes on; many systems allow 1024."""
 BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: 21\r\n\r\n"
         b"too many connections\n")
 
