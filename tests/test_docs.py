@@ -169,3 +169,9 @@ def test_types_in_the_measurements_are_those_of_the_notebook():
     for name, _, _, error, decoding, prompt in rows:
         assert abs(float(error.removesuffix(" %")) - 100 * measured["ggml"]["types"][name][0]) < 0.051, name       # one decimal
         assert [float(decoding), float(prompt)] == measured["kernels"]["types"][name], name
+
+
+def test_the_house_has_every_room():
+    """But for tiny, which makes the built-in model and is not needed to run one."""
+    rooms = {path.parent.name for path in (ROOT / "refimpl").glob("*/__init__.py")} - {"tiny"}
+    assert set(re.findall(r">(\w+)/</text>", (ROOT / ".github/house.svg").read_text())) == rooms
