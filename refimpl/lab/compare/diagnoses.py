@@ -39,6 +39,8 @@ def diagnose(mismatch: Mismatch) -> Diagnosis:
 
 def another_shape(s: Mismatch) -> str | None:
     """Not the same number of elements."""
+    if len(s.ours) != len(s.theirs):
+        return f"it has {len(s.theirs)} rows, expected {len(s.ours)}"
     return None if s.ours.shape == s.theirs.shape else f"its shape is {s.theirs.shape[1:]} in each position, expected {s.ours.shape[1:]}"
 
 
