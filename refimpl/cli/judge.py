@@ -129,7 +129,7 @@ def compare(
         if picture is not None:
             require("matplotlib", "plot")
         first = open_trace(a)
-        second = with_ids_of(first, open_any(b, first.ids, dtype, threads or 1))
+        second = with_ids_of(first, open_any(b, first.ids, dtype, threads or 1, first))
         found, media = None, []
         if not guess and first.ids == second.ids:
             announce_compiling()

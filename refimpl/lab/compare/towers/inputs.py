@@ -133,19 +133,25 @@ def inputs_of(model: Model, projector: Projector, *traces: Trace) -> list[TowerI
 
     One of the traces has a header that lists them: it is one of ours.
     """
-    listed = next((trace.facts["media"] for trace in traces if trace.facts.get("media")), [])
-    names = [str(part["name"]) for part in listed]
-    for trace in traces:
-        if all(f"{name}.{which}" in trace.arrays for name in names for which in GIVEN[tower_of(name)]):
-            return [_input_of(model, projector, trace, name) for name in names]
-    raise TraceError(f"{' and '.join(trace.where for trace in traces)}: what the towers were given is not there (image0.patches, "
-                     "image0.positions, audio0.frames): trace it too, or --guess")
+    media = next((trace.facts["media"] for trace in traces if trace.facts.get("media")), [])
+    names = [f"{part['name']}.{which}" for part in media for which in GIVEN[tower_of(part["name"])]]
+    holds = next((trace for trace in traces if all(name in trace.arrays for name in names)), traces[0])
+    return [TowerInput(name, arrays, tower_of(name) == "image" and model.config.looks_ahead_in_images, projector)
+            for name, arrays in given_of(replace(holds, facts={"media": media})).items()]
 
 
-def _input_of(model: Model, projector: Projector, trace: Trace, name: str) -> TowerInput:
-    arrays = {which: np.asarray(trace.arrays[f"{name}.{which}"], np.int64 if which == "positions" else np.float32)
-              for which in GIVEN[tower_of(name)]}
-    return TowerInput(name, arrays, tower_of(name) == "image" and model.config.looks_ahead_in_images, projector)
+def given_of(trace: Trace) -> dict[str, dict[str, np.ndarray]]:
+    """What the towers were given, by "image0", "audio0", ... in the order of the prompt. Raises TraceError where the trace lacks it."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for part in trace.facts.get("media", ()):
+        found[part["name"]] = {}
+        for which in GIVEN[tower_of(part["name"])]:
+            name = f"{part['name']}.{which}"
+            if name not in trace.arrays:
+                raise TraceError(f"{trace.where}: what a tower was given is not there, {name}: trace it too (--tensors), or compare with "
+                                 "--guess")
+            found[part["name"]][which] = np.asarray(trace.arrays[name], np.int64 if which == "positions" else np.float32)
+    return found
 
 
 def tower_of(name: str) -> str:
