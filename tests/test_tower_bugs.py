@@ -1,7 +1,7 @@
 """Every known bug of pictures and sounds: compare names the tensor that departs first, and where it can what kind of mistake it is."""
 
 import pytest
-from tower_traces import opened, parts, tower_folder
+from tower_traces import opened, parts, small_budget, tower_folder  # noqa: F401  (a fixture)
 
 from refimpl.lab.compare.compare import compare, deviations
 from refimpl.lab.compare.known_bugs import inject

@@ -3,13 +3,24 @@
 import json
 
 import numpy as np
+import pytest
 from tower_models import random_towers, save_towers
 
 import refimpl
 from refimpl import Audio, Image
+from refimpl.media import patches
 
 MARKERS = ["<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>"]
 RATE = 24_000           # of the sound's file: it has to be resampled
+BUDGET = 20             # tokens of a picture; Gemma 4 has none so small
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_budget():
+    """Pictures may have BUDGET tokens too, which is quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches, "BUDGETS", (*patches.BUDGETS, BUDGET))
+        yield
 
 
 def tower_folder(folder, kind: str):
@@ -27,7 +38,7 @@ def tower_folder(folder, kind: str):
     return theirs, folder
 
 
-def picture(height: int = 150, width: int = 70, seed: int = 1) -> np.ndarray:
+def picture(height: int = 80, width: int = 37, seed: int = 1) -> np.ndarray:
     """Smooth shades and noise, which shrink."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 9) + np.cos(y / 7), np.sin((x + y) / 13), np.cos(x * y / 900)], axis=-1)
@@ -43,7 +54,7 @@ def sound(n: int = 13_920, seed: int = 2) -> tuple[np.ndarray, int]:
 
 def parts(projector) -> list:
     """What a model of this projector is asked."""
-    return ["ab ", Image(picture(), 70), " cd ef ", *([Audio(sound()), "gh ab cd ef gh"] if projector.hears else ["ij kl"])]
+    return ["ab ", Image(picture(), BUDGET), " cd ef ", *([Audio(sound()), "gh ab cd ef gh"] if projector.hears else ["ij kl"])]
 
 
 def opened(folder, **options):

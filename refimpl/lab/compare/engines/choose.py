@@ -13,8 +13,8 @@ from refimpl.lab.engines import TRACED, TRANSFORMERS, parse
 def open_any(source: str, ids: Sequence[int] | None = None, dtype: str = "float32", threads: int = 1,
              first: Trace | None = None) -> Trace:
     """A trace file, tensors by the convention of foreign.py, or output of llama.cpp's tools; with `ids`, the prompt, also an engine to run:
-    `transformers:DIRECTORY` (in `dtype`) or `llama.cpp:FILE.gguf`. `first`: the trace of `ids`, where they stand for pictures or sounds; the
-    engine's towers are given what it has. Raises ValueError (TraceError, GGUFError, LlamaCppError) or OSError.
+    `transformers:DIRECTORY` (in `dtype`) or `llama.cpp:FILE.gguf`. `first`: the trace that the ids are of; the engine's towers are given
+    what it has of pictures and sounds. Raises ValueError (TraceError, GGUFError, LlamaCppError) or OSError.
     """
     engine, path = parse(source, TRACED)
     if engine is not None:

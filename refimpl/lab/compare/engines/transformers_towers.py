@@ -29,7 +29,7 @@ def traced(whole, given: Given, arrays: dict[str, np.ndarray]):
         if not hasattr(whole, "get_image_features") or (whole.embed_vision if tower == "image" else whole.embed_audio) is None:
             raise TraceError(f"transformers: this model has no part that takes {name}")
         arrays |= {f"{name}.{which}": array for which, array in parts.items()}
-        tensors = [torch.from_numpy(array)[None] for array in parts.values()]
+        tensors = [torch.from_numpy(array.copy())[None] for array in parts.values()]
         with torch.no_grad(), watched(whole, tower, f"{name}.", arrays):
             if tower == "image":
                 whole.get_image_features(*tensors)
