@@ -8,9 +8,9 @@
     NAME[-LAYER]  a value, (R, ...), under a name that `refimpl trace --names` lists; an axis of 1 in front (a batch) is dropped, and
                   the axes after the first may be flattened. bfloat16 is stored as float32.
 
-In the places of soft tokens `ids` has the id of the placeholder (258880 for an image, 258881 for a sound), or any negative number. The first
-names to write for a picture are image0.patches, image0.inp, image0.layer_out-N and image0.projected; then inp_scaled, which has the soft
-tokens in their places. Write `image0.patches` as (row, column, colour) and in 0 to 1, whatever the engine's own order is.
+In the places of soft tokens `ids` has the id of the placeholder (258880 for an image, 258881 for a sound), or any negative number. The
+first names to write for a picture are image0.patches, image0.inp, image0.layer_out-N and image0.projected; then inp_scaled, which has the
+soft tokens in their places. Write image0.patches as (row, column, colour) and in 0 to 1, whatever the engine's own order is.
 
 Any of the names may be missing. Arrays with other names are listed and not compared. From an engine in PyTorch, for example:
 
