@@ -105,8 +105,13 @@ def test_files_and_other_engines_files(made, tmp_path):
         np.savez(tmp_path / "b.npz", ids=theirs, arithmetic="float32", **some)
         judged = compare(found, open_any(str(tmp_path / "b.npz")))
         assert judged.first is None and [j.name for j in judged.judged] == list(some)
+    np.savez(tmp_path / "b.npz", ids=np.array(made.ids), arithmetic="float32", **{name: value[None] for name, value in some.items()})
+    assert compare(found, open_any(str(tmp_path / "b.npz"))).first is None, "the batch axis is still there"
     np.savez(tmp_path / "b.npz", ids=np.array(made.ids), arithmetic="float32", **some | {"image0.inp": some["image0.inp"][:-1]})
     judged = compare(found, open_any(str(tmp_path / "b.npz")))
+    (tmp_path / "c.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes().replace(b'"image0\\"', b'"xmage0\\"'))
+    with pytest.raises(TraceError, match="names media otherwise"):
+        open_trace(tmp_path / "c.safetensors")
     assert judged.first.name == "image0.inp" and judged.diagnosis.kind == "another shape" and "rows, expected" in judged.diagnosis.text
 
 

@@ -17,6 +17,7 @@ Those of towers (image0.inp) are whole: their rows are patches, frames or soft t
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -105,6 +106,8 @@ def open_trace(path: str | os.PathLike) -> Trace:
         if header.pop("format") != FORMAT:
             raise TraceError(f"{path}: is no '{FORMAT}'; trace again with this version")
         ids, positions, arithmetic, crc32 = (header.pop(key) for key in ("ids", "positions", "arithmetic", "crc32"))
+        if not all(re.fullmatch("(image|audio)[0-9]{1,4}", part["name"]) for part in header.get("media", ())):
+            raise TraceError(f"{path}: its metadata names media otherwise than image0, audio0; trace again")
         return Trace(str(path), tuple(map(int, ids)), tuple(map(int, positions)), arithmetic, _Checked(file, crc32), header)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, TraceError):

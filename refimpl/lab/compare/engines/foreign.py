@@ -84,7 +84,8 @@ def by_convention(where: str, arrays: Mapping[str, np.ndarray], arithmetic: str 
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu":
             raise TraceError(f"{where}: {name} is of type {array.dtype}, expected numbers; store bfloat16 as float32")
-        if array.ndim > 1 and array.shape[0] == 1 and array.shape[1] == len(positions) > 1:
+        of_tower = name.startswith(("image", "audio")) and "." in name
+        if array.shape[:1] == (1,) and (array.ndim > 2 if of_tower else array.shape[1:2] == (len(positions),) != (1,)):
             arrays[name] = array[0]
         elif not array.ndim:
             raise TraceError(f"{where}: {name} is a single number, expected rows of positions")
