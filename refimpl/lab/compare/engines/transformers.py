@@ -37,7 +37,11 @@ def trace(model, ids: Sequence[int], drafter=None, draft_max: int = 4, dtype: st
     towers.traced(model.model, given, arrays)
     inputs = towers.inputs(model, ids, given) if given else {"input_ids": torch.tensor([list(ids)], device=model.device)}
     with torch.no_grad(), watched(text, arrays):
+        if given:                       # soft tokens take their places behind the embedding: the first layer is given them
+            first = text.layers[0].register_forward_pre_hook(lambda module, args: arrays.update(inp_scaled=numpy(args[0])[0]))
         out = model(**inputs, use_cache=False, return_shared_kv_states=drafter is not None)
+    if given:
+        first.remove()
     arrays["result_output"] = numpy(out.logits[0])
     if drafter is not None:
         drafter = load(drafter, dtype) if isinstance(drafter, str | os.PathLike) else drafter
@@ -95,8 +99,6 @@ def watched(text, arrays: dict[str, np.ndarray]):
         module = part_of(text, name.module.removeprefix("model.")) if name.module.startswith("model.") and not name.layered else None
         if module is not None:
             hook(name, module, name.name)
-    # embeddings with soft tokens in their places are what the first layer is given
-    hooks.append(text.layers[0].register_forward_pre_hook(lambda module, args: arrays.__setitem__("inp_scaled", numpy(args[0])[0])))
     for i, layer in enumerate(text.layers):
         kind, attention = "experts" if hasattr(layer, "router") else "dense", layer.self_attn
         # the rotation is a function and no module: an attention calls it for its queries, and then for its keys
