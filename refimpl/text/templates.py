@@ -5,7 +5,7 @@ CONTINUED = 128         # tokens of an answer by a model that has no turns, and 
 CONTINUATION_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<|' ~ part['type'] ~ '|>' }}{% endfor %}"
-    "{% endif %}\n{% endfor %}")
+    "{% endif %}{{ '\\n' }}{% endfor %}")
 GEMMA4_TEMPLATE = r"""
 {%- set quote = '<|"|>' %}
 {%- macro value_of(value, quoted_keys=false) %}
