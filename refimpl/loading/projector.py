@@ -16,7 +16,7 @@ from refimpl.host import available
 from refimpl.kernels.cores.threads import prepare
 from refimpl.loading.hub import local
 from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
-from refimpl.loading.model import Model, with_progress
+from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
 from refimpl.loading.towers.directory import open_projector
 from refimpl.media.mel import mel_frames, raw_frames
@@ -32,6 +32,7 @@ from refimpl.model.towers.weights import ProjectorWeights, projector_weights_fro
 from refimpl.model.weights import prepare_matrices
 from refimpl.progress import Progress, silent
 
+BUILT_IN_PROJECTOR = BUILT_IN.with_name("mmproj.gguf")
 KEPT_BYTES = 128 << 20      # of soft tokens of the latest pictures and sounds
 
 
@@ -187,9 +188,11 @@ def _check_image(patches_TP: np.ndarray, pos_T2: np.ndarray, config: VisionConfi
         raise ValueError(f"expected the positions of {len(pos_T2)} squares row by row, without gaps, both sides multiples of {multiple}")
 
 
-def load_projector(path: str | os.PathLike, target: Model | None = None, *, backend: str | None = None, arithmetic: str | None = None,
-                   threads: int | None = None, cache_disk: int = CACHE_DISK, progress: Progress = silent) -> Projector:
-    """Loads a projector: a GGUF file (mmproj), a model's Hugging Face directory, or `hf:owner/name:file`, which is downloaded first.
+def load_projector(path: str | os.PathLike | None, target: Model | None = None, *, backend: str | None = None,
+                   arithmetic: str | None = None, threads: int | None = None, cache_disk: int = CACHE_DISK,
+                   progress: Progress = silent) -> Projector:
+    """Loads a projector: a GGUF file (mmproj), a model's Hugging Face directory, or `hf:owner/name:file`, which is downloaded first;
+    without a path, that of the built-in model.
 
     target      the text model that takes the soft tokens; None for a projector on its own
     backend, arithmetic, threads    as in `load`; those of the target for None
@@ -198,7 +201,7 @@ def load_projector(path: str | os.PathLike, target: Model | None = None, *, back
     arguments.
     """
     functions = _functions(target, backend, arithmetic, threads)
-    file = open_projector(local(path))
+    file = open_projector(BUILT_IN_PROJECTOR if path is None else local(path))
     config = projector_config_from_gguf(file)
     if target is not None and config.n_out != target.config.n_embd:
         raise GGUFError(file.path, None, f"soft tokens are {config.n_out} wide, {target.name} takes {target.config.n_embd}: this projector "
@@ -221,9 +224,11 @@ def load_projector(path: str | os.PathLike, target: Model | None = None, *, back
 
 
 def projectors_beside(path: Path | None) -> list[Path]:
-    """Projectors in a model's folder: GGUF files with "mmproj" in their names, or the model's own directory if it is one."""
+    """Projectors in a model's folder: GGUF files with "mmproj" in their names, or the model's own directory if it is one. None: the
+    built-in model's.
+    """
     if path is None:
-        return []
+        return [BUILT_IN_PROJECTOR]
     return [path] if path.is_dir() else sorted(file for file in path.parent.glob("*.gguf") if "mmproj" in file.name.lower())
 
 

@@ -1,7 +1,11 @@
 """The chat templates of files made here, written anew: Google's may not be shipped."""
 
 CONTINUED = 128         # tokens of an answer by a model that has no turns, and so does not know when to stop
-CONTINUATION_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"   # of a base model: no turns
+# of a base model: no turns
+CONTINUATION_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<|' ~ part['type'] ~ '|>' }}{% endfor %}"
+    "{% endif %}{{ '\\n' }}{% endfor %}")
 GEMMA4_TEMPLATE = r"""
 {%- set quote = '<|"|>' %}
 {%- macro value_of(value, quoted_keys=false) %}
