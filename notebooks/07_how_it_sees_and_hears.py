@@ -15,7 +15,7 @@ import numpy as np
 
 import refimpl
 from refimpl.lab.explain import hearing, seeing
-from refimpl.lab.explain.show import RED, source, table
+from refimpl.lab.explain.show import RED, source, table, visible
 from refimpl.media import mel, patches
 from refimpl.media.parts import Image
 from refimpl.model.towers import conformer, vision
@@ -190,20 +190,20 @@ table(["budget", "tokens", "patches", *(f"{name}: 10^12 operations (attention)" 
 encoded = encode_prompt(model.tokenizer, None, ["# ", Image(card, 70), "\n"], projector)
 ids = encoded.ids
 table(["place", "id", "token"],
-      [[i, ids[i], f"`{model.tokenizer.token(ids[i])}`" if ids[i] >= 0 else f"soft token {i - 3}"] for i in (0, 1, 2, 3, 4, 5)]
-      + [["...", "", ""]] + [[i, ids[i], f"`{model.tokenizer.token(ids[i])}`" if ids[i] >= 0 else f"soft token {i - 3}"]
-                             for i in range(len(ids) - 3, len(ids))])
+      [[i, ids[i], f"`{visible(model.tokenizer.decode(ids[i:i + 1], special=True))}`" if ids[i] >= 0 else f"soft token {i - 3}"]
+       for i in (0, 1, 2, 3, 4, 5, len(ids) - 3, len(ids) - 2, len(ids) - 1)])
 
 # %% [markdown]
 # A text model never looks ahead. For the rows of a picture that makes no sense: its upper left corner would know nothing of the rest.
 # In the 12B, the 26B-A4B and the 31B, and so in the small model here, the rows of one picture see each other in the **sliding** layers,
-# to the right as well. Full layers stay causal, and so does everything in E2B and E4B.
+# to the right as well. Full layers stay causal, and so does everything in E2B and E4B. For a picture between two texts:
 
 # %%
 window = model.config.layers[0].window
-seeing.sight_picture({f"sliding layer, window {window}": seeing.sight(encoded.soft, ids, window, True),
-                      "full layer": seeing.sight(encoded.soft, ids, None, True),
-                      f"E2B, E4B: window {window}": seeing.sight(encoded.soft, ids, window, False)})
+longer = encode_prompt(model.tokenizer, None, ["x = 1\n" * 10, Image(card, 70), "y = 2\n" * 20], projector)
+seeing.sight_picture({f"sliding layer, window {window}": seeing.sight(longer.soft, longer.ids, window, True),
+                      "full layer": seeing.sight(longer.soft, longer.ids, None, True),
+                      "sliding layer of E2B, E4B": seeing.sight(longer.soft, longer.ids, window, False)})
 
 # %% [markdown]
 # The square in the first panel is the picture. It is also why a picture has to be read in one piece: its first row needs the keys of its
@@ -228,12 +228,12 @@ seeing.next_picture(shown, chances)
 # that make it say the word.
 #
 # Which soft tokens carry the word? Each in turn is replaced with the one of the blank card in the same place, and the probability of
-# the word is computed again. Blue: it falls. No token has it alone: the tower has told all of them.
+# the word is computed again. Blue: it falls; the dot is where it falls most. No token has the word alone: the tower has told many.
 
 # %%
 soft_TD, blank_TD = projector.image(card, 70), projector.image(blank, 70)
 falls = seeing.falls_without(model, soft_TD, blank_TD, ids, first[0])
-seeing.places_picture({"change of the probability": falls}, 12, len(falls) // 2, "change")
+seeing.places_picture({"change of the probability, the largest = 1": falls / np.abs(falls).max()}, 12, int(falls.argmin()), "change")
 
 # %%
 table(["", "probability of the word"],

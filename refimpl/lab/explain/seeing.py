@@ -136,7 +136,7 @@ def filters_picture(matrix_DP: np.ndarray, side: int = PATCH):
 
 
 def places_picture(values: dict[str, np.ndarray], n_columns: int, centre: int, label: str):
-    """One number for each patch of a picture, a panel for each entry; `centre` is marked."""
+    """One number for each patch or soft token of a picture, a panel for each entry; `centre` is marked."""
     fig, panels = figure(4.5 * len(values), 2.3, 1, len(values), squeeze=False)
     y, x = divmod(centre, n_columns)
     for axes, (name, value_T) in zip(panels[0], values.items()):
@@ -144,7 +144,7 @@ def places_picture(values: dict[str, np.ndarray], n_columns: int, centre: int, l
         axes.plot(x, y, "o", color="black", ms=4)
         axes.set(title=name, xlabel="x", ylabel="y")
     fig.colorbar(image, ax=panels, label=label, shrink=0.9)
-    return picture(fig, f"{label} of each patch with the marked one: " + "; ".join(values))
+    return picture(fig, f"{label} by place: " + "; ".join(values))
 
 
 def looks_picture(rgb_HWC: np.ndarray, maps: Sequence[np.ndarray], query: int, side: int = PATCH):
