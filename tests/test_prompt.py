@@ -46,7 +46,7 @@ def text(words: str) -> list[int]:
     ([CAT, [EOI], [EOI]], [*of(CAT), EOI]),
     ([[TOKENIZER.bos, 7], "a"], [7, *text("a")]),
     (["a", "b"], [*text("a"), *text("b")]),
-], ids=str)
+], ids=["between", "neighbours", "alone", "twice", "markers given", "one given", "end given", "bos given", "texts"])
 def test_parts(parts, ids):
     encoded = encode_prompt(TOKENIZER, None, parts, Eyes())
     assert encoded.ids == [TOKENIZER.bos, *ids]
