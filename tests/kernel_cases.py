@@ -4,7 +4,7 @@ import numpy as np
 
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.codecs import quantize
-from refimpl.kernels import ops
+from refimpl.kernels import ops, tower_attention
 from refimpl.model.blocks import layer_of
 
 INTEGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
@@ -69,6 +69,15 @@ def in_blocks(k, v, first, end):
     """The positions of these ranges in blocks: position p has the key and value number p modulo how many there are."""
     place = np.arange(first.min(), end.max()) % len(k)
     return layer_of(k[place], v[place], int(first.min()))
+
+
+def tower_cases():
+    """(name, function, arguments) of the towers' attention: awkward widths, one row, more rows than a span."""
+    rng = np.random.default_rng(6)
+    for n_tok, n_head, head_dim in ((1, 1, 16), (70, 2, 24), (600, 2, 72)):
+        q, k, v = (normal(rng, n_tok, n_head, head_dim, scale=0.5) for _ in range(3))
+        yield f"attend_all {n_tok} {head_dim}", tower_attention.attend_all, (q, k, v)
+        yield f"attend_band {n_tok} {head_dim}", tower_attention.attend_band, (q, k, v, normal(rng, 12, n_head, head_dim), 50.0)
 
 
 # ---- the functions between the matrix products

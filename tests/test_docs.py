@@ -10,6 +10,7 @@ import pytest
 
 from refimpl.files.synth import SHAPES
 from refimpl.lab.compare.known_bugs import BUGS
+from refimpl.lab.compare.towers.known_bugs import TOWER_BUGS
 from refimpl.model import config
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +138,9 @@ def test_the_letters_of_shapes_are_those_of_config():
 
 
 def test_numbers_of_known_bugs():
-    assert f"right in {len(BUGS)} of {len(BUGS)}" in (ROOT / "tests/README.md").read_text()
+    for bugs in (BUGS, TOWER_BUGS):
+        n_named = sum(bool(bug.kind) for bug in bugs.values())
+        assert f"right in {len(bugs)} of {len(bugs)}, the kind of mistake in {n_named} |" in (ROOT / "tests/README.md").read_text()
 
 
 def test_speeds_in_the_readme_are_those_of_the_measurements():
@@ -169,3 +172,9 @@ def test_types_in_the_measurements_are_those_of_the_notebook():
     for name, _, _, error, decoding, prompt in rows:
         assert abs(float(error.removesuffix(" %")) - 100 * measured["ggml"]["types"][name][0]) < 0.051, name       # one decimal
         assert [float(decoding), float(prompt)] == measured["kernels"]["types"][name], name
+
+
+def test_the_house_has_every_room():
+    """But for tiny, which makes the built-in model and is not needed to run one."""
+    rooms = {path.parent.name for path in (ROOT / "refimpl").glob("*/__init__.py")} - {"tiny"}
+    assert set(re.findall(r">(\w+)/</text>", (ROOT / ".github/house.svg").read_text())) == rooms

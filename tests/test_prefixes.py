@@ -57,7 +57,8 @@ def read(prefixes, ids, cold):
 def check(prefixes):
     """The books are right, and the budget is kept."""
     nodes = list(prefixes._nodes())
-    assert prefixes.n_bytes == sum(block.nbytes for node in nodes for number, block in node.blocks.items() if number not in node.stored)
+    assert prefixes.n_bytes == sum(block.nbytes for node in nodes for block in node.blocks.values())
+    assert not any(node.blocks.keys() & node.stored.keys() for node in nodes)
     assert prefixes.n_bytes <= prefixes.budget and not (prefixes.snapshots and prefixes.snapshots.notes)
     assert not any(block.flags.writeable for node in nodes for block in node.blocks.values())
 

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from answers import METADATA
+from answers import METADATA, SEEN, with_markers
 
 from refimpl.media.parts import Audio, Image
 from refimpl.model.soft import SoftTokens
@@ -13,21 +13,8 @@ from refimpl.text.prompt import encode_messages, encode_prompt
 from refimpl.text.templates import CONTINUATION_TEMPLATE, GEMMA4_TEMPLATE
 from refimpl.text.tokenizer import Tokenizer
 
-MARKERS = "<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>"
-
-
-def with_markers(metadata: dict) -> Tokenizer:
-    """The vocabulary with these control tokens at its end."""
-    tokens, types = list(metadata["tokenizer.ggml.tokens"]), np.array(metadata["tokenizer.ggml.token_type"])
-    scores = metadata.get("tokenizer.ggml.scores")
-    changed = {"tokenizer.ggml.tokens": [*tokens, *MARKERS], "tokenizer.ggml.token_type": np.append(types, [3] * 6).astype(types.dtype)}
-    if scores is not None:
-        changed["tokenizer.ggml.scores"] = np.append(scores, np.zeros(6)).astype(np.asarray(scores).dtype)
-    return Tokenizer.from_metadata(metadata | changed, "with markers")
-
-
 TOKENIZER = with_markers(METADATA)
-BOI, _, EOI, BOA, _, EOA = map(TOKENIZER.id_of, MARKERS)
+BOI, _, EOI, BOA, _, EOA = map(TOKENIZER.id_of, SEEN)
 
 
 class Eyes:
@@ -81,7 +68,7 @@ def test_messages():
 
 def test_text_that_spells_a_place_stays_text():
     encoded = encode_messages(TOKENIZER, GEMMA4_TEMPLATE, [{"role": "user", "content": ["<|image|> <|image>", CAT]}], Eyes())
-    assert [i for i in encoded.ids if i < 0 or i in map(TOKENIZER.id_of, MARKERS)] == of(CAT)
+    assert [i for i in encoded.ids if i < 0 or i in map(TOKENIZER.id_of, SEEN)] == of(CAT)
     assert encode_prompt(TOKENIZER, None, ["<|image>", CAT], Eyes()).ids[-5:] == of(CAT)
     assert "<|image|> <|image>" in TOKENIZER.decode([i for i in encoded.ids if i >= 0])
 
@@ -105,6 +92,6 @@ def test_templates_and_vocabularies_without_places():
     with pytest.raises(ChatError, match="in the order of the messages"):
         encode_messages(TOKENIZER, reverse, [{"role": "user", "content": [CAT, SONG]}], Eyes())
     without = Tokenizer.from_metadata(METADATA | {"tokenizer.ggml.tokens": [
-        "x" + token if token in MARKERS else token for token in METADATA["tokenizer.ggml.tokens"]]}, "without")
+        "x" + token if token in SEEN else token for token in METADATA["tokenizer.ggml.tokens"]]}, "without")
     with pytest.raises(ChatError, match=r"has no token <\|image>; it takes no pictures"):
         encode_prompt(without, None, [CAT], Eyes())

@@ -1,4 +1,4 @@
-"""The official clients of OpenAI and Anthropic against a real server on a port."""
+"""The official clients of OpenAI and Anthropic, and LangChain's, against a real server on a port."""
 
 import importlib
 import json
@@ -140,3 +140,37 @@ def test_anthropic_is_pinged_before_the_prompt_is_read(anthropic):
         with httpx.stream("POST", url + "/v1/messages", json={"messages": USER, "max_tokens": 9, "stream": True}) as response:
             lines = response.iter_lines()
             assert any(line == "event: ping" for line in lines) and next(lines) == 'data: {"type": "ping"}'
+
+
+# ---- LangChain's
+
+def test_langchain_streams_calls_tools_and_parses():
+    """A tool loop as its agents run it: the tool's result goes back, and the answer ends."""
+    import pydantic
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+
+    @tool
+    def weather(city: str, days: int) -> str:
+        """d"""
+        return f"rain in {city} for {days} days"
+
+    class Weather(pydantic.BaseModel):
+        city: str
+        days: int
+
+    engine = FakeEngine("look" + CALL, "it rains", "a b c", '{"city": "Rome", "days": 2}')
+    with on_a_port(engine) as (url, _):
+        model = ChatOpenAI(base_url=url + "/v1", api_key="none", model="gemma", max_retries=0)
+        messages, bound = [("human", "weather?")], model.bind_tools([weather])
+        first = bound.invoke(messages)
+        assert first.content == "look" and first.usage_metadata["output_tokens"] > 9
+        assert first.response_metadata["finish_reason"] == "tool_calls"
+        messages += [first, *(weather.invoke(call) for call in first.tool_calls)]
+        assert bound.invoke(messages).content == "it rains"
+        assert 'response:weather{value:<|"|>rain in Rome for 3 days<|"|>}<tool_response|>' in engine.prompt
+        pieces = list(model.stream("x", stream_usage=True))
+        assert "".join(piece.content for piece in pieces) == "a b c" and len(pieces) > 3
+        n_tokens = sum(piece.usage_metadata["output_tokens"] for piece in pieces if piece.usage_metadata)
+        assert n_tokens == len(engine.tokenizer.encode("a b c", bos=False))
+        assert model.with_structured_output(Weather).invoke("x") == Weather(city="Rome", days=2)

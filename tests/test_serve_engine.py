@@ -12,13 +12,14 @@ import urllib.error
 import urllib.request
 
 import pytest
+from cli import assert_one_line, run
 from serving import on_a_port, until
 
 import refimpl
 from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.request import SOURCES, Done, Request
 from refimpl.decode.sampling import Sampler, Sampling
-from refimpl.serve.check import check_server
+from refimpl.serve.check import Server, check_server
 from refimpl.serve.engine import Engine
 from refimpl.serve.scheduler import Scheduler
 
@@ -163,3 +164,17 @@ def test_a_server_that_cannot_be_asked_is_one_line():
     for url, words in (("http://127.0.0.1:9", "127.0.0.1:9/v1/completions: .*refused"), ("localhost", "no address of a server")):
         with pytest.raises(ValueError, match=words):
             check_server(url)
+
+
+def test_verify_asks_for_the_model_by_name_and_refuses_what_is_about_files(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Server, "ask", lambda self, fields, leave_after=None: asked.append(fields) or {"text": "a"})
+    for given in (["-m", "some/model"], ["some/model"]):
+        asked.clear()
+        assert run("verify", "--server", "http://127.0.0.1:9", *given)[0] == 0
+        assert len(asked) == 32 and {fields["model"] for fields in asked} == {"some/model"}
+    for given, name in ((["--no-run"], "--no-run"), (["--sha256", "0" * 64], "--sha256"), (["--strict", "-t", "2"], "--strict"),
+                        (["a", "-m", "b"], "give the model once")):
+        asked.clear()
+        assert_one_line(run("verify", "--server", "http://127.0.0.1:9", *given), 2, name)
+        assert not asked

@@ -8,6 +8,8 @@ import msgspec
 import pytest
 from serving import USER, FakeEngine, on_a_port, until
 
+from refimpl.serve.connections import DESCRIPTORS, more_descriptors
+
 CHAT = "/v1/chat/completions"
 
 
@@ -111,3 +113,14 @@ def test_what_is_no_http():
         for sent in (b"\x16\x03\x01\x02\x00\x01\x00\x01", b"GET / HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 100_000):
             assert last_words(port, sent)[0].startswith(b"HTTP/1.1 400 ")
         assert httpx.get(url + "/health").status_code == 200
+
+
+def test_a_server_may_open_more_files_than_a_shell_lets_it():
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    before = _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        more_descriptors()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard if hard > 0 else DESCRIPTORS, DESCRIPTORS), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

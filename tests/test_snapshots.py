@@ -6,8 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
+import psutil
 import pytest
 from cli import run
 from kernel_cases import same
@@ -18,6 +21,7 @@ import refimpl
 from refimpl.decode import snapshots as module
 from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.snapshots import Snapshots
+from refimpl.formats.safetensors import CheckpointError
 
 TEXT = prompt(500)
 ENOUGH = 1 << 30
@@ -134,14 +138,67 @@ def test_the_least_recently_used_go_first(folder, model, states):
     assert read(begin(model, folder), 450, states) in (200, 350), "the end of the older sequence went, not its beginning"
 
 
+def test_what_had_to_make_room_is_forgotten(folder, model):
+    """The tree of a server that runs for months has no more than the disk has."""
+    sizes = sum(path.stat().st_size for path in files(folder))
+    prefixes = begin(model, folder, limit=sizes, budget=0)
+    for first in range(300, 320):
+        found = prefixes.find([first, *TEXT[:199]], None)
+        model.prefill([first, *TEXT[:199]][found.cache.length:], found.cache)
+        prefixes.keep([first, *TEXT[:199]], found.cache)
+    nodes = list(prefixes._nodes())
+    assert {snapshot.name for node in nodes for snapshot in node.stored.values()} == {path.stem for path in files(folder)}
+    assert 0 < len(files(folder)) < 6 and all(node.n_known or node.children for node in nodes) and not prefixes.snapshots.deleted
+
+
+def test_a_file_is_open_only_while_its_blocks_are_used(folder, model, states):
+    """Each turn writes one, and a process may have some thousand descriptors."""
+    process = psutil.Process()
+    if not hasattr(process, "num_fds"):
+        pytest.skip("no descriptors to count")
+    prefixes = begin(model, folder)
+    before = process.num_fds()
+    found = prefixes.find(TEXT[:450], None)
+    assert found.cache.length == 449 and process.num_fds() == before + 3
+    again = prefixes.find(TEXT[:450], None)
+    assert process.num_fds() == before + 3, "mapped once"
+    del found, again
+    assert process.num_fds() == before
+    assert read(prefixes, 500, states) == 450 and process.num_fds() == before
+
+
+def test_a_file_that_goes_while_the_model_is_loaded(folder, model, states):
+    """Another process had to make room, or somebody has cleared the folder: what is left is used, and it is nothing to tell."""
+    prefixes = begin(model, folder)
+    min(files(folder), key=lambda path: path.stat().st_mtime_ns).unlink()           # the latest turn: those before count as used later
+    assert read(prefixes, 450, states) in (320, 350) and prefixes.snapshots.notes == []
+    for path in files(folder):
+        path.unlink()
+    assert read(prefixes, 450, states) == 0 and read(prefixes, 450, states) == 449
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_deleted(folder, model, states, monkeypatch):
+    """All descriptors are taken, say: what was read is read again."""
+    prefixes, before = begin(model, folder), files(folder)
+
+    def refuse(path, *args):
+        raise CheckpointError(path, None, "cannot be opened: Too many open files")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "map_file", refuse)
+        assert prefixes.find(TEXT[:450], None).cache.length == 0
+    assert set(before) <= set(files(folder)) and read(begin(model, folder), 450, states) == 449
+
+
 def test_a_full_disk_and_a_folder_that_cannot_be_written(model, states, tmp_path, monkeypatch):
     def full(self, name, row, rows):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
     with monkeypatch.context() as patch:
         patch.setattr(module.TensorWriter, "write", full)
-        prefixes = begin(model, tmp_path)
-        assert [read(prefixes, n, states) for n in (200, 350)] == [0, 200], "it goes on in memory"
-        assert "No space left on device" in prefixes.snapshots.notes[0] and not list(tmp_path.rglob("*.tmp"))
+        told = []
+        prefixes = Prefixes(model, ENOUGH, Snapshots(tmp_path, model, ENOUGH, told.append))
+        assert [read(prefixes, n, states) for n in (200, 350, 450)] == [0, 200, 350], "it goes on in memory"
+        assert "No space left on device" in told[0] and not list(tmp_path.rglob("*.tmp"))
+        assert told == prefixes.snapshots.notes and len(told) == 1, "once, not for every answer"
     (tmp_path / "file").write_text("")
     prefixes = begin(model, tmp_path / "file")
     assert read(prefixes, 200, states) == 0 and "not kept on the disk" in prefixes.snapshots.notes[0]
@@ -228,6 +285,6 @@ def test_the_checksum_counts(folder, model, states, monkeypatch):
     first = 8 + int.from_bytes(raw[:8], "little")
     raw[first:] = b"\x3c" * (len(raw) - first)
     path.write_bytes(raw)
-    monkeypatch.setattr(module.Snapshot, "check", lambda self: True)
+    monkeypatch.setattr(module, "zlib", SimpleNamespace(crc32=lambda raw: mock.ANY))
     with pytest.raises(AssertionError):
         read(begin(model, folder), 500, states)

@@ -7,16 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import COMMON, SHAPES, random_model, worst, write_model
+from shapes import COMMON, SHAPES, random_drafter, random_model, worst, write_drafter, write_model
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
 
 import refimpl
-from refimpl.decode.draft_length import AutoDraftLength
+from refimpl.decode.draft_length import AutoDraftLength, FixedDraftLength
 from refimpl.decode.prefixes import Nothing, Prefixes
 from refimpl.decode.repeats import Repeats
 from refimpl.decode.request import Request
 from refimpl.decode.run import Run, step
 from refimpl.decode.sampling import Sampling
+from refimpl.decode.snapshots import Snapshots
 from refimpl.model.soft import NO_SOFT, Soft, SoftTokens
 
 WINDOW = COMMON["sliding_window"]
@@ -125,6 +126,32 @@ def test_a_picture_that_is_known_is_not_made_again(model):
     assert made == [3] and run.stats.reused == 43
     other = soft_tokens(40, True, 4, made)
     assert Run(model, Request([2, 9, *other.ids, END, 8], Sampling(), 1, soft=Soft([other])), 512, prefixes).stats.reused == 2
+
+
+def answer(model, ids, soft, prefixes, temperature: float, drafter=None) -> tuple[list[int], int]:
+    """(new ids, tokens that were not read)."""
+    run = Run(model, Request(ids, Sampling(temperature=temperature, seed=3), 12, soft=soft), 512, prefixes, drafter)
+    while not run.stats.stop:
+        step(model, [run], [512], AutoDraftLength() if drafter is None else FixedDraftLength(3))
+    run.close("gone")
+    return run.ids[len(ids):], run.stats.reused
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafting_behind_a_picture_changes_nothing(model, temperature, tmp_path):
+    drafter = refimpl.load_drafter(write_drafter(tmp_path / "drafter.gguf", random_drafter("26B-A4B")), model)
+    part = soft_tokens(30, True, 6)
+    ids = [2, 9, *part.ids, END, 7]
+    plain, drafted = (answer(model, ids, Soft([part]), Nothing(model), temperature, each) for each in (None, drafter))
+    assert plain == drafted and plain[0]
+
+
+def test_a_picture_is_known_after_a_restart(model, tmp_path):
+    made: list[int] = []
+    ids = [2, 9, *soft_tokens(40, True, 7).ids, END, 7]
+    found = [answer(model, ids, Soft([soft_tokens(40, True, 7, made)]), Prefixes(model, 1 << 30, Snapshots(tmp_path, model, 1 << 30)), 0.0)
+             for _ in range(2)]
+    assert found[0][0] == found[1][0] and (found[0][1], found[1][1]) == (0, len(ids) - 1) and made == [7]
 
 
 def test_a_picture_that_looks_ahead_is_not_cut(model):

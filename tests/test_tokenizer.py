@@ -9,6 +9,7 @@ import textwrap
 import tokenize
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -338,6 +339,16 @@ def test_refuses_a_bad_file_in_one_line_that_names_it(case):
     message = str(caught.value)
     assert message.startswith("some/file.gguf: ") and "\n" not in message and len(message) < 300
     assert words in message
+
+
+def test_nothing_is_kept_of_the_texts():
+    """Hugging Face's library has a cache of words, which are whole texts where nothing splits them: 2.6 KB of each of the last 10,000."""
+    process = psutil.Process()
+    for n in (500, 4000):
+        before = process.memory_info().rss
+        for i in range(n):
+            TOKENIZER.encode(f"{i} def f{i * i}(x):\n" * 6)
+    assert process.memory_info().rss - before < 3 << 20
 
 
 @pytest.mark.skipif("REFIMPL_GEMMA4_VOCAB" not in os.environ, reason="set it to the path of llama.cpp's ggml-vocab-gemma-4.gguf")

@@ -15,12 +15,12 @@ from transformers import (
 
 SIDE = 4                # of a patch, pixels
 VISION = dict(patch_size=SIDE, position_embedding_size=64, num_attention_heads=2, num_key_value_heads=2)
-KINDS = {               # the towers of E2B, of 26B-A4B and 31B, of 12B; the large one has a width that Q8_0 does not fit
+KINDS = {               # the towers of E2B, of 26B-A4B and 31B, of 12B; the large one has widths that Q8_0 does not fit
     "small": dict(vision_config=VISION | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=16,
                                               use_clipped_linears=True),
                   audio_config=dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, subsampling_conv_channels=[128, 4],
                                     output_proj_dims=24)),
-    "large": dict(vision_config=VISION | dict(hidden_size=48, intermediate_size=68, num_hidden_layers=3, head_dim=24, standardize=True)),
+    "large": dict(vision_config=VISION | dict(hidden_size=64, intermediate_size=68, num_hidden_layers=3, head_dim=24, standardize=True)),
     "unified": dict(vision_config=dict(patch_size=SIDE, mm_embed_dim=64, mm_posemb_size=32, output_proj_dims=64),
                     audio_config=dict(audio_embed_dim=40)),
 }

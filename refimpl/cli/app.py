@@ -177,10 +177,15 @@ def fetched(model: str | None, positional: str | None = None) -> Path | None:
     """The file that -m or the positional argument names, downloaded first if it is `hf:...`; None for the built-in model."""
     from refimpl.loading.hub import local
 
+    model = named(model, positional)
+    return None if model is None else local(model)
+
+
+def named(model: str | None, positional: str | None) -> str | None:
+    """What -m or the positional argument says."""
     if model is not None and positional is not None:
         raise typer.BadParameter(f"{positional} and -m {model}: give the model once")
-    model = positional if model is None else model
-    return None if model is None else local(model)
+    return positional if model is None else model
 
 
 def refuse_overwriting(path: Path, force: bool):

@@ -79,10 +79,11 @@ def convert(
 
 @app.command()
 def synth(
-    shape: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or one of them with -assistant: its drafter")],
+    shape: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or one of them with -assistant: its drafter; "
+                                         "-mmproj: its projector")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")],
     recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0, q4_k_m, or a single type: q2_k, q3_k, iq4_nl, "
-                                                         "iq4_xs, mxfp4")] = "google-q4_0",
+                                                         "iq4_xs, mxfp4; of projectors also bf16, f16, f32, q8_0")] = "google-q4_0",
     layers: Annotated[int | None, typer.Option("--layers", min=2, help="only this many layers", show_default=False)] = None,
     seed: Seed = 0, force: Force = False,
 ):

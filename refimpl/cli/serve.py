@@ -75,7 +75,8 @@ def serve(
     drafting = drafting_of(m, path, draft, draft_max, 0.0, draft_head)
     projector = projector_of(m, path, mmproj, needed=False)
     n_ctx = min(m.config.n_ctx, CONTEXT if ctx is None else ctx)
-    prefixes = Prefixes(m, available() // 2 if ram is None else ram, None if folder is None else Snapshots(folder, m, limit))
+    snapshots = None if folder is None else Snapshots(folder, m, limit, lambda note: errors.print(f"note: {note}"))
+    prefixes = Prefixes(m, available() // 2 if ram is None else ram, snapshots)
     scheduler = Scheduler(m, prefixes, n_ctx, drafter=drafting.get("drafter"), draft_max=drafting["draft_max"], most_running=parallel,
                           most_waiting=queue, latency=latency_ms / 1000)
     settings = Settings(host=host, port=port, name=m.name, api_key=api_key or None, cors=cors, allowed_hosts=allowed_host)
@@ -97,5 +98,3 @@ def serve(
     finally:
         listening.close()
         engine.close()
-        for note in dict.fromkeys(prefixes.snapshots.notes if prefixes.snapshots else ()):
-            errors.print(f"note: {note}")

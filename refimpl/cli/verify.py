@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from refimpl.cli.app import Json, ModelPath, Positional, Threads, app, bar, errors, fetched, write
+from refimpl.cli.app import Json, ModelPath, Positional, Threads, app, bar, errors, fetched, named, write
 
 
 @app.command()
@@ -16,7 +16,8 @@ def verify(
                                                      "a split model once for each part")] = None,
     run: Annotated[bool, typer.Option("--run/--no-run", help="also compute with it, on every instruction set of this machine")] = True,
     server: Annotated[str | None, typer.Option("--server", metavar="URL", show_default=False, help="check a running server instead: is an "
-                                               "answer the same alone, beside others and again? Any with OpenAI's API")] = None,
+                                               "answer the same alone, beside others and again? Any with OpenAI's API; -m is then what "
+                                               "it calls the model, where it asks for that")] = None,
     api_key: Annotated[str | None, typer.Option("--api-key", envvar="REFIMPL_API_KEY", show_default=False, help="the server's")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="unknown metadata keys are an error")] = False,
     threads: Threads = None, as_json: Json = False,
@@ -26,7 +27,10 @@ def verify(
     from refimpl.files.verify import verify as check
 
     if server is not None:
-        _verify_server(server, api_key, as_json)
+        if given := [name for name, value in (("--sha256", sha256), ("--no-run", not run), ("--strict", strict), ("--threads", threads))
+                     if value]:
+            raise typer.BadParameter(f"{given[0]} is about a file, and cannot be had with --server")
+        _verify_server(server, named(model, positional), api_key, as_json)
         return
     for digest in sha256 or ():
         if len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef"):
@@ -38,10 +42,10 @@ def verify(
         raise typer.Exit(1)
 
 
-def _verify_server(url: str, api_key: str | None, as_json: bool):
+def _verify_server(url: str, model: str | None, api_key: str | None, as_json: bool):
     from refimpl.serve.check import check_server
 
-    result = check_server(url, api_key=api_key, progress=bar)
+    result = check_server(url, model=model, api_key=api_key, progress=bar)
     write((json.dumps(result) if as_json else _about_server(result)) + "\n")
     if not result["ok"]:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ To go on at a position, full layers need all blocks before it, sliding layers th
 blocks of sliding layers go first: the least recently used, and last among them those before the end of a sequence, from where
 conversations go on. Of a long sequence the windows before every 1024th position stay longer, those before every 2048th longer still, and so
 on: what is left is spread evenly, and from wherever it is edited, the nearest point is not far. Then whole sequences go, from their ends.
-Blocks that are on the disk (snapshots.py) are mapped and take no memory.
+Blocks that are on the disk (snapshots.py) are mapped while a sequence uses them, and take no memory.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -52,8 +52,8 @@ class Nothing:
 
 @dataclass(eq=False)
 class _Node:
-    """One block: its ids, its part of each table (number of the table -> block), the files that have them, when it was last used, and
-    whether a sequence ended where it was visible.
+    """One block: its ids, its part of each table (number of the table -> block in memory, or the file that has it, never both), when it
+    was last used, and whether a sequence ended where it was visible.
     """
 
     ids: tuple[int, ...]
@@ -65,6 +65,15 @@ class _Node:
     used: int = 0
     seen: int = 0           # the same for blocks of sliding layers
     at_end: bool = False
+
+    def has(self, number: int) -> bool:
+        """Is its part of this table known?"""
+        return number in self.blocks or number in self.stored
+
+    @property
+    def n_known(self) -> int:
+        """Of how many tables its part is known."""
+        return len(self.blocks) + len(self.stored)
 
 
 class Prefixes:
@@ -90,8 +99,8 @@ class Prefixes:
         path, n_same = self._walk(ids)
         n_same = min(n_same, len(ids) - 1)
         length = self._usable(path, n_same)
-        while unsound := self._unsound(path, length):
-            self._forget(unsound)
+        while None in (opened := self._opened(path, length)).values():
+            self._forget([snapshot for snapshot, blocks in opened.items() if blocks is None])
             length = self._usable(path, n_same)
         cache = self.model.new_cache(n_ctx, keep=self._keep())
         self._clock += 1
@@ -99,7 +108,8 @@ class Prefixes:
             node.used = self._clock
         for node, number in self._needed(path, length):
             node.seen = self._clock
-            cache.tables[number].put(node.depth, node.blocks[number])
+            block = node.blocks[number] if number in node.blocks else self._block(opened[node.stored[number]], number, node.depth)
+            cache.tables[number].put(node.depth, block)
         cache.start_at(length)
         why = ""
         if length < n_same:
@@ -121,7 +131,7 @@ class Prefixes:
             node = node.children.get(key) or self._longer(node, key) or self._add(node, key, depth)
             node.used = node.seen = self._clock
             for number, table in enumerate(cache.tables):
-                if depth in table.blocks and number not in node.blocks:
+                if depth in table.blocks and not node.has(number):
                     block = table.blocks[depth]
                     block.flags.writeable = False
                     node.blocks[number] = block
@@ -150,7 +160,7 @@ class Prefixes:
     def _usable(self, path: Sequence[_Node], n_same: int) -> int:
         """Up to where a sequence along `path` can go on: at `n_same` or an earlier beginning of a block."""
         points = [n_same, *range((n_same - 1) // BLOCK * BLOCK, -1, -BLOCK)] if n_same else [0]
-        return next(n for n in points if all(number in node.blocks for node, number in self._needed(path, n)))
+        return next(n for n in points if all(node.has(number) for node, number in self._needed(path, n)))
 
     # ---- on the disk
 
@@ -172,15 +182,20 @@ class Prefixes:
         blocks: list[dict[int, np.ndarray]] = [{} for _ in self._windows]
         for node, number in needed:
             if node.depth >= first:
-                if number not in node.blocks:
+                opened = node.stored[number].open() if number in node.stored else None
+                if number not in node.blocks and opened is None:
                     return                              # the sequence cannot be gone on with: others have displaced it
-                blocks[number][node.depth] = node.blocks[number]
+                blocks[number][node.depth] = self._block(opened, number, node.depth) if opened else node.blocks[number]
         above = path[first - 1] if first else self._root
         parent = above.stored[full[0]] if first else None
         ids = [i for node in path[first:] for i in node.ids]
-        if snapshot := self.snapshots.write(parent.name if parent else "", first, ids, blocks):
+        snapshot = self.snapshots.write(parent.name if parent else "", first, ids, blocks)
+        if self.snapshots.deleted:
+            self._without(self.snapshots.deleted)
+            self.snapshots.deleted.clear()
+        if snapshot:
             self._store(snapshot, above)
-            for ancestor in dict.fromkeys(node.stored[full[0]] for node in reversed(path[:first])):
+            for ancestor in dict.fromkeys(node.stored[full[0]] for node in reversed(path[:first]) if full[0] in node.stored):
                 ancestor.touch()                        # the first last: without it the others are of no use
 
     def _store(self, snapshot: Snapshot, above: _Node) -> _Node:
@@ -194,24 +209,32 @@ class Prefixes:
                 if depth in mine and number not in node.stored:
                     if number in node.blocks:
                         self._drop(node, number)
-                    node.blocks[number] = snapshot.block(number, depth, self.snapshots.shapes[number])
                     node.stored[number] = snapshot
             self._replace_shorter(node)
+        snapshot.ids = ()                   # the nodes have them
         return node
 
-    def _unsound(self, path: Sequence[_Node], length: int) -> set[Snapshot]:
-        """Files that a sequence would need and that are not what was written. From the last to the first: parents count as used last."""
-        needed = {node.stored[number]: None for node, number in self._needed(path, length) if number in node.stored}
-        return {snapshot for snapshot in sorted(needed, key=lambda snapshot: -snapshot.first) if not snapshot.check()}
+    def _opened(self, path: Sequence[_Node], length: int) -> dict[Snapshot, list[dict[int, np.ndarray]] | None]:
+        """The files that a sequence needs (`Snapshot.open`). From the last to the first: parents count as used last."""
+        needed = {node.stored[number] for node, number in self._needed(path, length) if number in node.stored}
+        return {snapshot: snapshot.open() for snapshot in sorted(needed, key=lambda snapshot: -snapshot.first)}
+
+    def _block(self, opened: Sequence[dict[int, np.ndarray]], number: int, depth: int) -> np.ndarray:
+        return opened[number][depth].reshape(self.snapshots.shapes[number])
 
     def _forget(self, unsound: Collection[Snapshot]):
-        """Removes these files. What others have of the same blocks takes their place."""
-        for snapshot in unsound:
-            self.snapshots.remove(snapshot)
-        for node in self._nodes():
-            for number in [number for number, snapshot in node.stored.items() if snapshot in unsound]:
-                self._drop(node, number)
-        self._load()
+        """Does without these files. What others have of the same blocks takes the place of those that are gone."""
+        gone = [self.snapshots.remove(snapshot) for snapshot in unsound]
+        self._without({snapshot.name for snapshot in unsound})
+        if all(gone):                   # one that could not be opened would be found again
+            self._load()
+
+    def _without(self, names: Collection[str]):
+        """Forgets that these files have anything, and nodes that have nothing left."""
+        for node in sorted(self._nodes(), key=lambda node: -node.depth):
+            node.stored = {number: snapshot for number, snapshot in node.stored.items() if snapshot.name not in names}
+            if not node.n_known and not node.children:
+                self._remove(node)
 
     # ---- the tree
 
@@ -231,7 +254,7 @@ class Prefixes:
                 path.append(node)
                 n += BLOCK
         children = (path[-1] if path else self._root).children.values()
-        best = max(children, key=lambda child: (n_common(child.ids, key), len(child.blocks)), default=None)
+        best = max(children, key=lambda child: (n_common(child.ids, key), child.n_known), default=None)
         if best is None or not (more := n_common(best.ids, key)):
             return path, n
         return [*path, best], n + more
@@ -245,7 +268,7 @@ class Prefixes:
 
     def _longer(self, parent: _Node, key: tuple[int, ...]) -> _Node | None:
         """A node that has these ids and more, and all blocks."""
-        whole = (node for node in parent.children.values() if len(node.blocks) == len(self._windows))
+        whole = (node for node in parent.children.values() if node.n_known == len(self._windows))
         return next((node for node in whole if node.ids[:len(key)] == key), None)
 
     def _add(self, parent: _Node, key: tuple[int, ...], depth: int) -> _Node:
@@ -254,7 +277,7 @@ class Prefixes:
 
     def _replace_shorter(self, node: _Node):
         """Removes the nodes of which this one has all ids, if it has all blocks."""
-        if len(node.blocks) == len(self._windows):
+        if node.n_known == len(self._windows):
             siblings = node.parent.children.items()
             for other in [other for ids, other in siblings if len(ids) < len(node.ids) and node.ids[:len(ids)] == ids]:
                 self._remove(other)
@@ -265,9 +288,7 @@ class Prefixes:
         del node.parent.children[node.ids]
 
     def _drop(self, node: _Node, number: int):
-        block = node.blocks.pop(number)
-        if node.stored.pop(number, None) is None:
-            self.n_bytes -= block.nbytes
+        self.n_bytes -= node.blocks.pop(number).nbytes
 
     def _trim(self):
         """Drops what is least likely to be needed, until the rest is within the budget."""
@@ -275,7 +296,7 @@ class Prefixes:
             return
         nodes = list(self._nodes())
         for node in sorted(nodes, key=lambda node: (node.at_end, node.seen, self._worth(node), node.depth)):
-            for number in [number for number in node.blocks if self._windows[number] is not None and number not in node.stored]:
+            for number in [number for number in node.blocks if self._windows[number] is not None]:
                 if self.n_bytes <= self.budget:
                     return
                 self._drop(node, number)

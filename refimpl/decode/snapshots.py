@@ -1,4 +1,4 @@
-"""What was read, on the disk: blocks of keys and values in safetensors files, mapped when they are needed again.
+"""What was read, on the disk: blocks of keys and values in safetensors files, mapped while they are needed again.
 
     <cache root>/read-<16 hex digits>/      the start of `key_of`: the model and everything that a bit depends on
         <32 hex digits>.safetensors         ids of the tokens from a multiple of 64 on, and blocks of their keys and values; the metadata
@@ -12,21 +12,23 @@ processes may share the folder. What is damaged, of another model or of another 
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
 import time
+import weakref
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from refimpl.formats.gguf import GGUFError
+from refimpl.formats.gguf import GGUFError, TensorInfo, map_file, view
 from refimpl.formats.hashing import sample_hash
-from refimpl.formats.safetensors import TensorFile, TensorWriter
+from refimpl.formats.safetensors import DTYPES, CheckpointError, TensorFile, TensorWriter
 from refimpl.loading.model import Model
 from refimpl.model.blocks import BLOCK
 
@@ -34,12 +36,16 @@ FORMAT = 1
 NUMERICS = 1                # goes up when any bit of a key or value does
 NAME = re.compile(r"read-[0-9a-f]{16}")
 BAD = (OSError, GGUFError, ValueError, KeyError, TypeError, AttributeError, RecursionError)      # what reading any bytes can raise
+MAX_NOTES = 100            # as many are kept and told
 LINE = 64                   # bytes; blocks begin at multiples, as in memory
 
 
 @dataclass(eq=False)
 class Snapshot:
-    """One file. `first`: number of its first block; `blocks`: for each table, the numbers of its blocks, in order."""
+    """One file. `first`: number of its first block; `blocks`: for each table, the numbers of its blocks, in order.
+
+    It is mapped only as long as a sequence uses its blocks: a mapped file takes a descriptor and, once deleted, its room on the disk.
+    """
 
     path: Path
     parent: str
@@ -47,25 +53,36 @@ class Snapshot:
     ids: tuple[int, ...]
     blocks: list[list[int]]
     crc32: Mapping[str, int]
-    file: TensorFile
-    sound: bool = field(default=False)
+    tensors: Mapping[str, TensorInfo]
+    sound: bool | None = None           # None: nobody has looked
+    _mapping: Callable[[], mmap.mmap | None] = lambda: None         # a weak reference
 
     @property
     def name(self) -> str:
         """What children call it."""
         return self.path.stem
 
-    def block(self, table: int, number: int, shape: Sequence[int]) -> np.ndarray:
-        """A block, a read-only view of the mapped file."""
-        return self.file.array(str(table))[self.blocks[table].index(number)].reshape(shape)
-
-    def check(self) -> bool:
-        """Has the file the bytes that were written? It is read once. If so, it counts as used now."""
+    def open(self) -> list[dict[int, np.ndarray]] | None:  # noqa: A003
+        """For each table, number -> block: read-only views of the file, whose rows lie as they were written. None where it is gone, cannot
+        be opened, or has other bytes than were written (`sound` is False), for which it is read once. It counts as used now.
+        """
+        try:
+            if (mapping := self._mapping()) is None:
+                mapping = map_file(self.path, "a safetensors file", CheckpointError)
+                self._mapping = weakref.ref(mapping)
+        except CheckpointError:
+            return None
+        try:
+            raw = {name: view(mapping, info) for name, info in self.tensors.items()}
+        except ValueError:                      # it has become shorter
+            raw, self.sound = {}, False
+        if self.sound is None:
+            self.sound = all(zlib.crc32(raw[name].reshape(-1)) == crc for name, crc in self.crc32.items())
         if not self.sound:
-            self.sound = all(zlib.crc32(self.file.raw(name).reshape(-1)) == crc for name, crc in self.crc32.items())
-        if self.sound:
-            self.touch()
-        return self.sound
+            return None
+        self.touch()
+        return [dict(zip(mine, raw[str(table)].view(DTYPES[self.tensors[str(table)].type]))) if mine else {}
+                for table, mine in enumerate(self.blocks)]
 
     def touch(self):
         """Counts as used now."""
@@ -77,16 +94,21 @@ class Snapshot:
 class Snapshots:
     """The files of one model in one folder.
 
-    notes  lines for the user: what was passed over, what could not be written
+    notes    lines for the user: what was passed over, and why something could not be written, each reason once
+    deleted  names of files that had to make room, for whoever still knows them to take
     """
 
-    def __init__(self, root: str | os.PathLike, model: Model, limit: int):
-        """`root`: the cache root. `limit`: bytes that all files of all models may take; the least recently used go first."""
+    def __init__(self, root: str | os.PathLike, model: Model, limit: int, tell: Callable[[str], None] = lambda note: None):
+        """`root`: the cache root. `limit`: bytes that all files of all models may take; the least recently used go first. `tell` is called
+        with each note when there is one, from whatever thread reads or writes.
+        """
         tables = model.new_cache(1).tables
         self.root, self.key, self.model, self.limit = Path(root), key_of(model), model.name, limit
         self.folder = self.root / f"read-{self.key[:16]}"
         self.shapes, self.dtype = [table.shape for table in tables], tables[0].dtype
         self.notes: list[str] = []
+        self.deleted: set[str] = set()
+        self._tell, self._noted = tell, set[str]()
 
     def found(self) -> list[Snapshot]:
         """All files that may be used, each after its parent."""
@@ -95,7 +117,7 @@ class Snapshots:
             try:
                 snapshot = self._open(path)
             except BAD as error:
-                self.notes.append(f"{path}: passed over: {getattr(error, 'strerror', None) or error}")
+                self._note(f"{path}: passed over: {getattr(error, 'strerror', None) or error}")
             else:
                 children.setdefault(snapshot.parent, []).append(snapshot)
         ready, names = [], [""]
@@ -111,7 +133,7 @@ class Snapshots:
         """
         path = self.folder / f"{self._name(parent, first, ids)}.safetensors"
         with contextlib.suppress(*BAD):
-            if (snapshot := self._open(path)).check():
+            if (snapshot := self._open(path)).open() is not None:
                 return snapshot                     # another process was first
         header = {"format": FORMAT, "key": self.key, "model": self.model, "parent": parent, "first": first, "ids": [int(i) for i in ids],
                   "blocks": [sorted(mine) for mine in blocks]}
@@ -121,17 +143,27 @@ class Snapshots:
             self._make_room(path)
             snapshot = self._open(path)
         except BAD as error:
-            self.notes.append("what was read is not kept on the disk: "
-                              f"{getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}")
+            why = str(getattr(error, "strerror", None) or error)
+            self._note(f"what was read is not kept on the disk: {getattr(error, 'filename', None) or path}: {why}", why)
             return None
         snapshot.sound = True
         return snapshot
 
-    def remove(self, snapshot: Snapshot):
-        """Deletes a file that turned out to be unsound, with a note."""
-        self.notes.append(f"{snapshot.path}: passed over: not the bytes that were written")
+    def remove(self, snapshot: Snapshot) -> bool:
+        """Deletes a file that could not be used, with a note, if that is its own fault. Returns whether it is gone."""
+        if snapshot.sound is not False:
+            return not snapshot.path.exists()
+        self._note(f"{snapshot.path}: passed over: not the bytes that were written")
         with contextlib.suppress(OSError):
             snapshot.path.unlink()
+        return True
+
+    def _note(self, note: str, key: str = ""):
+        """Says it once; notes with the same `key` are the same."""
+        if (key or note) not in self._noted and len(self.notes) < MAX_NOTES:
+            self._noted.add(key or note)
+            self.notes.append(note)
+            self._tell(note)
 
     def _write(self, path: Path, header: dict[str, object], blocks: Sequence[Mapping[int, np.ndarray]]):
         room = -(-(len(json.dumps(json.dumps(header))) + 4096) // LINE) * LINE + LINE - 8
@@ -152,11 +184,11 @@ class Snapshots:
         header = json.loads(file.metadata["refimpl"])
         snapshot = Snapshot(path, str(header["parent"]), int(header["first"]), tuple(map(int, header["ids"])),
                             [[int(number) for number in numbers] for numbers in header["blocks"]],
-                            {str(name): int(crc) for name, crc in header["crc32"].items()}, file)
-        self._check(header, snapshot)
+                            {str(name): int(crc) for name, crc in header["crc32"].items()}, file.tensors)
+        self._check(header, snapshot, file)
         return snapshot
 
-    def _check(self, header: Mapping[str, object], snapshot: Snapshot):
+    def _check(self, header: Mapping[str, object], snapshot: Snapshot, file: TensorFile):
         """Raises ValueError unless it is a file of this model whose parts fit together."""
         n_blocks = -(-len(snapshot.ids) // BLOCK)
         if header["format"] != FORMAT or header["key"] != self.key:
@@ -164,13 +196,13 @@ class Snapshots:
         if snapshot.name != self._name(snapshot.parent, snapshot.first, snapshot.ids) or not snapshot.ids or snapshot.first < 0:
             raise ValueError("its name does not fit its contents")
         if len(snapshot.blocks) != len(self.shapes) or {name for name, mine in enumerate(snapshot.blocks) if mine} != set(
-                map(int, snapshot.file.tensors)) or set(snapshot.crc32) != set(snapshot.file.tensors):
+                map(int, file.tensors)) or set(snapshot.crc32) != set(file.tensors):
             raise ValueError("other tensors than it says")
         for table, mine in enumerate(snapshot.blocks):
             if mine != sorted(set(mine)) or any(not snapshot.first <= number < snapshot.first + n_blocks for number in mine):
                 raise ValueError("blocks that its tokens do not have")
-            if mine and (snapshot.file.tensors[str(table)].shape != (len(mine), *self._rows(table))
-                         or snapshot.file.array(str(table)).dtype != self.dtype):
+            if mine and (file.tensors[str(table)].shape != (len(mine), *self._rows(table))
+                         or file.array(str(table)).dtype != self.dtype):
                 raise ValueError("blocks of another shape or type")
 
     def _rows(self, table: int) -> tuple[int, int]:
@@ -191,6 +223,8 @@ class Snapshots:
             with contextlib.suppress(OSError):
                 path.unlink()
                 total -= status.st_size
+                if path.parent == self.folder:
+                    self.deleted.add(path.stem)
 
 
 def key_of(model: Model) -> str:

@@ -98,7 +98,8 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, output_type: str
         raise OSError(errno.ENOSPC, f"{n_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", os.fspath(output))
     with progress("MB converted", file.n_bytes, 10**6) as advance:
         advance = releasing(file, advance)
-        write_gguf(output, metadata_for(file, types), [_deferred(file, info, types[name], advance) for name, info in file.tensors.items()])
+        write_gguf(output, metadata_for(file, types, output_type),
+                   [_deferred(file, info, types[name], advance) for name, info in file.tensors.items()])
     return {"output": str(output), "bytes": output.stat().st_size, "tensors": len(types), "types": dict(Counter(types.values())),
             "converted": sum(types[name] != info.type for name, info in file.tensors.items())}
 
@@ -123,13 +124,15 @@ def type_in_projector(output_type: str, info: TensorInfo) -> str:
     return info.type if output_type == "auto" else fitting_type(output_type, info.shape[-1])
 
 
-def metadata_for(file: TensorSource, types: Mapping[str, str]) -> dict[str, object]:
+def metadata_for(file: TensorSource, types: Mapping[str, str], output_type: str) -> dict[str, object]:
     """The keys of the output: those of the input, with what has changed."""
     projector = architecture_of(file.metadata) == PROJECTOR_ARCHITECTURE
     whole = towers.stays_float32 if projector else stays_float32
     matrices = [block for name, block in types.items() if name not in EMBEDDINGS and not whole(name, file.tensors[name].shape)]
     changed = {"general.type": "mmproj" if projector else "model", "general.quantization_version": 2}
-    if (common := Counter(matrices).most_common(1)[0][0]) in FILE_TYPES:
+    common = Counter(matrices).most_common(1)[0][0]
+    common = output_type if projector and output_type != "auto" else common             # the 12B's has two matrices that differ
+    if common in FILE_TYPES:
         changed["general.file_type"] = FILE_TYPES[common]
     kept = {key: value for key, value in file.metadata.items() if not key.startswith("split.") and key != "general.file_type"
             and not (hasattr(value, "__len__") and not isinstance(value, str) and not len(value))}

@@ -1,18 +1,17 @@
 """Attention of the towers: every patch of an image sees all others, a frame of sound the latest dozen.
 
-The first goes head by head through the attention of the text model, which holds at most 64 scores of a query at a time; each head has its
-keys and values in blocks of their own, padded with zeros to whole vectors. The second has all scores of a query in one vector.
+The first is two products, head by head, with keys and values in tiles like the weights of a matrix, for some hundred queries at a time: all
+scores of all queries would not fit into memory. The second has all scores of a query in one vector.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 
-from refimpl.kernels.attention import CHUNK, attend
-from refimpl.kernels.cores.threads import threads_for
+from refimpl.formats.matrix import Matrix
+from refimpl.kernels.cores.threads import current, threads_for
 from refimpl.kernels.machine.checks import mismatch
 from refimpl.kernels.machine.intrinsics import (
+    add_f32,
     address,
     at,
     div_f32,
@@ -20,6 +19,7 @@ from refimpl.kernels.machine.intrinsics import (
     largest_f32,
     load_f32,
     load_f32_part,
+    max_f32,
     mul_f32,
     splat_f32,
     splat_f32_from,
@@ -30,41 +30,68 @@ from refimpl.kernels.machine.intrinsics import (
 )
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import inline, kernel
+from refimpl.kernels.machine.tiles import Tiles, tiled
 from refimpl.kernels.machine.vecmath import exp16, tanh16
+from refimpl.kernels.matmul import matmul
 
+TOGETHER = 256          # queries whose scores are in memory
 ZERO, ONE, NEVER = np.float32(0), np.float32(1), np.float32(-np.inf)
-
-
-class _Blocks(NamedTuple):
-    """The keys and values of one head, as `attend` takes them."""
-
-    shape: tuple[int, int, int]
-    dtype: np.dtype
-    origin: np.ndarray
-    offset_B: np.ndarray
-    k_offset: int
-    v_offset: int
 
 
 def attend_all(q_TNH: np.ndarray, k_TNH: np.ndarray, v_TNH: np.ndarray) -> np.ndarray:
     """softmax(q k) v over all T rows, float32 (T, N, H); scores are not scaled. transformers: Gemma4VisionAttention."""
     if any(a.dtype != np.float32 or a.ndim != 3 or a.shape != q_TNH.shape for a in (q_TNH, k_TNH, v_TNH)):
         raise mismatch(q_TNH, k_TNH, v_TNH)
-    n_tok, n_head, head_dim = q_TNH.shape
-    width, n_blocks = -(-head_dim // LANES) * LANES, -(-n_tok // CHUNK)
     out_TNH = np.empty_like(q_TNH)
-    q_TH, kv_B = np.zeros((n_tok, width), np.float32), np.zeros((n_blocks, 2, CHUNK, width), np.float32)
-    head_bytes = 4 * CHUNK * width
-    blocks = _Blocks((CHUNK, 1, width), kv_B.dtype, kv_B.reshape(-1).view(np.uint8), 2 * head_bytes * np.arange(n_blocks), 0, head_bytes)
-    first_T, end_T = np.zeros(n_tok, np.int64), np.full(n_tok, n_tok, np.int64)
-    for n in range(n_head):
-        q_TH[:, :head_dim] = q_TNH[:, n]
-        for i, rows_TNH in enumerate((k_TNH, v_TNH)):
-            for b in range(n_blocks):
-                part = rows_TNH[CHUNK * b:CHUNK * (b + 1), n]
-                kv_B[b, i, :len(part), :head_dim] = part
-        out_TNH[:, n] = attend(q_TH[:, None], blocks, first_T, end_T)[:, 0, :head_dim]
+    for n in range(q_TNH.shape[1]):
+        k_SH, v_HS = _tiles(k_TNH[:, n]), _tiles(v_TNH[:, n].T)
+        for first in range(0, len(q_TNH), TOGETHER):
+            rows = slice(first, first + TOGETHER)
+            weight_TS = matmul(np.ascontiguousarray(q_TNH[rows, n]), k_SH)
+            softmax_rows(weight_TS, threads_for(weight_TS.size))
+            out_TNH[rows, n] = matmul(weight_TS, v_HS)
     return out_TNH
+
+
+def _tiles(x_OD: np.ndarray) -> Tiles:
+    x_OD = np.ascontiguousarray(x_OD)
+    return tiled(Matrix(x_OD.view(np.uint8), "F32"), current())
+
+
+@inline
+def _load(pointer, n):
+    return load_f32(pointer) if n == LANES else load_f32_part(pointer, n)
+
+
+@inline
+def _softmax_part(rows, width, first, end):
+    """Rows first..end-1. A sum has 16 lanes, column modulo 16."""
+    for t in range(first, end):
+        row, largest, total = at(rows, 4 * width * t), splat_f32(NEVER), splat_f32(ZERO)
+        whole = width // LANES * LANES
+        for c in range(0, whole, LANES):
+            largest = max_f32(largest, load_f32(at(row, 4 * c)))
+        for c in range(whole, width):
+            largest = max_f32(largest, splat_f32_from(at(row, 4 * c)))
+        shift = splat_f32(largest_f32(largest))
+        for c in range(0, width, LANES):
+            here = min(LANES, width - c)
+            weight = exp16(sub_f32(_load(at(row, 4 * c), here), shift))
+            store_f32_part(at(row, 4 * c), weight, here)
+            total = add_f32(total, _load(at(row, 4 * c), here))
+        factor = splat_f32(ONE / sum_f32(total))
+        for c in range(0, width, LANES):
+            here = min(LANES, width - c)
+            store_f32_part(at(row, 4 * c), mul_f32(_load(at(row, 4 * c), here), factor), here)
+
+
+@kernel(parallel=True)
+def softmax_rows(x_TS, n):
+    """The softmax of each row, in its place, on n threads."""
+    rows, (n_rows, width) = address(x_TS), x_TS.shape
+    for part in prange(n):
+        thread = np.int64(part)
+        _softmax_part(rows, width, thread * n_rows // n, (thread + 1) * n_rows // n)
 
 
 def attend_band(q_TNH: np.ndarray, k_TNH: np.ndarray, v_TNH: np.ndarray, relative_SNH: np.ndarray, cap: float) -> np.ndarray:
@@ -80,11 +107,6 @@ def attend_band(q_TNH: np.ndarray, k_TNH: np.ndarray, v_TNH: np.ndarray, relativ
     if out_TNH.size:
         band_rows(*map(np.ascontiguousarray, arrays), float(cap), np.empty((n, LANES), np.float32), out_TNH, n)
     return out_TNH
-
-
-@inline
-def _load(pointer, n):
-    return load_f32(pointer) if n == LANES else load_f32_part(pointer, n)
 
 
 @inline

@@ -108,7 +108,7 @@ def _is_of_others(name: str, ignored: dict[str, str]) -> bool:
     """Does the tensor belong to the image or audio part? Adds it to `ignored` with that reason."""
     part = name.removeprefix("model.").split(".")[0]
     if part in OTHERS:
-        ignored[name] = f"belongs to the part that {OTHERS[part]}; refimpl reads text"
+        ignored[name] = f"belongs to the part that {OTHERS[part]}; --mmproj loads it"
     return part in OTHERS
 
 

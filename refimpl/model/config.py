@@ -149,6 +149,13 @@ def architecture_of(metadata: Mapping[str, object]) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def refuse_projector(metadata: Mapping[str, object], path):
+    """Raises GGUFError for the metadata of a projector."""
+    if architecture_of(metadata) == PROJECTOR_ARCHITECTURE:
+        raise GGUFError(path, None, "this is a projector (clip), the part of a model that sees and hears: give it with --mmproj, beside "
+                        "its model")
+
+
 def unknown_keys(metadata: Mapping[str, object]) -> list[str]:
     """The keys of the file's architecture (`gemma4.*`, `gemma4-assistant.*`, `clip.*`) that this version does not know and ignores."""
     architecture = architecture_of(metadata)
@@ -173,9 +180,7 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
     architecture = architecture_of(metadata)
     if architecture == DRAFTER_ARCHITECTURE:
         raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone: load its target as the model")
-    if architecture == PROJECTOR_ARCHITECTURE:
-        raise GGUFError(path, None, "this is a projector (clip), the part of a model that sees and hears: give it with --mmproj, and its "
-                        "model with -m")
+    refuse_projector(metadata, path)
     if architecture != ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; refimpl runs {ARCHITECTURE} only")
     keys = Keys(metadata, path, ARCHITECTURE)

@@ -154,16 +154,29 @@ def thinking_of(effort: str | None, options: TemplateOptions | None = None, name
 
 
 async def encoded(site: Site, messages: list[dict], tools: list[dict], thinking: bool) -> Encoded:
-    """The prompt. Raises ApiError or ChatError. In a thread, as a template and pictures may take their time."""
+    """The prompt. Raises ApiError or ChatError. In a thread, as a template and pictures may take their time. The model knows no role
+    developer, which is OpenAI's newer name for system.
+    """
     if len(messages) > MAX_MESSAGES:
         raise bad("messages", f"messages: at most {MAX_MESSAGES} are accepted, not {len(messages)}")
+    known = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    in_order = [part for message in known for part in _text_then_calls(message)]
     try:
-        return await run_sync(lambda: encode_messages(site.tokenizer, site.template, messages, site.projector, thinking=thinking,
+        return await run_sync(lambda: encode_messages(site.tokenizer, site.template, in_order, site.projector, thinking=thinking,
                                                       tools=tools or None))
     except ChatError:
         raise
     except ValueError as error:                 # a picture or a sound that cannot be taken
         raise bad("messages", f"messages: {error}") from None
+
+
+def _text_then_calls(message: dict) -> list[dict]:
+    """A message with both as two: Google's templates write what was said before a call behind its response, and end the turn there, so that
+    the model would be asked outside of a turn.
+    """
+    if not message.get("tool_calls") or not message["content"].strip():
+        return [message]
+    return [{"role": message["role"], "content": message["content"]}, {**message, "content": ""}]
 
 
 async def constraint_of(site: Site, *, thinking: bool, tools: list[dict], choice: str = "auto", parallel: bool = True,

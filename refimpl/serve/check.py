@@ -66,15 +66,18 @@ class Server:
             raise ServerError(f"{where}: no completion: {body[:100]!r}") from None
 
 
-def check_server(url: str, *, n: int = 8, api_key: str | None = None, progress: Progress = silent) -> dict[str, object]:
+def check_server(url: str, *, n: int = 8, model: str | None = None, api_key: str | None = None,
+                 progress: Progress = silent) -> dict[str, object]:
     """Asks `n` questions of several lengths, greedy and sampled, three times: one after the other, when nobody has asked them before;
     again; and all at once in another order, among as many that nobody waits for. Compares texts and probabilities to the last digit.
+    `model`: the request's field of that name, where the server asks for one.
 
     Returns {"ok", "url", "questions", "tokens", "differ": {way: questions that differ}, "first": the first difference or None}. Raises
     ServerError, and ValueError for an address that is none.
     """
     server, nonce, rng = Server.at(url, api_key), secrets.token_hex(4), np.random.default_rng()
-    asked = [_question(nonce, i) for i in range(n)]
+    asked_of = {} if model is None else {"model": model}
+    asked = [_question(nonce, i) | asked_of for i in range(n)]
     with progress("answers", 3 * n) as advance:
         def ask(fields: Mapping[str, object]) -> dict[str, object]:
             choice = server.ask(fields)
@@ -82,7 +85,7 @@ def check_server(url: str, *, n: int = 8, api_key: str | None = None, progress: 
             return choice
         first, again = [ask(fields) for fields in asked], [ask(fields) for fields in asked]
         with ThreadPoolExecutor(2 * n) as pool:
-            gone = [pool.submit(server.ask, _question(f"{nonce} other", i) | {"stream": True}, int(rng.integers(1, 2000)))
+            gone = [pool.submit(server.ask, _question(f"{nonce} other", i) | asked_of | {"stream": True}, int(rng.integers(1, 2000)))
                     for i in range(n)]
             futures = {int(i): pool.submit(ask, asked[i]) for i in rng.permutation(n)}
             together = [futures[i].result() for i in range(n)]

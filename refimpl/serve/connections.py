@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from refimpl.serve.settings import Settings
 
 GRACE_SECONDS = 5
 """Answers that are being written may go on for so long once the server is to stop."""
+DESCRIPTORS = 1 << 16
+"""A connection takes one, and each turn of a conversation on the disk takes one while the conversation goes on; many systems allow 1024."""
 BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: 21\r\n\r\n"
         b"too many connections\n")
 
@@ -24,8 +27,22 @@ def listen(settings: Settings) -> socket.socket:
     return socket.create_server((settings.host, settings.port), family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
 
 
+def more_descriptors():
+    """Allows as many open files as the system lets this process have, DESCRIPTORS at most. Best effort; Windows has no such limit."""
+    try:
+        import resource
+    except ImportError:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def run(app: ASGIApp, settings: Settings, listening: socket.socket):
     """Answers requests until Ctrl-C or SIGTERM; both raise KeyboardInterrupt when that is done, so that the caller can clean up."""
+    more_descriptors()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # uvicorn raises what it got once more, when it has stopped
     try:
         server(app, settings).run(sockets=[listening])

@@ -234,7 +234,8 @@ def _byte_pair_encoding(file: "_Reader", id_of: dict[str, int], damaged: list[in
     unknown = file.token_id("unknown")  # never used while all byte tokens exist; given because the original has it
     options = {} if unknown is None else {"unk_token": file.token(unknown)}
     try:
-        return BPE(id_of, merges, byte_fallback=True, fuse_unk=True, **options)
+        # no cache: its words are whole texts here, of which a server would keep 10,000 and never see one again
+        return BPE(id_of, merges, byte_fallback=True, fuse_unk=True, cache_capacity=0, **options)
     except Exception as error:  # the library's own words do not say which merge; looking for it only now costs nothing before
         for rank, merge in enumerate(merges):
             fault = _merge_fault(merge, id_of)

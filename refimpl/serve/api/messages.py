@@ -21,6 +21,8 @@ from refimpl.serve.sse import ANTHROPIC_PING, Stream, event, unless_gone
 from refimpl.text.answer import CallArguments, CallEnd, CallStart, Piece
 from refimpl.text.prompt import Encoded
 
+SIGNATURE = "refimpl"
+"""Of a thought. It is not checked, but clients give a thought without one back as text."""
 STOPS = {"stop": "end_turn", "stop_string": "stop_sequence", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -136,7 +138,7 @@ def _block(block: Block) -> dict[str, object]:
     if block.kind == "call":
         return {"type": "tool_use", "id": _tool_id(), "name": block.name, "input": msgspec.json.decode(block.text or "{}")}
     if block.kind == "thought":
-        return {"type": "thinking", "thinking": block.text, "signature": ""}
+        return {"type": "thinking", "thinking": block.text, "signature": SIGNATURE}
     return {"type": "text", "text": block.text}
 
 
@@ -184,8 +186,9 @@ class BlockWriter:
         """The end of the block that is open, if one is."""
         if not self._kind:
             return []
+        signed = [self._delta({"type": "signature_delta", "signature": SIGNATURE})] if self._kind == "thought" else []
         self._kind = ""
-        return [_event("content_block_stop", index=self._index)]
+        return [*signed, _event("content_block_stop", index=self._index)]
 
     def _open(self, kind: str, block: Mapping) -> list[bytes]:
         ended = self.close()

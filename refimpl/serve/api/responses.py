@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from refimpl.serve.answering import Answers, streamed
-from refimpl.serve.api.responses_input import chat_of, tools_of
+from refimpl.serve.api.responses_input import Tools, chat_of, tools_of
 from refimpl.serve.api.responses_output import ItemWriter
 from refimpl.serve.asking import (
     Effort,
@@ -63,37 +63,38 @@ async def endpoint(request: Request) -> Response:
     """One request."""
     site: Site = request.app.state.site
     fields, ignored = await read(request, Fields)
-    want = await _want(site, fields)
+    tools = tools_of(fields.tools)
+    want = await _want(site, fields, tools)
     answers = await Answers.begin(site, want)
     head, headers = _head(site, fields, want), want.headers | ignored
     if fields.stream:
-        events = Events(head)
+        events = Events(head, tools.namespaces)
 
         def failed(error: ApiError) -> bytes:
             said = form(request.url.path, error)["error"]
             error = {"code": "server_error" if error.status >= 500 else "invalid_prompt", "message": said["message"]}
             return events.event("response.failed", response={**head, "status": "failed", "error": error})
         return Stream(streamed(answers, events.of(answers), failed), site.settings.ping_seconds, headers)
-    return JSONResponse(await unless_gone(request, _whole(answers, head)), headers=headers)
+    return JSONResponse(await unless_gone(request, _whole(answers, head, tools.namespaces)), headers=headers)
 
 
-async def _want(site: Site, fields: Fields) -> Want:
+async def _want(site: Site, fields: Fields, tools: Tools) -> Want:
     for name in ("previous_response_id", "conversation"):
         if getattr(fields, name) is not None:
             raise bad(name, f"{name}: responses are not stored here; send the whole conversation as input")
     if fields.background:
         raise bad("background", "background is not supported: responses are not stored here")
-    tools = tools_of(fields.tools)
     thinking = thinking_of(fields.reasoning and fields.reasoning.effort, fields.chat_template_kwargs, "reasoning.effort")
     common = shared(site, fields, None)
     format_ = fields.text and fields.text.format
     if format_ and format_.get("type") == "json_schema" and "schema" not in format_:
         raise bad("text.format", "text.format: schema is missing")
-    make, notes = await constraint_of(site, thinking=thinking, tools=tools, choice=chosen_tool(fields.tool_choice, tools), format_=format_,
-                                      parallel=fields.parallel_tool_calls is not False, lark=fields.grammar, regex=fields.regex)
-    prompt = await encoded(site, chat_of(fields.instructions, fields.input), tools, thinking)
+    make, notes = await constraint_of(site, thinking=thinking, tools=tools.chat, choice=chosen_tool(fields.tool_choice, tools.chat),
+                                      format_=format_, parallel=fields.parallel_tool_calls is not False, lark=fields.grammar,
+                                      regex=fields.regex)
+    prompt = await encoded(site, chat_of(fields.instructions, fields.input), tools.chat, thinking)
     limit = limit_of(fields.max_output_tokens, "max_output_tokens", site.default_limit)
-    return Want([prompt], max_new_tokens=limit, constraint=make, notes=notes, **common)
+    return Want([prompt], max_new_tokens=limit, constraint=make, notes=[*tools.notes, *notes], **common)
 
 
 def _head(site: Site, fields: Fields, want: Want) -> dict[str, object]:
@@ -117,8 +118,8 @@ def _ended(head: dict[str, object], output: list[dict], end: End, n_thought: int
             "usage": usage, "completed_at": int(time.time())}
 
 
-async def _whole(answers: Answers, head: dict[str, object]) -> dict[str, object]:
-    writer = ItemWriter()
+async def _whole(answers: Answers, head: dict[str, object], namespaces: Mapping[str, str]) -> dict[str, object]:
+    writer = ItemWriter(namespaces)
     async for _, part in answers:
         if isinstance(part, Said):
             for _ in writer.write(part):
@@ -133,8 +134,8 @@ async def _whole(answers: Answers, head: dict[str, object]) -> dict[str, object]
 class Events:
     """The response as a stream. Events are numbered, the one that says that it failed too."""
 
-    def __init__(self, head: dict[str, object]):
-        self._head, self._number = head, 0
+    def __init__(self, head: dict[str, object], namespaces: Mapping[str, str]):
+        self._head, self._namespaces, self._number = head, namespaces, 0
 
     def event(self, name: str, /, **fields: object) -> bytes:
         """One event."""
@@ -145,7 +146,7 @@ class Events:
         """All of them."""
         yield self.event("response.created", response=self._head)
         yield self.event("response.in_progress", response=self._head)
-        writer = ItemWriter()
+        writer = ItemWriter(self._namespaces)
         async for _, part in answers:
             if isinstance(part, Said):
                 for name, fields in writer.write(part):

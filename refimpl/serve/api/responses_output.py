@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from uuid import uuid4
 
 from refimpl.serve.parts import Said, kind_of
@@ -16,7 +16,9 @@ PARTS = {"thought": ("reasoning_text", "response.reasoning_text"), "content": ("
 class ItemWriter:
     """Writes `items` piece by piece. `n_thought`: tokens of thoughts."""
 
-    def __init__(self):
+    def __init__(self, namespaces: Mapping[str, str]):
+        """`namespaces`: of tools, by their names (`Tools` in responses_input.py)."""
+        self._namespaces = namespaces
         self.items: list[dict] = []
         self.n_thought = 0
         self._kind = ""             # of the item that is open, "" if none is
@@ -51,8 +53,10 @@ class ItemWriter:
         if isinstance(piece, CallEnd):
             yield from self.close(piece.broken)
         elif isinstance(piece, CallStart):
+            namespace = self._namespaces.get(piece.name)
+            named = {"name": piece.name} if namespace is None else {"name": piece.name[len(namespace) + 1:], "namespace": namespace}
             yield from self._open(kind, {"id": _id("fc"), "type": "function_call", "status": "in_progress", "arguments": "",
-                                         "call_id": _id("call"), "name": piece.name})
+                                         "call_id": _id("call"), **named})
         elif isinstance(piece, CallArguments):
             self._text.append(piece.json)
             yield "response.function_call_arguments.delta", {**self._at(self.items[-1]), "delta": piece.json}
