@@ -11,6 +11,9 @@
     for text in refimpl.stream(model, ids):
         print(text, end="", flush=True)
 
+    eyes = refimpl.load_projector("mmproj.gguf", target=model)                  # pictures and sounds
+    print(refimpl.generate(model, ["What is ", refimpl.Image("cat.png"), "?"], projector=eyes).text)
+
     session = model.session()                            # a conversation: what was read once is not read again
     print(session.chat("What is a monad?").text)
 
@@ -28,10 +31,14 @@ from refimpl.formats.safetensors import CheckpointError
 from refimpl.loading.hub_files import HubError
 from refimpl.loading.memory import MemoryRefusal
 from refimpl.loading.model import Model, load
+from refimpl.loading.projector import Projector, load_projector
+from refimpl.media.parts import Audio, Image
+from refimpl.media.source import MediaError
 from refimpl.model.cache import ContextFull
 from refimpl.text.chat import ChatError
 from refimpl.text.tokenizer import Tokenizer, TokenizerError
 
 __version__ = "0.1.0"
-__all__ = ["ChatError", "CheckpointError", "ContextFull", "Drafter", "GGUFError", "HubError", "MemoryRefusal", "MissingExtra", "Model",
-           "Output", "Session", "Stats", "Tokenizer", "TokenizerError", "generate", "load", "load_drafter", "propose", "stream"]
+__all__ = ["Audio", "ChatError", "CheckpointError", "ContextFull", "Drafter", "GGUFError", "HubError", "Image", "MediaError",
+           "MemoryRefusal", "MissingExtra", "Model", "Output", "Projector", "Session", "Stats", "Tokenizer", "TokenizerError", "generate",
+           "load", "load_drafter", "load_projector", "propose", "stream"]

@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+
 from refimpl.text import calls as form
 from refimpl.text import chat
 from refimpl.text.answer import AnswerSplitter, CallArguments, CallEnd, CallStart, Content, Thought
@@ -21,6 +23,19 @@ class Marker(str):
 
 MARKERS = CALL, CALL_END, QUOTE, THOUGHT, CHANNEL_END = [
     Marker(token) for token in (form.CALL, form.CALL_END, form.QUOTE, chat.THOUGHT, chat.CHANNEL_END)]
+
+
+SEEN = "<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>"
+
+
+def with_markers(metadata: dict) -> Tokenizer:
+    """The vocabulary with the markers of pictures and sounds, as control tokens at its end where it has none."""
+    new = [token for token in SEEN if token not in metadata["tokenizer.ggml.tokens"]]
+    changed = {"tokenizer.ggml.tokens": [*metadata["tokenizer.ggml.tokens"], *new],
+               "tokenizer.ggml.token_type": np.append(metadata["tokenizer.ggml.token_type"], [3] * len(new)).astype(np.int32)}
+    if "tokenizer.ggml.scores" in metadata:
+        changed["tokenizer.ggml.scores"] = np.append(metadata["tokenizer.ggml.scores"], [0] * len(new)).astype(np.float32)
+    return Tokenizer.from_metadata(metadata | changed, "with markers")
 
 
 def ids_of(*parts: str, in_bytes: bool = False) -> list[int]:

@@ -4,7 +4,7 @@ import numpy as np
 
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.codecs import quantize
-from refimpl.kernels import ops
+from refimpl.kernels import ops, tower_attention
 from refimpl.model.blocks import layer_of
 
 INTEGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
@@ -71,6 +71,15 @@ def in_blocks(k, v, first, end):
     return layer_of(k[place], v[place], int(first.min()))
 
 
+def tower_cases():
+    """(name, function, arguments) of the towers' attention: awkward widths, one row, more rows than a span."""
+    rng = np.random.default_rng(6)
+    for n_tok, n_head, head_dim in ((1, 1, 16), (70, 2, 24), (600, 2, 72)):
+        q, k, v = (normal(rng, n_tok, n_head, head_dim, scale=0.5) for _ in range(3))
+        yield f"attend_all {n_tok} {head_dim}", tower_attention.attend_all, (q, k, v)
+        yield f"attend_band {n_tok} {head_dim}", tower_attention.attend_band, (q, k, v, normal(rng, 12, n_head, head_dim), 50.0)
+
+
 # ---- the functions between the matrix products
 
 def normal(rng, *shape, scale=1.0):
@@ -91,10 +100,15 @@ def ops_cases():
         yield f"rms_normalise {width}", ops.rms_normalise, (x, 1e-6)
         yield f"gated {width}", ops.gated, (x, normal(rng, 3, width))
         yield f"softcap {width}", ops.softcap, (x, 3.0)
+        yield f"layer_norm {width}", ops.layer_norm, (x, weight, normal(rng, width), 1e-5)
+        yield f"silu {width}", ops.silu, (x,)
+        yield f"glu {width}", ops.glu, (normal(rng, 3, 2 * width, scale=4),)
     for n_tok, n_head, head_dim in ((1, 1, 2), (3, 2, 10), (2, 3, 34), (9, 4, 64)):
         yield f"rotate {head_dim}", ops.rotate, (normal(rng, n_tok, n_head, head_dim), *angles(rng, n_tok, head_dim // 2))
     yield "rms_norm heads", ops.rms_norm, (normal(rng, 5, 2, 256), normal(rng, 256), 1e-6)
     yield "rms_norm many", ops.rms_norm, (normal(rng, 301, 741), normal(rng, 741), 1e-6)         # rounding of sums shows in a few rows only
+    yield "layer_norm many", ops.layer_norm, (normal(rng, 301, 741), normal(rng, 741), normal(rng, 741), 1e-5)
+    yield "silu many", ops.silu, (normal(rng, 50_003),)
     yield "gated many", ops.gated, (normal(rng, 50_003), normal(rng, 50_003))
     yield "softcap many", ops.softcap, (normal(rng, 7, 5_001), 30.0)
     yield "rotate many", ops.rotate, (normal(rng, 41, 7, 130), *angles(rng, 41, 65))

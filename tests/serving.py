@@ -50,7 +50,7 @@ class FakeEngine:
         self.requests, self.cancelled, self.running = [], [], []
 
     n_running = property(lambda self: len(self.running))
-    n_waiting = 0
+    n_waiting, projector = 0, None
 
     async def submit(self, request):
         await asyncio.sleep(0)

@@ -166,8 +166,8 @@ def test_kernels_need_no_writable_folder():
 def test_help_is_a_command_and_an_unknown_one_is_answered_with_those_there_are():
     assert run("help") == run("--help")
     assert run("help", "cache")[1].startswith("Usage: refimpl cache")
-    assert_one_line(run("serve"), 2, "no command 'serve'", "generate, chat, inspect")
-    assert_one_line(run("help", "serve"), 2, "no command 'serve'")
+    assert_one_line(run("brew"), 2, "no command 'brew'", "generate, chat, serve, inspect")
+    assert_one_line(run("help", "brew"), 2, "no command 'brew'")
 
 
 def test_complaints_do_not_begin_with_a_phrase_that_says_nothing():

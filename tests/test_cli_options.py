@@ -33,7 +33,6 @@ def test_options_that_would_change_the_text_are_refused_unless_neutral():
     assert_one_line(run(*GREEDY, "--repeat-penalty", 1.1), 2, "--repeat-penalty is not supported: a repetition penalty")
     assert_one_line(run(*GREEDY, "--repeat-penalty=1.1"), 2, "--repeat-penalty")
     assert_one_line(run(*GREEDY, "--grammar", "x"), 2, "grammars")
-    assert_one_line(run(*GREEDY, "--image", "x.png"), 2, "text only")
     assert_one_line(run(*GREEDY, "-cnv"), 2, "refimpl chat")
     assert run(*GREEDY, "-n", 1, "--repeat-penalty", "1.0")[0] == 0
     assert not set(NOTHING) & set(REFUSED)

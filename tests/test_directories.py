@@ -81,7 +81,7 @@ def test_multimodal_directories(tmp_path, shape, unified, old_form):
     assert config["model_type"] == ("gemma4_unified" if unified else "gemma4") and "text_config" in config
     assert error_of(folder, text, backend="reference") < TOLERANCE
     file = open_directory(folder)
-    assert file.ignored and all("refimpl reads text" in reason for reason in file.ignored.values())
+    assert file.ignored and all("--mmproj loads it" in reason for reason in file.ignored.values())
     held = {name for shard in folder.glob("*.safetensors") for name in load_file(shard)}
     assert len(held) == len(file.ignored) + len(file.tensors) - 1 and all("vision" in name or "audio" in name for name in file.ignored)
 
@@ -210,7 +210,7 @@ def test_inspect_shows_what_is_ignored(tmp_path):
     described = describe(folder)
     text = as_text(described)
     assert f"{described['safetensors_files']} safetensors files" in text and described["safetensors_files"] > 3
-    assert f"{len(described['ignored'])} tensors, belongs to the part that sees; refimpl reads text" in text
+    assert f"{len(described['ignored'])} tensors, belongs to the part that sees; --mmproj loads it" in text
     random_drafter("12B").save_pretrained(tmp_path / "d")
     assert "a drafter, for a target of width 64" in as_text(describe(tmp_path / "d"))
 

@@ -10,6 +10,7 @@ import refimpl
 from refimpl.decode.generate import Done, PromptDone, Text, events
 from refimpl.decode.prefixes import Nothing
 from refimpl.decode.sampling import Sampler, Sampling
+from refimpl.text.prompt import Encoded
 from refimpl.text.templates import GEMMA4_TEMPLATE
 
 
@@ -107,7 +108,7 @@ def test_events_come_in_order_and_their_statistics_are_live(model):
 
         def add(self, n):
             self.n += n
-    bar, run = Bar(), events(model, [2, 5, 6], max_new_tokens=3, **options)
+    bar, run = Bar(), events(model, Encoded([2, 5, 6]), max_new_tokens=3, **options)
     first = next(run)
     assert isinstance(first, PromptDone) and first.ids == [2, 5, 6] and bar.n == 3 and first.stats.n_generated == 1
     new = [next(run) for _ in range(3)]

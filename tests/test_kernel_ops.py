@@ -126,13 +126,25 @@ def test_gated_and_softcap_against_float64():
     assert (np.abs(ops.softcap(x, 30.0) / (30 * np.tanh(x.astype(np.float64) / 30)) - 1)).max() < 4 * HALF_STEP
 
 
+def test_layer_norm_silu_and_glu_against_float64():
+    rng = np.random.default_rng(7)
+    x, weight, bias = normal(rng, 50, 301, scale=10) + np.float32(30), normal(rng, 301), normal(rng, 301)
+    gate = normal(rng, 40, 1002, scale=30)
+    wide = x.astype(np.float64)
+    want = (wide - wide.mean(axis=-1, keepdims=True)) / np.sqrt(wide.var(axis=-1, keepdims=True) + 1e-5) * weight + bias
+    assert np.abs(ops.layer_norm(x, weight, bias, 1e-5) - want).max() < 4e-6 * np.abs(want).max()
+    exact = gate / (1 + np.exp(-gate.astype(np.float64)))
+    assert np.abs(ops.silu(gate) - exact).max() < 3e-6 and (np.abs(ops.silu(gate) - exact) <= 4 * HALF_STEP * np.abs(exact) + 1e-30).all()
+    assert np.array_equal(ops.glu(np.concatenate([gate, gate], axis=-1)), ops.silu(gate))
+
+
 def test_rotation_has_the_bits_of_the_reference():
     for name, function, arguments in ops_cases():
         if function is ops.rotate:
             assert np.array_equal(function(*arguments), reference.rotate(*arguments)), name
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rms_normalise", "gated", "softcap", "rotate"])
+@pytest.mark.parametrize("name", ["rms_norm", "rms_normalise", "layer_norm", "gated", "silu", "glu", "softcap", "rotate"])
 def test_near_to_the_twin(name):
     for case, function, arguments in ops_cases():
         if function is getattr(ops, name):
@@ -153,7 +165,7 @@ def test_rows_one_by_one_are_the_rows_together():
 
 def test_kernels_in_plain_python(monkeypatch):
     compiled = {name: function(*arguments) for name, function, arguments in ops_cases() if "many" not in name and "2816" not in name}
-    for name in ("norm_rows", "gated_numbers", "capped_numbers", "rotate_heads"):
+    for name in ("norm_rows", "layer_norm_rows", "gated_numbers", "sigmoid_numbers", "capped_numbers", "rotate_heads"):
         monkeypatch.setattr(ops, name, getattr(ops, name).py_func)
     for name, function, arguments in ops_cases():
         if name in compiled:
@@ -189,6 +201,8 @@ def test_wrong_arguments_are_refused():
         (ops.rms_normalise, (x.astype(np.float16), 1e-6)), (ops.rms_normalise, (np.zeros((), np.float32), 1e-6)),
         (ops.gated, (x, x[:2])), (ops.gated, (x, x.astype(np.float64))), (ops.gated, (x.astype(np.int32), x)),
         (ops.softcap, (x.astype(np.float64), 30.0)),
+        (ops.layer_norm, (x, w, w[:7], 1e-5)), (ops.layer_norm, (x, w.astype(np.float64), w, 1e-5)), (ops.layer_norm, (x, x, x, 1e-5)),
+        (ops.silu, (x.astype(np.float16),)), (ops.glu, (x[:, :7],)), (ops.glu, (x.astype(np.float64),)),
         (ops.rotate, (heads, angle[:2], angle[:2])), (ops.rotate, (heads, angle, angle[:, :3])), (ops.rotate, (heads[0], angle, angle)),
         (ops.rotate, (heads[:, :, :7], angle[:, :3], angle[:, :3])), (ops.rotate, (heads, angle.astype(np.float64), angle)),
     ]

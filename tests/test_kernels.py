@@ -23,7 +23,7 @@ from refimpl.kernels.machine.tiles import tiled, units
 from refimpl.kernels.machine.unpack import FORMATS, codes
 from refimpl.kernels.matmul_chosen import matmul_chosen
 
-HERE, PAIRS = Path(jit.__file__).parent.parent, ("matmul", "attention", "moe", "matmul_chosen", "ops", "activations")
+HERE, PAIRS = Path(jit.__file__).parent.parent, ("matmul", "attention", "moe", "matmul_chosen", "ops", "activations", "tower_attention")
 NO_TWIN = {         # functions of the reference that have none, and why
     "ops.gelu": "only inside `gated`", "ops.softmax": "only inside `attend` and `route`", "ops.fma": "an intrinsic",
     "ops.rope_frequencies": "once per model", "ops.rope_angles": "once per call", "matmul.integer_parts": "the reference's own unpacking",
@@ -118,6 +118,22 @@ def ops_case(name: str, *args):
     return getattr(kernels, name), args, getattr(reference, name), args, 3e-6
 
 
+def heads(n_tok: int, n_head: int, dim: int, *, seed: int = 0):
+    return rows(n_tok, n_head * dim, seed).reshape(n_tok, n_head, dim)
+
+
+def all_case(n_tok: int, n_head: int, dim: int):
+    kernels, reference = twins("tower_attention")
+    args = heads(n_tok, n_head, dim), heads(n_tok, n_head, dim, seed=1), heads(n_tok, n_head, dim, seed=2)
+    return kernels.attend_all, args, reference.attend_all, args, 2e-5
+
+
+def band_case(n_tok: int, n_head: int, dim: int, n_keys: int):
+    kernels, reference = twins("tower_attention")
+    args = (*(heads(n_tok, n_head, dim, seed=seed) for seed in (0, 1, 2)), heads(n_keys, n_head, dim, seed=3), 3.0)
+    return kernels.attend_band, args, reference.attend_band, args, 1e-5
+
+
 X3 = rows(6, 33).reshape(2, 3, 33)
 TABLE = {
     **{f"{name} {block} {n_tok}x{n_out}x{width}": (product_case, name, block, n_tok, n_out, width)
@@ -140,6 +156,11 @@ TABLE = {
     "rms_normalise": (ops_case, "rms_normalise", X3, 1e-6), "gated": (ops_case, "gated", 5 * X3, X3[::-1].copy()),
     "rotate": (ops_case, "rotate", rows(6, 32).reshape(2, 3, 32), rows(2, 16), rows(2, 16, seed=5)),
     "softcap": (ops_case, "softcap", 40 * rows(3, 50), 30.0),
+    "layer_norm": (ops_case, "layer_norm", X3 + np.float32(2), rows(1, 33)[0], rows(1, 33, seed=3)[0], 1e-5),
+    "silu": (ops_case, "silu", 40 * X3), "glu": (ops_case, "glu", 40 * rows(5, 34)),
+    "attend_all": (all_case, 70, 2, 24), "attend_all one": (all_case, 1, 1, 16),
+    "attend_band": (band_case, 9, 2, 24, 5), "attend_band one": (band_case, 1, 1, 16, 12),
+    "attend_band whole vector": (band_case, 40, 3, 7, 16),
 }
 
 
@@ -217,7 +238,8 @@ SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1
          "matmul Q5_K 1x1x256", "matmul BF16 6x16x256", "matmul_q8 F16 odd width", "matmul F32 odd width",
          "run_experts q8 Q4_0 Q4_0 1 tokens", "matmul_chosen q8 Q4_0 1 rows", "matmul_chosen exact Q6_K 1 rows",
          "route", "route more than 16", "attend window", "attend half", "attend full", "rms_norm", "rms_norm of one",
-         "rms_normalise", "gated", "rotate", "softcap")
+         "rms_normalise", "gated", "rotate", "softcap",
+         "layer_norm", "silu", "glu", "attend_all one", "attend_band", "attend_band one")
 
 
 def test_compiled_and_as_plain_python():
@@ -354,7 +376,7 @@ def test_arguments_are_checked_before_compiled_code_sees_them():
 
 
 @pytest.mark.parametrize("cases", [
-    "(matmul_q8 and Q4_0 and one and block) or odd or route or rms_norm or gated or rotate or softcap or half",
+    "(matmul_q8 and Q4_0 and one and block) or odd or route or rms_norm or gated or rotate or softcap or half or norm or lu or band",
     pytest.param("block or odd or tokens and Q4_0 and not Q4_K or attend or 5x40x512 and Q6_K", marks=pytest.mark.exhaustive)])
 def test_array_accesses_stay_in_bounds(cases):
     """Part of the table again in a process where Numba checks every index. (Addresses are checked in plain Python, above.)"""

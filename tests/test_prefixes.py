@@ -18,6 +18,7 @@ from refimpl.decode.snapshots import Snapshots
 from refimpl.model.blocks import BlockTable
 from refimpl.model.cache import cache_bytes
 from refimpl.progress import silent
+from refimpl.text.prompt import Encoded
 
 ENOUGH = 1 << 30
 
@@ -156,7 +157,7 @@ class Talk:
 
     def run(self, text, seed, prefixes):
         """New ids of one run."""
-        for event in events(self.model, text, seed=seed, prefixes=prefixes, **self.options):
+        for event in events(self.model, Encoded(text), seed=seed, prefixes=prefixes, **self.options):
             yield from event.ids if isinstance(event, Text) else ()
 
     def step(self, what, which, at, n):

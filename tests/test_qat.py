@@ -181,6 +181,7 @@ def test_held_out_measures_are_their_formulas(model, tokenizer):
     assert found["kl"] > 0 and found["top1"] == pytest.approx((ours.argmax(1) == theirs.argmax(1)).double().mean().item(), abs=0.01)
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_resumed_and_its_branches_see_the_same_batches(model, tokenizer, tmp_path, monkeypatch, capsys):
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir()
@@ -237,6 +238,7 @@ def test_the_results_that_ship_agree_with_their_rows():
     assert "Q4_0, 2 bits, trained" in text and "W4A16" in text
 
 
+@pytest.mark.exhaustive
 def test_the_base_can_be_made(tokenizer, tmp_path, monkeypatch):
     """`--qat 0` trains in float to the end, and leaves the two files that qat.py starts from."""
     monkeypatch.setattr(corpus, "read_corpus", lambda: SMALL)

@@ -121,7 +121,7 @@ def test_anthropic_messages_and_tools(ask, anthropic):
     del arguments["max_tokens"]
     n = client.messages.count_tokens(messages=messages, **arguments).input_tokens
     assert n > client.messages.count_tokens(model="claude", messages=USER).input_tokens
-    with pytest.raises(anthropic.BadRequestError, match="text only"):
+    with pytest.raises(anthropic.BadRequestError, match="only pictures in the request itself"):
         client.messages.create(model="c", max_tokens=5, messages=[{"role": "user", "content": [
             {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}]}])
     with pytest.raises(anthropic.AuthenticationError):

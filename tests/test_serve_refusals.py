@@ -23,7 +23,7 @@ CHAT_FIELDS = [
     ({"messages": USER, "top_logprobs": 3}, "top_logprobs"), ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"messages": USER, "reasoning_effort": "huge"}, "reasoning_effort"), ({"messages": [{"role": "wizard", "content": ""}]}, "wizard"),
     ({"messages": ["hi"]}, "messages"), ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]}, "text only"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]}, "fetches nothing"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "JSON"),
     ({"messages": [*USER] * 10_001}, "10000"), ({"messages": USER, "tools": [{"type": "function"}]}, "tools"),
     ({"messages": USER, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}}]}, "tools"),
@@ -62,7 +62,7 @@ def test_a_bad_field_is_named(body, named):
     (RESPONSES, {"input": []}, "input"), (RESPONSES, {"input": [{"type": "web_search_call"}]}, "web_search_call"),
     (RESPONSES, {"input": [{"type": "function_call", "call_id": "1"}]}, "name"),
     (RESPONSES, {"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
-    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]}, "text only"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]}, "the server fetches nothing"),
     (RESPONSES, {"input": "a", "text": {"format": {"type": "json_schema"}}}, "schema"), (RESPONSES, {"input": 5}, "input"),
     ("/tokenize", {}, "content"), ("/tokenize", {"content": 5}, "content"), ("/detokenize", {"tokens": [-1]}, "tokens"),
     ("/apply-template", {"messages": []}, "messages")], ids=lambda value: str(value)[:60])
@@ -82,7 +82,7 @@ def test_a_bad_field_of_another_endpoint_is_named(path, body, named):
     ({"max_tokens": 1, "messages": USER, "thinking": {"type": "perhaps"}}, "thinking"),
     ({"max_tokens": 1, "messages": USER, "temperature": -1}, "temperature"),
     ({"max_tokens": 1, "messages": USER, "output_config": {"format": {"type": "xml"}}}, "output_config"),
-    ({"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "text only"),
+    ({"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "source"),
 ], ids=lambda value: str(value)[:60])
 def test_a_bad_message_is_refused_in_anthropics_form(body, named):
     response = post(FakeEngine(), MESSAGES, body)

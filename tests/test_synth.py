@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from refimpl.files.synth import (
@@ -19,10 +20,12 @@ from refimpl.files.synth import (
     synthesise,
     vocabulary_metadata,
 )
+from refimpl.files.synth_projector import projector_tensors, projector_type
 from refimpl.formats.gguf import open_gguf
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import QUANTIZABLE
 from refimpl.loading.hf_names import fitting_type, gguf_metadata
+from refimpl.loading.projector import load_projector
 from refimpl.model.config import config_from_gguf
 from refimpl.text.chat import encode_chat
 from refimpl.text.templates import GEMMA4_TEMPLATE
@@ -123,7 +126,7 @@ def test_wrong_names_are_refused(tmp_path):
                        (("12B-assistant", "google-q4_0", 2), "always has four layers")):
         with pytest.raises(ValueError, match=says):
             synthesise(args[0], tmp_path / "x.gguf", *args[1:])
-    assert not list(tmp_path.iterdir()) and len(shape_names()) == 10 and len(RECIPES) == 8
+    assert not list(tmp_path.iterdir()) and len(shape_names()) == 15 and len(RECIPES) == 8
 
 
 def test_a_drafter_is_written_whole(tmp_path):
@@ -160,3 +163,34 @@ def test_two_layers_of_the_26b_run_within_4_gb(tmp_path):
         assert file.metadata["tokenizer.chat_template"] == GEMMA4_TEMPLATE
     assert result["new"] == 2 and result["head"] == "Q6_K"
     assert result["peak_bytes"] < 4e9
+
+
+PROJECTOR_BYTES = {     # of files in circulation
+    ("E2B", "bf16"): 986_833_664, ("E2B", "q8_0"): 557_368_064, ("E4B", "bf16"): 991_552_256, ("E4B", "q8_0"): 559_874_816,
+    ("12B", "bf16"): 175_115_264, ("12B", "q8_0"): 158_987_616, ("26B-A4B", "bf16"): 1_194_828_160, ("26B-A4B", "q8_0"): 806_408_320,
+    ("26B-A4B", "f16"): 1_193_058_432}
+
+
+@pytest.mark.parametrize(("name", "recipe"), PROJECTOR_BYTES)
+def test_projectors_have_the_size_of_the_published_ones(name, recipe):
+    """Less their header, and the tensors of the 26B-A4B's F16 file that are kept in F32 there or not."""
+    n_tensors, n_bytes = 0, 0
+    for tensor, shape in projector_tensors(name):
+        block = projector_type(recipe, tensor, shape)
+        n_bytes += -(-math.prod(shape[:-1]) * BLOCKS[block].row_bytes(shape[-1]) // 32) * 32
+        n_tensors += 1
+    assert n_tensors == {"E2B": 1411, "E4B": 1411, "12B": 11, "26B-A4B": 356}[name]
+    assert 0 < PROJECTOR_BYTES[name, recipe] - n_bytes < (90_000 if recipe != "f16" else 0) or recipe == "f16" and n_bytes > 1.19e9
+
+
+def test_a_projector_of_the_12b_runs(tmp_path):
+    path = tmp_path / "mmproj.gguf"
+    synthesise("12B-mmproj", path, "q8_0")
+    projector = load_projector(path, backend="reference")
+    assert projector.encoder_free and projector.n_embd == 3840
+    cells, positions = np.zeros((4, 6912), np.float32), np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    assert np.isfinite(projector.image_tokens(cells, positions)).all()
+    with pytest.raises(ValueError, match="unknown recipe"):
+        synthesise("12B-mmproj", path, "q4_k_m")
+    with pytest.raises(ValueError, match="all its layers"):
+        synthesise("12B-mmproj", path, "q8_0", n_layer=3)

@@ -118,6 +118,7 @@ def test_training_rounds_to_the_very_weights_of_the_file():
     assert np.array_equal(grids.Q4_0.round(w).numpy(), dequantize(quantize(w.numpy(), "Q4_0"), "Q4_0"))
 
 
+@pytest.mark.exhaustive
 def test_quick_training_run_exports_a_model_that_loads(tmp_path):
     """`python -m refimpl.tiny.training.train --quick`, interrupted in the middle and resumed, then exported."""
     run = tmp_path / "run"

@@ -13,7 +13,7 @@ import refimpl
 from refimpl.cli import app, complain
 from refimpl.formats.checkpoint import CheckpointError
 from refimpl.lab.compare import record
-from refimpl.lab.compare.names import NAMES, graph_order, place_of
+from refimpl.lab.compare.names import NAMES, TOWERS, graph_order, place_of
 from refimpl.lab.compare.record import trace, write_trace
 from refimpl.lab.compare.trace import TraceError, open_trace
 
@@ -148,7 +148,7 @@ def test_the_command(moe, tmp_path):
     assert said["ids"] == [2, 5, 7] and said["positions"] == [1, 2] and said["tensors"] == 6
     assert open_trace(out).value("l_out-3").array.shape == (2, 64)
     names = CliRunner().invoke(app, ["trace", "--names"]).stdout
-    assert len(names.splitlines()) == len(NAMES) + 2 and "post_feedforward_layernorm_2" in names
+    assert len(names.splitlines()) == 3 * 2 + 2 + len(NAMES) + sum(map(len, TOWERS.values())) and "post_feedforward_layernorm_2" in names
     for arguments, words in ((["--ids", "2,x"], "expected token ids"), (["-p", "a", "--ids", "2"], "give the text"), ([], "give the text"),
                              (["--ids", "2", "--rounds", "1"], "--rounds needs --draft"),
                              (["--ids", "2", "--positions", "a:b"], "expected numbers and ranges")):

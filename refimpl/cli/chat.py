@@ -36,6 +36,7 @@ from refimpl.cli.app import (
     n_bytes,
 )
 from refimpl.cli.run import read_prompt, refuse_without_template
+from refimpl.cli.senses import N_TOKENS, Images, ImageTokens, Mmproj, Sounds, opened, projector_of
 
 CacheRam = Annotated[str | None, typer.Option("--cache-ram", metavar="SIZE", show_default=False, help="memory for what has been read and "
                                               "need not be read again: 2G, 500M (default: a quarter of what is free)")]
@@ -53,6 +54,7 @@ def chat(
     model: ModelPath = None,
     system: Annotated[str | None, typer.Option("--system", "-sys", "--system-prompt", help="instruction before the conversation")] = None,
     think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
+    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = N_TOKENS,
     session: SessionName = None, predict: NewTokens = -1,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
@@ -72,7 +74,7 @@ def chat(
     from refimpl.text.templates import CONTINUATION_TEMPLATE, CONTINUED
 
     budget, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
-    folder = folder_of(cache_dir, limit)
+    folder, seen = folder_of(cache_dir, limit), opened(image, audio, image_tokens)
     path = None if session is None else transcript.session_path(session)
     with transcript.alone(path):
         earlier = earlier_of(path)
@@ -83,10 +85,12 @@ def chat(
         if only_continues and predict < 0:          # it does not know when to stop
             predict = CONTINUED
         drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
+        projector = projector_of(m, model, mmproj, bool(seen) or has_parts(earlier))
         sampling = {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-        said = Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, thinking=think, cache_ram=budget, cache_dir=folder,
-                       cache_disk=limit)
-        talk = Conversation(said, drafting | sampling, path, verbose)
+        said = Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, projector=projector, thinking=think, cache_ram=budget,
+                       cache_dir=folder, cache_disk=limit)
+        talk = Conversation(said, drafting | sampling, path, verbose, image_tokens)
+        talk.files = [(part.name, part) for part in seen]
         if verbose or sys.stdin.isatty():
             errors.print(f"what has been read is kept in up to {talk.session.prefixes.budget / 1e9:.2f} GB (--cache-ram)")
         if earlier is not None:
@@ -120,6 +124,11 @@ def earlier_of(path: Path | None):
         return None if path is None else transcript.read(path)
     except FileNotFoundError:
         return None
+
+
+def has_parts(earlier) -> bool:
+    """Are there pictures or sounds in an earlier conversation?"""
+    return earlier is not None and any(not isinstance(message["content"], str) for message in earlier.messages)
 
 
 def piped(talk):
@@ -159,7 +168,7 @@ def one_line(talk, terminal, offer: bool) -> bool:
 
     Raises EOFError and Leave at the end, KeyboardInterrupt, and errors that cannot be mended here.
     """
-    from refimpl.cli.conversation.commands import run_command
+    from refimpl.cli.conversation.commands import dropped, run_command
     from refimpl.loading.memory import MemoryRefusal
     from refimpl.model.cache import ContextFull
     from refimpl.text.chat import ChatError
@@ -169,6 +178,8 @@ def one_line(talk, terminal, offer: bool) -> bool:
     try:
         if line.name is not None:
             run_command(talk, line.name, line.text)
+        elif talk.session.projector is not None and (file := dropped(line.text)):
+            run_command(talk, *file)
         elif line.text:
             talk.ask(line.text)
         elif offer:

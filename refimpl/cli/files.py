@@ -58,6 +58,8 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="the GGUF file to write")],
     kind: Annotated[str, typer.Option("--type", help="auto: types unchanged, W4A16 as Q4_0; or F32, F16, BF16, Q8_0, Q4_0, Q4_K, ... "
                                       "(norms and router stay F32; embeddings are Q6_K for types smaller than Q8_0)")] = "auto",
+    mmproj: Annotated[bool, typer.Option("--mmproj", help="write the part that sees and hears, a projector, instead of the "
+                                          "text model")] = False,
     force: Force = False, as_json: Json = False,
 ):
     """Write a GGUF file, from a Hugging Face directory or a GGUF."""
@@ -68,7 +70,7 @@ def convert(
     source = fetched(model)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # like Ctrl-C: the incomplete file is removed
     try:
-        done = run(source, output, kind if kind == "auto" else kind.upper(), progress=bar)
+        done = run(source, output, kind if kind == "auto" else kind.upper(), bar, mmproj)
     finally:
         signal.signal(signal.SIGTERM, before)
     types = ", ".join(f"{n} {block}" for block, n in done["types"].items())
@@ -77,10 +79,11 @@ def convert(
 
 @app.command()
 def synth(
-    shape: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or one of them with -assistant: its drafter")],
+    shape: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or one of them with -assistant: its drafter; "
+                                         "-mmproj: its projector")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")],
     recipe: Annotated[str, typer.Option("--recipe", help="google-q4_0, unsloth-q4_0, q4_k_m, or a single type: q2_k, q3_k, iq4_nl, "
-                                                         "iq4_xs, mxfp4")] = "google-q4_0",
+                                                         "iq4_xs, mxfp4; of projectors also bf16, f16, f32, q8_0")] = "google-q4_0",
     layers: Annotated[int | None, typer.Option("--layers", min=2, help="only this many layers", show_default=False)] = None,
     seed: Seed = 0, force: Force = False,
 ):

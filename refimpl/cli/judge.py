@@ -29,6 +29,7 @@ from refimpl.cli.app import (
     write,
 )
 from refimpl.cli.run import read_prompt
+from refimpl.cli.senses import N_TOKENS, Images, ImageTokens, Mmproj, Sounds, opened, projector_of
 from refimpl.extras import require
 
 
@@ -48,12 +49,14 @@ def trace(
     draft_max: Annotated[int, typer.Option("--draft-max", min=1, max=8, help="with --draft: number of steps")] = 4,
     rounds: Annotated[int, typer.Option("--rounds", min=0, help="with --draft: speculative rounds to trace")] = 0,
     draft_head: DraftHead = None,
+    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = N_TOKENS,
     names: Annotated[bool, typer.Option("--names", help="print all names, and exit")] = False,
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, threads: Threads = None, force: Force = False, as_json: Json = False,
 ):
     """Write every value of a run to a file. For `compare`, and for other engines' tests."""
     import refimpl
     from refimpl.lab.compare.record import write_trace
+    from refimpl.lab.compare.towers.inputs import traced_prompt
 
     if names:
         write(names_table(as_json))
@@ -65,16 +68,22 @@ def trace(
         raise typer.BadParameter("give the text with -p TEXT, -p - or -f FILE, or token ids with --ids")
     if rounds and draft is None:
         raise typer.BadParameter("--rounds needs --draft")
+    if (image or audio) and token_ids is not None:
+        raise typer.BadParameter("--image and --audio stand before a text: give it with -p TEXT, -p - or -f FILE")
     refuse_overwriting(output, force)
-    text = None if token_ids is not None else read_prompt(prompt, file)
-    m = load(fetched(model, positional), backend, arithmetic, threads, 1 if text is None else len(text.encode()), False)
-    ids = ids_argument(token_ids) if text is None else m.tokenizer.encode(text)
-    drafting = {}
+    text, seen = None if token_ids is not None else read_prompt(prompt, file), opened(image, audio, image_tokens)
+    path = fetched(model, positional)
+    m = load(path, backend, arithmetic, threads, 1 if text is None else len(text.encode()) + image_tokens * len(seen), False)
+    drafting, media = {}, []
+    if seen:
+        ids, media = traced_prompt(m, projector_of(m, path, mmproj, True), [*seen, text])
+    else:
+        ids = ids_argument(token_ids) if text is None else m.tokenizer.encode(text)
     if draft is not None:
         drafter = refimpl.load_drafter(None if draft == "built-in" else draft, m, head=number_or_word(draft_head))
         drafting = {"drafter": drafter, "draft_max": draft_max, "rounds": rounds}
     header = write_trace(output, m, ids, positions=positions_argument(positions), tensors=tensors.split(","),
-                         logits=number_or_word(logits), prompt=text, progress=bar, **drafting)
+                         logits=number_or_word(logits), prompt=text, progress=bar, media=media, **drafting)
     size = output.stat().st_size
     if as_json:
         write(json.dumps({key: value for key, value in header.items() if key != "crc32"}
@@ -92,6 +101,8 @@ def compare(
                                      "run: transformers:DIRECTORY, llama.cpp:FILE.gguf")],
     model: Annotated[Path | None, typer.Option("-m", "--model", show_default=False, help="the model, to measure how rounding errors grow "
                                                "in it (default: the one of the trace)")] = None,
+    mmproj: Annotated[Path | None, typer.Option("--mmproj", "-mm", show_default=False, help="the projector, likewise, of a trace with "
+                                                "pictures or sounds")] = None,
     guess: Annotated[bool, typer.Option("--guess", help="guess how rounding errors grow, without running the model")] = False,
     steps: Annotated[bool, typer.Option("--steps", help="judge every step from the engine's own inputs: finds all faults")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="for transformers: float32, bfloat16 or float16")] = "float32",
@@ -106,6 +117,8 @@ def compare(
     from refimpl.lab.compare.compare import compare_steps, compare_with
     from refimpl.lab.compare.engines.choose import open_any
     from refimpl.lab.compare.tolerance import model_of
+    from refimpl.lab.compare.tolerance import projector_of as towers_of
+    from refimpl.lab.compare.towers.inputs import inputs_of, with_ids_of
     from refimpl.lab.compare.trace import open_trace
 
     if guess and steps:
@@ -116,11 +129,15 @@ def compare(
         if picture is not None:
             require("matplotlib", "plot")
         first = open_trace(a)
-        second = open_any(b, first.ids, dtype, threads or 1)
-        found = None
+        second = with_ids_of(first, open_any(b, first.ids, dtype, threads or 1, first))
+        found, media = None, []
         if not guess and first.ids == second.ids:
             announce_compiling()
             found, why = model_of(first, second, model)
+            if found is not None and first.facts.get("media"):
+                projector, why = towers_of(found, first, second, mmproj)
+                found = found if projector is not None else None
+                media = [] if projector is None else inputs_of(found, projector, *((second, first) if steps else (first, second)))
             if found is None and steps:
                 raise Failure(f"--steps runs the model: {why}; -m FILE names it")
             if found is None:
@@ -128,7 +145,7 @@ def compare(
         if found is None:
             result = judge(first, second)
         else:
-            result = compare_steps(found, second) if steps else compare_with(found, first, second)
+            result = compare_steps(found, second, media) if steps else compare_with(found, first, second, media)
         if picture is not None and result.judged:
             with replacing(picture) as temporary:
                 verdict.plot(result, temporary)
@@ -176,6 +193,7 @@ def names_table(as_json: bool) -> str:
     import dataclasses
 
     from refimpl.cli.show.compare import names_text
-    from refimpl.lab.compare.names import NAMES
+    from refimpl.lab.compare.names import NAMES, TOWERS
 
-    return (json.dumps([dataclasses.asdict(name) for name in NAMES]) if as_json else names_text()) + "\n"
+    rows = [dataclasses.asdict(name) | {"tower": tower} for tower, names in ({"": NAMES} | TOWERS).items() for name in names]
+    return (json.dumps(rows) if as_json else names_text()) + "\n"

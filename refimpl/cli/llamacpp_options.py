@@ -23,8 +23,8 @@ REFUSED = {name: (neutral, what) for names, neutral, what in (
     ("--samplers --sampler-seq", None, "a custom order of samplers"), ("--grammar --grammar-file --json-schema", None, "grammars"),
     ("--logit-bias", None, "logit biases"), ("--lora --lora-scaled", None, "LoRA adapters"), ("--ignore-eos", None, "text after its end"),
     ("--rope-scaling --rope-scale --rope-freq-base --rope-freq-scale", None, "changing the model's RoPE"),
-    ("--chat-template --chat-template-file", None, "a chat template other than the file's"), ("--reverse-prompt", None, "stop texts"),
-    ("--image --audio --mmproj -mm", None, "refimpl reads text only")) for name in names.split()}
+    ("--chat-template --chat-template-file", None, "a chat template other than the file's"),
+    ("--reverse-prompt", None, "stop texts")) for name in names.split()}
 ALIASES = {"-hf": "-m", "-hfr": "-m", "--hf-repo": "-m", "-hfd": "--draft", "--hf-repo-draft": "--draft"}       # the value is owner/name
 
 

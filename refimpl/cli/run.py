@@ -38,6 +38,8 @@ from refimpl.cli.app import (
     load,
     write,
 )
+from refimpl.cli.senses import N_TOKENS, Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.text.prompt import Encoded, encode_messages, encode_prompt
 
 
 @app.command()
@@ -50,6 +52,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message: apply the file's chat template")] = False,
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
     special: Annotated[bool, typer.Option("--special", help="parse special tokens in the prompt, and show them in the text")] = False,
+    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = N_TOKENS,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,
@@ -62,26 +65,30 @@ def generate(
     if think and not chat:
         raise typer.BadParameter("--think needs --chat")
     text = read_prompt(prompt, file)
+    seen = opened(image, audio, image_tokens)
     model = fetched(model, positional)
-    room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256        # a token has a byte or more; 256 for a template
+    # a token has a byte or more, 256 for a template
+    room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256 + image_tokens * len(seen)
     m = load(model, backend, arithmetic, threads, room, verbose, cache_disk, lock)
     if chat:
         refuse_without_template(m)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
+    projector = projector_of(m, model, mmproj, bool(seen))
     if chat:
-        ids = chat_ids(m, [{"role": "user", "content": text}], think)
+        said = encode_messages(m.tokenizer, m.file.metadata["tokenizer.chat_template"], [{"role": "user", "content": [*seen, text]}],
+                               projector, thinking=think)
     else:
-        ids = m.tokenizer.encode(text, special=special)
+        said = encode_prompt(m.tokenizer, None, [*seen, text], projector, special)
     show, show_rest = (lambda chunk: None) if as_json else write, lambda: None
     if chat and not as_json and not special:
         from refimpl.cli.conversation.turns import Shown
 
         shown = Shown()
         show, show_rest = shown.push, shown.finish
-    out, interrupted = answer(m, ids, show, echo="" if as_json or chat else text, max_new_tokens=predict, n_ctx=ctx,
+    out, interrupted = answer(m, said, show, echo="" if as_json or chat else text, max_new_tokens=predict, n_ctx=ctx,
                               special=special, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, **drafting)
     if as_json:
-        write(json.dumps({"model": m.name, "prompt_ids": ids, "ids": out.ids, "text": out.text} | report(out.stats)) + "\n")
+        write(json.dumps({"model": m.name, "prompt_ids": said.ids, "ids": out.ids, "text": out.text} | report(out.stats)) + "\n")
     else:
         show_rest()
         write("\n")
@@ -118,14 +125,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise Failure(f"standard input: at byte {e.start}: not UTF-8 text") from None
 
 
-def chat_ids(m, messages: list[dict], think: bool) -> list[int]:
-    """Token ids of a conversation. User text is tokenized separately, so control tokens written in it stay plain text."""
-    from refimpl.text.chat import encode_chat
-
-    return encode_chat(m.tokenizer, m.file.metadata.get("tokenizer.chat_template"), messages, thinking=think)
-
-
-def answer(m, ids: list[int], show: Callable[[str], None], *, echo: str = "", **options):
+def answer(m, prompt: Encoded, show: Callable[[str], None], *, echo: str = "", **options):
     """Runs the prompt with a progress bar, then prints `echo` and shows the answer token by token. Returns (Output, was it interrupted)."""
     from refimpl.decode.generate import Output, PromptDone, Text, events
     from refimpl.decode.prefixes import Nothing
@@ -133,7 +133,7 @@ def answer(m, ids: list[int], show: Callable[[str], None], *, echo: str = "", **
 
     new_ids, chunks, stats, interrupted = [], [], Stats(), False
     try:
-        for event in events(m, ids, progress=bar, **({"drafter": None, "prefixes": Nothing(m)} | options)):
+        for event in events(m, prompt, progress=bar, **({"drafter": None, "prefixes": Nothing(m)} | options)):
             if isinstance(event, PromptDone):
                 stats = event.stats
                 write(echo)

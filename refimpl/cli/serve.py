@@ -25,6 +25,7 @@ from refimpl.cli.app import (
     n_bytes,
 )
 from refimpl.cli.chat import CacheDir, CacheRead, folder_of
+from refimpl.cli.senses import Mmproj, projector_of
 
 CONTEXT = 32768         # tokens; the models' own, 131,072 and more, would promise memory that few have
 
@@ -48,7 +49,7 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=1, help="requests that may wait; more get 503")] = 64,
     latency_ms: Annotated[int, typer.Option("--latency-ms", min=1, help="while others write, so much of a new prompt is read at a time "
                                             "that they wait no longer than this")] = 200,
-    ctx: Context = None, draft: Draft = None, draft_max: DraftMax = "auto", draft_head: DraftHead = None,
+    mmproj: Mmproj = None, ctx: Context = None, draft: Draft = None, draft_max: DraftMax = "auto", draft_head: DraftHead = None,
     threads: Threads = None, arithmetic: Arithmetic = None,
     cache_disk: CacheDisk = "50G", cache_ram: ServedRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G",
     lock: Lock = False, verbose: Verbose = False,
@@ -72,6 +73,7 @@ def serve(
     path = fetched(model, positional)
     m = load(path, "kernels", arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
     drafting = drafting_of(m, path, draft, draft_max, 0.0, draft_head)
+    projector = projector_of(m, path, mmproj, needed=False)
     n_ctx = min(m.config.n_ctx, CONTEXT if ctx is None else ctx)
     snapshots = None if folder is None else Snapshots(folder, m, limit, lambda note: errors.print(f"note: {note}"))
     prefixes = Prefixes(m, available() // 2 if ram is None else ram, snapshots)
@@ -88,7 +90,7 @@ def serve(
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     errors.print(f"{m.name}: {address}/v1 (OpenAI), {address} (Anthropic); context {n_ctx}, {parallel} answers at a time, "
                  f"{prefixes.budget / 1e9:.2f} GB for what is read; Ctrl-C ends")
-    engine = Engine(scheduler)
+    engine = Engine(scheduler, projector)
     try:
         run(make_app(engine, settings), settings, listening)
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING
@@ -22,13 +22,10 @@ from refimpl.loading.memory import MemoryRefusal
 from refimpl.loading.model import CHUNK, Model
 from refimpl.model.cache import Cache
 from refimpl.progress import Progress, silent
-from refimpl.text.chat import encode_chat
+from refimpl.text.prompt import Encoded, Projector, Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from refimpl.decode.session import Session
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
-"""Text, token ids, or the messages of a conversation ({"role": ..., "content": ...}), rendered by the file's chat template."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,9 @@ class Text:
 def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
              top_p: float | None = None, min_p: float | None = None, seed: int = 0, n_ctx: int | None = None, special: bool = False,
              drafter: Drafter | None = None, draft_max: int | str = "auto", draft_min_p: float = 0.0,
-             session: Session | None = None, progress: Progress = silent) -> Output:
-    """Continues `prompt`: text, token ids, or messages ([{"role": "user", "content": ...}]), for which the file needs a chat template.
+             session: Session | None = None, projector: Projector | None = None, progress: Progress = silent) -> Output:
+    """Continues `prompt`: text, token ids, parts (["What is ", Image("cat.png"), "?"]), or messages ([{"role": "user", "content": text or
+    parts}]), for which the file needs a chat template. Pictures and sounds need the model's `projector` (`load_projector`).
 
     Stops at an end-of-generation token, after `max_new_tokens` (-1: no limit), or at the end of a context of `n_ctx` tokens (None: the
     model's own). `temperature` (0 is greedy), `top_k` (0 is off), `top_p` (1 is off) and `min_p` (0 is off) are the model's own settings
@@ -74,10 +72,11 @@ def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, tempera
     `progress` shows how far the prompt is (refimpl/progress.py).
 
     Raises ContextFull if the prompt alone does not fit, MemoryRefusal if there is no memory for prompt and new tokens, ChatError for
-    messages that cannot be rendered, ValueError for an argument out of its range.
+    messages that cannot be rendered, ValueError for an argument out of its range, or a picture or a sound that cannot be opened.
     """
     ids, chunks = [], []
-    for event in events(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    encoded = encoded_prompt(model, prompt, projector, special)
+    for event in events(model, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         seed=seed, n_ctx=n_ctx, special=special, drafter=drafter, draft_max=draft_max, draft_min_p=draft_min_p,
                         prefixes=_prefixes(model, session), progress=progress):
         if isinstance(event, Text):
@@ -89,16 +88,17 @@ def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, tempera
 def stream(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
            top_p: float | None = None, min_p: float | None = None, seed: int = 0, n_ctx: int | None = None, special: bool = False,
            drafter: Drafter | None = None, draft_max: int | str = "auto", draft_min_p: float = 0.0,
-           session: Session | None = None, progress: Progress = silent) -> Iterator[str]:
+           session: Session | None = None, projector: Projector | None = None, progress: Progress = silent) -> Iterator[str]:
     """Continues `prompt` and yields the text in chunks, as it is made. Arguments and errors are those of `generate`."""
-    for event in events(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    encoded = encoded_prompt(model, prompt, projector, special)
+    for event in events(model, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         seed=seed, n_ctx=n_ctx, special=special, drafter=drafter, draft_max=draft_max, draft_min_p=draft_min_p,
                         prefixes=_prefixes(model, session), progress=progress):
         if isinstance(event, Text) and event.text:
             yield event.text
 
 
-def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None,
+def events(model: Model, prompt: Encoded, *, max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None,
            min_p: float | None, seed: int, n_ctx: int | None, special: bool, drafter: Drafter | None, draft_max: int | str,
            draft_min_p: float, prefixes: Nothing | Prefixes, progress: Progress) -> Iterator[PromptDone | Text | Done]:
     """The same in events: PromptDone, a Text for every new token, Done. Arguments and errors are those of `generate`.
@@ -115,11 +115,11 @@ def events(model: Model, prompt: Prompt, *, max_new_tokens: int, temperature: fl
         check_target(drafter, model)
     draft_length = draft_length_of(draft_max, AutoDraftLength() if drafter is None else drafter.auto)
     sampling = Sampling.from_metadata(model.file.metadata, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    ids = prompt_ids(model, prompt, special)
+    ids = prompt.ids
     n_ctx = model.config.n_ctx if n_ctx is None else n_ctx
-    check_prompt(model, ids, n_ctx)
+    check_prompt(model, ids, n_ctx, prompt.soft)
     make_room(model, prefixes, min(n_ctx, len(ids) + max(0, max_new_tokens)))
-    run = Run(model, Request(ids, sampling, max_new_tokens), n_ctx, prefixes, drafter, draft_min_p)
+    run = Run(model, Request(ids, sampling, max_new_tokens, soft=prompt.soft), n_ctx, prefixes, drafter, draft_min_p)
     decoder = model.tokenizer.stream(special=special)
     try:
         with progress("prompt", len(ids) - run.cache.length) as advance:
@@ -164,19 +164,9 @@ def _prefixes(model: Model, session: Session | None) -> Nothing | Prefixes:
     return session.prefixes
 
 
-def prompt_ids(model: Model, prompt: Prompt, special: bool = False) -> list[int]:
-    """The token ids of a prompt; the values of ids are not checked. `special`: control tokens in a text count as such. Raises ChatError
-    or ValueError.
-    """
-    if isinstance(prompt, str):
-        return model.tokenizer.encode(prompt, special=special)
-    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, (Sequence, np.ndarray)):
-        raise ValueError(f"expected text, token ids or messages (a list of {{'role': ..., 'content': ...}}), not {type(prompt).__name__}")
-    if any(isinstance(item, Mapping) for item in prompt):
-        if not all(isinstance(item, Mapping) for item in prompt):
-            raise ValueError("expected messages only (each {'role': ..., 'content': ...}), found something else among them")
-        return encode_chat(model.tokenizer, model.file.metadata.get("tokenizer.chat_template"), list(prompt))
-    return list(prompt)
+def encoded_prompt(model: Model, prompt: Prompt, projector: Projector | None = None, special: bool = False) -> Encoded:
+    """The ids of a prompt for this model. Raises ChatError or ValueError."""
+    return encode_prompt(model.tokenizer, model.file.metadata.get("tokenizer.chat_template"), prompt, projector, special)
 
 
 def plain(model: Model, cache: Cache, sampler: Sampler, state_D: np.ndarray) -> Iterator[int]:

@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 N = 3       # so many tokens must be the same
 
@@ -20,4 +21,4 @@ class Repeats:
             self._after[tuple(ids[end - N:end])] = end
         self._n = max(self._n, len(ids) - 1)
         found = self._after.get(tuple(ids[-N:])) if len(ids) >= N else None
-        return [] if found is None else list(ids[found:found + most])
+        return [] if found is None else list(takewhile(lambda i: i >= 0, ids[found:found + most]))      # up to a picture

@@ -9,6 +9,7 @@ from refimpl.decode.constraint import FREE, Constraint
 from refimpl.decode.draft_length import DRAFTER
 from refimpl.decode.draft_stats import DraftStats
 from refimpl.decode.sampling import Sampling
+from refimpl.model.soft import NO_SOFT, Soft
 
 FORCED, REPEAT = "forced", "repeat"
 SOURCES = DRAFTER, FORCED, REPEAT
@@ -25,6 +26,7 @@ class Request:
     n_top           with every token come its log probability and the n most probable tokens; -1: neither
     drafts          who may draft tokens, which changes nothing but the time: DRAFTER; FORCED, the constraint; REPEAT, what followed the
                     same tokens before (repeats.py)
+    soft            what negative ids of the prompt stand for
     """
 
     ids: Sequence[int]
@@ -33,6 +35,7 @@ class Request:
     constraint: Constraint = FREE
     n_top: int = -1
     drafts: Collection[str] = (DRAFTER,)
+    soft: Soft = NO_SOFT
 
 
 @dataclass

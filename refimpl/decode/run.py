@@ -20,6 +20,7 @@ from refimpl.decode.sampling import Sampler
 from refimpl.decode.speculative import Round, Speculation
 from refimpl.loading.model import Model
 from refimpl.model.cache import ContextFull
+from refimpl.model.soft import NO_SOFT, Soft
 from refimpl.model.tap import no_tap
 
 NOTHING = [], 0.0, DRAFTER          # draft tokens, the seconds that they took, and their source
@@ -98,10 +99,11 @@ class Run:
         self._drafted = ids, time.perf_counter() - started, source
 
     def begin(self, n_read: int) -> list[int]:
-        """The ids to run next: of the prompt at most `n_read`, then the latest token and what was drafted."""
+        """The ids to run next: of the prompt about `n_read`, of a picture all, then the latest token and what was drafted."""
         if self.reading:
             length = self.cache.length
-            return self.ids[length:min(length + min(n_read, self.cache.max_rows), self._n_read, (length // POINT + 1) * POINT)]
+            end = min(length + n_read, self._n_read, (length // POINT + 1) * POINT)
+            return self.ids[length:self.request.soft.cut(self.ids, length, end)]
         return [self._sequence.token, *self._drafted[0]]
 
     def n_logits(self, n_rows: int) -> int:
@@ -159,11 +161,11 @@ class Run:
         return tokens
 
 
-def check_prompt(model: Model, ids: Sequence[int], n_ctx: int):
+def check_prompt(model: Model, ids: Sequence[int], n_ctx: int, soft: Soft = NO_SOFT):
     """Raises ContextFull if the prompt does not fit in a context of `n_ctx` tokens, ValueError if it is empty or has an id that is none."""
     if len(ids) > n_ctx:
         raise ContextFull(f"the prompt has {len(ids)} tokens, the context holds {n_ctx}")
-    model.checked(ids)
+    model.checked(ids, soft)
 
 
 def step(model: Model, runs: Sequence[Run], n_read: Sequence[int], draft_length: DraftLength) -> list[list[Token]]:
@@ -183,7 +185,8 @@ def step(model: Model, runs: Sequence[Run], n_read: Sequence[int], draft_length:
         return [[] for _ in runs]
     started = time.perf_counter()
     state_TD = model.forward_together(np.array([i for _, ids in parts for i in ids]), [(run.cache, len(ids)) for run, ids in parts],
-                                      counting_experts(counted) if counted else no_tap)
+                                      counting_experts(counted) if counted else no_tap,
+                                      Soft.of(run.request.soft for run, _ in parts if run.reading))
     ends = np.cumsum([len(ids) for _, ids in parts])
     n_logits = [run.n_logits(len(ids)) for run, ids in parts]
     wanted_N = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, n_logits)])

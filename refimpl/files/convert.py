@@ -8,6 +8,9 @@ Always: vectors (norms, scales) and the router are F32; per_layer_model_proj is 
 falls back as in llama.cpp (Q4_K to Q5_0, Q6_K to Q8_0, others to F16). Q4_0 recovers the scales of quantization-aware training
 (files/recover_scales.py).
 
+Projectors (mmproj): vectors, position tables, convolutions and a.input_projection are F32; v.patch_embd is F32, or F16 in F16 files; `auto`
+keeps the other types.
+
 What differs from llama.cpp's converter (convert_hf_to_gguf.py of llama-cpp-python 0.3.36), tensors and keys being equal otherwise
 (tests/test_convert.py):
     general.*            name is the folder's, as it is. No size_label, basename, finetune, version, licence, tags: it guesses them from the
@@ -21,6 +24,8 @@ What differs from llama.cpp's converter (convert_hf_to_gguf.py of llama-cpp-pyth
     config.json with both forms of the full layers' sizes (loading/config_json.py)      per_layer_config counts, as in transformers
     drafters             masked_embd_centroids, masked_embd_ordering and the key masked_embd_top_k are kept; other engines ignore them
     experts stored one by one    are stacked; it does not know this form
+    projectors           clip.*.attention.layer_norm_epsilon is config.json's rms_norm_eps; image_mean and image_std are 0 and 1, as in all
+                         published preprocessor_config.json, which it reads
     types                it writes F32, F16, BF16 and Q8_0; float32 matrices become F16 by its `auto`
 """
 
@@ -43,6 +48,10 @@ from refimpl.formats.quants.codecs import DEQUANTIZABLE, QUANTIZABLE, dequantize
 from refimpl.formats.source import TensorSource, releasing
 from refimpl.loading.hf_names import fitting_type, stays_float32
 from refimpl.loading.open import open_model
+from refimpl.loading.towers import names as towers
+from refimpl.loading.towers.directory import open_projector
+from refimpl.model.config import PROJECTOR_ARCHITECTURE, architecture_of
+from refimpl.model.towers.config import projector_config_from_gguf
 from refimpl.progress import Advance, Progress, silent
 
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
@@ -58,8 +67,10 @@ def output_types() -> list[str]:
 
 
 def convert(path: str | os.PathLike, output: str | os.PathLike, output_type: str = "auto",
-            progress: Progress = silent) -> dict[str, object]:
+            progress: Progress = silent, projector: bool = False) -> dict[str, object]:
     """Writes the model or drafter at `path` to the GGUF file `output`; `output_type` is one of `output_types()`. Returns what was written.
+
+    `projector`: writes instead the part of a model's directory that sees and hears. A GGUF file of such a part is known as one.
 
     Converts one tensor at a time, so that memory holds only the largest of them. The file appears under its name when it is complete, and
     not at all if anything fails.
@@ -68,12 +79,16 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, output_type: str
     """
     if output_type not in output_types():
         raise ValueError(f"unknown type {output_type!r}; choose from {', '.join(output_types())}")
-    file, output = open_model(path), Path(output)
+    file, output = (open_projector if projector else open_model)(path), Path(output)
     _check_output(file, output)
-    if file.path.is_dir() and "tokenizer.ggml.tokens" not in file.metadata:
+    projector = projector or architecture_of(file.metadata) == PROJECTOR_ARCHITECTURE
+    if projector:
+        projector_config_from_gguf(file)
+    elif file.path.is_dir() and "tokenizer.ggml.tokens" not in file.metadata:
         raise CheckpointError(file.path, None, "tokenizer.json is missing, and no engine loads a file without it: copy it and "
                               "tokenizer_config.json from the drafter's model")
-    types = {name: type_of(output_type, info) for name, info in file.tensors.items()}
+    rule = type_in_projector if projector else type_of
+    types = {name: rule(output_type, info) for name, info in file.tensors.items()}
     for name, info in file.tensors.items():
         if types[name] != info.type and info.type not in DEQUANTIZABLE and info.type != "I64":
             raise GGUFError(file.path, info.offset, f"tensor {name} is {info.type}, which this version cannot convert")
@@ -83,7 +98,8 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, output_type: str
         raise OSError(errno.ENOSPC, f"{n_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", os.fspath(output))
     with progress("MB converted", file.n_bytes, 10**6) as advance:
         advance = releasing(file, advance)
-        write_gguf(output, metadata_for(file, types), [_deferred(file, info, types[name], advance) for name, info in file.tensors.items()])
+        write_gguf(output, metadata_for(file, types, output_type),
+                   [_deferred(file, info, types[name], advance) for name, info in file.tensors.items()])
     return {"output": str(output), "bytes": output.stat().st_size, "tensors": len(types), "types": dict(Counter(types.values())),
             "converted": sum(types[name] != info.type for name, info in file.tensors.items())}
 
@@ -99,11 +115,24 @@ def type_of(output_type: str, info: TensorInfo) -> str:
     return fitting_type("Q6_K" if info.name in EMBEDDINGS and output_type not in WHOLE else output_type, info.shape[-1])
 
 
-def metadata_for(file: TensorSource, types: Mapping[str, str]) -> dict[str, object]:
+def type_in_projector(output_type: str, info: TensorInfo) -> str:
+    """The type of a projector's tensor in the output."""
+    if towers.stays_float32(info.name, info.shape):
+        return "F32"
+    if info.name == "v.patch_embd.weight":
+        return "F16" if output_type == "F16" or output_type == "auto" and info.type == "F16" else "F32"
+    return info.type if output_type == "auto" else fitting_type(output_type, info.shape[-1])
+
+
+def metadata_for(file: TensorSource, types: Mapping[str, str], output_type: str) -> dict[str, object]:
     """The keys of the output: those of the input, with what has changed."""
-    matrices = [block for name, block in types.items() if name not in EMBEDDINGS and not stays_float32(name, file.tensors[name].shape)]
-    changed = {"general.type": "model", "general.quantization_version": 2}
-    if (common := Counter(matrices).most_common(1)[0][0]) in FILE_TYPES:
+    projector = architecture_of(file.metadata) == PROJECTOR_ARCHITECTURE
+    whole = towers.stays_float32 if projector else stays_float32
+    matrices = [block for name, block in types.items() if name not in EMBEDDINGS and not whole(name, file.tensors[name].shape)]
+    changed = {"general.type": "mmproj" if projector else "model", "general.quantization_version": 2}
+    common = Counter(matrices).most_common(1)[0][0]
+    common = output_type if projector and output_type != "auto" else common             # the 12B's has two matrices that differ
+    if common in FILE_TYPES:
         changed["general.file_type"] = FILE_TYPES[common]
     kept = {key: value for key, value in file.metadata.items() if not key.startswith("split.") and key != "general.file_type"
             and not (hasattr(value, "__len__") and not isinstance(value, str) and not len(value))}

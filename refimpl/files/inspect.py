@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from dataclasses import asdict
 
 import numpy as np
 
@@ -12,8 +13,9 @@ from refimpl.loading.memory import buffer_bytes, needed
 from refimpl.loading.model import BUILT_IN, CHUNK, float32_bytes
 from refimpl.loading.open import open_model
 from refimpl.model.cache import cache_bytes
-from refimpl.model.config import DRAFTER_ARCHITECTURE, Config, Keys, MoeFfn, architecture_of, config_from_gguf
+from refimpl.model.config import DRAFTER_ARCHITECTURE, PROJECTOR_ARCHITECTURE, Config, Keys, MoeFfn, architecture_of, config_from_gguf
 from refimpl.model.drafter import CENTROIDS
+from refimpl.model.towers.config import projector_config_from_gguf
 from refimpl.model.weights import vocabulary_size, weights_from_gguf
 
 LONG = 16           # entries of a longer array that are kept
@@ -22,11 +24,13 @@ LONG = 16           # entries of a longer array that are kept
 def describe(path: str | os.PathLike | None, n_ctx: int | None = None) -> dict[str, object]:
     """Metadata, layers, tensors by type, and memory in bytes for a context of `n_ctx` (the model's own when None).
 
-    A drafter is described as one. Raises GGUFError for a file that is neither a Gemma 4 model nor a drafter.
+    A drafter and a projector are described as such. Raises GGUFError for a file that is none of the three.
     """
     file = open_model(BUILT_IN if path is None else path)
     if architecture_of(file.metadata) == DRAFTER_ARCHITECTURE:
         return _head(file) | {"drafter": _drafter(file)} | _contents(file)
+    if architecture_of(file.metadata) == PROJECTOR_ARCHITECTURE:
+        return _head(file) | {"projector": _projector(file)} | _contents(file)
     config = config_from_gguf(file.metadata, file.tensors.keys(), vocabulary_size(file), file.path)
     n_ctx = config.n_ctx if n_ctx is None else n_ctx
     return _head(file) | {
@@ -53,6 +57,14 @@ def _drafter(file: TensorSource) -> dict[str, object]:
     return {"n_vocab": vocabulary_size(file), "n_embd": keys.number("embedding_length", 1, big),
             "n_target": keys.number("embedding_length_out", 1, big), "n_layer": keys.number("block_count", 1, big),
             "heads": ["dense", "centroid"] if CENTROIDS in file.tensors else ["dense"], "n_parameters": float32_bytes(file) // 4}
+
+
+def _projector(file: TensorSource) -> dict[str, object]:
+    """What a projector is: the dimensions of its towers, as its file names them."""
+    config = projector_config_from_gguf(file)
+    vision, audio = (None if tower is None else {key: tower_value if isinstance(tower_value, tuple) else _plain(tower_value)
+                                                 for key, tower_value in asdict(tower).items()} for tower in (config.vision, config.audio))
+    return {"n_out": config.n_out, "vision": vision, "audio": audio, "n_parameters": float32_bytes(file) // 4}
 
 
 def _memory(file: TensorSource, config: Config, n_ctx: int) -> dict[str, object]:

@@ -1,4 +1,5 @@
-"""Files with the true shapes of the Gemma 4 models and drafters and random weights: to measure speed and memory without a download.
+"""Files with the true shapes of the Gemma 4 models, drafters and projectors, and random weights: to measure speed and memory without a
+download.
 
 Dimensions are those of the published checkpoints. The weights have a realistic scale, and every tensor repeats a few random rows, so that
 a 14 GB file is written as fast as the disk allows. Models carry a chat template, so that `chat` runs on them (and answers nonsense).
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from refimpl.files import synth_projector
+from refimpl.files.synth_projector import WIDTHS
 from refimpl.formats.gguf_writer import PLAIN_TYPES, Deferred, write_gguf
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import quantize
@@ -48,8 +51,8 @@ RECIPES = ("google-q4_0", "unsloth-q4_0", "q4_k_m", *UNIFORM)
 
 
 def shape_names() -> list[str]:
-    """All shapes: the models, and `NAME-assistant` for their drafters."""
-    return [*SHAPES, *(f"{name}-assistant" for name in DRAFTERS)]
+    """All shapes: the models, `NAME-assistant` for their drafters, `NAME-mmproj` for their projectors."""
+    return [*SHAPES, *(f"{name}-assistant" for name in DRAFTERS), *(f"{name}-mmproj" for name in WIDTHS)]
 
 
 def config_of(name: str, n_layer: int | None = None) -> dict[str, object]:
@@ -189,17 +192,21 @@ def random_tensor(name: str, shape: tuple[int, ...], block: str, rng: np.random.
 def vocabulary_metadata() -> dict[str, object]:
     """262,144 tokens with Gemma's special ids in their places: control tokens, bytes from 238 on, then a, b, ..., aa, ab, ..."""
     special = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", 105: "<|turn>", 106: "<turn|>", 107: "\n"}
+    seen = {255_999: "<|image>", 256_000: "<|audio>", 258_880: "<|image|>", 258_881: "<|audio|>", 258_882: "<image|>",
+            258_883: "<audio|>", 258_884: "<|video|>"}
+    special |= seen
     special |= {238 + b: f"<0x{b:02X}>" for b in range(256)} | {494: "\u2581"}
     words = itertools.chain.from_iterable(map("".join, itertools.product(string.ascii_lowercase, repeat=n)) for n in itertools.count(1))
     tokens = [special[i] if i in special else f"<unused{i}>" if i < 494 else next(words) for i in range(N_VOCAB)]
     types = np.ones(N_VOCAB, np.int32)
-    types[5:238], types[238:494], types[107], types[3], types[[0, 1, 2, 4, 105, 106]] = 5, 6, 1, 2, 3
+    types[5:238], types[238:494], types[107], types[3], types[[0, 1, 2, 4, 105, 106, *seen]] = 5, 6, 1, 2, 3
     return {
         "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.scores": np.full(N_VOCAB, -1000, np.float32), "tokenizer.ggml.bos_token_id": 2,
         "tokenizer.ggml.eos_token_id": 106, "tokenizer.ggml.unknown_token_id": 3, "tokenizer.ggml.padding_token_id": 0,
         "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.ggml.merges": [f"{word[:-1]} {word[-1]}" for word in tokens[495:] if len(word) > 1]}
+        "tokenizer.ggml.merges": [f"{word[:-1]} {word[-1]}" for i, word in enumerate(tokens)
+                                     if i > 494 and len(word) > 1 and i not in seen]}
 
 
 def synthesise(name: str, path: str | os.PathLike, recipe: str = "google-q4_0", n_layer: int | None = None, seed: int = 0,
@@ -208,6 +215,9 @@ def synthesise(name: str, path: str | os.PathLike, recipe: str = "google-q4_0", 
 
     Raises ValueError for an unknown name, recipe or number of layers; OSError when writing fails, and then leaves no file.
     """
+    if name.removesuffix("-mmproj") in WIDTHS and name.endswith("-mmproj"):
+        _projector(name, path, recipe, n_layer, seed, progress)
+        return
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; choose from {', '.join(RECIPES)}")
     target = name.removesuffix("-assistant")
@@ -227,3 +237,18 @@ def synthesise(name: str, path: str | os.PathLike, recipe: str = "google-q4_0", 
         about["tokenizer.chat_template"] = GEMMA4_TEMPLATE
     with progress("MB written", n_bytes, 10**6) as advance:
         write_gguf(path, metadata | about | vocabulary_metadata(), tensors, advance)
+
+
+def _projector(name: str, path: str | os.PathLike, recipe: str, n_layer: int | None, seed: int, progress: Progress):
+    if recipe not in synth_projector.TYPES:
+        raise ValueError(f"unknown recipe {recipe!r} of a projector; choose from {', '.join(synth_projector.TYPES)}")
+    if n_layer is not None:
+        raise ValueError("n_layer: a projector has all its layers")
+    of, rng, tensors, n_bytes = name.removesuffix("-mmproj"), np.random.default_rng(seed), [], 0
+    for tensor, shape in synth_projector.projector_tensors(of):
+        block = synth_projector.projector_type(recipe, tensor, shape)
+        make = synth_projector.projector_vector(tensor, shape, rng) if len(shape) == 1 else random_tensor(tensor, shape, block, rng)
+        tensors.append((tensor, block, make))
+        n_bytes += math.prod(shape[:-1]) * BLOCKS[block].row_bytes(shape[-1])
+    with progress("MB written", n_bytes, 10**6) as advance:
+        write_gguf(path, synth_projector.projector_metadata(of) | {"general.name": f"synthetic {name}, random contents"}, tensors, advance)

@@ -164,6 +164,8 @@ def _tensors(path: Path, header: Mapping[str, object], first: int, size: int, pa
             continue
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if entry["shape"] == []:
+                shape = 1,                  # a single number
             numbers = (*shape, begin, end)
             if not shape or not all(type(n) is int and 0 <= n < MAX_SIZE for n in numbers) or not all(shape) or len(shape) > MAX_DIMS:
                 raise ValueError

@@ -1,4 +1,4 @@
-"""The small functions between the matrix products: norms, activation, soft cap, rotation.
+"""The small functions between the matrix products: norms, activations, soft cap, rotation.
 
 A row's result does not depend on the other rows of the call. Squares are summed into 4 vectors of 16 lanes in turn, then across the
 vectors, then across lanes. Decoding calls these functions hundreds of times a token with one row, so they use threads only for large
@@ -28,7 +28,7 @@ from refimpl.kernels.machine.intrinsics import (
 )
 from refimpl.kernels.machine.isa import LANES
 from refimpl.kernels.machine.jit import inline, kernel
-from refimpl.kernels.machine.vecmath import gelu16, tanh16
+from refimpl.kernels.machine.vecmath import exp16, gelu16, tanh16
 
 ZERO, ONE = np.float32(0), np.float32(1)
 
@@ -103,6 +103,49 @@ def norm_rows(x, weight, weighted, eps, width, out, n):
             _norm_part(a, b, weighted, eps, width, to, thread * n_rows // n, (thread + 1) * n_rows // n)
 
 
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+    if any(a.dtype != np.float32 for a in (x, weight, bias)) or weight.ndim != 1 or not weight.shape == bias.shape == x.shape[-1:]:
+        raise mismatch(x, weight, bias)
+    out = np.empty(x.size, np.float32)
+    if x.size:
+        layer_norm_rows(x.ravel(), weight.ravel(), bias.ravel(), float(eps), x.shape[-1], out, threads_for(x.size))
+    return out.reshape(x.shape)
+
+
+@inline
+def _layer_norm_part(x, weight, bias, eps, width, out, first, end):
+    """Rows first..end-1: twice over a row for its mean and variance."""
+    for row in range(first, end):
+        source, to = at(x, 4 * width * row), at(out, 4 * width * row)
+        total = square = splat_f32(ZERO)
+        for i in range(0, width, LANES):
+            total = add_f32(total, _load(at(source, 4 * i), min(LANES, width - i)))
+        mean = splat_f32(sum_f32(total) / np.float32(width))
+        for i in range(0, width, LANES):
+            n = min(LANES, width - i)
+            _store(at(to, 4 * i), sub_f32(_load(at(source, 4 * i), n), mean), n)
+            v = _load(at(to, 4 * i), n)             # 0 in the lanes after the last
+            square = fma(v, v, square)
+        scale = div_f32(splat_f32(ONE), sqrt_f32(splat_f32(sum_f32(square) / np.float32(width) + np.float32(eps))))
+        for i in range(0, width, LANES):
+            n = min(LANES, width - i)
+            y = mul_f32(mul_f32(_load(at(to, 4 * i), n), scale), _load(at(weight, 4 * i), n))
+            _store(at(to, 4 * i), add_f32(y, _load(at(bias, 4 * i), n)), n)
+
+
+@kernel(parallel=True)
+def layer_norm_rows(x, weight, bias, eps, width, out, n):
+    """`layer_norm` of x's rows of `width` numbers, on n threads."""
+    a, b, c, to, n_rows = address(x), address(weight), address(bias), address(out), x.size // width
+    if n == 1:
+        _layer_norm_part(a, b, c, eps, width, to, 0, n_rows)
+    else:
+        for part in prange(n):
+            thread = np.int64(part)
+            _layer_norm_part(a, b, c, eps, width, to, thread * n_rows // n, (thread + 1) * n_rows // n)
+
+
 # ---- elementwise
 
 def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -131,6 +174,47 @@ def gated_numbers(gate, up, out, n):
         for part in prange(n):
             thread = np.int64(part)
             _gated_part(a, b, to, thread * size // n, (thread + 1) * size // n)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x) (Hendrycks & Gimpel 2016, section 2)."""
+    if x.dtype != np.float32:
+        raise mismatch(x)
+    return _times_sigmoid(x, x)
+
+
+def glu(x: np.ndarray) -> np.ndarray:
+    """The first half of the last axis times the sigmoid of the second (Dauphin et al. 2016, arXiv:1612.08083)."""
+    if x.dtype != np.float32 or not x.ndim or x.shape[-1] % 2:
+        raise mismatch(x)
+    half = x.shape[-1] // 2
+    return _times_sigmoid(x[..., :half], x[..., half:])
+
+
+def _times_sigmoid(x, gate):
+    out = np.empty(x.size, np.float32)
+    sigmoid_numbers(x.ravel(), gate.ravel(), out, threads_for(out.size))
+    return out.reshape(x.shape)
+
+
+@inline
+def _sigmoid_part(x, gate, out, first, end):
+    for i in range(first, end, LANES):
+        n = min(LANES, end - i)
+        below = add_f32(splat_f32(ONE), exp16(sub_f32(splat_f32(ZERO), _load(at(gate, 4 * i), n))))
+        _store(at(out, 4 * i), div_f32(_load(at(x, 4 * i), n), below), n)
+
+
+@kernel(parallel=True)
+def sigmoid_numbers(x, gate, out, n):
+    """x times the sigmoid of `gate`, on n threads."""
+    a, b, to, size = address(x), address(gate), address(out), x.size
+    if n == 1:
+        _sigmoid_part(a, b, to, 0, size)
+    else:
+        for part in prange(n):
+            thread = np.int64(part)
+            _sigmoid_part(a, b, to, thread * size // n, (thread + 1) * size // n)
 
 
 def softcap(x: np.ndarray, cap: float) -> np.ndarray:

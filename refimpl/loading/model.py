@@ -23,14 +23,17 @@ from refimpl.model import gemma4
 from refimpl.model.backend import ARITHMETIC, Backend, Prepared, kernel_backend, reference_backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import AttentionType, Config, MoeFfn, config_from_gguf, warn_of_unknown_keys
+from refimpl.model.soft import NO_SOFT, Soft
 from refimpl.model.tap import Look, no_tap, tap_of
 from refimpl.model.weights import Weights, prepare_weights, vocabulary_size, weights_from_gguf
 from refimpl.progress import Advance, Progress, silent
+from refimpl.text.prompt import Projector, Prompt, encode_prompt
 from refimpl.text.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
 FIRST_CONTEXT = 4096                      # tokens of context that `load` checks memory for by default
 CHUNK = 512                               # rows of a prompt in one call
+MOST_ROWS = 1120                          # rows of a picture, which may have to be in one
 KEEP_FLOAT32_BELOW = 512 << 20            # bytes of float32 weights that `weights="auto"` holds in memory
 
 
@@ -70,57 +73,63 @@ class Model:
 
     def new_cache(self, n_ctx: int | None = None, keep: int = 0) -> Cache:
         """An empty cache for `n_ctx` positions, the model's whole context when None; `keep` as in Cache."""
-        return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, CHUNK, self.backend.kv_type, keep)
+        return Cache(self.config, self.config.n_ctx if n_ctx is None else n_ctx, MOST_ROWS, self.backend.kv_type, keep)
 
     def refuse_unless_it_fits(self, n_ctx: int):
         """Raises MemoryRefusal where there is no room for the keys and values of `n_ctx` tokens."""
         refuse_context_unless_it_fits(self.config, n_ctx, CHUNK, self.backend.kv_type, available(), self.file.path)
 
-    def prefill(self, ids: Sequence[int], cache: Cache, tap: Look = no_tap, advance: Advance = lambda n: None) -> np.ndarray:
+    def prefill(self, ids: Sequence[int], cache: Cache, tap: Look = no_tap, advance: Advance = lambda n: None,
+                soft: Soft = NO_SOFT) -> np.ndarray:
         """Runs `ids` after what the cache holds, chunk by chunk, and commits them. Returns the final normed states, float32 (T, D).
 
         `tap(name, array)` is called with every named value (model/tap.py), `advance(n)` after every chunk of n tokens.
+        `soft`: what negative ids stand for.
         """
-        ids_T = self.checked(ids)
-        states = []
-        for first in range(0, len(ids_T), cache.max_rows):
-            part = ids_T[first:first + cache.max_rows]
-            states.append(self.forward(part, cache, tap))
-            cache.advance(len(part))
-            advance(len(part))
+        ids_T = self.checked(ids, soft)
+        states, end = [], 0
+        while end < len(ids_T):
+            first, end = end, soft.cut(ids, end, min(end + CHUNK, len(ids_T)))
+            states.append(self.forward(ids_T[first:end], cache, tap, soft))
+            cache.advance(end - first)
+            advance(end - first)
         return np.concatenate(states)
 
-    def forward(self, ids_T: np.ndarray, cache: Cache, tap: Look = no_tap) -> np.ndarray:
+    def forward(self, ids_T: np.ndarray, cache: Cache, tap: Look = no_tap, soft: Soft = NO_SOFT) -> np.ndarray:
         """The final normed states of `ids_T` (as from `checked`) after what the cache holds, float32 (T, D).
 
         Does not commit them: `cache.advance(n)` commits the first n. Raises GGUFError where the file was changed since it was opened.
         """
-        return self.forward_together(ids_T, [(cache, len(ids_T))], tap)
+        return self.forward_together(ids_T, [(cache, len(ids_T))], tap, soft)
 
-    def forward_together(self, ids_T: np.ndarray, sequences: Sequence[tuple[Cache, int]], tap: Look = no_tap) -> np.ndarray:
+    def forward_together(self, ids_T: np.ndarray, sequences: Sequence[tuple[Cache, int]], tap: Look = no_tap,
+                         soft: Soft = NO_SOFT) -> np.ndarray:
         """The same for rows of several sequences: (cache, number of rows) of each, in order. No row's bits depend on the others."""
         self._unchanged.check()
         with self.backend.running(len(ids_T)):
-            return gemma4.forward(self.config, self.weights, self.backend, ids_T, sequences, tap_of(tap))
+            return gemma4.forward(self.config, self.weights, self.backend, ids_T, sequences, tap_of(tap), soft)
 
     def head(self, state_TD: np.ndarray) -> np.ndarray:
         """Logits of states, float32 (T, V)."""
         with self.backend.running(len(state_TD)):
             return gemma4.head(self.config, self.weights, self.backend, state_TD)
 
-    def logits(self, ids: Sequence[int], tap: Look = no_tap) -> np.ndarray:
-        """The logits at every position of `ids`, float32 (T, V), from an empty cache. `tap` as in `prefill`."""
-        logit_TV = self.head(self.prefill(ids, self.new_cache(), tap))
+    def logits(self, prompt: Prompt, tap: Look = no_tap, projector: Projector | None = None) -> np.ndarray:
+        """The logits at every position, float32 (T, V), from an empty cache. `prompt` in any form (text/prompt.py): ids, text, parts. `tap`
+        as in `prefill`; a `projector` (loading/projector.py) for pictures and sounds.
+        """
+        encoded = encode_prompt(self.tokenizer, self.file.metadata.get("tokenizer.chat_template"), prompt, projector)
+        logit_TV = self.head(self.prefill(encoded.ids, self.new_cache(), tap, soft=encoded.soft))
         tap("result_output", logit_TV)
         return logit_TV
 
-    def checked(self, ids: Sequence[int]) -> np.ndarray:
-        """`ids` as int64 (T,). Raises ValueError for an empty list or an id outside the vocabulary."""
+    def checked(self, ids: Sequence[int], soft: Soft = NO_SOFT) -> np.ndarray:
+        """`ids` as int64 (T,). Raises ValueError for an empty list or an id that is neither in the vocabulary nor in `soft`."""
         ids_T = np.asarray(ids)
         if ids_T.ndim != 1 or not len(ids_T) or ids_T.dtype.kind not in "iu":
             raise ValueError("expected a list of at least one token id" + (", integers" if ids_T.ndim and len(ids_T) else ""))
-        outside = ids_T[(ids_T < 0) | (ids_T >= self.config.n_vocab)]
-        if len(outside):
+        outside = [int(i) for i in ids_T[(ids_T < 0) | (ids_T >= self.config.n_vocab)] if int(i) not in soft.place]
+        if outside:
             raise ValueError(f"token id {outside[0]} is outside of the vocabulary (0 to {self.config.n_vocab - 1})")
         return ids_T.astype(np.int64)
 

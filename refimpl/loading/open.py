@@ -26,7 +26,7 @@ EXPERT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(gate|up|down)_proj\.weight
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A tensor under its GGUF name, and what returns its bytes."""
 
     info: TensorInfo
@@ -41,7 +41,7 @@ class RenamedCheckpoint:
 
     format = "Hugging Face directory"
 
-    def __init__(self, checkpoint: Checkpoint, metadata: Mapping[str, object], sources: Mapping[str, _Source], ignored: Mapping[str, str]):
+    def __init__(self, checkpoint: Checkpoint, metadata: Mapping[str, object], sources: Mapping[str, Source], ignored: Mapping[str, str]):
         self.path, self.metadata, self.checkpoint, self.ignored = checkpoint.path, metadata, checkpoint, dict(ignored)
         self._sources = dict(sources)
         self.tensors = {name: source.info for name, source in sources.items()}
@@ -76,7 +76,7 @@ def open_directory(path: str | os.PathLike) -> RenamedCheckpoint:
     if not drafter or has_vocabulary(checkpoint.path):        # a drafter may use its target's
         metadata |= vocabulary_metadata(checkpoint.path, config)
     divisors = rope.astype("<f4").view(np.uint8)
-    sources = {ROPE: _Source(TensorInfo(ROPE, "F32", rope.shape, divisors.nbytes, 0, 0), lambda: divisors)}
+    sources = {ROPE: Source(TensorInfo(ROPE, "F32", rope.shape, divisors.nbytes, 0, 0), lambda: divisors)}
     experts: dict[str, dict[int, str]] = {}
     for theirs in checkpoint.tensors:
         name = next((theirs.removeprefix(prefix) for prefix in LANGUAGE if theirs.startswith(prefix)), theirs)
@@ -108,7 +108,7 @@ def _is_of_others(name: str, ignored: dict[str, str]) -> bool:
     """Does the tensor belong to the image or audio part? Adds it to `ignored` with that reason."""
     part = name.removeprefix("model.").split(".")[0]
     if part in OTHERS:
-        ignored[name] = f"belongs to the part that {OTHERS[part]}; refimpl reads text"
+        ignored[name] = f"belongs to the part that {OTHERS[part]}; --mmproj loads it"
     return part in OTHERS
 
 
@@ -122,11 +122,11 @@ def _ours(name: str, theirs: str, checkpoint: Checkpoint, drafter: bool) -> str:
         raise CheckpointError(checkpoint.path, None, f"tensor {theirs!r} is not one of a Gemma 4 {kind}") from None
 
 
-def _as_it_is(checkpoint: Checkpoint, theirs: str, ours: str) -> _Source:
-    return _Source(replace(checkpoint.tensors[theirs], name=ours), lambda: checkpoint.raw(theirs))
+def _as_it_is(checkpoint: Checkpoint, theirs: str, ours: str) -> Source:
+    return Source(replace(checkpoint.tensors[theirs], name=ours), lambda: checkpoint.raw(theirs))
 
 
-def _stacked(checkpoint: Checkpoint, ours: str, members: dict[int, str]) -> _Source:
+def _stacked(checkpoint: Checkpoint, ours: str, members: dict[int, str]) -> Source:
     """The matrices of a layer's experts, one tensor each in the directory, as one of shape (E, O, D)."""
     names = [members[e] for e in sorted(members)]
     shapes, types = ({getattr(checkpoint.tensors[name], what) for name in names} for what in ("shape", "type"))
@@ -141,4 +141,4 @@ def _stacked(checkpoint: Checkpoint, ours: str, members: dict[int, str]) -> _Sou
         same = checkpoint.tensors[name].type == block
         return checkpoint.raw(name) if same else dequantize(checkpoint.raw(name), "Q4_0").view(np.uint8)
 
-    return _Source(info, lambda: np.stack([one(name) for name in names]))
+    return Source(info, lambda: np.stack([one(name) for name in names]))

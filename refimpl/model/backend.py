@@ -52,6 +52,11 @@ class Backend:
     gated: Callable[[np.ndarray, np.ndarray], np.ndarray]
     rotate: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     softcap: Callable[[np.ndarray, float], np.ndarray]
+    layer_norm: Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
+    silu: Callable[[np.ndarray], np.ndarray]
+    glu: Callable[[np.ndarray], np.ndarray]
+    attend_all: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    attend_band: Callable[..., np.ndarray]
     kv_type: np.dtype
     prepare: Callable[[Matrix], Prepared]
     held: Callable[[Matrix], int]
@@ -60,15 +65,15 @@ class Backend:
 
 def reference_backend(arithmetic: str, prepare: Callable[[Matrix], Matrix]) -> Backend:
     """NumPy, in "exact" or "q8" arithmetic; keys and values in float32."""
-    from refimpl.reference import attention, matmul, matmul_chosen, moe, ops
+    from refimpl.reference import attention, matmul, matmul_chosen, moe, ops, tower_attention
 
     return Backend(name="reference", arithmetic=arithmetic, threads=1, kv_type=np.dtype(np.float32), prepare=prepare, held=stored_bytes,
-                   running=nullcontext, **_functions(arithmetic, attention, matmul, matmul_chosen, moe, ops))
+                   running=nullcontext, **_functions(arithmetic, attention, matmul, matmul_chosen, moe, ops, tower_attention))
 
 
 def kernel_backend(arithmetic: str, threads: int) -> Backend:
     """Numba on `threads` threads, fewer while other programs hold cores. Keys and values are float16 for "q8", float32 for "exact"."""
-    from refimpl.kernels import attention, matmul, matmul_chosen, moe, ops
+    from refimpl.kernels import attention, matmul, matmul_chosen, moe, ops, tower_attention
     from refimpl.kernels.cores.busy import WATCH
     from refimpl.kernels.cores.threads import running
     from refimpl.kernels.machine import tiles
@@ -78,11 +83,11 @@ def kernel_backend(arithmetic: str, threads: int) -> Backend:
     return Backend(name="kernels", arithmetic=arithmetic, threads=threads, kv_type=np.dtype(kv_type),
                    prepare=partial(tiles.tiled, n_threads=threads), held=tiles.held_bytes,
                    running=lambda rows=UNKNOWN: running(WATCH.allowed(threads, rows)),
-                   **_functions(arithmetic, attention, matmul, matmul_chosen, moe, ops))
+                   **_functions(arithmetic, attention, matmul, matmul_chosen, moe, ops, tower_attention))
 
 
-def _functions(arithmetic: str, attention, matmul, matmul_chosen, moe, ops) -> dict[str, Callable]:
-    """The functions of a Backend, from the five modules of the reference or of the kernels."""
+def _functions(arithmetic: str, attention, matmul, matmul_chosen, moe, ops, tower_attention) -> dict[str, Callable]:
+    """The functions of a Backend, from the six modules of the reference or of the kernels."""
     return {
         "matmul": {"exact": matmul.matmul, "q8": matmul.matmul_q8}[arithmetic],
         "matmul_chosen": partial(matmul_chosen.matmul_chosen, arithmetic),
@@ -90,4 +95,6 @@ def _functions(arithmetic: str, attention, matmul, matmul_chosen, moe, ops) -> d
         "route": moe.route,
         "run_experts": partial(moe.run_experts, arithmetic),
         "rms_norm": ops.rms_norm, "rms_normalise": ops.rms_normalise, "gated": ops.gated, "rotate": ops.rotate, "softcap": ops.softcap,
+        "layer_norm": ops.layer_norm, "silu": ops.silu, "glu": ops.glu,
+        "attend_all": tower_attention.attend_all, "attend_band": tower_attention.attend_band,
     }

@@ -19,7 +19,7 @@ import numpy as np
 
 from refimpl.formats.gguf import GGUFError
 
-ARCHITECTURE, DRAFTER_ARCHITECTURE = "gemma4", "gemma4-assistant"
+ARCHITECTURE, DRAFTER_ARCHITECTURE, PROJECTOR_ARCHITECTURE = "gemma4", "gemma4-assistant", "clip"
 
 
 class AttentionType(Enum):
@@ -81,6 +81,11 @@ class Config:
         """Number of layers, L."""
         return len(self.layers)
 
+    @property
+    def looks_ahead_in_images(self) -> bool:
+        """Do the rows of an image see each other in sliding layers? Those of E2B and E4B, the models with per-layer inputs, do not."""
+        return self.n_ple == 0
+
     def last_own(self, attention: AttentionType) -> int:
         """The last layer of this type that has its own keys and values: layers that share, and a drafter, attend to them."""
         return max(layer.index for layer in self.layers if layer.attention is attention and layer.has_own_kv)
@@ -97,6 +102,10 @@ _COMMON = {
 KNOWN = {
     ARCHITECTURE: _COMMON | {"expert_used_count", "expert_feed_forward_length"},
     DRAFTER_ARCHITECTURE: _COMMON | {"embedding_length_out", "nextn_predict_layers", "masked_embd_top_k"},
+    PROJECTOR_ARCHITECTURE: {"has_vision_encoder", "has_audio_encoder"} | {f"{tower}.{key}" for tower, own in (
+        ("vision", {"image_size", "patch_size", "image_mean", "image_std", "projector.scale_factor"}), ("audio", {"num_mel_bins"}))
+        for key in own | {"projector_type", "projection_dim", "embedding_length", "feed_forward_length", "block_count",
+                          "attention.head_count", "attention.layer_norm_epsilon"}},
 }
 
 
@@ -140,8 +149,15 @@ def architecture_of(metadata: Mapping[str, object]) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def refuse_projector(metadata: Mapping[str, object], path):
+    """Raises GGUFError for the metadata of a projector."""
+    if architecture_of(metadata) == PROJECTOR_ARCHITECTURE:
+        raise GGUFError(path, None, "this is a projector (clip), the part of a model that sees and hears: give it with --mmproj, beside "
+                        "its model")
+
+
 def unknown_keys(metadata: Mapping[str, object]) -> list[str]:
-    """The keys of the file's architecture (`gemma4.*`, `gemma4-assistant.*`) that this version does not know and therefore ignores."""
+    """The keys of the file's architecture (`gemma4.*`, `gemma4-assistant.*`, `clip.*`) that this version does not know and ignores."""
     architecture = architecture_of(metadata)
     own = [key for key in metadata if key.startswith(f"{architecture}.")]
     return sorted(key for key in own if key.removeprefix(f"{architecture}.") not in KNOWN.get(architecture, ()))
@@ -164,6 +180,7 @@ def config_from_gguf(metadata: Mapping[str, object], tensor_names: Collection[st
     architecture = architecture_of(metadata)
     if architecture == DRAFTER_ARCHITECTURE:
         raise GGUFError(path, None, "this is a drafter (gemma4-assistant), which cannot run alone: load its target as the model")
+    refuse_projector(metadata, path)
     if architecture != ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; refimpl runs {ARCHITECTURE} only")
     keys = Keys(metadata, path, ARCHITECTURE)

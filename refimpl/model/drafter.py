@@ -127,7 +127,8 @@ def draft_step(config: DrafterConfig, weights: DrafterWeights, backend: Backend,
     """
     pos_T = np.array([cache.length])
     parts = [(slice(0, 1), cache)]
-    step = Step(parts, pos_T, pos_T, angles, backend, config.trunk.norm_eps, tap)       # keys end before the query's own position
+    before_T = dict.fromkeys(AttentionType, pos_T)          # keys end before the query's own position
+    step = Step(parts, pos_T, before_T, angles, backend, config.trunk.norm_eps, tap)
     input_TC = tap("inp_xh", np.concatenate([embedding_C, state_C])[None])
     x_TD = tap("pre_proj", backend.matmul(input_TC, weights.pre_projection_DC))
     for layer in weights.layers:

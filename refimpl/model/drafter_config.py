@@ -18,6 +18,7 @@ from refimpl.model.config import (
     architecture_of,
     base_of_sliding,
     head_dims,
+    refuse_projector,
 )
 
 N_TOP = 32              # groups whose logits are computed; all published drafters have 32 (transformers: centroid_intermediate_top_k)
@@ -40,6 +41,7 @@ def drafter_config_from_gguf(metadata: Mapping[str, object], n_vocab: int, targe
     architecture = architecture_of(metadata)
     if architecture == ARCHITECTURE:
         raise GGUFError(path, None, "this is a model (gemma4), no drafter (gemma4-assistant)")
+    refuse_projector(metadata, path)
     if architecture != DRAFTER_ARCHITECTURE:
         raise GGUFError(path, None, f"architecture is {architecture!r}; a drafter is {DRAFTER_ARCHITECTURE}")
     keys, big = Keys(metadata, path, DRAFTER_ARCHITECTURE), 1 << 20

@@ -26,6 +26,7 @@ from refimpl.model.backend import Backend
 from refimpl.model.cache import Cache
 from refimpl.model.config import AttentionType, Config, LayerSpec
 from refimpl.model.rotation import angles_at
+from refimpl.model.soft import NO_SOFT, Soft
 from refimpl.model.tap import Tap, no_tap, of_layer
 from refimpl.model.weights import (
     AttentionWeights,
@@ -38,14 +39,18 @@ from refimpl.model.weights import (
     Weights,
 )
 
+PAD = 0         # the token whose per-layer embedding soft tokens have
+
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of one call share. The query in row t is at position pos_T[t] and sees keys of positions below end_T[t]."""
+    """What all layers of one call share. The query in row t is at position pos_T[t] and sees keys of positions below end_T[t], which is
+    its own position plus 1, or in sliding layers the end of the picture that it is part of.
+    """
 
     parts: Sequence[tuple[slice, Cache]]                              # rows that belong to one sequence, and its cache
     pos_T: np.ndarray
-    end_T: np.ndarray
+    end_T: Mapping[AttentionType, np.ndarray]
     angles: Mapping[AttentionType, tuple[np.ndarray, np.ndarray]]     # cosines and sines of the rotation, float32 (T, R) each
     backend: Backend
     eps: float                                                        # added to the mean square in every norm
@@ -57,12 +62,13 @@ class Step:
 
 
 def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarray, sequences: Sequence[tuple[Cache, int]],
-            tap: Tap = no_tap) -> np.ndarray:
+            tap: Tap = no_tap, soft: Soft = NO_SOFT) -> np.ndarray:
     """Runs the next tokens of one or more sequences. Returns the final normed states, float32 (T, D).
 
     `sequences`: a cache, and how many of the rows go on in it, at positions cache.length, cache.length + 1, ...; for each sequence, in the
-    order of the rows. Writes keys and values into the caches but does not commit them: the caller does, with `cache.advance`. `head` turns
-    states into logits, and a drafter reads them too. `ids_T` must have been checked. transformers: Gemma4TextModel.
+    order of the rows. `soft`: what negative ids stand for. Writes keys and values into the caches but does not commit them: the caller
+    does, with `cache.advance`. `head` turns states into logits, and a drafter reads them too. `ids_T` must have been checked.
+    transformers: Gemma4TextModel.
     """
     for cache, n_rows in sequences:
         cache.reserve(n_rows)
@@ -70,11 +76,14 @@ def forward(config: Config, weights: Weights, backend: Backend, ids_T: np.ndarra
     parts = [(slice(end - n_rows, end), cache) for (cache, n_rows), end in zip(sequences, ends)]
     pos_T = np.concatenate([cache.length + np.arange(n_rows) for cache, n_rows in sequences])
     angles = {attention: angles_at(pos_T, frequency_R) for attention, frequency_R in weights.rope_frequency_R.items()}
-    step = Step(parts, pos_T, pos_T + 1, angles, backend, config.norm_eps, tap)
-    x_TD = tap("inp_scaled", embed(config, weights, ids_T))
+    with_picture_T = np.concatenate([soft.ends(ids_T[rows], pos_T[rows]) for rows, _ in parts])
+    end_T = {AttentionType.FULL: pos_T + 1, AttentionType.SLIDING: with_picture_T}
+    step = Step(parts, pos_T, end_T, angles, backend, config.norm_eps, tap)
+    token_T = np.where(ids_T < 0, PAD, ids_T)
+    x_TD = tap("inp_scaled", soft.fill(embed(config, weights, token_T), ids_T))
     per_layer_TLP = None
     if isinstance(weights.per_layer, PerLayerEmbedding):
-        per_layer_TLP = per_layer_inputs(config, weights.per_layer, ids_T, x_TD, step)
+        per_layer_TLP = per_layer_inputs(config, weights.per_layer, token_T, x_TD, step)
     for layer in weights.layers:
         x_TD = run_layer(layer, x_TD, per_layer_TLP, step)
     return tap("result_norm", backend.rms_norm(x_TD, weights.norm_D, config.norm_eps))
@@ -136,7 +145,7 @@ def attention(spec: LayerSpec, w: AttentionWeights, x_TD: np.ndarray, step: Step
 
     out_TNH = np.empty_like(q_TNH)
     for rows, layer in kept:
-        out_TNH[rows] = backend.attend(q_TNH[rows], layer, layer.first_visible(step.pos_T[rows]), step.end_T[rows])
+        out_TNH[rows] = backend.attend(q_TNH[rows], layer, layer.first_visible(step.pos_T[rows]), step.end_T[spec.attention][rows])
     return backend.matmul(tap("kqv_out", out_TNH).reshape(n_tok, -1), w.output_DA)
 
 

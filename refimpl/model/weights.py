@@ -13,7 +13,7 @@ from refimpl.formats.matrix import Matrix, StoredMatrix
 from refimpl.formats.quants.codecs import DEQUANTIZABLE
 from refimpl.formats.source import TensorSource
 from refimpl.model.backend import Prepared
-from refimpl.model.config import AttentionType, Config, LayerSpec, MoeFfn
+from refimpl.model.config import AttentionType, Config, LayerSpec, MoeFfn, refuse_projector
 from refimpl.reference.ops import rope_frequencies
 
 
@@ -169,6 +169,7 @@ class Taker:
 
 def vocabulary_size(file: TensorSource) -> int:
     """The number of tokens: rows of the embedding."""
+    refuse_projector(file.metadata, file.path)
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
         raise GGUFError(file.path, None, "tensor token_embd.weight is missing or no matrix: not a complete model")

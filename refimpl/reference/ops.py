@@ -1,4 +1,4 @@
-"""The small functions between the matrix products: norms, activation, softmax, soft cap, rotation.
+"""The small functions between the matrix products: norms, activations, softmax, soft cap, rotation.
 
 float32 in, float32 out. Every constant becomes float32 before it meets an array: in NumPy 2 a float64 scalar makes the result float64.
 """
@@ -19,6 +19,12 @@ def rms_normalise(x: np.ndarray, eps: float) -> np.ndarray:
     return x * (mean_square + np.float32(eps)) ** np.float32(-0.5)
 
 
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+    centred = x - np.mean(x, axis=-1, keepdims=True, dtype=np.float32)
+    return rms_normalise(centred, eps) * weight + bias
+
+
 def gelu(x: np.ndarray) -> np.ndarray:
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))): "gelu_pytorch_tanh" (Hendrycks & Gimpel 2016, section 2)."""
     inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
@@ -28,6 +34,22 @@ def gelu(x: np.ndarray) -> np.ndarray:
 def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """gelu(gate) * up: what a gated feed-forward network computes between its matrices."""
     return gelu(gate) * up
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x) (Hendrycks & Gimpel 2016, section 2)."""
+    return x * _sigmoid(x)
+
+
+def glu(x: np.ndarray) -> np.ndarray:
+    """The first half of the last axis times the sigmoid of the second (Dauphin et al. 2016, arXiv:1612.08083)."""
+    half = x.shape[-1] // 2
+    return x[..., :half] * _sigmoid(x[..., half:])
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):            # e^-x may be infinite
+        return np.float32(1) / (np.float32(1) + np.exp(-x))
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

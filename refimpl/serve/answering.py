@@ -28,7 +28,7 @@ class Answers:
     def __init__(self, site: Site, want: Want):
         self._site, self._want, self._started = site, want, time.monotonic()
         self._answers: list[Answer] = []
-        self.n_prompt = sum(map(len, want.prompts))
+        self.n_prompt = sum(len(prompt.ids) for prompt in want.prompts)
 
     @classmethod
     async def begin(cls, site: Site, want: Want) -> Answers:

@@ -16,7 +16,8 @@ from refimpl.decode.request import Request
 from refimpl.decode.sampling import Sampling
 from refimpl.serve.errors import bad
 from refimpl.serve.settings import MAX_CHOICES, Site
-from refimpl.text.chat import encode_chat
+from refimpl.text.chat import ChatError
+from refimpl.text.prompt import Encoded, encode_messages
 from refimpl.text.stops import StopStrings
 
 MAX_MESSAGES, MAX_TOOLS, MAX_STOPS, MAX_STOP_CHARS, MAX_BIASES, MAX_TOP = 10_000, 512, 64, 1000, 1024, 20
@@ -66,7 +67,7 @@ class Want:
     raw             the answer is text as it is: no thoughts, no calls
     """
 
-    prompts: list[list[int]]
+    prompts: list[Encoded]
     sampling: Sampling
     seed: int
     n: int = 1
@@ -87,10 +88,10 @@ class Want:
     async def requests(self, drafts: Sequence[str]) -> list[Request]:
         """For the engine, one for each answer: n for the first prompt, n for the next."""
         made = []
-        for i, ids in enumerate(ids for ids in self.prompts for _ in range(self.n)):
+        for i, prompt in enumerate(prompt for prompt in self.prompts for _ in range(self.n)):
             constraint = await run_sync(self.constraint)
             sampling = replace(self.sampling, seed=self.seed + i)
-            made.append(Request(ids, sampling, self.max_new_tokens, constraint, self.n_top, drafts))
+            made.append(Request(prompt.ids, sampling, self.max_new_tokens, constraint, self.n_top, drafts, prompt.soft))
         return made
 
 
@@ -152,15 +153,21 @@ def thinking_of(effort: str | None, options: TemplateOptions | None = None, name
     return effort not in (None, "none", "minimal")
 
 
-async def encoded(site: Site, messages: list[dict], tools: list[dict], thinking: bool) -> list[int]:
-    """The prompt's ids. Raises ApiError or ChatError. In a thread, as a template may take its time. The model knows no role developer,
-    which is OpenAI's newer name for system.
+async def encoded(site: Site, messages: list[dict], tools: list[dict], thinking: bool) -> Encoded:
+    """The prompt. Raises ApiError or ChatError. In a thread, as a template and pictures may take their time. The model knows no role
+    developer, which is OpenAI's newer name for system.
     """
     if len(messages) > MAX_MESSAGES:
         raise bad("messages", f"messages: at most {MAX_MESSAGES} are accepted, not {len(messages)}")
     known = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
     in_order = [part for message in known for part in _text_then_calls(message)]
-    return await run_sync(lambda: encode_chat(site.tokenizer, site.template, in_order, thinking=thinking, tools=tools or None))
+    try:
+        return await run_sync(lambda: encode_messages(site.tokenizer, site.template, in_order, site.projector, thinking=thinking,
+                                                      tools=tools or None))
+    except ChatError:
+        raise
+    except ValueError as error:                 # a picture or a sound that cannot be taken
+        raise bad("messages", f"messages: {error}") from None
 
 
 def _text_then_calls(message: dict) -> list[dict]:

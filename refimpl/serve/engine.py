@@ -11,14 +11,15 @@ from concurrent.futures import Future
 
 from refimpl.decode.request import Done, Event, Failed, Request
 from refimpl.serve.scheduler import Scheduler, Ticket
+from refimpl.text.prompt import Projector
 
 
 class Engine:
     """Answers requests. `close` ends it: what has been read is remembered then."""
 
-    def __init__(self, scheduler: Scheduler):
-        """Starts the thread."""
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, projector: Projector | None = None):
+        """Starts the thread. `projector`: the model's, for pictures and sounds in requests."""
+        self.scheduler, self.projector = scheduler, projector
         self.model, self.drafter, self.n_ctx = scheduler.model, scheduler.drafter, scheduler.n_ctx
         self._changed = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()        # for the thread, which alone touches the scheduler

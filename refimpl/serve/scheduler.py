@@ -104,7 +104,7 @@ class Scheduler:
 
     def submit(self, request: Request, tell: Callable[[Event], None]) -> Ticket:
         """Queues a request. Raises Busy; ContextFull, ValueError or MemoryRefusal for one that could never run."""
-        check_prompt(self.model, request.ids, self.n_ctx)
+        check_prompt(self.model, request.ids, self.n_ctx, request.soft)
         if len(self.waiting) >= self.most_waiting:
             took = statistics.median(self._took) if self._took else 1.0
             raise Busy(len(self.waiting), max(1.0, took * len(self.waiting) / self.most_running))

@@ -13,6 +13,7 @@ from refimpl.text.templates import CONTINUATION_TEMPLATE, CONTINUED
 
 if TYPE_CHECKING:
     from refimpl.serve.engine import Engine
+    from refimpl.text.prompt import Projector
     from refimpl.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 64
@@ -59,6 +60,11 @@ class Site:
     def tokenizer(self) -> Tokenizer:
         """The model's."""
         return self.engine.model.tokenizer
+
+    @property
+    def projector(self) -> Projector | None:
+        """What takes pictures and sounds; None: nothing does."""
+        return self.engine.projector
 
     @cached_property
     def template(self) -> str | None:

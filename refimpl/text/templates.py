@@ -1,7 +1,11 @@
 """The chat templates of files made here, written anew: Google's may not be shipped."""
 
 CONTINUED = 128         # tokens of an answer by a model that has no turns, and so does not know when to stop
-CONTINUATION_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"   # of a base model: no turns
+# of a base model: no turns
+CONTINUATION_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<|' ~ part['type'] ~ '|>' }}{% endfor %}"
+    "{% endif %}{{ '\\n' }}{% endfor %}")
 GEMMA4_TEMPLATE = r"""
 {%- set quote = '<|"|>' %}
 {%- macro value_of(value, quoted_keys=false) %}
@@ -96,20 +100,23 @@ GEMMA4_TEMPLATE = r"""
     {{- content | map(attribute='text') | join }}
 {%- endmacro %}
 {%- macro text_of(message) %}
-    {%- set parts = [message.content] if message.content is string else [] %}
+    {%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else [] %}
     {%- if message.content is not string and message.content is sequence %}
-        {%- for part in message.content if part.type != 'text' %}{{ raise_exception('this template has text only') }}{% endfor %}
-        {%- set parts = message.content | map(attribute='text') | list %}
+        {%- set parts = message.content %}
     {%- endif %}
     {%- for part in parts %}
-        {%- if message.role in ['assistant', 'model'] %}
+        {%- if part.type in ['image', 'audio', 'video'] %}
+            {{- '<|' ~ part.type ~ '|>' }}
+        {%- elif part.type != 'text' %}
+            {{- raise_exception('this template has text, images, audio and video only') }}
+        {%- elif message.role in ['assistant', 'model'] %}
             {#- thoughts of earlier turns are not shown to the model again #}
             {%- set answer %}
-                {%- for piece in part.split('<channel|>') %}{{ piece.split('<|channel>')[0] }}{% endfor %}
+                {%- for piece in part.text.split('<channel|>') %}{{ piece.split('<|channel>')[0] }}{% endfor %}
             {%- endset %}
             {{- answer | trim }}
         {%- else %}
-            {{- part | trim }}
+            {{- part.text | trim }}
         {%- endif %}
     {%- endfor %}
 {%- endmacro %}

@@ -1,6 +1,7 @@
 """The commands of a conversation: /help and those it lists."""
 
 import difflib
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import NamedTuple
 
 from refimpl.cli.app import Failure, errors, refuse_overwriting
 from refimpl.cli.conversation import transcript
-from refimpl.cli.conversation.turns import HARMLESS, Conversation, figures
+from refimpl.cli.conversation.turns import HARMLESS, Conversation, figures, seen_in, text_of
+from refimpl.media.parts import Audio, Image
+from refimpl.text.prompt import Part
+
+SUFFIXES = {"image": {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}, "audio": {".wav", ".flac", ".ogg", ".mp3"}}
 
 
 class Leave(Exception):
@@ -56,13 +61,14 @@ def clear(conversation: Conversation, argument: str):
 
 def undo(conversation: Conversation, argument: str):
     """/undo"""
-    errors.print(f"forgotten: {_short(_taken_back(conversation))}")
+    errors.print(f"forgotten: {_short(text_of(_taken_back(conversation)))}")
 
 
 def edit(conversation: Conversation, argument: str):
     """/edit"""
     if not conversation.unsent:
-        conversation.unsent = _taken_back(conversation)
+        content = _taken_back(conversation)
+        conversation.unsent, conversation.files = text_of(content), seen_in(content)
 
 
 def drop(conversation: Conversation, argument: str):
@@ -73,7 +79,7 @@ def drop(conversation: Conversation, argument: str):
     end = next((i for i, message in enumerate(spoken) if i and message["role"] == "user"), len(spoken))
     conversation.session.messages = conversation.session.messages[:-len(spoken)] + spoken[end:]
     conversation.save()
-    errors.print(f"forgotten: {_short(spoken[0]['content'])}")
+    errors.print(f"forgotten: {_short(text_of(spoken[0]['content']))}")
 
 
 def regenerate(conversation: Conversation, argument: str):
@@ -158,6 +164,29 @@ def file(conversation: Conversation, argument: str):
         errors.print(f"{path.name} ({len(text)} characters) goes along with the next message")
 
 
+def image(conversation: Conversation, argument: str):
+    """/image"""
+    _attach(conversation, argument, lambda path: Image(path, conversation.n_tokens))
+
+
+def audio(conversation: Conversation, argument: str):
+    """/audio"""
+    _attach(conversation, argument, Audio)
+
+
+def dropped(text: str) -> tuple[str, str] | None:
+    """(command, path) where a message is nothing but the path of a picture or a sound, as a terminal types it for a dropped file."""
+    try:
+        words = shlex.split(text.removeprefix("file://"))
+    except ValueError:
+        return None
+    path = Path(words[0]).expanduser() if len(words) == 1 else None
+    if path is None or not path.is_absolute() or not path.is_file():
+        return None
+    name = next((name for name, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
+    return None if name is None else (name, str(path))
+
+
 def leave(conversation: Conversation, argument: str):
     """/exit"""
     raise Leave
@@ -178,6 +207,8 @@ COMMANDS = {
     "edit": Command("", "puts your last message, or the one that was not sent, back on the line", edit),
     "system": Command("[TEXT]", "sets the instruction before the conversation; - removes it; alone shows it", system),
     "file": Command("PATH [TEXT]", "sends TEXT with a file; alone: the next message takes the file along; - leaves it out", file),
+    "image": Command("PATH [TEXT]", "sends TEXT with a picture; alone: the next message takes it along", image),
+    "audio": Command("PATH [TEXT]", "the same with a sound", audio),
     "save": Command("FILE", "writes the conversation, as JSON that can be edited", save),
     "load": Command("FILE", "goes on with a saved conversation instead of this one", load),
     "sessions": Command("", "lists the conversations that --session keeps", sessions),
@@ -195,12 +226,29 @@ def _question(conversation: Conversation):
         raise Failure("you have said nothing yet")
 
 
-def _taken_back(conversation: Conversation) -> str:
-    """Takes the last message of the user back and returns it. Raises Failure where there is none."""
+def _taken_back(conversation: Conversation) -> str | list[Part]:
+    """Takes the last message of the user back and returns its content. Raises Failure where there is none."""
     _question(conversation)
-    text = conversation.session.undo()
+    content = conversation.session.undo()
     conversation.save()
-    return text
+    return content
+
+
+def _attach(conversation: Conversation, argument: str, kind: Callable[[Path], Image | Audio]):
+    """A picture or a sound for the next message, or for the one that is given with it."""
+    if conversation.session.projector is None:
+        raise Failure("this model was loaded without its projector; start with --mmproj FILE to show it pictures and sounds")
+    path, question = _path_and_text(argument)
+    try:
+        part = kind(path)
+        conversation.session.projector.soft_tokens(part)        # opens it
+    except ValueError as e:
+        raise Failure(str(e)) from None
+    conversation.files.append((path.name, part))
+    if question:
+        conversation.ask(question)
+    else:
+        errors.print(f"{path.name} goes along with the next message")
 
 
 def _count(messages: list[dict[str, str]]) -> str:

@@ -2,6 +2,10 @@
 
     {"format": "refimpl chat 1", "model": name, "system": text or null, "messages": [{"role": "user" or "assistant", "content": text}, ...]}
 
+A content with pictures or sounds is a list of parts, in order:
+
+    {"type": "text", "text": ...}    {"type": "image", "path": ..., "tokens": 280}    {"type": "audio", "path": ...}
+
     <data root>/sessions/NAME.json      conversations of `refimpl chat --session NAME`
     <data root>/history                 lines typed at its prompt
 
@@ -18,6 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refimpl.cli.app import Failure, replacing
+from refimpl.media.parts import Audio, Image
+from refimpl.media.patches import BUDGETS, TOKENS
+from refimpl.text.prompt import Part
 
 FORMAT = "refimpl chat 1"
 NAME = re.compile(r"\w[\w.-]{0,63}")
@@ -27,7 +34,7 @@ class Transcript(NamedTuple):
     """A conversation. The first message may be the system's."""
 
     model: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, object]]
 
 
 def data_root() -> Path:
@@ -68,14 +75,14 @@ def read(path: Path) -> Transcript:
         raise Failure(f"{path}: not a saved conversation: {problem}")
     system = [] if data.get("system") is None else [{"role": "system", "content": data["system"]}]
     model = data.get("model")
-    return Transcript(model if isinstance(model, str) else "", [*system, *({"role": message["role"], "content": message["content"]}
+    return Transcript(model if isinstance(model, str) else "", [*system, *({"role": message["role"], "content": _opened(message["content"])}
                                                                            for message in data["messages"])])
 
 
 def write(path: Path, model: str, messages: Sequence[Mapping[str, str]]):
     """Writes a conversation, for its owner only, in place of what is there. Raises OSError and then leaves what is there."""
     system = next((message["content"] for message in messages if message["role"] == "system"), None)
-    rest = [{"role": message["role"], "content": message["content"]} for message in messages if message["role"] != "system"]
+    rest = [{"role": message["role"], "content": _written(message["content"])} for message in messages if message["role"] != "system"]
     text = json.dumps({"format": FORMAT, "model": model, "system": system, "messages": rest}, indent=2, ensure_ascii=False)
     with replacing(path) as temporary, open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(text.encode() + b"\n")
@@ -117,9 +124,36 @@ def _problem(data: object) -> str:
     for i, message in enumerate(data["messages"], 1):
         if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
             return f'message {i}: expected {{"role": "user" or "assistant", "content": text}}'
-        if not _is_text(message.get("content")):
-            return f"message {i}: content is not a text"
+        content = message.get("content")
+        if not _is_text(content) and not (isinstance(content, list) and all(map(_is_part, content))):
+            return f"message {i}: content is neither a text nor a list of parts"
     return ""
+
+
+def _is_part(part: object) -> bool:
+    """Text, a picture, or a sound, as they are written."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image":
+        return _is_text(part.get("path")) and part.get("tokens", TOKENS) in BUDGETS
+    return kind == "text" and _is_text(part.get("text")) or kind == "audio" and _is_text(part.get("path"))
+
+
+def _opened(content: str | list[dict]) -> str | list[Part]:
+    """A content as sessions have it. Pictures and sounds are opened when they are needed."""
+    make = {"text": lambda part: part["text"], "image": lambda part: Image(Path(part["path"]), part.get("tokens", TOKENS)),
+            "audio": lambda part: Audio(Path(part["path"]))}
+    return content if isinstance(content, str) else [make[part["type"]](part) for part in content]
+
+
+def _written(content: str | list[Part]) -> str | list[dict[str, object]]:
+    """A content as plain JSON."""
+    def plain(part: Part) -> dict[str, object]:
+        if isinstance(part, Image):
+            return {"type": "image", "path": str(Path(part.source).absolute()), "tokens": part.tokens}
+        if isinstance(part, Audio):
+            return {"type": "audio", "path": str(Path(part.source).absolute())}
+        return {"type": "text", "text": part}
+    return content if isinstance(content, str) else [plain(part) for part in content]
 
 
 def _is_text(value: object) -> bool:

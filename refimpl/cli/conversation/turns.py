@@ -14,6 +14,8 @@ from refimpl.cli.run import show_drafting
 from refimpl.decode.generate import PromptDone, Text
 from refimpl.decode.request import Done, Stats
 from refimpl.decode.session import Session
+from refimpl.media.parts import Audio, Image
+from refimpl.media.patches import TOKENS
 from refimpl.model.cache import ContextFull
 from refimpl.text.chat import ChatError
 from refimpl.text.thoughts import ThoughtSplitter
@@ -28,14 +30,16 @@ class Conversation:
 
     session    the messages, and what the model has read
     unsent     a message that was not sent after all: its prompt was not read to the end
-    files      (name, text) of the files that go along with the next message
+    files      (name, text, picture or sound) of the files that go along with the next message
+    n_tokens   that a picture may take
     path       where the conversation is kept, None if nowhere
     stats      of the latest answer, None before the first
     """
 
-    def __init__(self, session: Session, options: dict[str, object], path: Path | None = None, verbose: bool = False):
+    def __init__(self, session: Session, options: dict[str, object], path: Path | None = None, verbose: bool = False,
+                 n_tokens: int = TOKENS):
         """`options`: those of `Session.stream`."""
-        self.session, self.options, self.path, self.verbose = session, options, path, verbose
+        self.session, self.options, self.path, self.verbose, self.n_tokens = session, options, path, verbose, n_tokens
         self.unsent, self.files, self.stats = "", [], None
         self._more_seed = self._n_notes = 0
 
@@ -197,10 +201,23 @@ def figures(stats: Stats) -> str:
             f"wrote {stats.n_generated} ({stats.decode_per_second:.1f}/s)" + (f"; {stats.why}" if stats.why else ""))
 
 
-def with_files(files: list[tuple[str, str]], text: str) -> str:
-    """A message after the files it is about, each between fences longer than those in it."""
-    parts = []
+def with_files(files: list[tuple[str, str | Image | Audio]], text: str) -> str | list[str | Image | Audio]:
+    """A message after the files it is about: pictures and sounds, then texts, each between fences longer than those in it."""
+    seen, parts = [content for _, content in files if not isinstance(content, str)], []
     for name, content in files:
+        if not isinstance(content, str):
+            continue
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", content)), default=0))
         parts.append(f"{name}:\n{fence}\n{content.rstrip()}\n{fence}")
-    return "\n\n".join([*parts, text] if text else parts)
+    message = "\n\n".join([*parts, text] if text else parts)
+    return [*seen, message] if seen else message
+
+
+def text_of(content: str | list[str | Image | Audio]) -> str:
+    """The text of a message."""
+    return content if isinstance(content, str) else "".join(part for part in content if isinstance(part, str))
+
+
+def seen_in(content: str | list[str | Image | Audio]) -> list[tuple[str, Image | Audio]]:
+    """(name, picture or sound) of all in a message."""
+    return [] if isinstance(content, str) else [(part.name, part) for part in content if not isinstance(part, str)]

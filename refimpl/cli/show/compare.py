@@ -1,10 +1,12 @@
 """The verdict of `compare`, and the names of a trace's values, as text."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from refimpl.cli.show.table import table
 from refimpl.lab.compare.compare import Comparison, Judgement
-from refimpl.lab.compare.names import NAMES, Name
+from refimpl.lab.compare.names import NAMES, TOWERS, Name
 
 AROUND = 3              # rows of the table before and after the first tensor that departs
 
@@ -71,9 +73,17 @@ def _some(names: list[str]) -> str:
 
 def names_text() -> str:
     """All names of the forward pass, with their places in transformers."""
+    below = {"": "model.layers.N", "image": "vision_tower.encoder.layers.N", "audio": "audio_tower.layers.N"}
+    parts = [(names_table(NAMES, "name (as in llama.cpp's graph)", below[""]))]
+    parts += [names_table(names, f"name, after {tower}0., {tower}1., ...", below[tower]) for tower, names in TOWERS.items()]
+    return "\n\n".join(parts)
+
+
+def names_table(names: Sequence[Name], head: str, below: str) -> str:
+    """The names of one part."""
     only = {"": "", "dense": " (layers without experts)", "experts": " (layers with experts)"}
-    rows = [(name.name + "-N" * name.layered, name.shape, in_transformers(name), name.what + only[name.only]) for name in NAMES]
-    return table(("name (as in llama.cpp's graph)", "shape", "transformers, below model.layers.N", "what it is"), rows, left=(0, 1, 2, 3))
+    rows = [(name.name + "-N" * name.layered, name.shape, in_transformers(name), name.what + only[name.only]) for name in names]
+    return table((head, "shape", f"transformers, below {below}", "what it is"), rows, left=(0, 1, 2, 3))
 
 
 def in_transformers(name: Name) -> str:
@@ -81,5 +91,5 @@ def in_transformers(name: Name) -> str:
     if not name.module:
         return ""
     side, _, item = name.side.partition(" ")
-    words = {"in": ", input", "out": "", "rotated": ", after apply_rotary_pos_emb", "logits": ", after the soft cap"}[side]
+    words = {"in": ", input", "out": "", "rotated": ", after its rotation", "logits": ", after the soft cap"}[side]
     return ("the layer" if name.module == "." else name.module) + (f", item {item} of its {side}put" if item else words)

@@ -14,6 +14,8 @@ def as_text(described: dict[str, object], everything: bool = False) -> str:
     parts = [_head(described)]
     if "drafter" in described:
         parts.append(_drafter(described["drafter"]))
+    elif "projector" in described:
+        parts.append(_projector(described["projector"]))
     else:
         parts += [_model(described["model"]), _memory(described["memory"]), _layers(described["layers"])]
     parts.append(_types(described))
@@ -32,6 +34,17 @@ def _drafter(drafter: dict[str, object]) -> str:
     return (f"a drafter, for a target of width {drafter['n_target']} and {drafter['n_vocab']:,} tokens: give it with --draft\n"
             f"{drafter['n_parameters']:,} parameters, {drafter['n_layer']} layers of width {drafter['n_embd']}, heads: "
             f"{' and '.join(drafter['heads'])}")
+
+
+def _projector(projector: dict[str, object]) -> str:
+    lines = [f"a projector, for a model of width {projector['n_out']}: give it with --mmproj",
+             f"{projector['n_parameters']:,} parameters"]
+    for part, verb in (("vision", "sees"), ("audio", "hears")):
+        if projector[part] is None:
+            lines.append(f"does not {verb.removesuffix('s')}")
+        else:
+            lines.append(f"{verb}: " + ", ".join(f"{key} {value}" for key, value in projector[part].items() if key != "n_out"))
+    return "\n".join(lines)
 
 
 def _model(model: dict[str, object]) -> str:

@@ -5,6 +5,9 @@ tolerance (tolerance.py). The choice of experts cannot be judged that way: where
 take either. A row with another choice is a tie if the router's logits of the exchanged experts are closer than their own tolerance,
 otherwise it departs. After a tie at position t nothing is judged at positions from t on, which may all have seen it. The same holds for
 draft tokens: after one that differs, from logits that agree, nothing is judged.
+
+Towers come first, picture by picture: what they were given, their values, the soft tokens; then the text model with all its rows. A tensor
+of a tower has to have as many rows in both traces.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +21,7 @@ from refimpl.lab.compare.mismatch import Mismatch, row_errors
 from refimpl.lab.compare.names import graph_order, place_of
 from refimpl.lab.compare.pairs import Pair, Pairs
 from refimpl.lab.compare.tolerance import SAFETY, a_priori, carried, measured, replayed
+from refimpl.lab.compare.towers.inputs import TowerInput, with_ids_of
 from refimpl.lab.compare.trace import Trace, TraceError
 from refimpl.loading.model import Model
 
@@ -57,19 +61,23 @@ class Comparison:
     arithmetic: tuple[str, str] = ("", "")
 
 
-def compare_with(model: Model, a: Trace, b: Trace) -> Comparison:
-    """Judges `b` by `a`, with tolerances measured on `model` (tolerance.judge)."""
-    return compare(a, b, {} if a.ids != b.ids else _sum(*(measured(model, a.ids, t.arithmetic, deviations) for t in (a, b))))
+def compare_with(model: Model, a: Trace, b: Trace, media: Sequence[TowerInput] = ()) -> Comparison:
+    """Judges `b` by `a`, with tolerances measured on `model` (tolerance.judge) and its towers, given `media` (towers.inputs.inputs_of)."""
+    noise = {}
+    if a.ids == with_ids_of(a, b).ids:
+        noise = _sum(*(measured(model, a.ids, t.arithmetic, deviations, media=media) for t in (a, b)))
+    return compare(a, b, noise)
 
 
-def compare_steps(model: Model, b: Trace) -> Comparison:
+def compare_steps(model: Model, b: Trace, media: Sequence[TowerInput] = ()) -> Comparison:
     """Judges every step of `b` by what `model` (tolerance.judge) computes from the values that `b` itself has before that step.
 
-    The error of a step does not show in later steps, nor a tie in later rows: whatever departs is a fault of its own.
+    The error of a step does not show in later steps, nor a tie in later rows: whatever departs is a fault of its own. `b` has the ids of a
+    trace of ours where there is `media`, which is what the towers start from (`towers.inputs.with_ids_of`, `inputs_of`).
     """
     names = b.names()
-    noise = _sum(*(measured(model, b.ids, arithmetic, steps_apart, names) for arithmetic in ("exact", b.arithmetic)))
-    return compare(replayed(model, b), b, noise, steps=True)
+    noise = _sum(*(measured(model, b.ids, arithmetic, steps_apart, names, media) for arithmetic in ("exact", b.arithmetic)))
+    return compare(replayed(model, b, media), b, noise, steps=True)
 
 
 def _sum(x: Mapping[str, float], y: Mapping[str, float]) -> dict[str, float]:
@@ -84,6 +92,7 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps:
     ours, theirs = (trace.facts.get("model_sha256") for trace in (a, b))
     if ours and theirs and ours != theirs:
         raise TraceError(f"{a.where} and {b.where} are of different models: SHA-256 {ours[:12]}... and {theirs[:12]}...")
+    b = with_ids_of(a, b)
     known = graph_order({*a.names(), *b.names()})
     of_a, of_b = set(a.names()), set(b.names())
     both = graph_order(top_logits.comparable(a, b))
@@ -105,7 +114,7 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps:
     for judgement in filter(None, map(judge.judge, both)):
         judged.append(judgement)
         if first is None and judgement.verdict == "departs":
-            first, diagnosis = judgement, diagnose(judge.mismatch(judgement))
+            first, diagnosis = judgement, other_media(a, b, judgement.name) or diagnose(judge.mismatch(judgement))
     if not judged:
         raise TraceError(f"{a.where} and {b.where} have no position in common")
     return Comparison(a.where, b.where, judged, first, diagnosis, missing, unknown, judge.tie, "guessed" if guessed else "measured",
@@ -135,7 +144,30 @@ def token_difference(a: Trace, b: Trace, where: int) -> str:
     """What differs in the token ids."""
     if where == min(len(a.ids), len(b.ids)):
         return f"the prompts have {len(a.ids)} and {len(b.ids)} tokens"
-    return f"the prompts differ: token {where} is {a.ids[where]} and {b.ids[where]}"
+    tokens = [{part["name"]: part["n_tokens"] for part in t.facts.get("media", ())} for t in (a, b)]
+    for name, n in tokens[0].items():
+        if n != tokens[1].get(name, n):
+            return f"{name} is {n} and {tokens[1][name]} soft tokens"
+    return f"the prompts differ: token {where} is {in_words(a, where)} and {in_words(b, where)}"
+
+
+def in_words(trace: Trace, where: int) -> str:
+    """A token id, or of what a soft token is one."""
+    i, media = trace.ids[where], trace.facts.get("media", ())
+    return str(i) if not 0 <= -1 - i < len(media) else f"a soft token of {media[-1 - i]['name']}"
+
+
+def other_media(a: Trace, b: Trace, name: str) -> Diagnosis | None:
+    """Is what departs given to a tower, and are the traces of other pictures or sounds?"""
+    prefix, _, which = name.partition(".")
+    if which not in ("patches", "frames"):
+        return None
+    found = [next((part for part in t.facts.get("media", ()) if part["name"] == prefix), {}) for t in (a, b)]
+    ours, theirs = (str(part.get("sha256", "")) for part in found)
+    if not ours or not theirs or ours == theirs:
+        return None
+    sources = " and ".join(f"{part.get('source')} (SHA-256 {str(part['sha256'])[:12]}...)" for part in found)
+    return Diagnosis("another file", f"{prefix} was decoded to other {'pixels' if which == 'patches' else 'samples'}: {sources}")
 
 
 class _Judge:
@@ -166,14 +198,15 @@ class _Judge:
         def beside(name: str) -> tuple[np.ndarray, np.ndarray] | None:
             other = self.pairs.at(name, pair.positions)
             return None if other is None else (other.ours, other.theirs)
-        return Mismatch(judgement.name, pair.ours, pair.theirs, pair.positions, judgement.tolerance, beside)
+        ids = [self.pairs.a.ids[p] for p in pair.positions] if place_of(judgement.name).is_of_prompt else []
+        return Mismatch(judgement.name, pair.ours, pair.theirs, pair.positions, judgement.tolerance, beside, tuple(ids))
 
     def _judged_rows(self, name: str) -> Pair | None:
         """The rows before a tie; of experts' weights, those with the same experts. None where there are none."""
         pair, place = self.pairs.of(name), place_of(name)
-        if pair.fits and place.stage[0] < 0:
+        if pair.fits and place.is_of_prompt:
             pair = pair.rows(pair.positions < self.end)
-        elif pair.fits and np.isfinite(self.end):       # drafts and rounds have seen the whole prompt
+        elif pair.fits and not place.tower and np.isfinite(self.end):       # drafts and rounds have seen the whole prompt
             return None
         if pair.fits and place.name == "ffn_moe_weights":
             pair = self.pairs.by_expert(name, pair)

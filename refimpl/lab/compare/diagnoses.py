@@ -18,6 +18,18 @@ from refimpl.lab.compare.gemma_diagnoses import (
     skipped_step,
 )
 from refimpl.lab.compare.mismatch import Mismatch, departing, distance, fits, median, ratio, row_errors
+from refimpl.lab.compare.names import place_of
+from refimpl.lab.compare.towers.diagnoses import (
+    another_row,
+    colours,
+    floor,
+    keys_in_sight,
+    of_soft_rows,
+    other_pixels,
+    permuted_rows,
+    rotation_in_two_directions,
+    scaled_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -29,16 +41,22 @@ class Diagnosis:
 
 
 def diagnose(mismatch: Mismatch) -> Diagnosis:
-    """The first test that fits."""
+    """The first test that fits. Where only rows of pictures and sounds depart, these alone are looked at."""
+    seen = keys_in_sight(mismatch)
+    if seen is not None:
+        return Diagnosis("keys in sight", seen)
+    rows = of_soft_rows(mismatch)
     for test in TESTS:
-        found = test(mismatch)
+        found = test(rows)
         if found is not None:
-            return Diagnosis(test.__name__.replace("_", " "), found)
+            return Diagnosis(test.__name__.replace("_", " "), found + ("" if rows is mismatch else ", in rows of pictures and sounds"))
     return Diagnosis("other", "none of the known kinds")
 
 
 def another_shape(s: Mismatch) -> str | None:
     """Not the same number of elements."""
+    if len(s.ours) != len(s.theirs):
+        return f"it has {len(s.theirs)} rows, expected {len(s.ours)}"
     return None if s.ours.shape == s.theirs.shape else f"its shape is {s.theirs.shape[1:]} in each position, expected {s.ours.shape[1:]}"
 
 
@@ -67,7 +85,7 @@ def constant_factor(s: Mismatch) -> str | None:
 
 def in_words(c: float, s: Mismatch) -> str:
     """A factor as a root of a size nearby."""
-    inputs = s.beside("inp_scaled")
+    inputs = None if place_of(s.name).tower else s.beside("inp_scaled")
     sizes = {"H or P": s.ours.shape[-1], "2": 2, "D": inputs[0].shape[-1] if inputs else s.ours.shape[-1]}
     for what, n in sizes.items():
         for value, words in ((n ** 0.5, f"sqrt({n})"), (n ** -0.5, f"1/sqrt({n})")):
@@ -217,7 +235,7 @@ def noise(s: Mismatch) -> str | None:
         distance(s.ours, s.theirs) < 0.05 and abs(apart.mean()) < 0.2 * size and tilt < 0.3) else None
 
 
-TESTS = (another_shape, not_finite, other_choice, zeros, sign, rounded, constant_factor, shifted_rows, stale_row, another_activation,
-         other_rotation, skipped_step, swapped_halves, interleaved_pairs, transposed, permuted_heads, permuted, missing_term,
-         another_tensor, factor_per_expert, factor_per_row, factor_per_channel, missing_norm, offset, pointwise_function,
-         from_a_position, other_scores, noise)
+TESTS = (another_shape, not_finite, other_choice, zeros, sign, rounded, another_row, constant_factor, shifted_rows, stale_row, colours,
+         floor, permuted_rows, another_activation, other_rotation, rotation_in_two_directions, scaled_scores, skipped_step,
+         swapped_halves, interleaved_pairs, transposed, permuted_heads, permuted, missing_term, another_tensor, factor_per_expert,
+         factor_per_row, factor_per_channel, missing_norm, offset, other_pixels, pointwise_function, from_a_position, other_scores, noise)

@@ -150,7 +150,7 @@ BUGS = {
     "position advances in the draft": Bug(drafting.Drafter.draft, "z_D, state_C = network.draft_step(",
         "angles = network.angles_at(self.weights, cache.length + len(proposed)); z_D, state_C = network.draft_step(", MOE,
         "draft1.Qcur_pos-0", "other rotation"),
-    "a stale key visible to the draft": Bug(drafter.draft_step, "Step(parts, pos_T, pos_T,", "Step(parts, pos_T, pos_T + 1,", MOE,
+    "a stale key visible to the draft": Bug(drafter.draft_step, "fromkeys(AttentionType, pos_T)", "fromkeys(AttentionType, pos_T + 1)", MOE,
         "draft0.kqv_out-0"),
     "first token drafted again": Bug(drafting.Drafter.draft, "token = int(id_K[best])\n", "token = token\n", MOE, "draft1.inp_xh"),
 }

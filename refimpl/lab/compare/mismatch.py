@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.lab.compare.names import NAMES, graph_order, place_of
+from refimpl.lab.compare.names import graph_order, place_of
 
 
 @dataclass(frozen=True)
 class Mismatch:
     """A tensor that departs: ours and theirs, (rows, ...), the rows' positions, the tolerance. `beside(name)` gives another tensor of both
-    traces in the same rows, or None.
+    traces in the same rows, or None. `ids`: of the rows, those of soft tokens below 0; empty where rows are none of the prompt.
     """
 
     name: str
@@ -20,6 +20,7 @@ class Mismatch:
     positions: np.ndarray
     tolerance: float
     beside: Callable[[str], tuple[np.ndarray, np.ndarray] | None]
+    ids: tuple[int, ...] = ()
 
     def near(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """A tensor of the same layer and stage."""
@@ -70,10 +71,11 @@ def departing(s: Mismatch) -> np.ndarray:
 def earlier(s: Mismatch) -> list[tuple[str, np.ndarray]]:
     """Their tensors of the same size that come before it: in this layer, the output of the layer before, the input."""
     place, found = place_of(s.name), []
-    before = ("l_out",) if place.layer != 0 else ("inp_scaled", "pre_proj")
+    output, inputs = ("layer_out", ("pos_embd", "inp")) if place.tower else ("l_out", ("inp_scaled", "pre_proj"))
+    before = (output,) if place.layer != 0 else inputs
     candidates = [f"{place.prefix}{name}" + ("" if place.layer == 0 else f"-{last_layer(s) if place.layer is None else place.layer - 1}")
                   for name in before]
-    candidates += [f"{place.prefix}{n.name}" + ("" if place.layer is None else f"-{place.layer}") for n in NAMES
+    candidates += [f"{place.prefix}{n.name}" + ("" if place.layer is None else f"-{place.layer}") for n in place.names
                    if n.layered == (place.layer is not None)]
     candidates = graph_order([*candidates, s.name])
     for name in candidates[:candidates.index(s.name)]:
@@ -85,7 +87,7 @@ def earlier(s: Mismatch) -> list[tuple[str, np.ndarray]]:
 
 def last_layer(s: Mismatch) -> int:
     """The last layer whose output is in both traces."""
-    prefix, i = place_of(s.name).prefix, 0
-    while s.beside(f"{prefix}l_out-{i + 1}") is not None:
+    place, i = place_of(s.name), 0
+    while s.beside(f"{place.prefix}{'layer_out' if place.tower else 'l_out'}-{i + 1}") is not None:
         i += 1
     return i

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refimpl.lab.compare import top_logits
+from refimpl.lab.compare.names import place_of
 from refimpl.lab.compare.trace import Trace, Value
 
 
@@ -65,6 +66,8 @@ class Pairs:
 
     def _read(self, name: str) -> Pair:
         a, b = self.a.value(name), self.b.value(name)
+        if place_of(name).tower and len(a.array) != len(b.array) and name in self.a.arrays and name in self.b.arrays:
+            return Pair(a.array, b.array, a.positions)
         positions, rows_a, rows_b = np.intersect1d(a.positions, b.positions, return_indices=True)
         ours, theirs = a.array[rows_a], b.array[rows_b]
         ours, theirs = _columns(ours, b), _columns(theirs, a)

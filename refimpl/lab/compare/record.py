@@ -16,9 +16,11 @@ from refimpl.decode.speculative import Round, speculative
 from refimpl.formats.hashing import files_hash
 from refimpl.formats.safetensors import TensorWriter
 from refimpl.lab.compare.background_writer import BackgroundWriter, Memory
+from refimpl.lab.compare.towers.inputs import TowerInput, with_soft_tokens
 from refimpl.lab.compare.trace import FORMAT, Trace, TraceError
 from refimpl.loading.model import CHUNK, Model
 from refimpl.model.cache import Cache
+from refimpl.model.soft import NO_SOFT, Soft
 from refimpl.model.tap import Look, no_tap, prefixed
 from refimpl.progress import Advance, Progress, silent
 
@@ -67,6 +69,13 @@ class Recorder:
         if self.wants(name):
             self._logits(name, value, len(value)) if name.endswith("result_output") else self.put(name, value, len(value))
 
+    def of_tower(self, name: str, value: np.ndarray):
+        """A value of a tower, which is recorded with all its rows."""
+        self.before(name, value)
+        if self.wants(name):
+            self.put(name, value, len(value))
+        self.after(name, value)
+
     def logits(self, logit_TV: np.ndarray):
         """Logits of the prompt, of rows that are asked for."""
         self.before("result_output", logit_TV)
@@ -99,17 +108,20 @@ class Recorder:
                 raise TraceError(f"no value is called {pattern!r}: refimpl trace --names lists them")
 
 
-def record(model: Model, ids: Sequence[int], recorder: Recorder, *, drafter: Drafter | None = None, draft_max: int = 4, rounds: int = 0,
-           advance: Advance = lambda n: None):
-    """Runs `ids`, then `draft_max` draft steps as `refimpl.propose` makes them, then speculative rounds, all seen by `recorder`."""
-    ids_T, cache = model.checked(ids), model.new_cache(len(ids) + (rounds + 1) * (draft_max + 1))
+def record(model: Model, ids: Sequence[int], recorder: Recorder, *, media: Sequence[TowerInput] = (), drafter: Drafter | None = None,
+           draft_max: int = 4, rounds: int = 0, advance: Advance = lambda n: None):
+    """Runs the towers on `media`, then `ids` (-1 - k: a soft token of number k of them), then `draft_max` draft steps as `refimpl.propose`
+    makes them, then speculative rounds, all seen by `recorder`.
+    """
+    numbers, soft = with_soft_tokens(ids, media, recorder.of_tower)
+    ids_T, cache = model.checked(numbers, soft), model.new_cache(len(ids) + (rounds + 1) * (draft_max + 1))
     if drafter is None:
-        _run(model, ids_T, cache, recorder, advance)
+        _run(model, ids_T, cache, recorder, advance, soft)
         return
-    before = _run(model, ids_T[:-1], cache, recorder, advance)
+    before = _run(model, ids_T[:-1], cache, recorder, advance, soft)
     if before is not None:
         drafter.draft(int(ids_T[-1]), before, cache, draft_max, tap=recorder.whole)
-    state_D = _run(model, ids_T[-1:], cache, recorder, advance)
+    state_D = _run(model, ids_T[-1:], cache, recorder, advance, soft)
     if rounds:
         greedy, pair = Sampler(Sampling(temperature=0.0), model.tokenizer.suppress), _TappedPair(model, drafter, recorder.whole)
         token = greedy.pick(model.head(state_D[None])[0])
@@ -147,13 +159,14 @@ class _TappedPair:
         self.round += 1
 
 
-def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, advance: Advance) -> np.ndarray | None:
+def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, advance: Advance, soft: Soft = NO_SOFT) -> np.ndarray | None:
     """Runs and commits ids chunk by chunk. Returns the last state."""
-    state_TD = None
-    for part in (ids_T[i:i + CHUNK] for i in range(0, len(ids_T), CHUNK)):
-        first, n = cache.length, len(part)
+    state_TD, end = None, 0
+    while end < len(ids_T):
+        start, end = end, soft.cut(ids_T, end, min(end + CHUNK, len(ids_T)))
+        first, n = cache.length, end - start
         recorder.at(first, n)
-        state_TD = model.forward(part, cache, recorder.tap)
+        state_TD = model.forward(ids_T[start:end], cache, recorder.tap, soft)
         for i, layer in cache.layers.items():
             names = [f"cache_k-{i}", f"cache_v-{i}"]
             for name, value in zip(names, layer.read(first, first + n) if any(map(recorder.wants, names)) else ()):
@@ -180,55 +193,68 @@ def n_top(model: Model, logits: int | str | None) -> int:
     return logits
 
 
-def facts_of(model: Model, prompt: str | None = None) -> dict[str, object]:
+def facts_of(model: Model, prompt: str | None = None, media: Sequence[TowerInput] = ()) -> dict[str, object]:
     """How a trace was made, for its header."""
     import refimpl
 
     isa = "NumPy"
     if model.backend.name == "kernels":
         from refimpl.kernels.machine.isa import ISA as isa
-    return {"engine": f"refimpl {refimpl.__version__}", "backend": model.backend.name, "isa": isa, "threads": model.backend.threads,
-            "model": str(Path(model.file.path).absolute()), "prompt": prompt}
+    facts = {"engine": f"refimpl {refimpl.__version__}", "backend": model.backend.name, "isa": isa, "threads": model.backend.threads,
+             "model": str(Path(model.file.path).absolute()), "prompt": prompt}
+    if media:
+        facts |= {"projector": str(Path(media[0].projector.file.path).absolute()), "media": [dict(part.facts) for part in media]}
+    return facts
 
 
 def trace(model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None, tensors: Sequence[str] = ("*",),
-          logits: int | str | None = None, before: Look = no_tap, after: Look = no_tap, **drafting) -> Trace:
-    """A trace in memory; default: all positions. `before` and `after` as in Recorder."""
+          logits: int | str | None = None, before: Look = no_tap, after: Look = no_tap, media: Sequence[TowerInput] = (),
+          **drafting) -> Trace:
+    """A trace in memory; default: all positions. `before` and `after` as in Recorder, `media` as in `record` (towers/inputs.py)."""
     kept = Memory()
     positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))
     recorder = Recorder(kept, positions, tensors, n_top(model, logits), before, after)
-    record(model, ids, recorder, **drafting)
+    record(model, ids, recorder, media=media, **drafting)
     recorder.check()
-    return Trace("this run", tuple(map(int, ids)), positions, model.backend.arithmetic, kept, facts_of(model))
+    return Trace("this run", tuple(map(int, ids)), positions, model.backend.arithmetic, kept, facts_of(model, media=media))
 
 
 def write_trace(path: str | os.PathLike, model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None,
                 tensors: Sequence[str] = ("*",), logits: int | str | None = None, prompt: str | None = None,
-                progress: Progress = silent, **drafting) -> dict[str, object]:
-    """Writes a trace file and returns its header. Memory holds the values of one chunk; a run that fails leaves no file.
+                progress: Progress = silent, media: Sequence[TowerInput] = (), **drafting) -> dict[str, object]:
+    """Writes a trace file and returns its header. Memory holds the values of one chunk, or of one step of a tower; a run that fails leaves
+    no file.
 
-    `positions`, `tensors`, `logits` say what to keep, `drafting` is what `record` takes. Raises TraceError, OSError naming the file.
+    `positions`, `tensors`, `logits` say what to keep, `media` and `drafting` are what `record` takes. Raises TraceError, OSError naming
+    the file.
     """
     positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))
     steps = model.config.n_layer + (drafting.get("drafter") is not None) * 4 * drafting.get("draft_max", 4) * (
-        1 + drafting.get("rounds", 0)) + model.config.n_layer * drafting.get("rounds", 0)
+        1 + drafting.get("rounds", 0)) + model.config.n_layer * drafting.get("rounds", 0) + sum(map(n_layers, media))
     header = {"format": FORMAT, "ids": [int(i) for i in ids], "positions": [int(p) for p in positions],
-              "arithmetic": model.backend.arithmetic} | facts_of(model, prompt)
+              "arithmetic": model.backend.arithmetic} | facts_of(model, prompt, media)
     with TensorWriter(path, 10_000 + 16 * steps * 2**10 + 2 * len(json.dumps(header))) as out:
         writer, hashing = BackgroundWriter(out), ThreadPoolExecutor(1)
         try:
             with progress("positions", len(ids)) as advance, progress("MB hashed", model.file.n_bytes, 10**6) as hashed:
                 sha256 = hashing.submit(files_hash, model.file.files(), hashed)
                 recorder = Recorder(writer, positions, tensors, n_top(model, logits))
-                record(model, ids, recorder, advance=advance, **drafting)
+                record(model, ids, recorder, media=media, advance=advance, **drafting)
                 recorder.check()
                 writer.wait()
                 header |= {"crc32": out.crc32, "model_sha256": sha256.result()}
+                if media:
+                    header["projector_sha256"] = files_hash(media[0].projector.file.files())
         finally:
             writer.close()
             hashing.shutdown()
         out.finish({"refimpl": json.dumps(header)})
     return header
+
+
+def n_layers(part: TowerInput) -> int:
+    """Layers of the tower that takes it, which may be none."""
+    return getattr(getattr(part.projector.config, {"image": "vision", "audio": "audio"}[part.tower]), "n_layer", 0) + 1
 
 
 def checked_positions(positions: Iterable[int], n: int) -> tuple[int, ...]:

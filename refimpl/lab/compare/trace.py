@@ -1,19 +1,23 @@
 """Traces: every named value of a run in one file, with what is needed to run it again elsewhere.
 
 A trace file is a safetensors file. Tensors carry the names of names.py; the first axis of those of the prompt are the positions asked for.
-Its metadata, under "refimpl", is a JSON object:
+Those of towers (image0.inp) are whole: their rows are patches, frames or soft tokens. Its metadata, under "refimpl", is a JSON object:
 
     format                    "refimpl trace 1"
-    ids, positions            of the prompt, and of the rows
+    ids, positions            of the prompt, and of the rows; -1 - k stands for a soft token of number k of `media`
     engine, arithmetic        "refimpl 0.1.0"; "exact" or "q8" (other engines: "float32", "bfloat16", "float16", "q8")
     backend, isa, threads     how it was computed
     model, model_sha256       the file, and what identifies it
     prompt                    the text, where there was one
+    media                     of each picture and sound: its name before values ("image0"), what it is of, SHA-256 of what was decoded,
+                              size, budget, number of soft tokens, placeholder: the id that a template has in its place
+    projector, projector_sha256    the file with the towers, where there is media
     crc32                     name -> of the tensor's bytes, against damage
 """
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,11 +66,11 @@ class Trace:
         return [*self.arrays, *self.partial]
 
     def value(self, name: str) -> Value:
-        """A tensor, positions in front. Draft steps and rounds count their rows from 0."""
+        """A tensor, positions in front. Towers, draft steps and rounds count their rows from 0."""
         if name in self.partial:
             return self.partial[name]
         array = self.arrays[name]
-        whole = not name.startswith(("draft", "round"))
+        whole = not name.startswith(("image", "audio", "draft", "round"))
         if whole and len(array) != len(self.positions):
             raise TraceError(f"{self.where}: {name} has {len(array)} rows, expected one for each of {len(self.positions)} positions")
         return Value(array, np.array(self.positions) if whole else np.arange(len(array)))
@@ -102,6 +106,8 @@ def open_trace(path: str | os.PathLike) -> Trace:
         if header.pop("format") != FORMAT:
             raise TraceError(f"{path}: is no '{FORMAT}'; trace again with this version")
         ids, positions, arithmetic, crc32 = (header.pop(key) for key in ("ids", "positions", "arithmetic", "crc32"))
+        if not all(re.fullmatch("(image|audio)[0-9]{1,4}", part["name"]) for part in header.get("media", ())):
+            raise TraceError(f"{path}: its metadata names media otherwise than image0, audio0; trace again")
         return Trace(str(path), tuple(map(int, ids)), tuple(map(int, positions)), arithmetic, _Checked(file, crc32), header)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, TraceError):

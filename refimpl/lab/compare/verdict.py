@@ -7,7 +7,7 @@ import numpy as np
 
 from refimpl.extras import require
 from refimpl.lab.compare.compare import Comparison, Judgement
-from refimpl.lab.compare.names import NAMES, place_of
+from refimpl.lab.compare.names import NAMES, TOWERS, place_of
 from refimpl.lab.compare.trace import TraceError
 
 
@@ -48,7 +48,7 @@ def plot(result: Comparison, path: str | os.PathLike | None = None):
             columns.append(place.name)
         times = j.error / j.tolerance if j.tolerance else np.inf
         cells[row, place.name] = float(np.clip(np.log10(max(times, 1e-6)), -2, 4)), j is result.first
-    order = [name.name for name in NAMES if name.name in columns]
+    order = [*dict.fromkeys(name.name for names in (*TOWERS.values(), NAMES) for name in names if name.name in columns)]
     grid = np.array([[cells.get((row, column), (np.nan,))[0] for column in order] for row in rows])
     figure = Figure(figsize=(2 + 0.34 * len(order), 1.6 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()

@@ -181,7 +181,7 @@ def shortened_error(model: Model, texts: Sequence[Sequence[int]], counts: Sequen
 
 def _relative_error(model: Model, layer: LayerWeights, x_TD: np.ndarray, y_TD: np.ndarray) -> float:
     backend, eps, seen = model.backend, model.config.norm_eps, {}
-    step = Step([], np.arange(0), np.arange(0), {}, backend, eps, tap_of(seen.__setitem__))     # no attention here
+    step = Step([], np.arange(0), {}, {}, backend, eps, tap_of(seen.__setitem__))     # no attention here
     with backend.running():
         moe_ffn(layer.ffn, layer.spec.ffn.n_used, x_TD, backend.rms_norm(x_TD, layer.norm_before_ffn_D, eps), step)
     off_T = np.linalg.norm(seen["ffn_moe"] - y_TD, axis=1)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from refimpl.serve.answering import Answers, spelled, timings
-from refimpl.serve.api.contents import objects, string, text_of
+from refimpl.serve.api.contents import content_of, objects, string, text_of
 from refimpl.serve.api.openai import FINISH, CompletionFields, Head, progress_of, respond, schema_of, usage
 from refimpl.serve.asking import (
     MAX_TOP,
@@ -57,7 +57,7 @@ async def endpoint(request: Request) -> Response:
 
 
 def messages_of(value: object) -> list[dict]:
-    """Messages as a template takes them: contents are strings. Raises ApiError."""
+    """Messages as a template takes them: contents are strings, or parts where there are pictures. Raises ApiError."""
     messages = []
     for i, message in enumerate(objects(value, "messages")):
         place, role = f"messages.{i}", message.get("role")
@@ -67,7 +67,8 @@ def messages_of(value: object) -> list[dict]:
                 if message.get(key) is not None}
         if message.get("tool_calls"):
             kept["tool_calls"] = objects(message["tool_calls"], f"{place}.tool_calls")
-        messages.append({"role": role, "content": text_of(message.get("content"), f"{place}.content"), **kept})
+        content = content_of if role == "user" else text_of
+        messages.append({"role": role, "content": content(message.get("content"), f"{place}.content"), **kept})
     if not messages:
         raise bad("messages", "messages must hold at least one message")
     return messages
@@ -86,9 +87,9 @@ async def _want(site: Site, fields: Fields) -> Want:
                                       format_=schema_of(fields.response_format), lark=fields.grammar, regex=fields.regex)
     limit = limit_of(fields.max_tokens, "max_tokens", site.default_limit) if fields.max_completion_tokens is None else \
         limit_of(fields.max_completion_tokens, "max_completion_tokens")
-    ids = await encoded(site, messages_of(fields.messages), tools, thinking)
+    prompt = await encoded(site, messages_of(fields.messages), tools, thinking)
     n_top = (fields.top_logprobs or 0) if fields.logprobs else -1
-    return Want([ids], max_new_tokens=limit, n_top=n_top, constraint=make, notes=notes, **common)
+    return Want([prompt], max_new_tokens=limit, n_top=n_top, constraint=make, notes=notes, **common)
 
 
 async def _whole(answers: Answers, fields: Fields, head: Head) -> dict[str, object]:

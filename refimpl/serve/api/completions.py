@@ -16,6 +16,7 @@ from refimpl.serve.errors import bad
 from refimpl.serve.parts import End, Progress, Said
 from refimpl.serve.settings import MAX_CHOICES, Site
 from refimpl.serve.sse import DONE, event
+from refimpl.text.prompt import Encoded
 
 DEFAULT_MAX_TOKENS = 16
 """What OpenAI documents. A text has no end of a turn: without a limit most would fill the context."""
@@ -45,12 +46,13 @@ async def _want(site: Site, fields: Fields) -> Want:
         raise bad("logprobs", f"logprobs must be from 0 to {MAX_TOP}")
     prompts = _prompts(fields.prompt)
     common = shared(site, fields, fields.n, len(prompts))
-    ids = [checked_ids(site, prompt, "prompt") if isinstance(prompt, list) else await run_sync(site.tokenizer.encode, prompt)
-           for prompt in prompts]
+    encoded = [Encoded(checked_ids(site, prompt, "prompt") if isinstance(prompt, list) else await run_sync(site.tokenizer.encode, prompt))
+               for prompt in prompts]
     make, _ = await constraint_of(site, thinking=False, tools=[], format_=schema_of(fields.response_format), lark=fields.grammar,
                                   regex=fields.regex)
     limit = DEFAULT_MAX_TOKENS if fields.max_tokens is None else limit_of(fields.max_tokens, "max_tokens")
-    return Want(ids, max_new_tokens=limit, n_top=-1 if fields.logprobs is None else fields.logprobs, constraint=make, raw=True, **common)
+    n_top = -1 if fields.logprobs is None else fields.logprobs
+    return Want(encoded, max_new_tokens=limit, n_top=n_top, constraint=make, raw=True, **common)
 
 
 def _prompts(prompt: str | list) -> list[str | list[int]]:

@@ -19,6 +19,7 @@ from refimpl.serve.parts import Block, End, Progress, Said, append, kind_of
 from refimpl.serve.settings import Site
 from refimpl.serve.sse import ANTHROPIC_PING, Stream, event, unless_gone
 from refimpl.text.answer import CallArguments, CallEnd, CallStart, Piece
+from refimpl.text.prompt import Encoded
 
 SIGNATURE = "refimpl"
 """Of a thought. It is not checked, but clients give a thought without one back as text."""
@@ -78,11 +79,11 @@ async def endpoint(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How long the prompt is."""
     fields, ignored = await read(request, PromptFields)
-    ids = await _prompt(request.app.state.site, fields)
-    return JSONResponse({"input_tokens": len(ids)}, headers=ignored)
+    prompt = await _prompt(request.app.state.site, fields)
+    return JSONResponse({"input_tokens": len(prompt.ids)}, headers=ignored)
 
 
-async def _prompt(site: Site, fields: PromptFields) -> list[int]:
+async def _prompt(site: Site, fields: PromptFields) -> Encoded:
     return await encoded(site, chat_of(fields.system, fields.messages), tools_of(fields.tools), _thinking(fields))
 
 

@@ -92,9 +92,9 @@ async def _want(site: Site, fields: Fields, tools: Tools) -> Want:
     make, notes = await constraint_of(site, thinking=thinking, tools=tools.chat, choice=chosen_tool(fields.tool_choice, tools.chat),
                                       format_=format_, parallel=fields.parallel_tool_calls is not False, lark=fields.grammar,
                                       regex=fields.regex)
-    ids = await encoded(site, chat_of(fields.instructions, fields.input), tools.chat, thinking)
+    prompt = await encoded(site, chat_of(fields.instructions, fields.input), tools.chat, thinking)
     limit = limit_of(fields.max_output_tokens, "max_output_tokens", site.default_limit)
-    return Want([ids], max_new_tokens=limit, constraint=make, notes=[*tools.notes, *notes], **common)
+    return Want([prompt], max_new_tokens=limit, constraint=make, notes=[*tools.notes, *notes], **common)
 
 
 def _head(site: Site, fields: Fields, want: Want) -> dict[str, object]:

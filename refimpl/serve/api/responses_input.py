@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from refimpl.serve.api.chat import ROLES
-from refimpl.serve.api.contents import objects, string, text_of
+from refimpl.serve.api.contents import content_of, objects, string, text_of
 from refimpl.serve.errors import bad
 
 
@@ -24,7 +24,8 @@ def chat_of(instructions: str | None, items: str | list) -> list[dict]:
         if kind == "message":
             if item.get("role") not in ROLES[:-1]:
                 raise bad(f"{place}.role", f"{place}.role must be one of {', '.join(ROLES[:-1])}, not {item.get('role')!r:.60}")
-            message = {"role": item["role"], "content": text_of(item.get("content"), f"{place}.content")}
+            content = content_of if item["role"] == "user" else text_of
+            message = {"role": item["role"], "content": content(item.get("content"), f"{place}.content")}
         elif kind == "function_call":
             call = {"id": string(item.get("call_id"), f"{place}.call_id"), "type": "function",
                     "function": {"name": _full(string(item.get("namespace") or "", f"{place}.namespace"),

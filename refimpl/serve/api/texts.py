@@ -16,6 +16,7 @@ from refimpl.serve.body import read
 from refimpl.serve.errors import ApiError, bad
 from refimpl.serve.settings import Site
 from refimpl.text.chat import render_chat
+from refimpl.text.prompt import in_words
 
 STARTED = int(time.time())
 
@@ -69,7 +70,7 @@ async def apply_template(request: Request) -> Response:
     """POST /apply-template: the prompt of a chat, as text."""
     site: Site = request.app.state.site
     fields, ignored = await read(request, TemplateFields)
-    messages, t = messages_of(fields.messages), site.tokenizer
+    messages, t = in_words(messages_of(fields.messages), []), site.tokenizer
     if len(messages) > MAX_MESSAGES:
         raise bad("messages", f"messages: at most {MAX_MESSAGES} are accepted, not {len(messages)}")
     thinking = thinking_of(fields.reasoning_effort, fields.chat_template_kwargs)

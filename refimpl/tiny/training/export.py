@@ -1,9 +1,11 @@
 """Writes a trained model as the GGUF file that ships: `python -m refimpl.tiny.training.export tiny-run -o model.gguf`.
 
 With `--drafter` a trained drafter: `python -m refimpl.tiny.training.export drafter-run --drafter -o drafter.gguf`.
+With `--projector` a trained projector: `python -m refimpl.tiny.training.export projector-run --projector -o mmproj.gguf`; its
+matrices are Q8_0, the one for patches is F16.
 
-All matrices but the router's are Q4_0. The unrounded weights are quantized once, here, by the rule that the training rounded them
-with, so the file holds exactly the weights that the last steps computed with.
+All matrices of the others but the router's are Q4_0. The unrounded weights are quantized once, here, by the rule that the training
+rounded them with, so the file holds exactly the weights that the last steps computed with.
 """
 
 import argparse
@@ -14,7 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.formats.gguf_writer import write_gguf
+from refimpl.formats.quants.codecs import quantize
 from refimpl.loading.hf_names import drafter_metadata, gguf_metadata, gguf_tensors
+from refimpl.loading.towers import names
+from refimpl.loading.towers.settings import projector_metadata
 from refimpl.text.templates import CONTINUATION_TEMPLATE
 from refimpl.tiny import corpus
 from refimpl.tiny.training import vocabulary
@@ -26,8 +31,8 @@ VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_r
 def tokenizer_metadata(tokenizer_json: str) -> dict[str, object]:
     """The `tokenizer.ggml.*` keys of a vocabulary trained by `vocabulary.py`, typed as llama.cpp's converter does."""
     model = json.loads(tokenizer_json)["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    special = {*vocabulary.CONTROL, *vocabulary.MARKERS}
+    tokens = [vocabulary.SOFT_MARKERS.get(token, token) for token in sorted(model["vocab"], key=model["vocab"].get)]
+    special = {*vocabulary.CONTROL, *vocabulary.MARKERS, *vocabulary.SOFT_MARKERS.values()}
     types = [UNKNOWN if p == "<unk>" else USER_DEFINED if p in VISIBLE else CONTROL if p in special
              else BYTE if p.startswith("<0x") and len(p) == 6 else NORMAL for p in tokens]
     return {
@@ -86,14 +91,38 @@ def export_drafter(run: Path, target: Path):
                gguf_tensors(config["text_config"], state, lambda name, shape: "Q4_0"))
 
 
+def export_projector(run: Path, target: Path):
+    """Writes the projector of a training run (its `projector.pt`) to `target`, under the names of llama.cpp's files."""
+    import torch
+
+    from refimpl.tiny.training.network import SHAPE
+    from refimpl.tiny.training.train_projector import VISION
+
+    config = {"model_type": "gemma4", "text_config": {"hidden_size": SHAPE["hidden_size"]}, "vision_config": VISION}
+    about = about_file("refimpl tiny python projector", "Reads pictures of 48 words for the refimpl tiny python model.")
+    tensors = []
+    for theirs, value in torch.load(run / "projector.pt", weights_only=True).items():
+        name, change = names.gguf_name(theirs), names.ADAPT.get(theirs, np.ascontiguousarray)
+        array = np.ascontiguousarray(change(value.float().numpy()))
+        if name == "v.patch_embd.weight":
+            tensors.append((name, "F16", array.astype(np.float16)))
+        elif names.stays_float32(name, array.shape):
+            tensors.append((name, "F32", array))
+        else:
+            tensors.append((name, "Q8_0", quantize(array, "Q8_0")))
+    del about["general.source.description"]
+    write_gguf(target, projector_metadata(config, run) | about | {"general.file_type": 7}, tensors)
+
+
 def main(argv: list[str] | None = None):
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.training.export", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a finished `python -m refimpl.tiny.training.train`")
     parser.add_argument("-o", "--output", type=Path, default=Path("model.gguf"))
     parser.add_argument("--drafter", action="store_true", help="the folder is one of `python -m refimpl.tiny.training.train_drafter`")
+    parser.add_argument("--projector", action="store_true", help="the folder is one of `python -m refimpl.tiny.training.train_projector`")
     args = parser.parse_args(argv)
-    (export_drafter if args.drafter else export)(args.run, args.output)
+    (export_projector if args.projector else export_drafter if args.drafter else export)(args.run, args.output)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,14 @@
     ids           the token ids of the prompt, int (T,)
     arithmetic    how the engine rounds: "float32", "bfloat16", "float16", "q8" or "exact"; in safetensors, in the metadata
     positions     optional, int (R,): which positions the rows are, all of them where it is not there
+    image0.NAME[-LAYER], audio0.NAME[-LAYER]
+                  a value of a tower, (T, ...): rows are patches row by row, frames without padding, or soft tokens
     NAME[-LAYER]  a value, (R, ...), under a name that `refimpl trace --names` lists; an axis of 1 in front (a batch) is dropped, and
                   the axes after the first may be flattened. bfloat16 is stored as float32.
+
+In the places of soft tokens `ids` has the id of the placeholder (258880 for an image, 258881 for a sound), or any negative number. The
+first names to write for a picture are image0.patches, image0.inp, image0.layer_out-N and image0.projected; then inp_scaled, which has the
+soft tokens in their places. Write image0.patches as (row, column, colour) and in 0 to 1, whatever the engine's own order is.
 
 Any of the names may be missing. Arrays with other names are listed and not compared. From an engine in PyTorch, for example:
 
@@ -78,7 +84,8 @@ def by_convention(where: str, arrays: Mapping[str, np.ndarray], arithmetic: str 
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu":
             raise TraceError(f"{where}: {name} is of type {array.dtype}, expected numbers; store bfloat16 as float32")
-        if array.ndim > 1 and array.shape[0] == 1 and array.shape[1] == len(positions) > 1:
+        of_tower = name.startswith(("image", "audio")) and "." in name
+        if array.shape[:1] == (1,) and (array.ndim > 2 if of_tower else array.shape[1:2] == (len(positions),) != (1,)):
             arrays[name] = array[0]
         elif not array.ndim:
             raise TraceError(f"{where}: {name} is a single number, expected rows of positions")

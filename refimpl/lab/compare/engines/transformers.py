@@ -6,11 +6,13 @@ when this is used: they are no dependency.
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from refimpl.extras import require
+from refimpl.lab.compare.engines import transformers_towers as towers
 from refimpl.lab.compare.names import NAMES, Name
 from refimpl.lab.compare.trace import Trace, TraceError
 
@@ -19,19 +21,27 @@ TYPES = ("float32", "bfloat16", "float16")
 ROWS = ("router", "router.proj", "experts", "pre_feedforward_layernorm_2")
 
 
-def trace(model, ids: Sequence[int], drafter=None, draft_max: int = 4, dtype: str = "float32") -> Trace:
+def trace(model, ids: Sequence[int], drafter=None, draft_max: int = 4, dtype: str = "float32", given: towers.Given | None = None) -> Trace:
     """Runs `ids` without a cache and keeps every value that has a name; then `draft_max` steps of `drafter`, a
-    Gemma4AssistantForCausalLM or a directory, as `refimpl.propose` makes them. A directory is loaded in `dtype`. Raises TraceError.
+    Gemma4AssistantForCausalLM or a directory, as `refimpl.propose` makes them. A directory is loaded in `dtype`. Where -1 - k is among
+    the ids, `given` has what the towers take, which run first. Raises TraceError.
     """
     torch = require("torch", "train")
     model = load(model, dtype) if isinstance(model, str | os.PathLike) else model
     arrays: dict[str, np.ndarray] = {}
     text = model.model if hasattr(model.model, "layers") else model.model.language_model
-    outside = [i for i in ids if not 0 <= i < text.config.vocab_size]
+    given = given or {}
+    outside = [i for i in ids if not -len(given) <= i < text.config.vocab_size]
     if outside:
         raise TraceError(f"transformers: token id {outside[0]} is outside of the vocabulary (0 to {text.config.vocab_size - 1})")
+    towers.traced(model.model, given, arrays)
+    inputs = towers.inputs(model, ids, given) if given else {"input_ids": torch.tensor([list(ids)], device=model.device)}
     with torch.no_grad(), watched(text, arrays):
-        out = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, return_shared_kv_states=drafter is not None)
+        if given:                       # soft tokens take their places behind the embedding: the first layer is given them
+            first = text.layers[0].register_forward_pre_hook(lambda module, args: arrays.update(inp_scaled=numpy(args[0])[0]))
+        out = model(**inputs, use_cache=False, return_shared_kv_states=drafter is not None)
+    if given:
+        first.remove()
     arrays["result_output"] = numpy(out.logits[0])
     if drafter is not None:
         drafter = load(drafter, dtype) if isinstance(drafter, str | os.PathLike) else drafter
@@ -66,8 +76,7 @@ def numpy(x) -> np.ndarray:
 @contextlib.contextmanager
 def watched(text, arrays: dict[str, np.ndarray]):
     """Hooks on a Gemma4TextModel for the length of a `with` block, which fill `arrays`."""
-    from transformers.models.gemma4 import modeling_gemma4 as code
-
+    code = sys.modules[type(text).__module__]
     hooks, inputs, rotations, rotate = [], [], [], code.apply_rotary_pos_emb
 
     def hook(name: Name, module, label: str, head_dim: int | None = None):
@@ -82,7 +91,8 @@ def watched(text, arrays: dict[str, np.ndarray]):
 
     def rotated(x, *args, **options):
         out = rotate(x, *args, **options)
-        arrays[rotations.pop(0)] = numpy(out)[0]
+        if rotations:                   # in a layer of text: vision towers rotate by the same function
+            arrays[rotations.pop(0)] = numpy(out)[0]
         return out
 
     for name in NAMES:
@@ -100,7 +110,7 @@ def watched(text, arrays: dict[str, np.ndarray]):
                 module = attention.k_proj
             if module is not None:
                 hook(name, module, f"{name.name}-{i}", attention.head_dim if name.module.startswith("self_attn") else None)
-        if text.hidden_size_per_layer_input:
+        if getattr(text, "hidden_size_per_layer_input", 0):
             hooks.append(layer.register_forward_pre_hook(lambda module, args: inputs.append(numpy(args[1])[0])))
     code.apply_rotary_pos_emb = rotated
     try:

@@ -1,0 +1,53 @@
+"""Pictures and sounds on the command line: their options, and the projector that they need."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refimpl.cli.app import Failure, bar, errors
+from refimpl.media.parts import Audio, Image
+from refimpl.media.patches import BUDGETS, TOKENS
+from refimpl.media.source import MediaError
+
+Mmproj = Annotated[str | None, typer.Option("--mmproj", "-mm", metavar="FILE", show_default=False, help="the model's projector, for "
+                                            "pictures and sounds: GGUF file, directory or hf:... (default: the one that lies beside it)")]
+Images = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", show_default=False, help="a picture before the prompt; "
+                                                   "may be given several times")]
+Sounds = Annotated[list[Path] | None, typer.Option("--audio", metavar="FILE", show_default=False, help="a sound before the prompt (WAV, "
+                                                   "FLAC, OGG, MP3); may be given several times")]
+ImageTokens = Annotated[int, typer.Option("--image-tokens", metavar="N", help="tokens a picture may take: "
+                                          f"{', '.join(map(str, BUDGETS))}; more show smaller things")]
+N_TOKENS = TOKENS
+
+
+def opened(images: list[Path] | None, sounds: list[Path] | None, n_tokens: int) -> list[Image | Audio]:
+    """The pictures, then the sounds, opened. Raises Failure for what is none."""
+    try:
+        parts = [*(Image(path, n_tokens) for path in images or ()), *(Audio(path) for path in sounds or ())]
+        return [part for part in parts if part.digest]          # a digest is one of what was opened: before the model is loaded
+    except MediaError as e:
+        raise Failure(str(e)) from None
+
+
+def projector_of(m, path: Path | None, mmproj: str | None, needed: bool):
+    """The projector that was asked for, or that lies beside the model; None where neither is and none is `needed`. Raises Failure."""
+    import refimpl
+    from refimpl.loading.projector import projectors_beside
+
+    if mmproj == "none" or mmproj is None and not needed:
+        return None
+    if mmproj is None:
+        found = projectors_beside(path)
+        if not found:
+            raise Failure(f"{m.file.path}: pictures and sounds need the model's projector, and there is none beside it; give it with "
+                          "--mmproj")
+        if len(found) > 1:
+            raise Failure(f"{m.file.path}: there are several projectors beside it ({', '.join(file.name for file in found)}); choose one "
+                          "with --mmproj")
+        mmproj = str(found[0])
+        errors.print(f"note: --mmproj {mmproj}")
+    projector = refimpl.load_projector(mmproj, m, progress=bar)
+    for note in projector.notes:
+        errors.print(f"note: {note}")
+    return projector

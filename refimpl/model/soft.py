@@ -1,0 +1,94 @@
+"""Soft tokens: rows of a prompt that have no id, as a tower makes them out of a picture or a sound.
+
+In a list of ids each of them is a negative number, made of a hash of what it comes from. So whatever works on ids (a prefix tree, a
+snapshot, a fork) tells two pictures apart and knows one again; only the forward pass looks behind the number.
+
+Where a model looks ahead in images (`Config.looks_ahead_in_images`), the rows of one see each other in sliding layers: then all that
+are not in the cache have to be in one call.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SoftTokens:
+    """The rows of one picture or sound.
+
+    digest    SHA-256 of all that they are made of
+    n         how many there are
+    together  they see each other in sliding layers
+    make      computes them, float32 (n, D); called when the first of them is read, so never for what is known already
+    """
+
+    digest: bytes
+    n: int
+    together: bool
+    make: Callable[[], np.ndarray]
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """The numbers that stand for them, -2^62 to -1."""
+        hashes = (hashlib.sha256(self.digest + row.to_bytes(4, "little")).digest() for row in range(self.n))
+        return [-1 - (int.from_bytes(found[:8], "little") >> 2) for found in hashes]
+
+    @cached_property
+    def x_TD(self) -> np.ndarray:
+        """The rows as they enter the text model: they are not scaled there."""
+        x_TD = self.make()
+        if len(x_TD) != self.n:
+            raise ValueError(f"{len(x_TD)} soft tokens were made, {self.n} expected")
+        return x_TD
+
+
+class Soft:
+    """The soft tokens of a prompt, or of several: number -> (what it is a row of, which one)."""
+
+    def __init__(self, parts: Iterable[SoftTokens] = ()):
+        self.place = {i: (part, row) for part in parts for row, i in enumerate(part.ids)}
+
+    @classmethod
+    def of(cls, several: Iterable["Soft"]) -> "Soft":
+        """Those of all of them."""
+        found = cls()
+        for soft in several:
+            found.place |= soft.place
+        return found
+
+    def fill(self, x_TD: np.ndarray, ids_T: np.ndarray) -> np.ndarray:
+        """`x_TD` with the rows of soft tokens in their places."""
+        for t in np.flatnonzero(ids_T < 0):
+            part, row = self.place[int(ids_T[t])]
+            x_TD[t] = part.x_TD[row]
+        return x_TD
+
+    def ends(self, ids_T: np.ndarray, pos_T: np.ndarray) -> np.ndarray:
+        """Where the view of each row of one sequence ends in a sliding layer: behind itself, or behind the picture that it belongs to.
+
+        Raises ValueError where a picture does not end in this call.
+        """
+        end_T = pos_T + 1
+        for t in np.flatnonzero(ids_T < 0):
+            part, row = self.place[int(ids_T[t])]
+            if part.together:
+                end_T[t] = pos_T[t] - row + part.n
+        if missing := end_T.max(initial=0) - pos_T[-1] - 1:
+            raise ValueError(f"the soft tokens of a picture see each other and must be read in one call: {missing} are missing")
+        return end_T
+
+    def cut(self, ids: Sequence[int], first: int, end: int) -> int:
+        """Where a call that begins at `first` may end: at `end`, or before the picture that it would cut; behind it where the call begins
+        there, or inside.
+        """
+        if end < len(ids) and ids[end] < 0:
+            part, row = self.place[ids[end]]
+            if part.together and row:
+                return end - row if end - row > first else end - row + part.n
+        return end
+
+
+NO_SOFT = Soft()

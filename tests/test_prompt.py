@@ -1,0 +1,97 @@
+"""Prompts of parts and of messages: where pictures and sounds stand in them, and what is refused."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from answers import METADATA, SEEN, with_markers
+
+from refimpl.media.parts import Audio, Image
+from refimpl.model.soft import SoftTokens
+from refimpl.text.chat import ChatError
+from refimpl.text.prompt import encode_messages, encode_prompt
+from refimpl.text.templates import CONTINUATION_TEMPLATE, GEMMA4_TEMPLATE
+from refimpl.text.tokenizer import Tokenizer
+
+TOKENIZER = with_markers(METADATA)
+BOI, _, EOI, BOA, _, EOA = map(TOKENIZER.id_of, SEEN)
+
+
+class Eyes:
+    """Three soft tokens for a picture, two for a sound."""
+
+    def soft_tokens(self, part):
+        return SoftTokens(hashlib.sha256(str(id(part)).encode()).digest(), 3 if isinstance(part, Image) else 2, True, lambda: None)
+
+
+CAT, DOG, SONG = Image(np.zeros((48, 48, 3), np.uint8)), Image(np.ones((48, 48, 3), np.uint8)), Audio((np.zeros(900, np.float32), 16000))
+
+
+def of(part) -> list[int]:
+    begin, end = (BOI, EOI) if isinstance(part, Image) else (BOA, EOA)
+    return [begin, *Eyes().soft_tokens(part).ids, end]
+
+
+def text(words: str) -> list[int]:
+    return TOKENIZER.encode(words, bos=False)
+
+
+@pytest.mark.parametrize(("parts", "ids"), [
+    (["x ", CAT, "? "], [*text("x "), *of(CAT), *text("? ")]),
+    ([CAT, DOG, SONG], [*of(CAT), *of(DOG), *of(SONG)]),
+    (CAT, of(CAT)),
+    ([CAT, CAT, ""], [*of(CAT), *of(CAT)]),
+    ([[BOI], CAT, [EOI, 7]], [*of(CAT), 7]),
+    ([[BOI], CAT, DOG], [*of(CAT), *of(DOG)]),
+    ([CAT, [EOI], [EOI]], [*of(CAT), EOI]),
+    ([[TOKENIZER.bos, 7], "a"], [7, *text("a")]),
+    (["a", "b"], [*text("a"), *text("b")]),
+], ids=str)
+def test_parts(parts, ids):
+    encoded = encode_prompt(TOKENIZER, None, parts, Eyes())
+    assert encoded.ids == [TOKENIZER.bos, *ids]
+    assert set(encoded.soft.place) == {i for i in ids if i < 0}
+
+
+def test_messages():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": ["a", CAT, {"type": "text", "text": "b"}, SONG]},
+                {"role": "assistant", "content": "c"}, {"role": "user", "content": DOG}]
+    shown = encode_messages(TOKENIZER, GEMMA4_TEMPLATE, messages, Eyes())
+    words = [{**messages[0]}, {"role": "user", "content": "aIMAGEbAUDIO"}, messages[2], {"role": "user", "content": "IMAGE"}]
+    plain = encode_messages(TOKENIZER, GEMMA4_TEMPLATE, words)
+    assert not plain.soft.place
+    named = TOKENIZER.decode([i if i >= 0 else TOKENIZER.id_of("<|image|>") for i in shown.ids], special=True)
+    begin, sound, end = "<|image>" + "<|image|>" * 3, "<|audio>" + "<|image|>" * 2, "<image|>"
+    assert named == TOKENIZER.decode(plain.ids, special=True).replace("IMAGE", begin + end).replace("AUDIO", sound + "<audio|>")
+    assert [i for i in shown.ids if i < 0] == [i for part in (CAT, SONG, DOG) for i in of(part)[1:-1]]
+
+
+def test_text_that_spells_a_place_stays_text():
+    encoded = encode_messages(TOKENIZER, GEMMA4_TEMPLATE, [{"role": "user", "content": ["<|image|> <|image>", CAT]}], Eyes())
+    assert [i for i in encoded.ids if i < 0 or i in map(TOKENIZER.id_of, SEEN)] == of(CAT)
+    assert encode_prompt(TOKENIZER, None, ["<|image>", CAT], Eyes()).ids[-5:] == of(CAT)
+    assert "<|image|> <|image>" in TOKENIZER.decode([i for i in encoded.ids if i >= 0])
+
+
+@pytest.mark.parametrize(("prompt", "says"), [
+    ([{"role": "user", "content": [CAT]}], "projector"), (["a", SONG], "projector"), (["a", 5.5], "a part of a prompt is text"),
+    ([{"role": "user", "content": [{"type": "image"}]}], "message 0: a part of its content"),
+    ([{"role": "user", "content": [5]}], "message 0: a part of its content"),
+    ([{"role": "user", "content": "x"}, CAT], "messages only"), (5, "expected text, token ids, parts or messages"),
+])
+def test_refusals(prompt, says):
+    with pytest.raises(ValueError, match=says) as error:
+        encode_prompt(TOKENIZER, GEMMA4_TEMPLATE, prompt)
+    assert "\n" not in str(error.value)
+
+
+def test_templates_and_vocabularies_without_places():
+    with pytest.raises(ChatError, match="no place for a picture"):
+        encode_messages(TOKENIZER, CONTINUATION_TEMPLATE.replace("message['content']", "'x'"), [{"role": "user", "content": [CAT]}], Eyes())
+    reverse = "{% for part in messages[0].content | reverse %}{{ '<|' ~ part.type ~ '|>' }}{% endfor %}"
+    with pytest.raises(ChatError, match="in the order of the messages"):
+        encode_messages(TOKENIZER, reverse, [{"role": "user", "content": [CAT, SONG]}], Eyes())
+    without = Tokenizer.from_metadata(METADATA | {"tokenizer.ggml.tokens": [
+        "x" + token if token in SEEN else token for token in METADATA["tokenizer.ggml.tokens"]]}, "without")
+    with pytest.raises(ChatError, match=r"has no token <\|image>; it takes no pictures"):
+        encode_prompt(without, None, [CAT], Eyes())
