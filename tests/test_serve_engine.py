@@ -1,6 +1,7 @@
 """The whole server with the built-in model: the same bits beside others, places that are given back, grammars, restarts."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+import weakref
 
 import pytest
 from cli import assert_one_line, run
@@ -18,6 +20,7 @@ from serving import on_a_port, until
 import refimpl
 from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.request import SOURCES, Done, Request
+from refimpl.decode.run import Run
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.serve.check import Server, check_server
 from refimpl.serve.engine import Engine
@@ -110,6 +113,31 @@ def test_who_goes_away_frees_the_place(engine):
         until(lambda: not engine.n_running and not engine.n_waiting)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
             assert "refimpl_requests_running 0.0" in response.read().decode()
+
+
+def test_what_an_answer_took_is_freed_when_it_ends(engine, monkeypatch):
+    """Not when Python looks for cycles the next time: that is hundreds of answers later, and each has its keys and values."""
+    caches, init = [], Run.__init__
+
+    def noted(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        caches.append(weakref.ref(self.cache))
+    monkeypatch.setattr(Run, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        with on_a_port(engine) as (url, _):
+            for i in range(3):
+                ask(url, prompt=f"x{i}", max_tokens=3)
+            ask(url, "/v1/chat/completions", messages=[{"role": "user", "content": "a"}], max_tokens=3, n=2)
+            body = json.dumps({"prompt": "y", "max_tokens": 900, "stream": True}).encode()
+            request = urllib.request.Request(url + "/v1/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as left:
+                left.read(200)
+            until(lambda: not engine.n_running and len(caches) == 6)
+            until(lambda: not any(cache() for cache in caches))
+    finally:
+        gc.enable()
 
 
 def test_what_waits_when_it_is_stopped_is_told(pair):

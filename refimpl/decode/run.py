@@ -44,9 +44,9 @@ class Run:
         self.model, self.request, self.prefixes, self.ids = model, request, prefixes, list(request.ids)
         self.uses_drafter = drafter is not None and DRAFTER in request.drafts
         self._draft = partial(drafter.draft, min_p=draft_min_p) if self.uses_drafter else None
-        repeats = Repeats()
+        repeats, ids = Repeats(), self.ids          # not self below: a cycle would keep the cache until Python looks for cycles
         self._free = {name: offer for name, offer in ((FORCED, lambda n: request.constraint.forced()[:n]),
-                                                      (REPEAT, lambda n: repeats.offer(self.ids, n))) if name in request.drafts}
+                                                      (REPEAT, lambda n: repeats.offer(ids, n))) if name in request.drafts}
         self.drafts = self.uses_drafter or bool(self._free)
         self._sampler = Sampler(request.sampling, model.tokenizer.suppress, request.constraint)
         self._limit = n_ctx if request.max_new_tokens == -1 else request.max_new_tokens

@@ -40,7 +40,7 @@ class Ticket:
     request: Request
     tell: Callable[[Event], None]
     number: int
-    run: Run | None = None          # from the moment it has a place
+    run: Run | None = None          # from the moment it has a place to its end: whoever asked may hold the ticket for longer
     paused: bool = False
     gone: bool = False
     since: float = field(default_factory=time.monotonic)
@@ -49,7 +49,8 @@ class Ticket:
     @property
     def state(self) -> str:
         """ "waiting", "reading" or "writing"."""
-        return "waiting" if self.run is None or self.paused else "reading" if self.run.reading else "writing"
+        run = self.run              # which may be gone in the next line, as others ask for this
+        return "waiting" if run is None or self.paused else "reading" if run.reading else "writing"
 
 
 class Costs:
@@ -209,6 +210,7 @@ class Scheduler:
                     ticket.run.resume()
                     ticket.paused = False
             except Exception as error:
+                ticket.run = None
                 ticket.tell(Failed(error))
                 continue
             ticket.since = time.monotonic()
@@ -251,8 +253,10 @@ class Scheduler:
         if ticket.run is not None:
             ticket.run.stats.stop = ticket.run.stats.stop or "gone"
         stats = Stats(len(ticket.request.ids), stop="gone") if ticket.run is None else ticket.run.stats
+        ticket.run = None
         ticket.tell(Done(stats))
 
     def _fail(self, ticket: Ticket, error: Exception):
         self.running.remove(ticket)
+        ticket.run = None
         ticket.tell(Failed(error))
