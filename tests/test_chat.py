@@ -144,7 +144,7 @@ def test_calls_and_tools_that_are_none(messages, tools, words):
 
 
 @pytest.mark.parametrize("messages", [
-    [*HI, {"role": "tool", "content": "1"}], [{"role": "user", "content": [{"type": "image"}]}],
+    [*HI, {"role": "tool", "content": "1"}], [{"role": "user", "content": [{"type": "hologram"}]}],
     [*HI, call(f={}), *HI, {"role": "tool", "content": "1"}], [*HI, call(f={}), {"role": "tool", "content": [{"type": "image"}]}]])
 def test_our_template_refuses_what_it_would_leave_out(messages):
     with pytest.raises(ChatError, match="this template has"):

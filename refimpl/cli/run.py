@@ -73,7 +73,7 @@ def generate(
     if chat:
         refuse_without_template(m)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-    projector = projector_of(m, model, mmproj, bool(seen))
+    projector = projector_of(m, model, mmproj, needed=True) if seen else None
     if chat:
         said = encode_messages(m.tokenizer, m.file.metadata["tokenizer.chat_template"], [{"role": "user", "content": [*seen, text]}],
                                projector, thinking=think)

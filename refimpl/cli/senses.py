@@ -31,11 +31,17 @@ def opened(images: list[Path] | None, sounds: list[Path] | None, n_tokens: int) 
 
 
 def projector_of(m, path: Path | None, mmproj: str | None, needed: bool):
-    """The projector that was asked for, or that lies beside the model; None where neither is and none is `needed`. Raises Failure."""
+    """The projector that was asked for, or, where one is `needed`, that lies beside the model; otherwise None, and one that lies there is
+    mentioned. Raises Failure.
+    """
     import refimpl
     from refimpl.loading.projector import projectors_beside
 
-    if mmproj == "none" or mmproj is None and not needed:
+    if mmproj == "none":
+        return None
+    if mmproj is None and not needed:
+        if path is not None and not path.is_dir() and (found := projectors_beside(path)):
+            errors.print(f"note: {found[0]} looks like this model's projector; --mmproj {found[0]} shows it pictures and sounds")
         return None
     if mmproj is None:
         found = projectors_beside(path)

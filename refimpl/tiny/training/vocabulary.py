@@ -18,7 +18,7 @@ MARKERS = ("<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|too
 SOFT_MARKERS = {"\u0119": "<|image>", "\u2514": "<|image|>", "\u0151": "<image|>",
                 "\xe8": "<|audio>", "\xe0": "<|audio|>", "\xbf": "<audio|>"}
 """Around pictures and sounds. They came after the training, in the places of the six rarest characters that had a token (43 to 81 times in
-30 million; never in what is held out); these are written in bytes since."""
+the whole corpus, never in what is held out); these are written in bytes since."""
 SPACE = "\u2581"
 SIZE = 4096
 ALPHABET = 110
