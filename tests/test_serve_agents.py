@@ -48,6 +48,12 @@ def test_text_beside_a_call_stays_before_it_and_the_model_is_asked_in_its_turn(p
     assert engine.prompt.endswith(f"<|tool_response>response:weather{{value:{Q}rain{Q}}}<tool_response|>")
 
 
+def test_a_picture_beside_a_call_is_refused_and_no_error_of_the_server():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    response = post(FakeEngine(), CHAT, {"messages": [{**SAID[CHAT][0], "role": "user", "content": [image]}]})
+    assert response.status_code == 400, response.text
+
+
 def test_a_developer_is_the_system():
     engine = FakeEngine()
     post(engine, CHAT, {"messages": [{"role": "developer", "content": "a"}, *USER, {"role": "developer", "content": "b"}]})

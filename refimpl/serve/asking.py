@@ -171,10 +171,10 @@ async def encoded(site: Site, messages: list[dict], tools: list[dict], thinking:
 
 
 def _text_then_calls(message: dict) -> list[dict]:
-    """A message with both as two: Google's templates write what was said before a call behind its response, and end the turn there, so that
+    """An answer with both as two: Google's templates write what was said before a call behind its response, and end the turn there, so that
     the model would be asked outside of a turn.
     """
-    if not message.get("tool_calls") or not message["content"].strip():
+    if message["role"] != "assistant" or not message.get("tool_calls") or not message["content"].strip():
         return [message]
     return [{"role": message["role"], "content": message["content"]}, {**message, "content": ""}]
 
