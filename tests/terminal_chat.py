@@ -85,11 +85,12 @@ def spoken(data, session: str = "s") -> list[str]:
     return [message["content"] for message in json.loads((data / "sessions" / f"{session}.json").read_text())["messages"]]
 
 
-def scripted_events(model, ids, **options):
+def scripted_events(model, prompt, **options):
     """In place of `events`: no model is run."""
     from refimpl.decode.generate import PromptDone, Text
     from refimpl.decode.request import Done, Stats
 
+    ids = prompt.ids
     message = model.tokenizer.decode(ids, special=True).split("<|turn>user\n")[-1].split("<turn|>")[0]
     if message.startswith("too long"):
         raise refimpl.ContextFull("the prompt has 9 tokens, the context holds 8")

@@ -102,7 +102,7 @@ class Run:
         """The ids to run next: of the prompt about `n_read`, of a picture all, then the latest token and what was drafted."""
         if self.reading:
             length = self.cache.length
-            end = min(length + n_read, self._n_read, (length // POINT + 1) * POINT)
+            end = min(length + min(n_read, self.cache.max_rows), self._n_read, (length // POINT + 1) * POINT)
             return self.ids[length:self.request.soft.cut(self.ids, length, end)]
         return [self._sequence.token, *self._drafted[0]]
 

@@ -89,7 +89,7 @@ class Model:
         ids_T = self.checked(ids, soft)
         states, end = [], 0
         while end < len(ids_T):
-            first, end = end, soft.cut(ids, end, min(end + CHUNK, len(ids_T)))
+            first, end = end, soft.cut(ids, end, min(end + min(CHUNK, cache.max_rows), len(ids_T)))
             states.append(self.forward(ids_T[first:end], cache, tap, soft))
             cache.advance(end - first)
             advance(end - first)
