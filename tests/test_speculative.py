@@ -280,7 +280,7 @@ OF_A_ROUND = {      # what only shows after a partial acceptance, and where: in 
     "wrong row carried": ("drafts", Speculation.finish, "state_TD[len(emitted) - 1]", "state_TD[-1]"),
     "rejected rows committed": ("text", Speculation.finish, "cache.advance(len(emitted))", "cache.advance(1 + len(drafted))"),
     "too little committed": ("drafts", Speculation.finish, "cache.advance(len(emitted))", "cache.advance(max(1, len(emitted) - 1))"),
-    "one key too many visible": ("drafts", network.draft_step, "Step(parts, pos_T, pos_T,", "Step(parts, pos_T, pos_T + 1,"),
+    "one key too many visible": ("drafts", network.draft_step, "fromkeys(AttentionType, pos_T)", "fromkeys(AttentionType, pos_T + 1)"),
 }
 
 
