@@ -1,9 +1,12 @@
 """A tokenizer with Gemma's markers, and an answer by it: from parts to ids, and from ids to what AnswerSplitter makes of them."""
 
+import hashlib
 import json
 
 import numpy as np
 
+from refimpl.media.parts import Image
+from refimpl.model.soft import SoftTokens
 from refimpl.text import calls as form
 from refimpl.text import chat
 from refimpl.text.answer import AnswerSplitter, CallArguments, CallEnd, CallStart, Content, Thought
@@ -36,6 +39,17 @@ def with_markers(metadata: dict) -> Tokenizer:
     if "tokenizer.ggml.scores" in metadata:
         changed["tokenizer.ggml.scores"] = np.append(metadata["tokenizer.ggml.scores"], [0] * len(new)).astype(np.float32)
     return Tokenizer.from_metadata(metadata | changed, "with markers")
+
+
+class Eyes:
+    """In place of a projector: three soft tokens for a picture, two for a sound. `shown`: what it was asked for."""
+
+    def __init__(self):
+        self.shown = []
+
+    def soft_tokens(self, part):
+        self.shown.append(part)
+        return SoftTokens(hashlib.sha256(part.digest.encode()).digest(), 3 if isinstance(part, Image) else 2, True, lambda: None)
 
 
 def ids_of(*parts: str, in_bytes: bool = False) -> list[int]:

@@ -1,10 +1,11 @@
 """Every known bug: compare names the tensor that departs first, and mostly what kind of mistake it is."""
 
 import pytest
+from planted_bugs import assert_named, assert_nothing_departs
 from shapes import prompt, random_model, reference, write_model
 
 import refimpl
-from refimpl.lab.compare.compare import compare, deviations
+from refimpl.lab.compare.compare import deviations
 from refimpl.lab.compare.known_bugs import BUGS, K_QUANTS, MOE, PLE, Bug, inject
 from refimpl.lab.compare.record import trace
 from refimpl.lab.compare.tolerance import measured
@@ -69,12 +70,7 @@ def subjects(tmp_path_factory):
 @pytest.mark.parametrize("name", BUGS)
 def test_the_first_departure_is_named(name, subjects):
     bug = BUGS[name]
-    subject = subjects[bug.on]
-    found = compare(subject.right, subject.wrong(bug), subject.noise)
-    assert found.first is not None, "not noticed"
-    assert found.first.name == bug.expected(subject.model.config), found.diagnosis
-    if bug.kind:
-        assert found.diagnosis.kind == bug.kind, found.diagnosis
+    assert_named(bug, subjects[bug.on])
 
 
 def test_only_these_kinds_are_not_recognised():
@@ -83,8 +79,7 @@ def test_only_these_kinds_are_not_recognised():
 
 def test_without_a_bug_nothing_departs(subjects):
     for subject in subjects.values():
-        found = compare(subject.right, subject.trace(subject.model), subject.noise)
-        assert found.first is None and not found.tie and max(judgement.error for judgement in found.judged) == 0.0
+        assert_nothing_departs(subject, subject.trace(subject.model))
 
 
 def test_a_bug_is_gone_after_its_block(subjects):

@@ -1,12 +1,10 @@
 """Pictures and sounds from files to logits: a whole model and its projector against transformers, and the same bits however read."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from shapes import worst
-from tower_models import random_towers, save_towers
+from tower_traces import tower_folder
 from transformers.models.gemma4_unified.modeling_gemma4_unified import create_masks_for_vision_model
 
 import refimpl
@@ -15,24 +13,13 @@ from refimpl.media.mel import mel_frames, raw_frames
 from refimpl.media.patches import patches, pixels
 from refimpl.text.prompt import encode_prompt
 
-MARKERS = ["<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>"]
 IMAGE, AUDIO = 258880, 258881           # transformers': outside of the small vocabulary
 
 
 @pytest.fixture(scope="module", params=["small", "large", "unified"])
 def opened(request, tmp_path_factory):
     """(transformers' model, our model, its projector)."""
-    theirs = random_towers(request.param)
-    if request.param == "large":
-        theirs.config.text_config.use_bidirectional_attention = "vision"           # as in the files of 26B-A4B and 31B
-    folder = save_towers(tmp_path_factory.mktemp(request.param), theirs)
-    place = folder / "tokenizer.json"
-    tokenizer = json.loads(place.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    for name, marker in zip("456789", MARKERS):
-        vocabulary[marker] = vocabulary.pop(name)
-        tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": vocabulary[marker], "content": marker})
-    place.write_text(json.dumps(tokenizer))
+    theirs, folder = tower_folder(tmp_path_factory.mktemp(request.param), request.param)
     model = refimpl.load(folder, arithmetic="exact", threads=2)
     return theirs, model, refimpl.load_projector(folder, target=model)
 
@@ -50,7 +37,7 @@ def theirs_of(theirs, projector, parts, encoded) -> np.ndarray:
     kind = {i: IMAGE if part.together or not audio else AUDIO for part, audio in encoded.kinds for i in part.ids}
     ids = torch.tensor([[kind.get(i, i) for i in encoded.ids]])
     inputs: dict[str, torch.Tensor] = {}
-    patch, pool = projector._squares
+    patch, pool = projector.squares
     cut = [patches(pixels(part.rgb_HWC, part.tokens, patch, pool), patch) for part in parts if isinstance(part, Image)]
     most = max(len(each) for each, _ in cut)
     inputs["pixel_values"] = torch.from_numpy(np.stack([np.pad(each, ((0, most - len(each)), (0, 0))) for each, _ in cut]))

@@ -76,7 +76,7 @@ def test_a_file_can_be_converted_again(tmp_path, folders):
 def test_on_the_command_line(tmp_path, folders):
     status, out, err = run("convert", folders["large"], "--mmproj", "-o", tmp_path / "m.gguf", "--type", "q8_0", "--json")
     assert status == 0 and json.loads(out)["types"].keys() == {"F32", "F16", "Q8_0"}, err
-    assert load_projector(tmp_path / "m.gguf", backend="reference").vision.head_dim == 24
+    assert load_projector(tmp_path / "m.gguf", backend="reference").config.vision.head_dim == 24
 
 
 # ---- told apart, one line each

@@ -1,13 +1,11 @@
 """Prompts of parts and of messages: where pictures and sounds stand in them, and what is refused."""
 
-import hashlib
 
 import numpy as np
 import pytest
-from answers import METADATA, SEEN, with_markers
+from answers import METADATA, SEEN, Eyes, with_markers
 
 from refimpl.media.parts import Audio, Image
-from refimpl.model.soft import SoftTokens
 from refimpl.text.chat import ChatError
 from refimpl.text.prompt import encode_messages, encode_prompt
 from refimpl.text.templates import CONTINUATION_TEMPLATE, GEMMA4_TEMPLATE
@@ -15,13 +13,6 @@ from refimpl.text.tokenizer import Tokenizer
 
 TOKENIZER = with_markers(METADATA)
 BOI, _, EOI, BOA, _, EOA = map(TOKENIZER.id_of, SEEN)
-
-
-class Eyes:
-    """Three soft tokens for a picture, two for a sound."""
-
-    def soft_tokens(self, part):
-        return SoftTokens(hashlib.sha256(str(id(part)).encode()).digest(), 3 if isinstance(part, Image) else 2, True, lambda: None)
 
 
 CAT, DOG, SONG = Image(np.zeros((48, 48, 3), np.uint8)), Image(np.ones((48, 48, 3), np.uint8)), Audio((np.zeros(900, np.float32), 16000))

@@ -1,31 +1,16 @@
 """Pictures and sounds in requests, in the form of each API: what the model is shown, and what is refused."""
 
 import base64
-import hashlib
 import io
 
 import numpy as np
 import PIL.Image
 import pytest
 import soundfile
-from answers import with_markers
+from answers import Eyes, with_markers
 from serving import FakeEngine, post, tokenizer_and_metadata
 
-from refimpl.media.parts import Image
-from refimpl.model.soft import SoftTokens
-
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
-
-
-class Eyes:
-    """Three soft tokens for a picture, two for a sound; remembers what it was shown."""
-
-    def __init__(self):
-        self.shown = []
-
-    def soft_tokens(self, part):
-        self.shown.append(part)
-        return SoftTokens(hashlib.sha256(part.digest.encode()).digest(), 3 if isinstance(part, Image) else 2, True, lambda: None)
 
 
 def engine_that_sees() -> FakeEngine:

@@ -1,9 +1,10 @@
 """Every known bug of pictures and sounds: compare names the tensor that departs first, and where it can what kind of mistake it is."""
 
 import pytest
+from planted_bugs import assert_named, assert_nothing_departs
 from tower_traces import opened, parts, small_budget, tower_folder  # noqa: F401  (a fixture)
 
-from refimpl.lab.compare.compare import compare, deviations
+from refimpl.lab.compare.compare import deviations
 from refimpl.lab.compare.known_bugs import inject
 from refimpl.lab.compare.record import trace
 from refimpl.lab.compare.tolerance import measured
@@ -46,12 +47,7 @@ def subjects(tmp_path_factory):
 @pytest.mark.parametrize("name", TOWER_BUGS)
 def test_the_first_departure_is_named(name, subjects):
     bug = TOWER_BUGS[name]
-    subject = subjects[bug.on]
-    found = compare(subject.right, subject.wrong(bug), subject.noise)
-    assert found.first is not None, "not noticed"
-    assert found.first.name == bug.expected(subject.model.config), found.diagnosis
-    if bug.kind:
-        assert found.diagnosis.kind == bug.kind, found.diagnosis
+    assert_named(bug, subjects[bug.on])
 
 
 def test_only_these_kinds_are_not_recognised():
@@ -60,6 +56,5 @@ def test_only_these_kinds_are_not_recognised():
 
 def test_without_a_bug_nothing_departs(subjects):
     for subject in subjects.values():
-        found = compare(subject.right, subject.trace(subject.projector), subject.noise)
-        assert found.first is None and not found.tie and max(judgement.error for judgement in found.judged) == 0.0
+        found = assert_nothing_departs(subject, subject.trace(subject.projector))
         assert {name for name in subject.right.names() if name.startswith(("image0.", "audio0."))} <= {j.name for j in found.judged}

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from answers import SEEN
 from tower_models import random_towers, save_towers
 
 import refimpl
 from refimpl import Audio, Image
 from refimpl.media import patches
 
-MARKERS = ["<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>"]
 RATE = 24_000           # of the sound's file: it has to be resampled
 BUDGET = 20             # tokens of a picture; Gemma 4 has none so small
 
@@ -31,7 +31,7 @@ def tower_folder(folder, kind: str):
     place = save_towers(folder, theirs) / "tokenizer.json"
     tokenizer = json.loads(place.read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    for name, marker in zip("456789", MARKERS):
+    for name, marker in zip("456789", SEEN):
         vocabulary[marker] = vocabulary.pop(name)
         tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": vocabulary[marker], "content": marker})
     place.write_text(json.dumps(tokenizer))

@@ -36,7 +36,8 @@ from refimpl.cli.app import (
     n_bytes,
 )
 from refimpl.cli.run import read_prompt, refuse_without_template
-from refimpl.cli.senses import N_TOKENS, Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.media.patches import TOKENS
 
 CacheRam = Annotated[str | None, typer.Option("--cache-ram", metavar="SIZE", show_default=False, help="memory for what has been read and "
                                               "need not be read again: 2G, 500M (default: a quarter of what is free)")]
@@ -54,7 +55,7 @@ def chat(
     model: ModelPath = None,
     system: Annotated[str | None, typer.Option("--system", "-sys", "--system-prompt", help="instruction before the conversation")] = None,
     think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
-    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = N_TOKENS,
+    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
     session: SessionName = None, predict: NewTokens = -1,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
@@ -170,6 +171,7 @@ def one_line(talk, terminal, offer: bool) -> bool:
     """
     from refimpl.cli.conversation.commands import dropped, run_command
     from refimpl.loading.memory import MemoryRefusal
+    from refimpl.media.source import MediaError
     from refimpl.model.cache import ContextFull
     from refimpl.text.chat import ChatError
 
@@ -187,7 +189,7 @@ def one_line(talk, terminal, offer: bool) -> bool:
         return True
     except ContextFull as e:
         problem = f"{e}{talk.ways_out()}"
-    except (Failure, ChatError, MemoryRefusal) as e:
+    except (Failure, ChatError, MediaError, MemoryRefusal) as e:
         problem = str(e)
     except MemoryError:
         problem = "not enough memory"

@@ -29,8 +29,9 @@ from refimpl.cli.app import (
     write,
 )
 from refimpl.cli.run import read_prompt
-from refimpl.cli.senses import N_TOKENS, Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, opened, projector_of
 from refimpl.extras import require
+from refimpl.media.patches import TOKENS
 
 
 @app.command()
@@ -49,7 +50,7 @@ def trace(
     draft_max: Annotated[int, typer.Option("--draft-max", min=1, max=8, help="with --draft: number of steps")] = 4,
     rounds: Annotated[int, typer.Option("--rounds", min=0, help="with --draft: speculative rounds to trace")] = 0,
     draft_head: DraftHead = None,
-    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = N_TOKENS,
+    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
     names: Annotated[bool, typer.Option("--names", help="print all names, and exit")] = False,
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, threads: Threads = None, force: Force = False, as_json: Json = False,
 ):

@@ -38,7 +38,8 @@ from refimpl.cli.app import (
     load,
     write,
 )
-from refimpl.cli.senses import N_TOKENS, Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.media.patches import TOKENS
 from refimpl.text.prompt import Encoded, encode_messages, encode_prompt
 
 
@@ -52,7 +53,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message: apply the file's chat template")] = False,
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
     special: Annotated[bool, typer.Option("--special", help="parse special tokens in the prompt, and show them in the text")] = False,
-    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = N_TOKENS,
+    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,

@@ -7,7 +7,7 @@ import typer
 
 from refimpl.cli.app import Failure, bar, errors
 from refimpl.media.parts import Audio, Image
-from refimpl.media.patches import BUDGETS, TOKENS
+from refimpl.media.patches import BUDGETS
 from refimpl.media.source import MediaError
 
 Mmproj = Annotated[str | None, typer.Option("--mmproj", "-mm", metavar="FILE", show_default=False, help="the model's projector, for "
@@ -18,7 +18,6 @@ Sounds = Annotated[list[Path] | None, typer.Option("--audio", metavar="FILE", sh
                                                    "FLAC, OGG, MP3); may be given several times")]
 ImageTokens = Annotated[int, typer.Option("--image-tokens", metavar="N", help="tokens a picture may take: "
                                           f"{', '.join(map(str, BUDGETS))}; more show smaller things")]
-N_TOKENS = TOKENS
 
 
 def opened(images: list[Path] | None, sounds: list[Path] | None, n_tokens: int) -> list[Image | Audio]:

@@ -22,7 +22,7 @@ from refimpl.loading.memory import MemoryRefusal
 from refimpl.loading.model import CHUNK, Model
 from refimpl.model.cache import Cache
 from refimpl.progress import Progress, silent
-from refimpl.text.prompt import Encoded, Projector, Prompt, encode_prompt
+from refimpl.text.prompt import Encoded, Projector, Prompt
 
 if TYPE_CHECKING:
     from refimpl.decode.session import Session
@@ -75,10 +75,9 @@ def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, tempera
     messages that cannot be rendered, ValueError for an argument out of its range, or a picture or a sound that cannot be opened.
     """
     ids, chunks = [], []
-    encoded = encoded_prompt(model, prompt, projector, special)
-    for event in events(model, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                        seed=seed, n_ctx=n_ctx, special=special, drafter=drafter, draft_max=draft_max, draft_min_p=draft_min_p,
-                        prefixes=_prefixes(model, session), progress=progress):
+    for event in events(model, model.encoded(prompt, projector, special), max_new_tokens=max_new_tokens, temperature=temperature,
+                        top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, n_ctx=n_ctx, special=special, drafter=drafter,
+                        draft_max=draft_max, draft_min_p=draft_min_p, prefixes=_prefixes(model, session), progress=progress):
         if isinstance(event, Text):
             ids += event.ids
             chunks.append(event.text)
@@ -90,10 +89,9 @@ def stream(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperatu
            drafter: Drafter | None = None, draft_max: int | str = "auto", draft_min_p: float = 0.0,
            session: Session | None = None, projector: Projector | None = None, progress: Progress = silent) -> Iterator[str]:
     """Continues `prompt` and yields the text in chunks, as it is made. Arguments and errors are those of `generate`."""
-    encoded = encoded_prompt(model, prompt, projector, special)
-    for event in events(model, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                        seed=seed, n_ctx=n_ctx, special=special, drafter=drafter, draft_max=draft_max, draft_min_p=draft_min_p,
-                        prefixes=_prefixes(model, session), progress=progress):
+    for event in events(model, model.encoded(prompt, projector, special), max_new_tokens=max_new_tokens, temperature=temperature,
+                        top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, n_ctx=n_ctx, special=special, drafter=drafter,
+                        draft_max=draft_max, draft_min_p=draft_min_p, prefixes=_prefixes(model, session), progress=progress):
         if isinstance(event, Text) and event.text:
             yield event.text
 
@@ -162,11 +160,6 @@ def _prefixes(model: Model, session: Session | None) -> Nothing | Prefixes:
     if session.model is not model:
         raise ValueError("this session is one with another model")
     return session.prefixes
-
-
-def encoded_prompt(model: Model, prompt: Prompt, projector: Projector | None = None, special: bool = False) -> Encoded:
-    """The ids of a prompt for this model. Raises ChatError or ValueError."""
-    return encode_prompt(model.tokenizer, model.file.metadata.get("tokenizer.chat_template"), prompt, projector, special)
 
 
 def plain(model: Model, cache: Cache, sampler: Sampler, state_D: np.ndarray) -> Iterator[int]:

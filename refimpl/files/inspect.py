@@ -62,9 +62,9 @@ def _drafter(file: TensorSource) -> dict[str, object]:
 def _projector(file: TensorSource) -> dict[str, object]:
     """What a projector is: the dimensions of its towers, as its file names them."""
     config = projector_config_from_gguf(file)
-    vision, audio = (None if tower is None else {key: tower_value if isinstance(tower_value, tuple) else _plain(tower_value)
-                                                 for key, tower_value in asdict(tower).items()} for tower in (config.vision, config.audio))
-    return {"n_out": config.n_out, "vision": vision, "audio": audio, "n_parameters": float32_bytes(file) // 4}
+    towers = {name: None if tower is None else {key: _plain(value) for key, value in asdict(tower).items()}
+              for name, tower in (("vision", config.vision), ("audio", config.audio))}
+    return {"n_out": config.n_out, **towers, "n_parameters": float32_bytes(file) // 4}
 
 
 def _memory(file: TensorSource, config: Config, n_ctx: int) -> dict[str, object]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from refimpl.files import synth_projector
-from refimpl.files.synth_projector import WIDTHS
 from refimpl.formats.gguf_writer import PLAIN_TYPES, Deferred, write_gguf
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import quantize
@@ -46,13 +45,14 @@ DRAFTERS = {    # width, feed-forward width, query heads
     "E2B": (256, 2048, 4), "E4B": (256, 2048, 4), "12B": (1024, 8192, 16), "26B-A4B": (1024, 8192, 16), "31B": (1024, 8192, 32),
 }
 N_CENTROID, WITH_CENTROIDS = 2048, ("E2B", "E4B")
+PROJECTORS = {f"{name}-mmproj": name for name in synth_projector.WIDTHS}
 UNIFORM = ("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4")          # every matrix but the embeddings in one type
 RECIPES = ("google-q4_0", "unsloth-q4_0", "q4_k_m", *UNIFORM)
 
 
 def shape_names() -> list[str]:
     """All shapes: the models, `NAME-assistant` for their drafters, `NAME-mmproj` for their projectors."""
-    return [*SHAPES, *(f"{name}-assistant" for name in DRAFTERS), *(f"{name}-mmproj" for name in WIDTHS)]
+    return [*SHAPES, *(f"{name}-assistant" for name in DRAFTERS), *PROJECTORS]
 
 
 def config_of(name: str, n_layer: int | None = None) -> dict[str, object]:
@@ -206,7 +206,7 @@ def vocabulary_metadata() -> dict[str, object]:
         "tokenizer.ggml.eos_token_id": 106, "tokenizer.ggml.unknown_token_id": 3, "tokenizer.ggml.padding_token_id": 0,
         "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.merges": [f"{word[:-1]} {word[-1]}" for i, word in enumerate(tokens)
-                                     if i > 494 and len(word) > 1 and i not in seen]}
+                                  if i > 494 and len(word) > 1 and i not in seen]}
 
 
 def synthesise(name: str, path: str | os.PathLike, recipe: str = "google-q4_0", n_layer: int | None = None, seed: int = 0,
@@ -215,7 +215,7 @@ def synthesise(name: str, path: str | os.PathLike, recipe: str = "google-q4_0", 
 
     Raises ValueError for an unknown name, recipe or number of layers; OSError when writing fails, and then leaves no file.
     """
-    if name.removesuffix("-mmproj") in WIDTHS and name.endswith("-mmproj"):
+    if name in PROJECTORS:
         _projector(name, path, recipe, n_layer, seed, progress)
         return
     if recipe not in RECIPES:
@@ -244,7 +244,7 @@ def _projector(name: str, path: str | os.PathLike, recipe: str, n_layer: int | N
         raise ValueError(f"unknown recipe {recipe!r} of a projector; choose from {', '.join(synth_projector.TYPES)}")
     if n_layer is not None:
         raise ValueError("n_layer: a projector has all its layers")
-    of, rng, tensors, n_bytes = name.removesuffix("-mmproj"), np.random.default_rng(seed), [], 0
+    of, rng, tensors, n_bytes = PROJECTORS[name], np.random.default_rng(seed), [], 0
     for tensor, shape in synth_projector.projector_tensors(of):
         block = synth_projector.projector_type(recipe, tensor, shape)
         make = synth_projector.projector_vector(tensor, shape, rng) if len(shape) == 1 else random_tensor(tensor, shape, block, rng)

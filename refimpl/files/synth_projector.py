@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from refimpl.files.convert import type_in_projector
+from refimpl.formats.gguf import TensorInfo
 from refimpl.loading.hf_names import under
 from refimpl.model.config import PROJECTOR_ARCHITECTURE
 
@@ -45,11 +47,8 @@ def projector_metadata(name: str) -> dict[str, object]:
 
 
 def projector_type(recipe: str, name: str, shape: tuple[int, ...]) -> str:
-    """The type of a tensor: vectors, tables and what llama.cpp computes in float32 stay that; rows that Q8_0 does not fit are F16."""
-    kept = ("v.patch_embd", "v.position_embd", "a.conv1d", "a.input_projection")
-    if len(shape) == 1 or name.startswith(kept) or "conv_dw" in name:
-        return "F32"
-    return "F16" if TYPES[recipe] == "Q8_0" and shape[-1] % 32 else TYPES[recipe]
+    """The type of a tensor, as `refimpl convert` and llama.cpp's converter choose it."""
+    return type_in_projector(TYPES[recipe], TensorInfo(name, "F32", shape, 0, 0, 0))
 
 
 def projector_vector(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

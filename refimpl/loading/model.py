@@ -27,7 +27,7 @@ from refimpl.model.soft import NO_SOFT, Soft
 from refimpl.model.tap import Look, no_tap, tap_of
 from refimpl.model.weights import Weights, prepare_weights, vocabulary_size, weights_from_gguf
 from refimpl.progress import Advance, Progress, silent
-from refimpl.text.prompt import Projector, Prompt, encode_prompt
+from refimpl.text.prompt import Encoded, Projector, Prompt, encode_prompt
 from refimpl.text.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
@@ -87,12 +87,11 @@ class Model:
         `soft`: what negative ids stand for.
         """
         ids_T = self.checked(ids, soft)
-        states, end = [], 0
-        while end < len(ids_T):
-            first, end = end, soft.cut(ids, end, min(end + min(CHUNK, cache.max_rows), len(ids_T)))
-            states.append(self.forward(ids_T[first:end], cache, tap, soft))
-            cache.advance(end - first)
-            advance(end - first)
+        states = []
+        for part in soft.chunks(ids_T, min(CHUNK, cache.max_rows)):
+            states.append(self.forward(part, cache, tap, soft))
+            cache.advance(len(part))
+            advance(len(part))
         return np.concatenate(states)
 
     def forward(self, ids_T: np.ndarray, cache: Cache, tap: Look = no_tap, soft: Soft = NO_SOFT) -> np.ndarray:
@@ -114,11 +113,15 @@ class Model:
         with self.backend.running(len(state_TD)):
             return gemma4.head(self.config, self.weights, self.backend, state_TD)
 
+    def encoded(self, prompt: Prompt, projector: Projector | None = None, special: bool = False) -> Encoded:
+        """The ids of a prompt in any form (text/prompt.py: `encode_prompt`). Raises ChatError or ValueError."""
+        return encode_prompt(self.tokenizer, self.file.metadata.get("tokenizer.chat_template"), prompt, projector, special)
+
     def logits(self, prompt: Prompt, tap: Look = no_tap, projector: Projector | None = None) -> np.ndarray:
         """The logits at every position, float32 (T, V), from an empty cache. `prompt` in any form (text/prompt.py): ids, text, parts. `tap`
         as in `prefill`; a `projector` (loading/projector.py) for pictures and sounds.
         """
-        encoded = encode_prompt(self.tokenizer, self.file.metadata.get("tokenizer.chat_template"), prompt, projector)
+        encoded = self.encoded(prompt, projector)
         logit_TV = self.head(self.prefill(encoded.ids, self.new_cache(), tap, soft=encoded.soft))
         tap("result_output", logit_TV)
         return logit_TV

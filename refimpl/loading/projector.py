@@ -19,9 +19,10 @@ from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
 from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
 from refimpl.loading.towers.directory import open_projector
-from refimpl.media.mel import mel_frames, raw_frames
+from refimpl.media.mel import SUBSAMPLING, mel_frames, raw_frames
 from refimpl.media.parts import Audio, Image
 from refimpl.media.patches import TOKENS, n_tokens, patches, pixels
+from refimpl.media.source import MediaError
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.config import warn_of_unknown_keys
 from refimpl.model.soft import SoftTokens
@@ -86,20 +87,35 @@ class Projector:
         b = self.backend
         return f"<Projector {self.name}: {' and '.join(parts)}, width {self.n_embd}; {b.name}, {b.arithmetic}, threads {b.threads}>"
 
+    @property
+    def squares(self) -> tuple[int, int]:
+        """Pixels of the side of a patch (12B: a cell), and patches of the side of a soft token."""
+        return self.config.vision.side, 1 if isinstance(self.config.vision, CellConfig) else POOL
+
+    @property
+    def frames_per_token(self) -> int:
+        """Frames of a sound that become a soft token; the last one may have fewer."""
+        return 1 if isinstance(self.config.audio, SoundFrameConfig) else SUBSAMPLING
+
     def image(self, source: object, tokens: int = TOKENS) -> np.ndarray:
         """The soft tokens of a picture as they enter the text model, float32 (n, D). `source` and `tokens` as in Image, or an Image.
 
-        Raises MediaError (a ValueError) for what cannot be opened, ValueError for a projector that does not see.
+        Raises MediaError (a ValueError) for what cannot be opened, and where the projector does not see.
         """
-        image = source if isinstance(source, Image) else Image(source, tokens)
-        if self.config.vision is None:
-            raise ValueError(f"{image.name}: {self.file.path} does not see")
-        patch, pool = self._squares
-        return self.image_tokens(*patches(pixels(image.rgb_HWC, image.tokens, patch, pool), patch))
+        return self.image_tokens(*self.given(source if isinstance(source, Image) else Image(source, tokens)))
 
     def audio(self, source: object) -> np.ndarray:
         """The soft tokens of a sound, float32 (n, D). `source` as in Audio, or an Audio. Raises as `image` does."""
-        return self.audio_tokens(self._frames(source if isinstance(source, Audio) else Audio(source)))
+        return self.audio_tokens(*self.given(source if isinstance(source, Audio) else Audio(source)))
+
+    def given(self, part: Image | Audio) -> tuple[np.ndarray, ...]:
+        """What the tower takes: (patches, positions) of a picture, (frames,) of a sound. Raises as `image` does."""
+        self._refuse_unless_it_takes(part)
+        if isinstance(part, Image):
+            side, pool = self.squares
+            return patches(pixels(part.rgb_HWC, part.tokens, side, pool), side)
+        raw = isinstance(self.config.audio, SoundFrameConfig)
+        return (raw_frames(part.samples_N, self.config.audio.n_samples) if raw else mel_frames(part.samples_N, part.name),)
 
     def soft_tokens(self, part: Image | Audio) -> SoftTokens:
         """What a prompt has in the place of a picture or a sound. It is opened here, and computed only when the model reads it: not where
@@ -107,26 +123,19 @@ class Projector:
         """
         if self.target is None:
             raise ValueError(f"{self.file.path} was loaded without the model that takes its tokens: load_projector(path, target=model)")
+        self._refuse_unless_it_takes(part)
         digest = hashlib.sha256(f"{self._identity} {part.digest}".encode()).digest()
         if isinstance(part, Audio):
-            frames_TM = self._frames(part)
-            n = len(frames_TM) if isinstance(self.config.audio, SoundFrameConfig) else -(-len(frames_TM) // 4)
+            [frames_TM] = self.given(part)
+            n = -(-len(frames_TM) // self.frames_per_token)
             return SoftTokens(digest, n, False, lambda: self._once(digest, lambda: self.audio_tokens(frames_TM)))
-        if self.config.vision is None:
-            raise ValueError(f"{part.name}: {self.file.path} does not see")
-        n = n_tokens(*part.rgb_HWC.shape[:2], part.tokens, *self._squares)
+        n = n_tokens(*part.rgb_HWC.shape[:2], part.tokens, *self.squares)
         return SoftTokens(digest, n, self.target.config.looks_ahead_in_images, lambda: self._once(digest, lambda: self.image(part)))
 
-    @property
-    def _squares(self) -> tuple[int, int]:
-        """Pixels of the side of a patch, and patches of the side of a soft token."""
-        return self.config.vision.side, 1 if isinstance(self.config.vision, CellConfig) else POOL
-
-    def _frames(self, audio: Audio) -> np.ndarray:
-        if self.config.audio is None:
-            raise ValueError(f"{audio.name}: {self.file.path} does not hear")
-        raw = isinstance(self.config.audio, SoundFrameConfig)
-        return raw_frames(audio.samples_N, self.config.audio.n_samples) if raw else mel_frames(audio.samples_N, audio.name)
+    def _refuse_unless_it_takes(self, part: Image | Audio):
+        tower, verb = (self.config.vision, "see") if isinstance(part, Image) else (self.config.audio, "hear")
+        if tower is None:
+            raise MediaError(part.name, f"{self.file.path} does not {verb}")
 
     def _once(self, digest: bytes, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What was made last is kept."""
@@ -149,7 +158,7 @@ class Projector:
         if self.config.vision is None:
             raise ValueError(f"{self.file.path}: this projector does not see")
         cells = isinstance(self.config.vision, CellConfig)
-        _check_image(patches_TP, pos_T2, self.config.vision, 1 if cells else POOL)
+        _check_image(patches_TP, pos_T2, self.config.vision, self.squares[1])
         self._unchanged.check()
         tower = unified if cells else vision
         with self.backend.running(len(patches_TP)):

@@ -8,7 +8,7 @@ are not in the cache have to be in one call.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,10 +85,17 @@ class Soft:
         there, or inside.
         """
         if end < len(ids) and ids[end] < 0:
-            part, row = self.place[ids[end]]
+            part, row = self.place[int(ids[end])]
             if part.together and row:
                 return end - row if end - row > first else end - row + part.n
         return end
+
+    def chunks(self, ids_T: np.ndarray, most: int) -> Iterator[np.ndarray]:
+        """The ids in calls of at most so many, but for a picture that takes more (`cut`)."""
+        end = 0
+        while end < len(ids_T):
+            first, end = end, self.cut(ids_T, end, min(end + most, len(ids_T)))
+            yield ids_T[first:end]
 
 
 NO_SOFT = Soft()

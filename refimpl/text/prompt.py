@@ -133,7 +133,7 @@ def _kind(part: Image | Audio) -> str:
 
 def _soft_tokens(projector: Projector | None, part: Image | Audio) -> SoftTokens:
     if projector is None:
-        raise ValueError(f"{part.name}: the model needs a projector to take it (--mmproj, projector=load_projector(...))")
+        raise ChatError(f"{part.name}: the model needs a projector to take it (--mmproj, projector=load_projector(...))")
     return projector.soft_tokens(part)
 
 

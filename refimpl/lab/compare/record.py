@@ -161,12 +161,11 @@ class _TappedPair:
 
 def _run(model: Model, ids_T: np.ndarray, cache: Cache, recorder: Recorder, advance: Advance, soft: Soft = NO_SOFT) -> np.ndarray | None:
     """Runs and commits ids chunk by chunk. Returns the last state."""
-    state_TD, end = None, 0
-    while end < len(ids_T):
-        start, end = end, soft.cut(ids_T, end, min(end + CHUNK, len(ids_T)))
-        first, n = cache.length, end - start
+    state_TD = None
+    for part in soft.chunks(ids_T, CHUNK):
+        first, n = cache.length, len(part)
         recorder.at(first, n)
-        state_TD = model.forward(ids_T[start:end], cache, recorder.tap, soft)
+        state_TD = model.forward(part, cache, recorder.tap, soft)
         for i, layer in cache.layers.items():
             names = [f"cache_k-{i}", f"cache_v-{i}"]
             for name, value in zip(names, layer.read(first, first + n) if any(map(recorder.wants, names)) else ()):

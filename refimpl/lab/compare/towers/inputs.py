@@ -13,12 +13,9 @@ import numpy as np
 from refimpl.lab.compare.trace import Trace, TraceError
 from refimpl.loading.model import Model
 from refimpl.loading.projector import Projector
-from refimpl.media.mel import mel_frames, raw_frames
 from refimpl.media.parts import Audio, Image
-from refimpl.media.patches import patches, pixels
 from refimpl.model.soft import Soft, SoftTokens
 from refimpl.model.tap import Look, no_tap
-from refimpl.model.towers.config import POOL, CellConfig, SoundFrameConfig
 from refimpl.text.prompt import Part, encode_prompt, markers_of
 
 GIVEN = {"image": ("patches", "positions"), "audio": ("frames",)}       # names of what a tower is given
@@ -61,25 +58,9 @@ class TowerInput:
     def cropped(self) -> "TowerInput":
         """A piece of it, which has the same rounding errors and takes less time: the upper left of a picture, the beginning of a sound."""
         if self.tower == "audio":
-            per_token = 1 if isinstance(self.projector.config.audio, SoundFrameConfig) else 4
-            return replace(self, given={"frames": self.given["frames"][:CROP_TOKENS * per_token]})
-        inside = (self.given["positions"] < CROP * squares(self.projector)[1]).all(axis=1)
+            return replace(self, given={"frames": self.given["frames"][:CROP_TOKENS * self.projector.frames_per_token]})
+        inside = (self.given["positions"] < CROP * self.projector.squares[1]).all(axis=1)
         return replace(self, given={name: array[inside] for name, array in self.given.items()})
-
-
-def squares(projector: Projector) -> tuple[int, int]:
-    """Pixels of the side of a patch (12B: a cell), and patches of the side of a soft token."""
-    return projector.config.vision.side, 1 if isinstance(projector.config.vision, CellConfig) else POOL
-
-
-def given(projector: Projector, part: Image | Audio) -> dict[str, np.ndarray]:
-    """What the tower is given for a picture or a sound that the projector takes."""
-    if isinstance(part, Image):
-        side, pool = squares(projector)
-        return dict(zip(GIVEN["image"], patches(pixels(part.rgb_HWC, part.tokens, side, pool), side)))
-    audio = projector.config.audio
-    raw = isinstance(audio, SoundFrameConfig)
-    return {"frames": raw_frames(part.samples_N, audio.n_samples) if raw else mel_frames(part.samples_N, part.name)}
 
 
 def traced_prompt(model: Model, projector: Projector, parts: Sequence[Part]) -> tuple[list[int], list[TowerInput]]:
@@ -96,7 +77,7 @@ def traced_prompt(model: Model, projector: Projector, parts: Sequence[Part]) -> 
                 part = media[len(inputs)]
                 tower = "image" if isinstance(part, Image) else "audio"
                 number = sum(other.tower == tower for other in inputs)
-                inputs.append(TowerInput(f"{tower}{number}", given(projector, part), soft.together, projector, {
+                inputs.append(TowerInput(f"{tower}{number}", dict(zip(GIVEN[tower], projector.given(part))), soft.together, projector, {
                     "name": f"{tower}{number}", "n_tokens": soft.n, "placeholder": markers_of(model.tokenizer, part)[1]} | facts_of(part)))
             i = -len(inputs)
         ids.append(i)
@@ -185,5 +166,5 @@ def n_soft_tokens(part: TowerInput) -> int:
     """How many soft tokens it is."""
     n = len(part.given[GIVEN[part.tower][0]])
     if part.tower == "image":
-        return n // squares(part.projector)[1] ** 2
-    return n if isinstance(part.projector.config.audio, SoundFrameConfig) else -(-n // 4)
+        return n // part.projector.squares[1] ** 2
+    return -(-n // part.projector.frames_per_token)
