@@ -224,7 +224,7 @@ BAD = [
 @pytest.mark.parametrize("source, line", BAD, ids=[line[:40] for _, line in BAD])
 def test_bad_sounds_are_one_line(source, line):
     with pytest.raises(MediaError, match=line) as caught:
-        Audio(source).samples_N  # noqa: B018
+        Audio(source, seconds=30).samples_N  # noqa: B018
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250 and "object at" not in str(caught.value)
 
 

@@ -18,6 +18,7 @@ def test_a_row_reads_what_the_file_says(name, less, recipe, monkeypatch, tmp_pat
     settings, *rest = synth.SHAPES[name]
     monkeypatch.setitem(synth.SHAPES, name, (settings | less, *rest))
     monkeypatch.setattr(synth, "N_VOCAB", 1024)
+    monkeypatch.setattr(synth, "vocabulary_metadata", dict)         # whose special ids lie beyond these 1,024
     synth.synthesise(name, tmp_path / "x.gguf", recipe, n_layer=6)
     file = open_gguf(tmp_path / "x.gguf")
     config = config_from_gguf(file.metadata, file.tensors.keys(), 1024, file.path)
