@@ -49,7 +49,7 @@ class Eyes:
 
     def soft_tokens(self, part):
         self.shown.append(part)
-        return SoftTokens(hashlib.sha256(part.digest.encode()).digest(), 3 if isinstance(part, Image) else 2, True, lambda: None)
+        return SoftTokens(hashlib.sha256(part.digest.encode()).digest(), 3 if isinstance(part, Image) else 2, True, lambda look: None)
 
 
 def ids_of(*parts: str, in_bytes: bool = False) -> list[int]:

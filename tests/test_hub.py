@@ -12,6 +12,8 @@ from shapes import random_model, write_model
 
 from refimpl.loading.hub import SPEC, is_remote, local
 from refimpl.loading.hub_files import HubError, chosen
+from refimpl.loading.model import BUILT_IN
+from refimpl.loading.projector import BUILT_IN_PROJECTOR
 
 ROOT = Path(__file__).parent.parent
 ASK = """
@@ -21,9 +23,9 @@ from refimpl.loading.hub import local
 answers = []
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for spec, drafter in json.loads(sys.argv[1]):
+    for spec, role in json.loads(sys.argv[1]):
         try:
-            answers.append(str(local(spec, drafter)))
+            answers.append(str(local(spec, role)))
         except HubError as error:
             answers.append(error.__class__.__name__ + " " + str(error))
 print(json.dumps([answers, [str(w.message) for w in caught]]))
@@ -45,10 +47,10 @@ def hub():
 @pytest.fixture
 def ask(tmp_path):
     """ask(hub, spec, ...) -> the answer for each in a process of its own, with a cache that stays; none may say anything else."""
-    def run(server, *specs, warned=0, drafter=False, before="", **env):
+    def run(server, *specs, warned=0, role="model", before="", **env):
         url = server.url if isinstance(server, Hub) else server
         done = subprocess.run(["bash", "-c", before + 'exec "$@"', "-", sys.executable, "-c", ASK,
-                               json.dumps([[spec, drafter] for spec in specs])],
+                               json.dumps([[spec, role] for spec in specs])],
                               capture_output=True, cwd=ROOT, timeout=120, env=environment(tmp_path, url, **env))
         assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
         answers, warnings = json.loads(done.stdout)
@@ -80,32 +82,37 @@ FOLDER = ["config.json", "generation_config.json", "model-00001-of-00002.safeten
           "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
 
 
-@pytest.mark.parametrize("spec, names, drafter, files", [
-    ("hf:google/gemma-4-E2B-it-qat-q4_0-gguf", GOOGLE, False, GOOGLE[1:2]),
-    ("hf:google/gemma-4-E2B-it-qat-q4_0-gguf:Q4_0", GOOGLE, False, GOOGLE[1:2]),
-    ("hf:u/m-GGUF", UNSLOTH, False, ["m-Q4_K_M.gguf"]),
-    ("hf:u/m-qat-GGUF", UNSLOTH, False, ["m-Q4_0.gguf"]),
-    ("hf:u/m-GGUF:q4_0", UNSLOTH, False, ["m-Q4_0.gguf"]),
-    ("hf:u/m-GGUF:bf16", UNSLOTH, False, BF16),
-    ("hf:u/m-GGUF:UD-Q4_K_XL", UNSLOTH, False, ["m-UD-Q4_K_XL.gguf"]),
-    ("hf:u/m-GGUF:q4_k_xl", UNSLOTH, False, ["m-UD-Q4_K_XL.gguf"]),
-    ("hf:u/m-GGUF@refs/pr/1:Q4_0", UNSLOTH, False, ["m-Q4_0.gguf"]),
-    ("hf:u/m-GGUF:m-BF16-00001-of-00002.gguf", UNSLOTH, False, BF16),
-    ("hf:u/m-GGUF:m-BF16-00002-of-00002.gguf", UNSLOTH, False, BF16),
-    ("hf:u/m-GGUF:mmproj-F16.gguf", UNSLOTH, False, ["mmproj-F16.gguf"]),
-    ("hf:u/m-GGUF:Q8_0", UNSLOTH, True, ["MTP/m-Q8_0-MTP.gguf"]),
-    ("hf:u/m-GGUF:MTP/m-Q4_0-MTP.gguf", UNSLOTH, False, ["MTP/m-Q4_0-MTP.gguf"]),
-    ("hf:u/m-assistant-GGUF", ["m-assistant.gguf"], True, ["m-assistant.gguf"]),
-    ("hf:u/m-assistant-GGUF", ["m-assistant.gguf"], False, ["m-assistant.gguf"]),
-    ("hf:u/m", ["a-00001-of-00000.gguf"], False, ["a-00001-of-00000.gguf"]),
-    ("hf:u/m", ["x/y.gguf", "z.md"], True, ["x/y.gguf"]),
-    ("hf:u/m", [*FOLDER, "README.md", "original/params.json", "model.bin"], False, sorted(FOLDER)),
+@pytest.mark.parametrize("spec, names, role, files", [
+    ("hf:google/gemma-4-E2B-it-qat-q4_0-gguf", GOOGLE, "model", GOOGLE[1:2]),
+    ("hf:google/gemma-4-E2B-it-qat-q4_0-gguf:Q4_0", GOOGLE, "model", GOOGLE[1:2]),
+    ("hf:u/m-GGUF", UNSLOTH, "model", ["m-Q4_K_M.gguf"]),
+    ("hf:u/m-qat-GGUF", UNSLOTH, "model", ["m-Q4_0.gguf"]),
+    ("hf:u/m-GGUF:q4_0", UNSLOTH, "model", ["m-Q4_0.gguf"]),
+    ("hf:u/m-GGUF:bf16", UNSLOTH, "model", BF16),
+    ("hf:u/m-GGUF:UD-Q4_K_XL", UNSLOTH, "model", ["m-UD-Q4_K_XL.gguf"]),
+    ("hf:u/m-GGUF:q4_k_xl", UNSLOTH, "model", ["m-UD-Q4_K_XL.gguf"]),
+    ("hf:u/m-GGUF@refs/pr/1:Q4_0", UNSLOTH, "model", ["m-Q4_0.gguf"]),
+    ("hf:u/m-GGUF:m-BF16-00001-of-00002.gguf", UNSLOTH, "model", BF16),
+    ("hf:u/m-GGUF:m-BF16-00002-of-00002.gguf", UNSLOTH, "model", BF16),
+    ("hf:u/m-GGUF:mmproj-F16.gguf", UNSLOTH, "model", ["mmproj-F16.gguf"]),
+    ("hf:u/m-GGUF:Q8_0", UNSLOTH, "drafter", ["MTP/m-Q8_0-MTP.gguf"]),
+    ("hf:u/m-GGUF:MTP/m-Q4_0-MTP.gguf", UNSLOTH, "model", ["MTP/m-Q4_0-MTP.gguf"]),
+    ("hf:u/m-assistant-GGUF", ["m-assistant.gguf"], "drafter", ["m-assistant.gguf"]),
+    ("hf:u/m-assistant-GGUF", ["m-assistant.gguf"], "model", ["m-assistant.gguf"]),
+    ("hf:u/m", ["a-00001-of-00000.gguf"], "model", ["a-00001-of-00000.gguf"]),
+    ("hf:u/m", ["x/y.gguf", "z.md"], "drafter", ["x/y.gguf"]),
+    ("hf:u/m", [*FOLDER, "README.md", "original/params.json", "model.bin"], "model", sorted(FOLDER)),
+    ("hf:google/gemma-4-E2B-it-qat-q4_0-gguf", GOOGLE, "projector", GOOGLE[2:]),
+    ("hf:u/m-GGUF", UNSLOTH, "projector", ["mmproj-F16.gguf"]),
+    ("hf:u/m-GGUF", [*UNSLOTH, "mmproj-BF16.gguf", "mmproj-F32.gguf"], "projector", ["mmproj-BF16.gguf"]),
+    ("hf:u/m-GGUF:F32", [*UNSLOTH, "mmproj-BF16.gguf", "mmproj-F32.gguf"], "projector", ["mmproj-F32.gguf"]),
+    ("hf:u/m", FOLDER, "projector", sorted(FOLDER)),
 ])
-def test_which_files_are_taken(spec, names, drafter, files):
-    assert chosen(spec, names, SPEC.fullmatch(spec)["what"], drafter, "the repository") == files
+def test_which_files_are_taken(spec, names, role, files):
+    assert chosen(spec, names, SPEC.fullmatch(spec)["what"], role, "the repository") == files
 
 
-@pytest.mark.parametrize("spec, names, says", [
+@pytest.mark.parametrize("spec, names, says, role", [(*case, "model") for case in (
     ("hf:u/m", ["a-Q8_0.gguf", "a-Q6_K.gguf"], "several; name one after a colon: there are a-Q6_K.gguf, a-Q8_0.gguf"),
     ("hf:u/m", ["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], "several"),
     ("hf:u/m:q4_0", ["a-Q4_0.gguf", "b-Q4_0.gguf"], "several"),
@@ -118,10 +125,14 @@ def test_which_files_are_taken(spec, names, drafter, files):
     ("hf:u/m:Q4_0", FOLDER, "no GGUF file in the repository"),
     ("hf:u/m", ["a-00001-of-99999.gguf"], "a-00002-of-99999.gguf is missing"),
     ("hf:u/m", [], "no GGUF file"),
+)] + [
+    ("hf:u/m", ["a-Q8_0.gguf"], "no projector (mmproj) in the repository; there are a-Q8_0.gguf", "projector"),
+    ("hf:u/m", ["a-Q8_0.gguf", "mmproj-a.gguf", "mmproj-b.gguf"], "several; name one", "projector"),
+    ("hf:u/m:Q8_0", ["a-Q8_0.gguf", "mmproj-a.gguf"], "no GGUF file of type Q8_0", "projector"),
 ])
-def test_what_leaves_no_choice_is_refused(spec, names, says):
+def test_what_leaves_no_choice_is_refused(spec, names, says, role):
     with pytest.raises(HubError) as caught:
-        chosen(spec, names, SPEC.fullmatch(spec)["what"], False, "the repository")
+        chosen(spec, names, SPEC.fullmatch(spec)["what"], role, "the repository")
     assert str(caught.value).startswith(f"{spec}: ") and says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -244,7 +255,7 @@ def test_split_files_and_folders_come_whole(hub, ask):
     assert Path(split).name == "s-00001-of-00003.gguf" and {p.name for p in Path(split).parent.iterdir()} == set(parts)
     assert path == again and {p.name: p.read_bytes() for p in Path(path).iterdir()} == folder
     assert ask(server, "hf:u/folder", "hf:u/split", HF_HUB_OFFLINE="1") == [path, split]
-    assert Path(ask(server, "hf:u/both", drafter=True)).name == "mtp-m-Q4_0.gguf"
+    assert Path(ask(server, "hf:u/both", role="drafter")).name == "mtp-m-Q4_0.gguf"
 
 
 # As a user meets it ------------------------------------------------------------------------------------------------------------
@@ -274,6 +285,24 @@ def test_every_command_takes_it(hub, tmp_path):
     assert code == 1 and "no such repository" in err and err.count("\n") == 1
     code, out, err = run("inspect", "-m", "hf:u/m:Q8_0")
     assert code == 1 and "other-Q8_0.gguf: byte 4: expected" in err and err.count("\n") == 1
+
+
+def test_a_picture_finds_the_projector_in_the_repository_of_the_model(hub, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "red.png")
+    model = BUILT_IN.read_bytes()
+    server = hub({"u/m": {"m-Q4_0.gguf": model, "mmproj-m-F16.gguf": BUILT_IN_PROJECTOR.read_bytes()}, "u/blind": {"m.gguf": model}})
+
+    def run(name):
+        done = subprocess.run([sys.executable, "-m", "refimpl", "generate", "-m", name, "--backend", "reference", "--image",
+                               str(tmp_path / "red.png"), "--image-tokens", "70", "-p", "x", "-n", "2", "--json"], capture_output=True,
+                              cwd=ROOT, timeout=120, env=environment(tmp_path, server.url), encoding="utf-8")
+        return done.returncode, done.stdout, done.stderr
+    code, out, err = run("hf:u/m:Q4_0")
+    assert code == 0 and len(json.loads(out)["ids"]) == 2 and "mmproj-m-F16.gguf" in err, err
+    code, out, err = run("hf:u/blind")
+    assert code == 1 and json.loads(out)["error"] == "hf:u/blind: no projector (mmproj) in the repository; there are m.gguf"
 
 
 def test_the_hub_is_not_imported_unless_it_is_asked():

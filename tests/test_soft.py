@@ -1,6 +1,7 @@
 """Rows without ids: where pictures and sounds enter the text model, what they see, and how they are cut, cached and kept."""
 
 import hashlib
+import threading
 
 import numpy as np
 import pytest
@@ -14,18 +15,19 @@ import refimpl
 from refimpl.decode.draft_length import AutoDraftLength, FixedDraftLength
 from refimpl.decode.prefixes import Nothing, Prefixes
 from refimpl.decode.repeats import Repeats
-from refimpl.decode.request import Request
+from refimpl.decode.request import Done, Failed, Request, Token
 from refimpl.decode.run import Run, step
 from refimpl.decode.sampling import Sampling
 from refimpl.decode.snapshots import Snapshots
 from refimpl.model.soft import NO_SOFT, Soft, SoftTokens
+from refimpl.serve.scheduler import Scheduler
 
 WINDOW = COMMON["sliding_window"]
 IMAGE, END = 290, 291
 
 
 def soft_tokens(n: int, together: bool, seed: int = 0, made: list | None = None) -> SoftTokens:
-    def make():
+    def make(look):
         if made is not None:
             made.append(seed)
         return np.random.default_rng(seed).normal(0, 4, (n, COMMON["hidden_size"])).astype(np.float32)
@@ -154,6 +156,82 @@ def test_a_picture_is_known_after_a_restart(model, tmp_path):
     assert found[0][0] == found[1][0] and (found[0][1], found[1][1]) == (0, len(ids) - 1) and made == [7]
 
 
+class Slow:
+    """A picture that takes ten looks to compute. `log`: a line for each, and what else a test writes."""
+
+    def __init__(self, log: list, error: Exception | None = None):
+        made = soft_tokens(30, True, 8)
+
+        def make(look):
+            for i in range(10):
+                log.append("look")
+                if error is not None and i == 4:
+                    raise error
+                look("name", made.x_TD)
+            return made.x_TD
+        self.part = SoftTokens(made.digest, made.n, True, make)
+        self.request = Request([2, 9, *made.ids, END, 7], Sampling(temperature=0.0), 5, soft=Soft([self.part]))
+
+
+def beside_a_writer(model, log: list, *requests: Request, latency: float = 0.0):
+    """A scheduler with an answer that is being written, and these requests behind it; events of each."""
+    scheduler, told = Scheduler(model, Prefixes(model, 1 << 30), 512, latency=latency), [[] for _ in range(1 + len(requests))]
+
+    def tell(event):
+        told[0].append(event)
+        log.append("written")
+    scheduler.submit(Request([2, *range(5, 60)], Sampling(temperature=1.0, seed=1), 40), tell)
+    while len(told[0]) < 4:
+        scheduler.step()
+    log.clear()
+    return scheduler, [scheduler.submit(request, events.append) for request, events in zip(requests, told[1:])], told
+
+
+def tokens_of(events) -> list[int]:
+    return [event.id for event in events if isinstance(event, Token)]
+
+
+def test_others_write_while_a_picture_is_computed(model):
+    log: list[str] = []
+    first, second = Slow(log), Slow(log)
+    scheduler, _, told = beside_a_writer(model, log, first.request, second.request)
+    while scheduler.step():
+        pass
+    assert log[:20] == ["look", "written"] * 10 and log.count("look") == 20 and isinstance(told[0][-1], Done)
+    known = Slow([]).request
+    alone, _ = answer(model, known.ids, known.soft, Nothing(model), 0.0)
+    assert tokens_of(told[1]) == tokens_of(told[2]) == alone[:5] and len(alone) >= 5
+    log.clear()
+    scheduler, _, told = beside_a_writer(model, log, Slow(log).request, latency=9.0)
+    scheduler.step()
+    assert log[:10] == ["look"] * 10            # in one slice where nobody minds
+    scheduler.close()
+
+
+def test_a_picture_that_nobody_wants_any_more(model):
+    log: list[str] = []
+    scheduler, [ticket], told = beside_a_writer(model, log, Slow(log).request)
+    for _ in range(3):
+        scheduler.step()
+    scheduler.cancel(ticket)
+    while scheduler.step():
+        pass
+    assert log.count("look") == 3 and told[1][-1].stats.stop == "gone" and isinstance(told[0][-1], Done)
+    scheduler, _, _ = beside_a_writer(model, log, Slow(log).request)
+    scheduler.step()
+    scheduler.close()
+    assert log.count("look") == 1 and not [thread for thread in threading.enumerate() if thread.name == "refimpl slices"]
+
+
+def test_a_picture_that_fails_fails_alone(model):
+    log: list[str] = []
+    scheduler, _, told = beside_a_writer(model, log, Slow(log, MemoryError("no room")).request)
+    while scheduler.step():
+        pass
+    assert isinstance(told[1][-1], Failed) and str(told[1][-1].error) == "no room" and isinstance(told[0][-1], Done)
+    assert len(tokens_of(told[0])) == 40 or told[0][-1].stats.stop != "limit"
+
+
 def test_a_picture_that_looks_ahead_is_not_cut(model):
     part = soft_tokens(20, True)
     soft = Soft([part])
@@ -174,7 +252,7 @@ def test_numbers_of_soft_tokens_are_nobody_elses(model):
 
 
 def test_wrong_number_of_rows(model):
-    part = SoftTokens(b"x", 3, True, lambda: np.zeros((2, COMMON["hidden_size"]), np.float32))
+    part = SoftTokens(b"x", 3, True, lambda look: np.zeros((2, COMMON["hidden_size"]), np.float32))
     with pytest.raises(ValueError, match="2 soft tokens were made, 3 expected"):
         model.prefill([2, *part.ids], model.new_cache(), soft=Soft([part]))
 

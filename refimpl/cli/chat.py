@@ -34,6 +34,7 @@ from refimpl.cli.app import (
     fetched,
     load,
     n_bytes,
+    named,
 )
 from refimpl.cli.run import read_prompt, refuse_without_template
 from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, opened, projector_of
@@ -79,14 +80,14 @@ def chat(
     path = None if session is None else transcript.session_path(session)
     with transcript.alone(path):
         earlier = earlier_of(path)
-        model = fetched(model, positional)
+        asked, model = named(model, positional), fetched(model, positional)
         m = load(model, backend, arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
         refuse_without_template(m)
         only_continues = m.file.metadata["tokenizer.chat_template"] == CONTINUATION_TEMPLATE
         if only_continues and predict < 0:          # it does not know when to stop
             predict = CONTINUED
         drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-        projector = projector_of(m, model, mmproj, bool(seen) or has_parts(earlier))
+        projector = projector_of(m, model, asked, mmproj, bool(seen) or has_parts(earlier))
         sampling = {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         said = Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, projector=projector, thinking=think, cache_ram=budget,
                        cache_dir=folder, cache_disk=limit)

@@ -23,6 +23,7 @@ from refimpl.cli.app import (
     errors,
     fetched,
     load,
+    named,
     number_or_word,
     refuse_overwriting,
     replacing,
@@ -77,7 +78,7 @@ def trace(
     m = load(path, backend, arithmetic, threads, 1 if text is None else len(text.encode()) + image_tokens * len(seen), False)
     drafting, media = {}, []
     if seen:
-        ids, media = traced_prompt(m, projector_of(m, path, mmproj, True), [*seen, text])
+        ids, media = traced_prompt(m, projector_of(m, path, named(model, positional), mmproj, True), [*seen, text])
     else:
         ids = ids_argument(token_ids) if text is None else m.tokenizer.encode(text)
     if draft is not None:

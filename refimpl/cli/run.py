@@ -36,6 +36,7 @@ from refimpl.cli.app import (
     errors,
     fetched,
     load,
+    named,
     write,
 )
 from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, opened, projector_of
@@ -67,14 +68,14 @@ def generate(
         raise typer.BadParameter("--think needs --chat")
     text = read_prompt(prompt, file)
     seen = opened(image, audio, image_tokens)
-    model = fetched(model, positional)
+    asked, model = named(model, positional), fetched(model, positional)
     # a token has a byte or more, 256 for a template
     room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256 + image_tokens * len(seen)
     m = load(model, backend, arithmetic, threads, room, verbose, cache_disk, lock)
     if chat:
         refuse_without_template(m)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-    projector = projector_of(m, model, mmproj, needed=True) if seen else None
+    projector = projector_of(m, model, asked, mmproj, needed=True) if seen else None
     if chat:
         said = encode_messages(m.tokenizer, m.file.metadata["tokenizer.chat_template"], [{"role": "user", "content": [*seen, text]}],
                                projector, thinking=think)

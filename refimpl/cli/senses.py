@@ -29,11 +29,12 @@ def opened(images: list[Path] | None, sounds: list[Path] | None, n_tokens: int) 
         raise Failure(str(e)) from None
 
 
-def projector_of(m, path: Path | None, mmproj: str | None, needed: bool):
-    """The projector that was asked for, or, where one is `needed`, that lies beside the model; otherwise None, and one that lies there is
-    mentioned. Raises Failure.
+def projector_of(m, path: Path | None, asked: str | None, mmproj: str | None, needed: bool):
+    """The projector that was asked for, or, where one is `needed`, that lies beside the model or in its repository; otherwise None, and one
+    that lies there is mentioned. `asked`: the model as it was named, `path`: where it is. Raises Failure.
     """
     import refimpl
+    from refimpl.loading import hub
     from refimpl.loading.projector import projectors_beside
 
     if mmproj == "none":
@@ -44,6 +45,8 @@ def projector_of(m, path: Path | None, mmproj: str | None, needed: bool):
         return None
     if mmproj is None:
         found = projectors_beside(path)
+        if not found and asked is not None and hub.is_remote(asked):
+            found = [hub.projector_of(asked)]
         if not found:
             raise Failure(f"{m.file.path}: pictures and sounds need the model's projector, and there is none beside it; give it with "
                           "--mmproj")

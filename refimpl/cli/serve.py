@@ -23,6 +23,7 @@ from refimpl.cli.app import (
     fetched,
     load,
     n_bytes,
+    named,
 )
 from refimpl.cli.chat import CacheDir, CacheRead, folder_of
 from refimpl.cli.senses import Mmproj, projector_of
@@ -73,7 +74,7 @@ def serve(
     path = fetched(model, positional)
     m = load(path, "kernels", arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
     drafting = drafting_of(m, path, draft, draft_max, 0.0, draft_head)
-    projector = projector_of(m, path, mmproj, needed=False)
+    projector = projector_of(m, path, named(model, positional), mmproj, needed=False)
     n_ctx = min(m.config.n_ctx, CONTEXT if ctx is None else ctx)
     snapshots = None if folder is None else Snapshots(folder, m, limit, lambda note: errors.print(f"note: {note}"))
     prefixes = Prefixes(m, available() // 2 if ram is None else ram, snapshots)

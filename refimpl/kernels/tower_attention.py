@@ -1,13 +1,12 @@
 """Attention of the towers: every patch of an image sees all others, a frame of sound the latest dozen.
 
-The first is two products, head by head, with keys and values in tiles like the weights of a matrix, for some hundred queries at a time: all
-scores of all queries would not fit into memory. The second has all scores of a query in one vector.
+The first is two products for some queries of a head at a time: all scores of all queries would not fit into memory. Keys lie in tiles, like
+the weights of a matrix. The second has all scores of a query in one vector.
 """
 
 import numpy as np
 from numba import prange
 
-from refimpl.formats.matrix import Matrix
 from refimpl.kernels.cores.threads import current, threads_for
 from refimpl.kernels.machine.checks import mismatch
 from refimpl.kernels.machine.intrinsics import (
@@ -28,70 +27,164 @@ from refimpl.kernels.machine.intrinsics import (
     sub_f32,
     sum_f32,
 )
-from refimpl.kernels.machine.isa import LANES
-from refimpl.kernels.machine.jit import inline, kernel
-from refimpl.kernels.machine.tiles import Tiles, tiled
+from refimpl.kernels.machine.isa import ISA, LANES
+from refimpl.kernels.machine.jit import inline, kernel, per_row
+from refimpl.kernels.machine.pieces import next_piece, share_end, shares
 from refimpl.kernels.machine.vecmath import exp16, tanh16
-from refimpl.kernels.matmul import matmul
 
-TOGETHER = 256          # queries whose scores are in memory
+QUERIES = 24            # of a head, whose scores a thread holds; a multiple of ROWS
+# queries that share what is loaded of keys and values: their sums, of 16 lanes each, stay in registers
+ROWS = 8 if ISA == "avx512" else 6 if ISA == "avx2" or ISA == "avxvnni" else 4
+ROW_NUMBERS = tuple(range(ROWS))
 ZERO, ONE, NEVER = np.float32(0), np.float32(1), np.float32(-np.inf)
 
 
+# ---- all rows see all rows
+
 def attend_all(q_TNH: np.ndarray, k_TNH: np.ndarray, v_TNH: np.ndarray) -> np.ndarray:
     """softmax(q k) v over all T rows, float32 (T, N, H); scores are not scaled. transformers: Gemma4VisionAttention."""
-    if any(a.dtype != np.float32 or a.ndim != 3 or a.shape != q_TNH.shape for a in (q_TNH, k_TNH, v_TNH)):
-        raise mismatch(q_TNH, k_TNH, v_TNH)
-    out_TNH = np.empty_like(q_TNH)
-    for n in range(q_TNH.shape[1]):
-        k_SH, v_HS = _tiles(k_TNH[:, n]), _tiles(v_TNH[:, n].T)
-        for first in range(0, len(q_TNH), TOGETHER):
-            rows = slice(first, first + TOGETHER)
-            weight_TS = matmul(np.ascontiguousarray(q_TNH[rows, n]), k_SH)
-            softmax_rows(weight_TS, threads_for(weight_TS.size))
-            out_TNH[rows, n] = matmul(weight_TS, v_HS)
+    arrays = q_TNH, k_TNH, v_TNH
+    if any(a.dtype != np.float32 or a.ndim != 3 or a.shape != q_TNH.shape for a in arrays):
+        raise mismatch(*arrays)
+    out_TNH, (n_tok, n_head, width) = np.empty(q_TNH.shape, np.float32), q_TNH.shape
+    if out_TNH.size:
+        n, tiles, parts = current(), -(-n_tok // LANES), -(-width // LANES)
+        key_NGHR, value_NPTR = np.empty((n_head, tiles, width, LANES), np.float32), np.empty((n_head, parts, n_tok, LANES), np.float32)
+        arrays = [np.ascontiguousarray(a) for a in arrays]
+        lay_out(*arrays[1:], key_NGHR, value_NPTR, n)
+        score_NGQR, query_NQH = np.empty((n, tiles, QUERIES, LANES), np.float32), np.empty((n, QUERIES, width), np.float32)
+        head_rows(arrays[0], key_NGHR, value_NPTR, score_NGQR, query_NQH, out_TNH, n)
     return out_TNH
 
 
-def _tiles(x_OD: np.ndarray) -> Tiles:
-    x_OD = np.ascontiguousarray(x_OD)
-    return tiled(Matrix(x_OD.view(np.uint8), "F32"), current())
+@kernel(parallel=True)
+def lay_out(k_TNH, v_TNH, key_NGHR, value_NPTR, n):
+    """Keys in tiles of 16 rows, column after column, padded with zeros; values in parts of 16 columns, row after row, padded too."""
+    n_tok, n_head, width = k_TNH.shape
+    n_tiles, n_parts = key_NGHR.shape[1], value_NPTR.shape[1]
+    for part in prange(n):
+        thread = np.int64(part)
+        for head in range(thread * n_head // n, (thread + 1) * n_head // n):
+            for tile in range(n_tiles):
+                for h in range(width):
+                    for lane in range(LANES):
+                        t = LANES * tile + lane
+                        key_NGHR[head, tile, h, lane] = k_TNH[t, head, h] if t < n_tok else ZERO
+            for p in range(n_parts):
+                for t in range(n_tok):
+                    for lane in range(LANES):
+                        h = LANES * p + lane
+                        value_NPTR[head, p, t, lane] = v_TNH[t, head, h] if h < width else ZERO
 
+
+@per_row
+def _add_product(vector, number, total):
+    """Adds a vector times the number at an address."""
+    return fma(vector, splat_f32_from(number), total)
+
+
+@per_row
+def _zero(i):
+    return splat_f32(ZERO)
+
+
+@per_row
+def _along(place, n_bytes):
+    return at(place, n_bytes)
+
+
+@inline
+def _from(place, step):
+    """The addresses of ROWS rows, `step` bytes apart."""
+    return _along(place, _times(step, ROW_NUMBERS))
+
+
+@per_row
+def _times(step, i):
+    return step * i
+
+
+@inline
+def _score_part(queries, keys, n_tok, width, scores):
+    """The scores of QUERIES queries for all keys: of the first 16 keys for each query, then of the next 16; beyond the last: NEVER."""
+    for tile in range(0, n_tok, LANES):
+        for first in range(0, QUERIES, ROWS):
+            total, q = _zero(ROW_NUMBERS), _from(at(queries, 4 * width * first), 4 * width)
+            for h in range(width):
+                total = _add_product(load_f32(at(keys, 4 * (width * tile + LANES * h))), _along(q, 4 * h), total)
+            for i in range(ROWS):
+                to = at(scores, 4 * (QUERIES * tile + LANES * (first + i)))
+                store_f32(to, total[i])
+                if tile + LANES > n_tok:
+                    here = n_tok - tile
+                    store_f32_part(at(to, 4 * here), splat_f32(NEVER), LANES - here)
+
+
+@inline
+def _softmax_part(scores, n_tok):
+    """The softmax of QUERIES rows, in their place. A sum has 16 lanes, column modulo 16."""
+    for i in range(QUERIES):
+        row, largest, total = at(scores, 4 * LANES * i), splat_f32(NEVER), splat_f32(ZERO)
+        for tile in range(0, n_tok, LANES):
+            largest = max_f32(largest, load_f32(at(row, 4 * QUERIES * tile)))
+        shift = splat_f32(largest_f32(largest))
+        for tile in range(0, n_tok, LANES):
+            place = at(row, 4 * QUERIES * tile)
+            weight = exp16(sub_f32(load_f32(place), shift))
+            store_f32(place, weight)
+            total = add_f32(total, weight)
+        factor = splat_f32(ONE / sum_f32(total))
+        for tile in range(0, n_tok, LANES):
+            place = at(row, 4 * QUERIES * tile)
+            store_f32(place, mul_f32(load_f32(place), factor))
+
+
+@inline
+def _average_part(weights, values, n_tok, width, row_bytes, n_rows, out):
+    """The averages of all values by the weights of n_rows rows."""
+    for h in range(0, width, LANES):
+        column = at(values, 4 * n_tok * h)
+        for first in range(0, QUERIES, ROWS):
+            total = _zero(ROW_NUMBERS)
+            for tile in range(0, n_tok, LANES):
+                w = _from(at(weights, 4 * (QUERIES * tile + LANES * first)), 4 * LANES)
+                for lane in range(min(LANES, n_tok - tile)):
+                    total = _add_product(load_f32(at(column, 4 * LANES * (tile + lane))), _along(w, 4 * lane), total)
+            for i in range(ROWS):
+                if first + i < n_rows:
+                    store_f32_part(at(out, row_bytes * (first + i) + 4 * h), total[i], min(LANES, width - h))
+
+
+@kernel(parallel=True)
+def head_rows(q_TNH, key_NGHR, value_NPTR, score_NGQR, query_NQH, out_TNH, n):
+    """`attend_all` on n threads, QUERIES rows of a head after the other."""
+    n_tok, n_head, width = q_TNH.shape
+    n_blocks = (n_tok + QUERIES - 1) // QUERIES
+    next_NL = shares(n_head * n_blocks, n)
+    for part in prange(n):
+        thread = np.int64(part)
+        scores, queries = at(address(score_NGQR), score_NGQR[0].nbytes * thread), at(address(query_NQH), query_NQH[0].nbytes * thread)
+        for turn in range(n):
+            owner = (thread + turn) % n
+            end, piece = share_end(n_head * n_blocks, n, owner), next_piece(next_NL, owner, 1)
+            while piece < end:
+                head, first = piece // n_blocks, piece % n_blocks * QUERIES
+                for i in range(QUERIES):                    # beyond the last row: that one again
+                    for h in range(width):
+                        query_NQH[thread, i, h] = q_TNH[min(first + i, n_tok - 1), head, h]
+                keys, values = at(address(key_NGHR), key_NGHR[0].nbytes * head), at(address(value_NPTR), value_NPTR[0].nbytes * head)
+                _score_part(queries, keys, n_tok, width, scores)
+                _softmax_part(scores, n_tok)
+                _average_part(scores, values, n_tok, width, 4 * n_head * width, min(QUERIES, n_tok - first),
+                              at(address(out_TNH), 4 * width * (n_head * first + head)))
+                piece = next_piece(next_NL, owner, 1)
+
+
+# ---- a row sees the latest ones
 
 @inline
 def _load(pointer, n):
     return load_f32(pointer) if n == LANES else load_f32_part(pointer, n)
-
-
-@inline
-def _softmax_part(rows, width, first, end):
-    """Rows first..end-1. A sum has 16 lanes, column modulo 16."""
-    for t in range(first, end):
-        row, largest, total = at(rows, 4 * width * t), splat_f32(NEVER), splat_f32(ZERO)
-        whole = width // LANES * LANES
-        for c in range(0, whole, LANES):
-            largest = max_f32(largest, load_f32(at(row, 4 * c)))
-        for c in range(whole, width):
-            largest = max_f32(largest, splat_f32_from(at(row, 4 * c)))
-        shift = splat_f32(largest_f32(largest))
-        for c in range(0, width, LANES):
-            here = min(LANES, width - c)
-            weight = exp16(sub_f32(_load(at(row, 4 * c), here), shift))
-            store_f32_part(at(row, 4 * c), weight, here)
-            total = add_f32(total, _load(at(row, 4 * c), here))
-        factor = splat_f32(ONE / sum_f32(total))
-        for c in range(0, width, LANES):
-            here = min(LANES, width - c)
-            store_f32_part(at(row, 4 * c), mul_f32(_load(at(row, 4 * c), here), factor), here)
-
-
-@kernel(parallel=True)
-def softmax_rows(x_TS, n):
-    """The softmax of each row, in its place, on n threads."""
-    rows, (n_rows, width) = address(x_TS), x_TS.shape
-    for part in prange(n):
-        thread = np.int64(part)
-        _softmax_part(rows, width, thread * n_rows // n, (thread + 1) * n_rows // n)
 
 
 def attend_band(q_TNH: np.ndarray, k_TNH: np.ndarray, v_TNH: np.ndarray, relative_SNH: np.ndarray, cap: float) -> np.ndarray:

@@ -6,8 +6,8 @@
     hf:google/gemma-4-E4B-it-assistant@main         a repository without GGUF: the folder with config.json and safetensors
 
 With several GGUF files and no type: Q4_0 where the repository's name says qat, else Q4_K_M, and a refusal that lists them where that does
-not leave exactly one. Drafters and image parts (mmproj, mtp, assistant, imatrix in the name) do not count, unless a drafter is asked for or
-there is nothing else. A local file whose name starts with hf: is ./hf:name.
+not leave exactly one. Drafters and image parts (mmproj, mtp, assistant, imatrix in the name) do not count, unless one is asked for or there
+is nothing else; of several projectors the BF16 one is taken, then F16. A local file whose name starts with hf: is ./hf:name.
 
 Files are in huggingface_hub's own cache, shared with other programs, and its environment variables apply (HF_HOME, HF_TOKEN,
 HF_HUB_OFFLINE, HF_ENDPOINT). It resumes a download that breaks off while it runs (a stopped one starts again), and compares sizes. Whether
@@ -61,8 +61,9 @@ def is_remote(path: str | os.PathLike) -> bool:
     return os.fspath(path).startswith(PREFIX)
 
 
-def local(path: str | os.PathLike, drafter: bool = False) -> Path:
-    """The file or folder that `path` names, downloaded first if it starts with `hf:`. For a drafter, files named like one come first.
+def local(path: str | os.PathLike, role: str = "model") -> Path:
+    """The file or folder that `path` names, downloaded first if it starts with `hf:`. For a "drafter", files named like one come first; a
+    "projector" must be named like one.
 
     Raises HubError if it cannot be downloaded; nothing incomplete or wrong stays in the cache. Raises GGUFError for a path that does not
     exist and looks like a repository or its address.
@@ -78,10 +79,17 @@ def local(path: str | os.PathLike, drafter: bool = False) -> Path:
     if asked is None:
         raise HubError(f"{spec}: expected hf:owner/name, hf:owner/name:type or hf:owner/name:file.gguf, with @revision after the name")
     listing = _list(spec, asked["repo"], asked["revision"] or "main")
-    names = chosen(spec, list(listing.files), asked["what"], drafter, "the repository" if listing.folder is None else "the cache")
+    names = chosen(spec, list(listing.files), asked["what"], role, "the repository" if listing.folder is None else "the cache")
     _refuse_a_full_disk(spec, listing, names)
     paths = [_fetch(spec, listing, listing.files[name]) for name in names]
     return paths[0] if names[0].lower().endswith(".gguf") else paths[names.index("config.json")].parent
+
+
+def projector_of(spec: str) -> Path:
+    """The projector in the repository of a model `hf:...`, downloaded; the repository itself where it has no GGUF. Raises as `local`."""
+    asked = SPEC.fullmatch(spec)
+    revision = f"@{asked['revision']}" if asked["revision"] else ""
+    return local(f"{PREFIX}{asked['repo']}{revision}", "projector")
 
 
 def near_miss(path: str | os.PathLike) -> str | None:

@@ -5,6 +5,9 @@ import re
 PART = re.compile(r"(?P<start>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 DRAFTER = re.compile(r"mtp|assistant", re.IGNORECASE)
+PROJECTOR = re.compile(r"mmproj", re.IGNORECASE)
+ROLES = ("model", "drafter", "projector")
+PREFERRED = {"projector": ("BF16", "F16", "F32", "Q8_0")}       # the type of the weights as they were published first
 DIRECTORY = re.compile(r"[^/]+\.(json|safetensors)|(chat_template|tokenizer)[^/]*")     # of a repository without GGUF: the files needed
 
 
@@ -12,10 +15,11 @@ class HubError(OSError):
     """A model that cannot be downloaded. One line: what was asked for, what is wrong, what helps."""
 
 
-def chosen(spec: str, names: list[str], what: str | None, drafter: bool, place: str) -> list[str]:
+def chosen(spec: str, names: list[str], what: str | None, role: str, place: str) -> list[str]:
     """The files to fetch, of `names`: all parts of a GGUF file, the first one first, or what a folder needs.
 
-    `what`: the type or file after the colon; `place`: where these files are, for messages. Raises HubError for none or several.
+    `what`: the type or file after the colon; `role`: one of ROLES; `place`: where these files are, for messages. Raises HubError for none
+    or several.
     """
     models = sorted(name for name in names if name.lower().endswith(".gguf") and _part(name)[0] == 1)
     if what is not None and what.lower().endswith(".gguf"):
@@ -29,21 +33,29 @@ def chosen(spec: str, names: list[str], what: str | None, drafter: bool, place: 
             raise HubError(f"{spec}: no GGUF file in {place}" + (
                 "" if what is not None else ", and no config.json with safetensors either"))
         return needed
-    found = _of_type(_counted(models, drafter), what) if what is not None else _counted(models, drafter)
-    if what is not None and not found:
+    found = candidates = _counted(models, role)
+    if not candidates:
+        raise HubError(f"{spec}: no projector (mmproj) in {place}; {_shown(models)}")
+    if what is not None:
+        found = _of_type(candidates, what)
+    elif len(candidates) > 1:
+        preferred = PREFERRED.get(role, ("Q4_0" if "qat" in spec.lower() else "Q4_K_M",))
+        found = next((of_type for wanted in preferred if len(of_type := _of_type(candidates, wanted)) == 1), candidates)
+    if not found:
         raise HubError(f"{spec}: no GGUF file of type {what} in {place}; {_shown(models)}")
-    if what is None and len(found) > 1:
-        preferred = _of_type(found, "Q4_0" if "qat" in spec.lower() else "Q4_K_M")
-        found = preferred if len(preferred) == 1 else found
     if len(found) > 1:
         raise HubError(f"{spec}: {place} has several; name one after a colon: {_shown(found)}")
     return _all_parts(spec, found[0], names, place)
 
 
-def _counted(models: list[str], drafter: bool) -> list[str]:
-    """Without files that are no language model, and drafters only if one is wanted; if nothing is left, all of them."""
+def _counted(models: list[str], role: str) -> list[str]:
+    """Projectors where one is wanted. Else without files that are no language model, and drafters only if one is wanted; if nothing is left,
+    all of them.
+    """
+    if role == "projector":
+        return [name for name in models if PROJECTOR.search(_base(name))]
     candidates = [name for name in models if not NO_MODEL.search(_base(name))] or models
-    return [name for name in candidates if bool(DRAFTER.search(_base(name))) == drafter] or candidates
+    return [name for name in candidates if bool(DRAFTER.search(_base(name))) == (role == "drafter")] or candidates
 
 
 def _of_type(models: list[str], wanted: str) -> list[str]:

@@ -128,9 +128,10 @@ class Projector:
         if isinstance(part, Audio):
             [frames_TM] = self.given(part)
             n = -(-len(frames_TM) // self.frames_per_token)
-            return SoftTokens(digest, n, False, lambda: self._once(digest, lambda: self.audio_tokens(frames_TM)))
+            return SoftTokens(digest, n, False, lambda look: self._once(digest, lambda: self.audio_tokens(frames_TM, look)))
         n = n_tokens(*part.rgb_HWC.shape[:2], part.tokens, *self.squares)
-        return SoftTokens(digest, n, self.target.config.looks_ahead_in_images, lambda: self._once(digest, lambda: self.image(part)))
+        return SoftTokens(digest, n, self.target.config.looks_ahead_in_images,
+                          lambda look: self._once(digest, lambda: self.image_tokens(*self.given(part), look)))
 
     def _refuse_unless_it_takes(self, part: Image | Audio):
         tower, verb = (self.config.vision, "see") if isinstance(part, Image) else (self.config.audio, "hear")
@@ -201,7 +202,7 @@ def load_projector(path: str | os.PathLike | None, target: Model | None = None, 
                    arithmetic: str | None = None, threads: int | None = None, cache_disk: int = CACHE_DISK,
                    progress: Progress = silent) -> Projector:
     """Loads a projector: a GGUF file (mmproj), a model's Hugging Face directory, or `hf:owner/name:file`, which is downloaded first;
-    without a path, that of the built-in model.
+    without a path, that of the built-in model. A repository without a file is enough where it has a projector.
 
     target      the text model that takes the soft tokens; None for a projector on its own
     backend, arithmetic, threads    as in `load`; those of the target for None
@@ -210,7 +211,7 @@ def load_projector(path: str | os.PathLike | None, target: Model | None = None, 
     arguments.
     """
     functions = _functions(target, backend, arithmetic, threads)
-    file = open_projector(BUILT_IN_PROJECTOR if path is None else local(path))
+    file = open_projector(BUILT_IN_PROJECTOR if path is None else local(path, "projector"))
     config = projector_config_from_gguf(file)
     if target is not None and config.n_out != target.config.n_embd:
         raise GGUFError(file.path, None, f"soft tokens are {config.n_out} wide, {target.name} takes {target.config.n_embd}: this projector "

@@ -14,6 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
+from refimpl.model.tap import Look, no_tap
+
 
 @dataclass(frozen=True)
 class SoftTokens:
@@ -22,13 +24,14 @@ class SoftTokens:
     digest    SHA-256 of all that they are made of
     n         how many there are
     together  they see each other in sliding layers
-    make      computes them, float32 (n, D); called when the first of them is read, so never for what is known already
+    make      computes them, float32 (n, D), with a look at values on the way; called when the first of them is read, so never for what is
+              known already
     """
 
     digest: bytes
     n: int
     together: bool
-    make: Callable[[], np.ndarray]
+    make: Callable[[Look], np.ndarray]
 
     @cached_property
     def ids(self) -> list[int]:
@@ -39,7 +42,20 @@ class SoftTokens:
     @cached_property
     def x_TD(self) -> np.ndarray:
         """The rows as they enter the text model: they are not scaled there."""
-        x_TD = self.make()
+        return self._made(no_tap)
+
+    @property
+    def known(self) -> bool:
+        """Have they been computed?"""
+        return "x_TD" in self.__dict__
+
+    def compute(self, look: Look):
+        """Computes them now, unless that has been done."""
+        if not self.known:
+            self.__dict__["x_TD"] = self._made(look)
+
+    def _made(self, look: Look) -> np.ndarray:
+        x_TD = self.make(look)
         if len(x_TD) != self.n:
             raise ValueError(f"{len(x_TD)} soft tokens were made, {self.n} expected")
         return x_TD
@@ -65,6 +81,13 @@ class Soft:
             part, row = self.place[int(ids_T[t])]
             x_TD[t] = part.x_TD[row]
         return x_TD
+
+    def unknown(self, ids: Sequence[int]) -> tuple[int, SoftTokens | None]:
+        """How many of these ids can be read before something has to be computed, and what that is: None where nothing has to."""
+        for n, i in enumerate(ids):
+            if i < 0 and not (part := self.place[i][0]).known:
+                return n, part
+        return len(ids), None
 
     def ends(self, ids_T: np.ndarray, pos_T: np.ndarray) -> np.ndarray:
         """Where the view of each row of one sequence ends in a sliding layer: behind itself, or behind the picture that it belongs to.

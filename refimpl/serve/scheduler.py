@@ -1,11 +1,13 @@
 """Which rows are computed when: continuous batching (Yu et al. 2022, "Orca", section 3.1) over one forward pass.
 
 Every call takes all answers that are being written one step further, and reads of the prompts that are being read as much as keeps the
-writers from waiting long. It decides about time and memory only: nothing here can change a bit of an answer (decode/run.py).
+writers from waiting long. Between calls a picture or sound that somebody has to read is computed, in slices (slices.py). It decides about
+time and memory only: nothing here can change a bit of an answer (decode/run.py).
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -18,9 +20,12 @@ from refimpl.decode.generate import make_room
 from refimpl.decode.prefixes import Prefixes, n_common
 from refimpl.decode.request import Done, Event, Failed, Reading, Request, Stats
 from refimpl.decode.run import Run, check_prompt, step
+from refimpl.kernels.cores.threads import layer
 from refimpl.loading.model import CHUNK, Model
 from refimpl.model.blocks import BLOCK
 from refimpl.model.cache import cache_bytes
+from refimpl.model.soft import SoftTokens
+from refimpl.serve.slices import Sliced
 
 FEWEST = 8              # tokens of a prompt that are read beside answers, however slow the machine is
 
@@ -100,6 +105,7 @@ class Scheduler:
         self.waiting: deque[Ticket] = deque()
         self.costs, self._draft_max, self._number = Costs(), draft_max, 0
         self._lengths: dict[int, DraftLength] = {}
+        self._sliced: tuple[SoftTokens, Sliced] | None = None   # what is being computed
         self._took: deque[float] = deque(maxlen=N_TIMINGS)      # seconds that answers took, from place to end
 
     def submit(self, request: Request, tell: Callable[[Event], None]) -> Ticket:
@@ -125,14 +131,17 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def step(self) -> bool:
-        """One call of the forward pass. False where there is nothing to do."""
+        """One call of the forward pass, after a slice of a picture where somebody has to read one. False where there is nothing to do."""
         for ticket in [ticket for ticket in (*self.running, *self.waiting) if ticket.gone]:
             self._end(ticket)
         self._keep_within_memory()
         self._admit()
         if not self.running:
             return False
+        self._compute_soft_tokens()
         part = self._part()
+        if not part:
+            return True
         runs = [ticket.run for ticket, _ in part]
         n_read = sum(n for _, n in part)
         started = time.perf_counter()
@@ -155,16 +164,52 @@ class Scheduler:
         """Ends everything; what has been read and written is remembered."""
         for ticket in (*self.running, *self.waiting):
             self._end(ticket)
+        self._drop_slices()
 
     # ---- what is computed
+
+    def _compute_soft_tokens(self):
+        """A slice of what the first one that reads has to read next, short enough for those that write. (Numba's layer "workqueue" computes
+        one thing at a time, from its beginning to its end.)
+        """
+        pending = [(ticket, part) for ticket in self.running if (part := self._next(ticket, CHUNK)[1]) is not None]
+        if self._sliced is not None and all(part is not self._sliced[0] for _, part in pending):
+            self._drop_slices()                 # nobody wants it any more
+        if not pending:
+            return
+        if self._sliced is None:
+            part = pending[0][1]
+            self._sliced = part, Sliced(lambda pause: part.compute(lambda name, value: pause()))
+        n_writing = sum(not ticket.run.reading for ticket in self.running)
+        seconds = math.inf if layer() == "workqueue" else self.latency - (self.costs.alone(n_writing) if n_writing else 0)
+        part, sliced = self._sliced
+        try:
+            ended = sliced.go_on(seconds)
+        except Exception as error:
+            ended = True
+            for ticket, its in pending:
+                if its is part:
+                    self._fail(ticket, error)
+        if ended:
+            self._sliced = None
+
+    def _drop_slices(self):
+        if self._sliced is not None:
+            self._sliced[1].drop()
+            self._sliced = None
+
+    def _next(self, ticket: Ticket, most: int) -> tuple[int, SoftTokens | None]:
+        """How many tokens of its prompt can be read, at most so many, and what has to be computed before the one behind them."""
+        run = ticket.run
+        n = min(most, run.n_unread)
+        return ticket.request.soft.unknown(run.ids[run.cache.length:run.cache.length + n])
 
     def _part(self) -> list[tuple[Ticket, int]]:
         """Who takes part in the next call, and how many tokens of its prompt each reads: 0 for those that write."""
         writing = [ticket for ticket in self.running if not ticket.run.reading]
         left, part = self.costs.n_rows(len(writing), self.latency), [(ticket, 0) for ticket in writing]
         for ticket in self.running:
-            if ticket.run.reading and left > 0:
-                n = min(left, ticket.run.n_unread)
+            if ticket.run.reading and left > 0 and (n := self._next(ticket, left)[0]):
                 part.append((ticket, n))
                 left -= n
         return part

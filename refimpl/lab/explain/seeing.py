@@ -78,7 +78,7 @@ def next_probabilities(model: Model, projector: Projector, parts: Sequence[Part]
 def chance_of(model: Model, soft_TD: np.ndarray, ids: Sequence[int], token: int) -> float:
     """The probability of `token` behind `ids`, whose negative ones stand for the rows of `soft_TD`."""
     together = model.config.looks_ahead_in_images
-    part = SoftTokens(sha256(soft_TD.tobytes()).digest(), len(soft_TD), together, soft_TD.copy)
+    part = SoftTokens(sha256(soft_TD.tobytes()).digest(), len(soft_TD), together, lambda look: soft_TD.copy())
     rows, soft = iter(part.ids), Soft([part])
     own = [next(rows) if i < 0 else i for i in ids]
     return float(softmax(model.head(model.prefill(own, model.new_cache(), soft=soft)[-1:])[0].astype(np.float64))[token])

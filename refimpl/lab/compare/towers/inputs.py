@@ -53,7 +53,7 @@ class TowerInput:
         for name, array in zip(GIVEN[self.tower], given):
             tap(name, array)
         x_TD = self.projector.image_tokens(*given, tap) if self.tower == "image" else self.projector.audio_tokens(*given, tap)
-        return SoftTokens(hashlib.sha256(self.name.encode()).digest(), len(x_TD), self.together, lambda: x_TD)
+        return SoftTokens(hashlib.sha256(self.name.encode()).digest(), len(x_TD), self.together, lambda look: x_TD)
 
     def cropped(self) -> "TowerInput":
         """A piece of it, which has the same rounding errors and takes less time: the upper left of a picture, the beginning of a sound."""
