@@ -103,6 +103,7 @@ def ops_cases():
         yield f"layer_norm {width}", ops.layer_norm, (x, weight, normal(rng, width), 1e-5)
         yield f"silu {width}", ops.silu, (x,)
         yield f"glu {width}", ops.glu, (normal(rng, 3, 2 * width, scale=4),)
+        yield f"limit {width}", ops.limit, (x, -0.7, 1.3)
     for n_tok, n_head, head_dim in ((1, 1, 2), (3, 2, 10), (2, 3, 34), (9, 4, 64)):
         yield f"rotate {head_dim}", ops.rotate, (normal(rng, n_tok, n_head, head_dim), *angles(rng, n_tok, head_dim // 2))
     yield "rms_norm heads", ops.rms_norm, (normal(rng, 5, 2, 256), normal(rng, 256), 1e-6)

@@ -158,6 +158,7 @@ TABLE = {
     "softcap": (ops_case, "softcap", 40 * rows(3, 50), 30.0),
     "layer_norm": (ops_case, "layer_norm", X3 + np.float32(2), rows(1, 33)[0], rows(1, 33, seed=3)[0], 1e-5),
     "silu": (ops_case, "silu", 40 * X3), "glu": (ops_case, "glu", 40 * rows(5, 34)),
+    "limit": (ops_case, "limit", 40 * X3, -7.3, 11.1),
     "attend_all": (all_case, 70, 2, 24), "attend_all one": (all_case, 1, 1, 16),
     "attend_band": (band_case, 9, 2, 24, 5), "attend_band one": (band_case, 1, 1, 16, 12),
     "attend_band whole vector": (band_case, 40, 3, 7, 16),
@@ -239,7 +240,7 @@ SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1
          "run_experts q8 Q4_0 Q4_0 1 tokens", "matmul_chosen q8 Q4_0 1 rows", "matmul_chosen exact Q6_K 1 rows",
          "route", "route more than 16", "attend window", "attend half", "attend full", "rms_norm", "rms_norm of one",
          "rms_normalise", "gated", "rotate", "softcap",
-         "layer_norm", "silu", "glu", "attend_all one", "attend_band", "attend_band one")
+         "layer_norm", "silu", "glu", "limit", "attend_all one", "attend_band", "attend_band one")
 
 
 def test_compiled_and_as_plain_python():

@@ -73,6 +73,17 @@ def test_a_file_can_be_converted_again(tmp_path, folders):
     assert (tmp_path / "True.gguf").read_bytes() == (tmp_path / "False.gguf").read_bytes() == (tmp_path / "q8.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["small", "unified"])
+def test_rounded_on_loading_is_the_file_that_a_converter_rounds(tmp_path, folders, kind):
+    convert(folders[kind], tmp_path / "q8.gguf", "Q8_0", projector=True)
+    for options in ({"backend": "reference"}, {"arithmetic": "exact"}, {"arithmetic": "q8"}):
+        a, b, stored = (load_projector(path, weights=weights, **options) for path, weights in (
+            (folders[kind], "Q8_0"), (tmp_path / "q8.gguf", "stored"), (folders[kind], "stored")))
+        assert all(map(np.array_equal, asked(a), asked(b))) and not all(map(np.array_equal, asked(a), asked(stored)))
+    with pytest.raises(ValueError, match="expected 'stored' or 'Q8_0'"):
+        load_projector(folders[kind], weights="q4")
+
+
 def test_on_the_command_line(tmp_path, folders):
     status, out, err = run("convert", folders["large"], "--mmproj", "-o", tmp_path / "m.gguf", "--type", "q8_0", "--json")
     assert status == 0 and json.loads(out)["types"].keys() == {"F32", "F16", "Q8_0"}, err

@@ -37,7 +37,7 @@ from refimpl.cli.app import (
     named,
 )
 from refimpl.cli.run import read_prompt, refuse_without_template
-from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.cli.senses import Images, ImageTokens, Mmproj, MmprojQ8, Sounds, opened, projector_of
 from refimpl.media.patches import TOKENS
 
 CacheRam = Annotated[str | None, typer.Option("--cache-ram", metavar="SIZE", show_default=False, help="memory for what has been read and "
@@ -56,7 +56,7 @@ def chat(
     model: ModelPath = None,
     system: Annotated[str | None, typer.Option("--system", "-sys", "--system-prompt", help="instruction before the conversation")] = None,
     think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
-    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
+    mmproj: Mmproj = None, mmproj_q8: MmprojQ8 = False, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
     session: SessionName = None, predict: NewTokens = -1,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
@@ -87,7 +87,7 @@ def chat(
         if only_continues and predict < 0:          # it does not know when to stop
             predict = CONTINUED
         drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-        projector = projector_of(m, model, asked, mmproj, bool(seen) or has_parts(earlier))
+        projector = projector_of(m, model, asked, mmproj, bool(seen) or has_parts(earlier), mmproj_q8)
         sampling = {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         said = Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, projector=projector, thinking=think, cache_ram=budget,
                        cache_dir=folder, cache_disk=limit)

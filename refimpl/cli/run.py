@@ -39,7 +39,7 @@ from refimpl.cli.app import (
     named,
     write,
 )
-from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.cli.senses import Images, ImageTokens, Mmproj, MmprojQ8, Sounds, opened, projector_of
 from refimpl.media.patches import TOKENS
 from refimpl.text.prompt import Encoded, encode_messages, encode_prompt
 
@@ -54,7 +54,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message: apply the file's chat template")] = False,
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
     special: Annotated[bool, typer.Option("--special", help="parse special tokens in the prompt, and show them in the text")] = False,
-    mmproj: Mmproj = None, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
+    mmproj: Mmproj = None, mmproj_q8: MmprojQ8 = False, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,
@@ -75,7 +75,7 @@ def generate(
     if chat:
         refuse_without_template(m)
     drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-    projector = projector_of(m, model, asked, mmproj, needed=True) if seen else None
+    projector = projector_of(m, model, asked, mmproj, needed=True, q8=mmproj_q8) if seen else None
     if chat:
         said = encode_messages(m.tokenizer, m.file.metadata["tokenizer.chat_template"], [{"role": "user", "content": [*seen, text]}],
                                projector, thinking=think)

@@ -12,6 +12,8 @@ from refimpl.media.source import MediaError
 
 Mmproj = Annotated[str | None, typer.Option("--mmproj", "-mm", metavar="FILE", show_default=False, help="the model's projector, for "
                                             "pictures and sounds: GGUF file, directory or hf:... (default: the one that lies beside it)")]
+MmprojQ8 = Annotated[bool, typer.Option("--mmproj-q8", help="round the projector's matrices to Q8_0: half the memory of BF16, and faster "
+                                        "with AVX-512; soft tokens differ by about a percent")]
 Images = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", show_default=False, help="a picture before the prompt; "
                                                    "may be given several times")]
 Sounds = Annotated[list[Path] | None, typer.Option("--audio", metavar="FILE", show_default=False, help="a sound before the prompt (WAV, "
@@ -29,7 +31,7 @@ def opened(images: list[Path] | None, sounds: list[Path] | None, n_tokens: int) 
         raise Failure(str(e)) from None
 
 
-def projector_of(m, path: Path | None, asked: str | None, mmproj: str | None, needed: bool):
+def projector_of(m, path: Path | None, asked: str | None, mmproj: str | None, needed: bool, q8: bool = False):
     """The projector that was asked for, or, where one is `needed`, that lies beside the model or in its repository; otherwise None, and one
     that lies there is mentioned. `asked`: the model as it was named, `path`: where it is. Raises Failure.
     """
@@ -55,7 +57,7 @@ def projector_of(m, path: Path | None, asked: str | None, mmproj: str | None, ne
                           "with --mmproj")
         mmproj = str(found[0])
         errors.print(f"note: --mmproj {mmproj}")
-    projector = refimpl.load_projector(mmproj, m, progress=bar)
+    projector = refimpl.load_projector(mmproj, m, weights="Q8_0" if q8 else "stored", progress=bar)
     for note in projector.notes:
         errors.print(f"note: {note}")
     return projector

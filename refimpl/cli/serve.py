@@ -26,7 +26,7 @@ from refimpl.cli.app import (
     named,
 )
 from refimpl.cli.chat import CacheDir, CacheRead, folder_of
-from refimpl.cli.senses import Mmproj, projector_of
+from refimpl.cli.senses import Mmproj, MmprojQ8, projector_of
 
 CONTEXT = 32768         # tokens; the models' own, 131,072 and more, would promise memory that few have
 
@@ -50,7 +50,8 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=1, help="requests that may wait; more get 503")] = 64,
     latency_ms: Annotated[int, typer.Option("--latency-ms", min=1, help="while others write, so much of a new prompt is read at a time "
                                             "that they wait no longer than this")] = 200,
-    mmproj: Mmproj = None, ctx: Context = None, draft: Draft = None, draft_max: DraftMax = "auto", draft_head: DraftHead = None,
+    mmproj: Mmproj = None, mmproj_q8: MmprojQ8 = False,
+    ctx: Context = None, draft: Draft = None, draft_max: DraftMax = "auto", draft_head: DraftHead = None,
     threads: Threads = None, arithmetic: Arithmetic = None,
     cache_disk: CacheDisk = "50G", cache_ram: ServedRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G",
     lock: Lock = False, verbose: Verbose = False,
@@ -74,7 +75,7 @@ def serve(
     path = fetched(model, positional)
     m = load(path, "kernels", arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
     drafting = drafting_of(m, path, draft, draft_max, 0.0, draft_head)
-    projector = projector_of(m, path, named(model, positional), mmproj, needed=False)
+    projector = projector_of(m, path, named(model, positional), mmproj, needed=False, q8=mmproj_q8)
     n_ctx = min(m.config.n_ctx, CONTEXT if ctx is None else ctx)
     snapshots = None if folder is None else Snapshots(folder, m, limit, lambda note: errors.print(f"note: {note}"))
     prefixes = Prefixes(m, available() // 2 if ram is None else ram, snapshots)

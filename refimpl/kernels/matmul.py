@@ -19,6 +19,7 @@ from refimpl.kernels.machine.tile_rows import Activations
 from refimpl.kernels.machine.tiles import Tiles
 from refimpl.kernels.machine.unpack import FORMATS
 
+MOST = 512          # rows of activations at a time: more of them, and what is multiplied by the next tile has left the cache
 TOGETHER = 4        # tiles of a piece, whose results are written together: rows of a large product lie far apart, in different pages
 
 
@@ -39,8 +40,9 @@ def _product(arithmetic: str, x_TD: np.ndarray, w_OD: Tiles) -> np.ndarray:
         raise ValueError(f"expected one matrix, got weights of shape {w_OD.shape}")
     x_TD = float_rows(x_TD, w_OD.shape[1])
     y_TO = np.empty((len(x_TD), w_OD.shape[0]), np.float32)
-    if len(x_TD):
-        multiply(FORMATS[arithmetic][w_OD.type], w_OD.raw[0], x_TD, y_TO, current())
+    for first in range(0, len(x_TD), MOST):
+        rows = slice(first, first + MOST)
+        multiply(FORMATS[arithmetic][w_OD.type], w_OD.raw[0], x_TD[rows], y_TO[rows], current())
     return y_TO
 
 

@@ -18,6 +18,8 @@ from refimpl.kernels.machine.intrinsics import (
     fma,
     load_f32,
     load_f32_part,
+    max_f32,
+    min_f32,
     mul_f32,
     splat_f32,
     sqrt_f32,
@@ -244,6 +246,35 @@ def capped_numbers(x, cap, out, n):
         for part in prange(n):
             thread = np.int64(part)
             _capped_part(a, np.float32(cap), to, thread * size // n, (thread + 1) * size // n)
+
+
+def limit(x: np.ndarray, least: float, most: float) -> np.ndarray:
+    """Numbers below `least` become that, those above `most` that. transformers: Gemma4ClippableLinear."""
+    if x.dtype != np.float32:
+        raise mismatch(x)
+    out = np.empty(x.size, np.float32)
+    limited_numbers(x.ravel(), float(least), float(most), out, threads_for(out.size))
+    return out.reshape(x.shape)
+
+
+@inline
+def _limited_part(x, least, most, out, first, end):
+    low, high = splat_f32(least), splat_f32(most)
+    for i in range(first, end, LANES):
+        n = min(LANES, end - i)
+        _store(at(out, 4 * i), min_f32(max_f32(_load(at(x, 4 * i), n), low), high), n)
+
+
+@kernel(parallel=True)
+def limited_numbers(x, least, most, out, n):
+    """`limit` on n threads."""
+    a, to, size = address(x), address(out), x.size
+    if n == 1:
+        _limited_part(a, np.float32(least), np.float32(most), to, 0, size)
+    else:
+        for part in prange(n):
+            thread = np.int64(part)
+            _limited_part(a, np.float32(least), np.float32(most), to, thread * size // n, (thread + 1) * size // n)
 
 
 # ---- rotation

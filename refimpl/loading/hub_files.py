@@ -49,7 +49,7 @@ def chosen(spec: str, names: list[str], what: str | None, role: str, place: str)
 
 
 def _counted(models: list[str], role: str) -> list[str]:
-    """Projectors where one is wanted. Else without files that are no language model, and drafters only if one is wanted; if nothing is left,
+    """Projectors where one is wanted. Else all but those that are no language model, drafters only if one is wanted; if nothing is left,
     all of them.
     """
     if role == "projector":

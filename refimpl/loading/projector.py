@@ -10,7 +10,8 @@ import numpy as np
 
 from refimpl.formats.gguf import GGUFError
 from refimpl.formats.hashing import sample_hash
-from refimpl.formats.matrix import Matrix
+from refimpl.formats.matrix import Matrix, StoredMatrix
+from refimpl.formats.quants.codecs import quantize
 from refimpl.formats.source import TensorSource, Unchanged
 from refimpl.host import available
 from refimpl.kernels.cores.threads import prepare
@@ -19,6 +20,7 @@ from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
 from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
 from refimpl.loading.towers.directory import open_projector
+from refimpl.loading.towers.names import stays_float32
 from refimpl.media.mel import SUBSAMPLING, mel_frames, raw_frames
 from refimpl.media.parts import Audio, Image
 from refimpl.media.patches import TOKENS, n_tokens, patches, pixels
@@ -29,7 +31,7 @@ from refimpl.model.soft import SoftTokens
 from refimpl.model.tap import Look, no_tap, tap_of
 from refimpl.model.towers import conformer, unified, vision
 from refimpl.model.towers.config import POOL, CellConfig, ProjectorConfig, SoundFrameConfig, VisionConfig, projector_config_from_gguf
-from refimpl.model.towers.weights import ProjectorWeights, projector_weights_from_gguf
+from refimpl.model.towers.weights import FLOATS, ProjectorWeights, projector_weights_from_gguf
 from refimpl.model.weights import prepare_matrices
 from refimpl.progress import Progress, silent
 
@@ -46,10 +48,10 @@ class Projector:
     """
 
     def __init__(self, file: TensorSource, config: ProjectorConfig, weights: ProjectorWeights, backend: Backend, preparing: InMemory,
-                 target: Model | None):
+                 target: Model | None, stored: str = "stored"):
         self.file, self.config, self.weights, self.backend, self.target = file, config, weights, backend, target
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._identity = f"{sample_hash(file.files())} {backend.name} {backend.arithmetic}"
+        self._identity = f"{sample_hash(file.files())} {backend.name} {backend.arithmetic} {stored}"
         self._preparing, self._unchanged = preparing, Unchanged(file.files())
 
     @property
@@ -199,17 +201,20 @@ def _check_image(patches_TP: np.ndarray, pos_T2: np.ndarray, config: VisionConfi
 
 
 def load_projector(path: str | os.PathLike | None, target: Model | None = None, *, backend: str | None = None,
-                   arithmetic: str | None = None, threads: int | None = None, cache_disk: int = CACHE_DISK,
+                   arithmetic: str | None = None, threads: int | None = None, weights: str = "stored", cache_disk: int = CACHE_DISK,
                    progress: Progress = silent) -> Projector:
     """Loads a projector: a GGUF file (mmproj), a model's Hugging Face directory, or `hf:owner/name:file`, which is downloaded first;
     without a path, that of the built-in model. A repository without a file is enough where it has a projector.
 
     target      the text model that takes the soft tokens; None for a projector on its own
     backend, arithmetic, threads    as in `load`; those of the target for None
+    weights     "stored", or "Q8_0": matrices in F32, F16 or BF16 are rounded to that, which halves them, or quarters
 
     Raises GGUFError, with one clear line, for a file that cannot be used or does not fit the target; MemoryRefusal; ValueError for other
     arguments.
     """
+    if weights not in ("stored", "Q8_0"):
+        raise ValueError(f"weights={weights!r}: expected 'stored' or 'Q8_0'")
     functions = _functions(target, backend, arithmetic, threads)
     file = open_projector(BUILT_IN_PROJECTOR if path is None else local(path, "projector"))
     config = projector_config_from_gguf(file)
@@ -217,20 +222,30 @@ def load_projector(path: str | os.PathLike | None, target: Model | None = None, 
         raise GGUFError(file.path, None, f"soft tokens are {config.n_out} wide, {target.name} takes {target.config.n_embd}: this projector "
                         "belongs to another model")
     warn_of_unknown_keys(file.metadata, file.path)
-    weights = projector_weights_from_gguf(file, config)
+    found = projector_weights_from_gguf(file, config)
     kernels, preparing = functions.name == "kernels", InMemory(functions.prepare)
-    if kernels:
-        preparing = preparer(file, products_of(weights), functions.prepare, functions.held,
+    if weights == "Q8_0":
+        found = prepare_matrices(found, _rounded)
+    elif kernels:
+        preparing = preparer(file, products_of(found), functions.prepare, functions.held,
                              cache_disk if target is None else target.cache_disk)
-        preparing.fit(lambda mapped: weight_bytes(weights, functions.held, weights.tables, mapped)[0], available())
-    n_bytes, _ = weight_bytes(weights, functions.held, weights.tables, preparing.mapped)
+        preparing.fit(lambda mapped: weight_bytes(found, functions.held, found.tables, mapped)[0], available())
+    n_bytes, _ = weight_bytes(found, functions.held, found.tables, preparing.mapped)
     if kernels and n_bytes > available():
         raise MemoryRefusal(f"{file.path}: the projector needs {n_bytes / 1e9:.2f} GB, this machine has {available() / 1e9:.2f} GB free; "
-                            "a Q8_0 file is half as large")
+                            "as Q8_0 it is half as large (--mmproj-q8)")
     with functions.running(), progress("MB of the projector", file.n_bytes, 10**6) as advance:
-        weights = prepare_matrices(weights, with_progress(preparing.prepare, file, advance))
+        prepared = prepare_matrices(found, with_progress(preparing.prepare, file, advance))
     preparing.finish()
-    return Projector(file, config, weights, functions, preparing, target)
+    return Projector(file, config, prepared, functions, preparing, target, weights)
+
+
+def _rounded(matrix: StoredMatrix) -> StoredMatrix:
+    """The same as Q8_0 where a converter to that type would round it (files/convert.py: `type_in_projector`)."""
+    name = matrix.name
+    if matrix.type not in FLOATS or matrix.shape[-1] % 32 or name == "v.patch_embd.weight" or stays_float32(name, matrix.shape):
+        return matrix
+    return StoredMatrix(matrix.name, "Q8_0", matrix.shape, lambda: Matrix(quantize(matrix.read().float32(), "Q8_0"), "Q8_0"))
 
 
 def projectors_beside(path: Path | None) -> list[Path]:

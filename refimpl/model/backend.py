@@ -55,6 +55,7 @@ class Backend:
     layer_norm: Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
     silu: Callable[[np.ndarray], np.ndarray]
     glu: Callable[[np.ndarray], np.ndarray]
+    limit: Callable[[np.ndarray, float, float], np.ndarray]
     attend_all: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     attend_band: Callable[..., np.ndarray]
     kv_type: np.dtype
@@ -95,6 +96,6 @@ def _functions(arithmetic: str, attention, matmul, matmul_chosen, moe, ops, towe
         "route": moe.route,
         "run_experts": partial(moe.run_experts, arithmetic),
         "rms_norm": ops.rms_norm, "rms_normalise": ops.rms_normalise, "gated": ops.gated, "rotate": ops.rotate, "softcap": ops.softcap,
-        "layer_norm": ops.layer_norm, "silu": ops.silu, "glu": ops.glu,
+        "layer_norm": ops.layer_norm, "silu": ops.silu, "glu": ops.glu, "limit": ops.limit,
         "attend_all": tower_attention.attend_all, "attend_band": tower_attention.attend_band,
     }

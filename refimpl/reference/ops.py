@@ -41,6 +41,11 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x * _sigmoid(x)
 
 
+def limit(x: np.ndarray, least: float, most: float) -> np.ndarray:
+    """Numbers below `least` become that, those above `most` that. transformers: Gemma4ClippableLinear."""
+    return np.clip(x, np.float32(least), np.float32(most))
+
+
 def glu(x: np.ndarray) -> np.ndarray:
     """The first half of the last axis times the sigmoid of the second (Dauphin et al. 2016, arXiv:1612.08083)."""
     half = x.shape[-1] // 2

@@ -15,8 +15,7 @@ def linear(x_TD: np.ndarray, w: Linear, backend: Backend) -> np.ndarray:
     """The product with a matrix; inputs and outputs limited where it is a clipped one. transformers: Gemma4ClippableLinear."""
     if not isinstance(w, Clipped):
         return backend.matmul(x_TD, w)
-    y_TO = backend.matmul(np.clip(x_TD, w.in_min, w.in_max), w.matrix_OD)
-    return np.clip(y_TO, w.out_min, w.out_max, out=y_TO)
+    return backend.limit(backend.matmul(backend.limit(x_TD, w.in_min, w.in_max), w.matrix_OD), w.out_min, w.out_max)
 
 
 def in_chunks(function: Callable[[np.ndarray], np.ndarray], x_TD: np.ndarray) -> np.ndarray:

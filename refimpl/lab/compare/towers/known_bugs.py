@@ -63,8 +63,9 @@ TOWER_BUGS = {
     # the towers that see
     "tables of x and y exchanged": _bug(parts.positions_of, "pos_T2[:, 0]) + table_2SD.expert(1).take(pos_T2[:, 1])",
         "pos_T2[:, 1]) + table_2SD.expert(1).take(pos_T2[:, 0])", UNIFIED, "image0.pos_embd", "", ""),
-    "bounds of clipped matrices ignored": _bug(parts.linear, "y_TO = backend.matmul(np.clip(x_TD, w.in_min, w.in_max), w.matrix_OD)",
-        "return backend.matmul(x_TD, w.matrix_OD)", SMALL, "image0.Qcur-0", "", "tpu-inference 3355"),
+    "bounds of clipped matrices ignored": _bug(parts.linear,
+        "backend.limit(backend.matmul(backend.limit(x_TD, w.in_min, w.in_max), w.matrix_OD), w.out_min, w.out_max)",
+        "backend.matmul(x_TD, w.matrix_OD)", SMALL, "image0.Qcur-0", "", "tpu-inference 3355"),
     "frequencies of the whole head": _bug(vision.image_tokens, "rope_frequencies(half, ROPE_BASE, np.ones(half // 2, np.float32))",
         "rope_frequencies(2 * half, ROPE_BASE, np.ones(half, np.float32))[:half // 2]", LARGE, "image0.Qcur_pos-0",
         "rotation in two directions", ""),
