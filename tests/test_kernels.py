@@ -139,6 +139,9 @@ TABLE = {
     **{f"{name} {block} {n_tok}x{n_out}x{width}": (product_case, name, block, n_tok, n_out, width)
        for name in ("matmul", "matmul_q8") for block in TYPES
        for n_tok, n_out, width in ((1, 1, 256), (5, 40, 512), (0, 16, 256), (6, 16, 256))},
+    **{f"matmul_q8 {block} {n_tok} rows": (product_case, "matmul_q8", block, n_tok, 20, 64)       # unpacked to int16 from 8 rows on
+       for block in ("Q8_0", "IQ4_NL") for n_tok in (7, 8, 9, 10, 11)},
+    "matmul_q8 Q8_0 600 rows": (product_case, "matmul_q8", "Q8_0", 600, 5, 32),
     "matmul F32 odd width": (product_case, "matmul", "F32", 3, 5, 7),
     "matmul_q8 F16 odd width": (product_case, "matmul_q8", "F16", 5, 17, 1),
     "matmul_q8 Q4_0 one block": (product_case, "matmul_q8", "Q4_0", 2, 3, 32),
@@ -235,7 +238,8 @@ def test_every_exponent_in_8_bits():
 SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1x1x256", "matmul_q8 Q5_1 1x1x256", "matmul_q8 Q8_0 1x1x256",
          "matmul_q8 Q2_K 6x16x256", "matmul_q8 Q3_K 1x1x256", "matmul_q8 IQ4_NL 1x1x256", "matmul_q8 IQ4_XS 6x16x256",
          "matmul_q8 MXFP4 1x1x256", "matmul MXFP4 1x1x256", "matmul IQ4_XS 1x1x256", "matmul Q3_K 1x1x256", "matmul Q2_K 1x1x256",
-         "matmul_q8 Q4_K 6x16x256", "matmul_q8 Q5_K 1x1x256", "matmul_q8 Q6_K 6x16x256", "matmul Q4_0 1x1x256", "matmul Q6_K 1x1x256",
+         "matmul_q8 Q8_0 9 rows", "matmul_q8 Q4_K 6x16x256", "matmul_q8 Q5_K 1x1x256", "matmul_q8 Q6_K 6x16x256", "matmul Q4_0 1x1x256",
+         "matmul Q6_K 1x1x256",
          "matmul Q5_K 1x1x256", "matmul BF16 6x16x256", "matmul_q8 F16 odd width", "matmul F32 odd width",
          "run_experts q8 Q4_0 Q4_0 1 tokens", "matmul_chosen q8 Q4_0 1 rows", "matmul_chosen exact Q6_K 1 rows",
          "route", "route more than 16", "attend window", "attend half", "attend full", "rms_norm", "rms_norm of one",

@@ -23,6 +23,7 @@ from refimpl.kernels.machine.intrinsics import (
     splat_f32,
     splat_i32,
     store_f32_part,
+    store_i16,
     store_i8,
     sum_i32,
     sum_pairs_i32,
@@ -38,11 +39,12 @@ def allocate_quantized(fmt, n_tok, width):
 
     A sum is that of a sub-block's integers, times -zero_point if there is one: what is to be added to a dot product. Where `paired_sums`,
     it is the plain sum, and those of two neighbours share one int32 as two int16, in the first half of a row. Where `zero_in_pairs`, it is
-    two int16 as well: of the first two of every four integers, and of the others.
+    two int16 as well: of the first two of every four integers, and of the others. Where `widened`, a row of q has its integers once more,
+    as int16 behind the int8.
     """
     width = width if fmt.integer else 0
     n_blocks, n_sums = width // fmt.elements, width // fmt.per_sub
-    return (np.empty((n_tok, width), np.int8), np.empty((n_tok, n_blocks), np.float32), np.empty((n_tok, n_sums), np.int32),
+    return (np.empty((n_tok, 3 * width if fmt.widened else width), np.int8), np.empty((n_tok, n_blocks), np.float32), np.empty((n_tok, n_sums), np.int32),
             np.empty((n_tok, n_blocks), np.float32))
 
 
@@ -70,6 +72,9 @@ def _quantize_blocks(fmt, x_TD, t, q_TD, d_TB, sum_TS, m_TB):
         q_low, q_high = round_to_i32(mul_f32(low, splat_f32(inverse))), round_to_i32(mul_f32(high, splat_f32(inverse)))
         store_i8(at(to, 32 * b), q_low)
         store_i8(at(to, 32 * b + 16), q_high)
+        if fmt.widened:
+            store_i16(at(to, 32 * n_blocks + 64 * b), q_low)
+            store_i16(at(to, 32 * n_blocks + 64 * b + 32), q_high)
         d_TB[t, b] = largest / np.float32(127)
         both = add_i32(q_low, q_high)
         total = sum_i32(both)

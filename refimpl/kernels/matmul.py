@@ -58,7 +58,7 @@ def multiply(fmt, tiles, x_TD, y_TO, n):
         for t in prange(SERIAL, n_tok):
             quantize_row(fmt, x_TD, t, q_TD, d_TB, sum_TS, m_TB)
     row_P, result_NR = np.arange(n_tok), np.empty((n, LANES * (TOGETHER * n_tok + SPARE)), np.float32)
-    float_NW, next_NL = np.empty((n, LANES * width if fmt.dequantized else 0), np.float32), shares(n_tiles, n)
+    float_NW, next_NL = np.empty((n, LANES * width if fmt.unpacked else 0), np.float32), shares(n_tiles, n)
     for part in prange(n):
         thread = np.int64(part)         # prange counts without a sign
         x = Activations(x_TD, q_TD, d_TB, sum_TS, m_TB)

@@ -40,7 +40,7 @@ def multiply_chosen(fmt, tiles, x_TD, id_TX, y_TXO, n):
     q_TD, d_TB, sum_TS, m_TB = allocate_quantized(fmt, n_tok, width)
     quantize_rows(fmt, x_TD, q_TD, d_TB, sum_TS, m_TB, 0, n_tok)
     row_T, result_NR = np.arange(n_tok), np.empty((n, LANES), np.float32)
-    float_NW = np.empty((n, LANES * width if fmt.dequantized else 0), np.float32)
+    float_NW = np.empty((n, LANES * width if fmt.unpacked else 0), np.float32)
     n_unit = n_tok * n_pick * n_tiles
     next_NL = shares(n_unit, n)
     for part in prange(n):

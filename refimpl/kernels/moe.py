@@ -124,8 +124,8 @@ def mix(gate_format, up_format, down_format, gate, up, down, n_hidden, x_TD, id_
             quantize_row(gate_format, x_TD, t, gate_q, gate_d, gate_sum, gate_m)
             quantize_row(up_format, x_TD, t, up_q, up_d, up_sum, up_m)
 
-    any_dequantized = gate_format.dequantized or up_format.dequantized or down_format.dequantized
-    float_NW = np.empty((n, LANES * max(width, n_hidden) if any_dequantized else 0), np.float32)
+    any_unpacked = gate_format.unpacked or up_format.unpacked or down_format.unpacked
+    float_NW = np.empty((n, LANES * max(width, n_hidden) if any_unpacked else 0), np.float32)
     hidden_PM, result_NR = np.empty((n_pick, n_hidden), np.float32), np.empty((n, LANES * (2 * most + SPARE)), np.float32)
     next_NL = shares(0, n)
     for part in prange(n):

@@ -32,6 +32,7 @@ from refimpl.kernels.machine.jit import inline, kernel, per_row
 from refimpl.kernels.machine.pieces import next_piece, share_end, shares
 from refimpl.kernels.machine.vecmath import exp16, tanh16
 
+NEAR = 128              # keys whose values and weights stay in the first cache while they are used
 QUERIES = 24            # of a head, whose scores a thread holds; a multiple of ROWS
 # queries that share what is loaded of keys and values: their sums, of 16 lanes each, stay in registers
 ROWS = 8 if ISA == "avx512" else 6 if ISA == "avx2" or ISA == "avxvnni" else 4
@@ -53,7 +54,7 @@ def attend_all(q_TNH: np.ndarray, k_TNH: np.ndarray, v_TNH: np.ndarray) -> np.nd
         arrays = [np.ascontiguousarray(a) for a in arrays]
         lay_out(*arrays[1:], key_NGHR, value_NPTR, n)
         score_NGQR, query_NQH = np.empty((n, tiles, QUERIES, LANES), np.float32), np.empty((n, QUERIES, width), np.float32)
-        head_rows(arrays[0], key_NGHR, value_NPTR, score_NGQR, query_NQH, out_TNH, n)
+        head_rows(arrays[0], key_NGHR, value_NPTR, score_NGQR, query_NQH, np.empty((n, parts, QUERIES, LANES), np.float32), out_TNH, n)
     return out_TNH
 
 
@@ -89,6 +90,16 @@ def _zero(i):
 
 
 @per_row
+def _never(i):
+    return splat_f32(NEVER)
+
+
+@per_row
+def _loaded(place):
+    return load_f32(place)
+
+
+@per_row
 def _along(place, n_bytes):
     return at(place, n_bytes)
 
@@ -120,43 +131,69 @@ def _score_part(queries, keys, n_tok, width, scores):
                     store_f32_part(at(to, 4 * here), splat_f32(NEVER), LANES - here)
 
 
+@per_row
+def _larger(place, largest):
+    return max_f32(largest, load_f32(place))
+
+
+@per_row
+def _in_all_lanes(largest):
+    return splat_f32(largest_f32(largest))
+
+
+@per_row
+def _exponential(place, shift, total):
+    """Puts e^(score - shift) in the place of the score."""
+    weight = exp16(sub_f32(load_f32(place), shift))
+    store_f32(place, weight)
+    return add_f32(total, weight)
+
+
+@per_row
+def _inverse(total):
+    return splat_f32(ONE / sum_f32(total))
+
+
+@per_row
+def _scale(place, factor):
+    store_f32(place, mul_f32(load_f32(place), factor))
+    return factor
+
+
 @inline
 def _softmax_part(scores, n_tok):
     """The softmax of QUERIES rows, in their place. A sum has 16 lanes, column modulo 16."""
-    for i in range(QUERIES):
-        row, largest, total = at(scores, 4 * LANES * i), splat_f32(NEVER), splat_f32(ZERO)
+    for first in range(0, QUERIES, ROWS):
+        row, largest, total = _from(at(scores, 4 * LANES * first), 4 * LANES), _never(ROW_NUMBERS), _zero(ROW_NUMBERS)
         for tile in range(0, n_tok, LANES):
-            largest = max_f32(largest, load_f32(at(row, 4 * QUERIES * tile)))
-        shift = splat_f32(largest_f32(largest))
+            largest = _larger(_along(row, 4 * QUERIES * tile), largest)
+        shift = _in_all_lanes(largest)
         for tile in range(0, n_tok, LANES):
-            place = at(row, 4 * QUERIES * tile)
-            weight = exp16(sub_f32(load_f32(place), shift))
-            store_f32(place, weight)
-            total = add_f32(total, weight)
-        factor = splat_f32(ONE / sum_f32(total))
+            total = _exponential(_along(row, 4 * QUERIES * tile), shift, total)
+        factor = _inverse(total)
         for tile in range(0, n_tok, LANES):
-            place = at(row, 4 * QUERIES * tile)
-            store_f32(place, mul_f32(load_f32(place), factor))
+            factor = _scale(_along(row, 4 * QUERIES * tile), factor)
 
 
 @inline
-def _average_part(weights, values, n_tok, width, row_bytes, n_rows, out):
-    """The averages of all values by the weights of n_rows rows."""
-    for h in range(0, width, LANES):
-        column = at(values, 4 * n_tok * h)
-        for first in range(0, QUERIES, ROWS):
-            total = _zero(ROW_NUMBERS)
-            for tile in range(0, n_tok, LANES):
-                w = _from(at(weights, 4 * (QUERIES * tile + LANES * first)), 4 * LANES)
-                for lane in range(min(LANES, n_tok - tile)):
-                    total = _add_product(load_f32(at(column, 4 * LANES * (tile + lane))), _along(w, 4 * lane), total)
-            for i in range(ROWS):
-                if first + i < n_rows:
-                    store_f32_part(at(out, row_bytes * (first + i) + 4 * h), total[i], min(LANES, width - h))
+def _average_part(weights, values, n_tok, width, averages):
+    """The averages of all values by the weights of QUERIES rows: of the first 16 columns for each row, then of the next 16."""
+    for begin in range(0, n_tok, NEAR):
+        for h in range(0, width, LANES):
+            for first in range(0, QUERIES, ROWS):
+                place = _from(at(averages, 4 * (QUERIES * h + LANES * first)), 4 * LANES)
+                total = _loaded(place) if begin else _zero(ROW_NUMBERS)
+                for tile in range(begin, min(begin + NEAR, n_tok), LANES):
+                    w = _from(at(weights, 4 * (QUERIES * tile + LANES * first)), 4 * LANES)
+                    value = at(values, 4 * (n_tok * h + LANES * tile))
+                    for lane in range(min(LANES, n_tok - tile)):
+                        total = _add_product(load_f32(at(value, 4 * LANES * lane)), _along(w, 4 * lane), total)
+                for i in range(ROWS):
+                    store_f32(place[i], total[i])
 
 
 @kernel(parallel=True)
-def head_rows(q_TNH, key_NGHR, value_NPTR, score_NGQR, query_NQH, out_TNH, n):
+def head_rows(q_TNH, key_NGHR, value_NPTR, score_NGQR, query_NQH, average_NPQR, out_TNH, n):
     """`attend_all` on n threads, QUERIES rows of a head after the other."""
     n_tok, n_head, width = q_TNH.shape
     n_blocks = (n_tok + QUERIES - 1) // QUERIES
@@ -164,6 +201,7 @@ def head_rows(q_TNH, key_NGHR, value_NPTR, score_NGQR, query_NQH, out_TNH, n):
     for part in prange(n):
         thread = np.int64(part)
         scores, queries = at(address(score_NGQR), score_NGQR[0].nbytes * thread), at(address(query_NQH), query_NQH[0].nbytes * thread)
+        averages = at(address(average_NPQR), average_NPQR[0].nbytes * thread)
         for turn in range(n):
             owner = (thread + turn) % n
             end, piece = share_end(n_head * n_blocks, n, owner), next_piece(next_NL, owner, 1)
@@ -175,8 +213,11 @@ def head_rows(q_TNH, key_NGHR, value_NPTR, score_NGQR, query_NQH, out_TNH, n):
                 keys, values = at(address(key_NGHR), key_NGHR[0].nbytes * head), at(address(value_NPTR), value_NPTR[0].nbytes * head)
                 _score_part(queries, keys, n_tok, width, scores)
                 _softmax_part(scores, n_tok)
-                _average_part(scores, values, n_tok, width, 4 * n_head * width, min(QUERIES, n_tok - first),
-                              at(address(out_TNH), 4 * width * (n_head * first + head)))
+                _average_part(scores, values, n_tok, width, averages)
+                for i in range(min(QUERIES, n_tok - first)):
+                    for h in range(0, width, LANES):
+                        store_f32_part(at(address(out_TNH), 4 * (width * (n_head * (first + i) + head) + h)),
+                                       load_f32(at(averages, 4 * (QUERIES * h + LANES * i))), min(LANES, width - h))
                 piece = next_piece(next_NL, owner, 1)
 
 

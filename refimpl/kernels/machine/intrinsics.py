@@ -146,6 +146,12 @@ def store_i32(pointer, v):
     pointer.span(4 * len(v))[:] = v.view(np.uint8)
 
 
+@intrinsic(I32x16, Address, every=lambda builder, pointer: load(builder, pointer, I32x16.llvm))
+def load_i32(pointer):
+    """16 int32."""
+    return pointer.span(64).copy().view(np.int32)
+
+
 @intrinsic(types.void, Address, U8x64, narrow=True, every=store)
 def store_u8(pointer, v):
     """Writes all bytes."""
@@ -217,6 +223,13 @@ def _to_half_hardware(builder, v):
 def store_i8(pointer, v):
     """Writes the low byte of every lane."""
     pointer.span(16)[:] = v.astype(np.uint32).astype(np.uint8)
+
+
+@intrinsic(types.void, Address, I32x16,
+           every=lambda builder, pointer, v: store(builder, pointer, builder.trunc(v, ir.VectorType(SHORT, LANES))))
+def store_i16(pointer, v):
+    """Writes the low 16 bits of every lane."""
+    pointer.span(32)[:] = v.astype(np.uint32).astype(np.uint16).view(np.uint8)
 
 
 def _copy(n_bytes: int):
@@ -364,6 +377,28 @@ def byte_of_lane(v, j):
 def plus_128(v):
     """Signed bytes plus 128, as unsigned bytes."""
     return v ^ np.uint8(128)
+
+
+def _shorts(first: int):
+    """Bytes `first` and the next of every lane: extended by their signs once 128 is subtracted, which modulo 256 is adding it."""
+    def emit(builder, v):
+        chosen = ir.Constant(ir.VectorType(INT, 2 * LANES), [4 * lane + first + j for lane in range(LANES) for j in (0, 1)])
+        two = builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), chosen)
+        signed = builder.xor(two, ir.Constant(two.type, [128] * 2 * LANES))
+        return builder.bitcast(builder.sext(signed, ir.VectorType(SHORT, 2 * LANES)), I32x16.llvm)
+    return emit
+
+
+@intrinsic(I32x16, U8x64, every=_shorts(0))
+def low_shorts(v):
+    """The first two bytes of every lane, 128 subtracted, as two int16."""
+    return (v.reshape(LANES, 4)[:, :2].astype(np.int16) - np.int16(128)).reshape(-1).view(np.int32)
+
+
+@intrinsic(I32x16, U8x64, every=_shorts(2))
+def high_shorts(v):
+    """The last two bytes of every lane, 128 subtracted, as two int16."""
+    return (v.reshape(LANES, 4)[:, 2:].astype(np.int16) - np.int16(128)).reshape(-1).view(np.int32)
 
 
 # ---- integer products: 4 weights of each row with the same 4 activations, or 16 with 16
@@ -544,6 +579,12 @@ def dot2(total, a, b):
 def splat_i32(x):
     """x in every lane."""
     return np.full(LANES, x, np.int32)
+
+
+@intrinsic(I32x16, Address, every=lambda builder, pointer: splat(builder, load(builder, pointer, INT)))
+def splat_i32_from(pointer):
+    """One int32 in memory, in every lane."""
+    return np.full(LANES, pointer.span(4).copy().view(np.int32)[0])
 
 
 @intrinsic(F32x16, types.float32, every=splat)

@@ -127,7 +127,7 @@ def four_sub_blocks(fmt, scaled, block, b, q, x, r, s):
 # ---- a tile, or half of it, times the rows in the tuple r
 
 def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
-    q, total = row_address(address(x.q_TD), 32 * n_blocks, r), zeros(r, splat_float(fmt, ZERO_F))
+    q, total = row_address(address(x.q_TD), x.q_TD.shape[1], r), zeros(r, splat_float(fmt, ZERO_F))
     for b in range(n_blocks):
         block = at(tile, b * fmt.n_bytes)
         prefetch_range(block, fmt.n_bytes, ahead)

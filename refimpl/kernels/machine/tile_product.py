@@ -38,6 +38,7 @@ from refimpl.kernels.machine.tile_rows import (
     store_totals,
     zeros,
 )
+from refimpl.kernels.machine.tile_shorts import FEWEST, shorts_times_rows, unpack_to_shorts
 from refimpl.kernels.machine.unpack import (
     FORMATS,
     LOWER,
@@ -64,7 +65,7 @@ EIGHT = ISA == "avx512"             # sums of eight rows stay in registers; othe
 # ---- a tile times the rows in the tuple r
 
 def _blocks(fmt, tile, n_blocks, x, r, ahead, out):
-    q, total = row_address(address(x.q_TD), 32 * n_blocks, r), zeros(r, splat_float(fmt, ZERO_F))
+    q, total = row_address(address(x.q_TD), x.q_TD.shape[1], r), zeros(r, splat_float(fmt, ZERO_F))
     for b in range(n_blocks):
         block = at(tile, b * fmt.n_bytes)
         prefetch_range(block, fmt.n_bytes, ahead)
@@ -202,10 +203,24 @@ def _multiply_dequantized(fmt, tile, n_blocks, x, row_P, first, end, floats, out
     _multiply_stored(F32, floats, n_blocks * fmt.elements, x, row_P, first, end, floats, out)
 
 
-@by_format(lambda fmt: _multiply_dequantized if fmt.dequantized else _multiply_stored)
+def _multiply_widened(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
+    if end - first < FEWEST:
+        _multiply_stored(fmt, tile, n_blocks, x, row_P, first, end, floats, out)
+        return
+    unpack_to_shorts(fmt, tile, n_blocks, n_blocks * fmt.n_bytes, floats)
+    p = first
+    while p + 2 <= end:
+        r = (row_P[p], row_P[p + 1], row_P[min(p + 2, end - 1)], row_P[min(p + 3, end - 1)])
+        shorts_times_rows(fmt, tile, floats, n_blocks, x, r, at(out, 4 * LANES * (p - first)))
+        p += 4
+    if p < end:
+        shorts_times_rows(fmt, tile, floats, n_blocks, x, (row_P[p],), at(out, 4 * LANES * (p - first)))
+
+
+@by_format(lambda fmt: _multiply_dequantized if fmt.dequantized else _multiply_widened if fmt.widened else _multiply_stored)
 def multiply_tile(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
     """A tile times rows row_P[first..end-1] of x: 16 float32 for each to `out`, one after the other.
 
     `out` needs space for SPARE more rows: where two, three or seven are left, the last is computed again, which costs less than another
-    pass over the tile. `floats` is space for the tile in float32 (used where `fmt.dequantized`).
+    pass over the tile. `floats` is space for the tile in float32 (used where `fmt.unpacked`).
     """

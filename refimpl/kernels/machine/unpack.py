@@ -125,6 +125,16 @@ class WeightFormat:
         """Is a tile converted to float32 before it is multiplied?"""
         return not self.integer and self.family != "float"
 
+    @property
+    def widened(self) -> bool:
+        """Is a tile unpacked to int16 for many rows (tile_shorts.py)? Their activations are there as int8 and as int16."""
+        return ISA == "avx2" and self.integer and self.family == "block" and self.run == 1 and self.signed
+
+    @property
+    def unpacked(self) -> bool:
+        """Does multiplying many rows need space for an unpacked tile?"""
+        return self.dequantized or self.widened
+
     @cached_property
     def _numba_type_(self) -> "FormatType":
         """Where Numba's dispatcher looks first: ten times as fast as `typeof`."""
@@ -195,7 +205,8 @@ def _constant(name: str):
 
 
 for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero_point", "max_code", "scale", "has_minimum", "minimum", "scattered",
-              "dequantized", "integer", "signed", "run", "zero_in_pairs", "paired_sums"):
+              "dequantized", "integer", "signed", "run", "zero_in_pairs", "paired_sums", "widened",
+              "unpacked"):
     _constant(_name)
 
 
