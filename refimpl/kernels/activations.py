@@ -23,8 +23,8 @@ from refimpl.kernels.machine.intrinsics import (
     splat_f32,
     splat_i32,
     store_f32_part,
-    store_i16,
     store_i8,
+    store_i16,
     sum_i32,
     sum_pairs_i32,
 )
@@ -44,8 +44,8 @@ def allocate_quantized(fmt, n_tok, width):
     """
     width = width if fmt.integer else 0
     n_blocks, n_sums = width // fmt.elements, width // fmt.per_sub
-    return (np.empty((n_tok, 3 * width if fmt.widened else width), np.int8), np.empty((n_tok, n_blocks), np.float32), np.empty((n_tok, n_sums), np.int32),
-            np.empty((n_tok, n_blocks), np.float32))
+    return (np.empty((n_tok, 3 * width if fmt.widened else width), np.int8), np.empty((n_tok, n_blocks), np.float32),
+            np.empty((n_tok, n_sums), np.int32), np.empty((n_tok, n_blocks), np.float32))
 
 
 def _zero_points_in_pairs(fmt, q):

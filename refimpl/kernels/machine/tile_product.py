@@ -59,6 +59,7 @@ SPARE = 2                           # rows of results that `multiply_tile` may w
 # Bytes. One row from memory on AVX2 (Zen 1, 2048 against 0): Q4_0 1.27 and Q4_K 1.56 times as fast on one thread, 1.15 and 1.37 on two;
 # 1024 and 4096 are alike. Without effect for IQ4_NL, whose arithmetic is the limit. Not measured on other sets.
 AHEAD = 2048 if ISA == "avx2" else 0
+SIX = ISA in ("avx2", "avxvnni")     # float sums of six rows, 12 registers
 EIGHT = ISA == "avx512"             # sums of eight rows stay in registers; other sets have half as many registers, of half the size
 
 
@@ -156,13 +157,22 @@ def _batches_of_8(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
     return p
 
 
+def _batches_of_6(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
+    p = first
+    while p + 6 <= end:
+        r = (row_P[p], row_P[p + 1], row_P[p + 2], row_P[p + 3], row_P[p + 4], row_P[p + 5])
+        tile_times_rows(fmt, tile, n_blocks, x, r, ahead, at(out, 4 * LANES * (p - first)))
+        p, ahead = p + 6, 0
+    return p
+
+
 def _no_batches(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
     return first
 
 
-@by_format(lambda fmt: _batches_of_8 if EIGHT and fmt.integer else _no_batches)
-def batches_of_8(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
-    """Multiplies rows eight at a time where that is faster, and returns the first row that is left."""
+@by_format(lambda fmt: _batches_of_8 if EIGHT and fmt.integer else _batches_of_6 if SIX and fmt.family == "float" else _no_batches)
+def larger_batches(fmt, tile, n_blocks, x, row_P, first, end, ahead, out):
+    """Multiplies rows eight or six at a time where that is faster, and returns the first row that is left."""
 
 
 def _in_halves(fmt):
@@ -186,7 +196,7 @@ def _multiply_stored(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
     the next tile too where the fields of a block are scattered, a pattern that the processor does not recognise.
     """
     ahead = n_blocks * fmt.n_bytes if end - first > 1 or fmt.scattered else AHEAD
-    p = batches_of_8(fmt, tile, n_blocks, x, row_P, first, end, ahead, out)
+    p = larger_batches(fmt, tile, n_blocks, x, row_P, first, end, ahead, out)
     if p > first:
         ahead = 0
     while p + 2 <= end:
