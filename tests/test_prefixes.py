@@ -111,8 +111,8 @@ def test_histories_have_the_bits_of_cold_runs(models, shape, steps, budget, rows
             read(prefixes, texts[-1], cold)
 
 
-@pytest.mark.parametrize("drafted", [False, True])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature, drafted", [(1.0, True), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (
+    (0.0, False), (0.0, True), (1.0, False)))])
 def test_turns_have_the_ids_of_cold_runs(built_in, drafted, temperature):
     """A conversation of token ids: each answer is followed by more, twice one is edited, and one is stopped half-way."""
     session = SimpleNamespace(model=built_in, prefixes=Prefixes(built_in, ENOUGH))

@@ -328,9 +328,9 @@ def test_a_bug_in_the_step_is_caught(tmp_path, what):
 
 # ---- sampling
 
-@some_or(1000, 3000)
+@some_or(500, 3000)
 def test_sampled_text_has_the_targets_distribution(pairs, monkeypatch, n_cases):
-    """A chi-square test of the first two tokens of 1,000 or 3,000 short texts against the model's own probabilities; the second token is
+    """A chi-square test of the first two tokens of 500 or 3,000 short texts against the model's own probabilities; the second token is
     drafted.
     """
     model, _ = pairs["E4B"][0]
