@@ -81,14 +81,14 @@ def test_a_conversation_about_a_picture(opened):
     _, model, projector = opened
     cat = Image(picture(30, 40, 3), 70)
     made = []
-    count, projector.image = projector.image, lambda part: made.append(part) or count(part)
+    count, projector.image_tokens = projector.image_tokens, lambda *given: made.append(given) or count(*given)
     prompts = [["ab", cat, "cd"], ["ab", cat, "cd ef"], ["ab", Image(picture(30, 40, 3), 70), "gh"], ["ab", Image(picture(30, 40, 4), 70)]]
     cold = [refimpl.generate(model, prompt, max_new_tokens=4, temperature=0, projector=projector).ids for prompt in prompts]
     assert len(made) == 2           # the same pixels are the same picture
     one = refimpl.load(model.file.path, arithmetic="exact", threads=1)
     alone = refimpl.load_projector(model.file.path, target=one)
     assert [refimpl.generate(one, prompt, max_new_tokens=4, temperature=0, projector=alone).ids for prompt in prompts] == cold
-    del projector.image
+    del projector.image_tokens
 
 
 def test_api(opened, tmp_path):
