@@ -1,4 +1,4 @@
-"""The innermost loops: one tile of 16 weight rows times 1, 4 or 8 rows of activations.
+"""The innermost loops: one tile of 16 weight rows times 1, 4, 6 or 8 rows of activations.
 
 A lane is a weight row throughout, so nothing is summed across lanes. A row's blocks are added in order, each with one fused multiply-add
 (two where the type has a minimum). So a row gets the same bits whether it is multiplied alone or together with others, which share every
