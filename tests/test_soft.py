@@ -221,6 +221,11 @@ def test_a_picture_that_nobody_wants_any_more(model):
     scheduler.step()
     scheduler.close()
     assert log.count("look") == 1 and not [thread for thread in threading.enumerate() if thread.name == "refimpl slices"]
+    scheduler = Scheduler(model, Prefixes(model, 1 << 30), 512, latency=0.0)          # alone: it must not wait for the next request
+    ticket = scheduler.submit(Slow(log).request, [].append)
+    scheduler.step()
+    scheduler.cancel(ticket)
+    assert not scheduler.step() and not [thread for thread in threading.enumerate() if thread.name == "refimpl slices"]
 
 
 def test_a_picture_that_fails_fails_alone(model):

@@ -12,8 +12,8 @@ from refimpl.media.source import MediaError
 
 Mmproj = Annotated[str | None, typer.Option("--mmproj", "-mm", metavar="FILE", show_default=False, help="the model's projector, for "
                                             "pictures and sounds: GGUF file, directory or hf:... (default: the one that lies beside it)")]
-MmprojQ8 = Annotated[bool, typer.Option("--mmproj-q8", help="round the projector's matrices to Q8_0: half the memory of BF16, and faster "
-                                        "with AVX-512; soft tokens differ by about 2 percent")]
+MmprojQ8 = Annotated[bool, typer.Option("--mmproj-q8", help="round the projector's matrices to Q8_0: half the memory of BF16; with random "
+                                        "weights soft tokens differ by 2 percent")]
 Images = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", show_default=False, help="a picture before the prompt; "
                                                    "may be given several times")]
 Sounds = Annotated[list[Path] | None, typer.Option("--audio", metavar="FILE", show_default=False, help="a sound before the prompt (WAV, "

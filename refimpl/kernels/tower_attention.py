@@ -30,6 +30,7 @@ from refimpl.kernels.machine.intrinsics import (
 from refimpl.kernels.machine.isa import ISA, LANES
 from refimpl.kernels.machine.jit import inline, kernel, per_row
 from refimpl.kernels.machine.pieces import next_piece, share_end, shares
+from refimpl.kernels.machine.tile_rows import along, row_address, store_totals, zeros
 from refimpl.kernels.machine.vecmath import exp16, tanh16
 
 NEAR = 128              # keys whose values and weights stay in the first cache while they are used
@@ -85,34 +86,8 @@ def _add_product(vector, number, total):
 
 
 @per_row
-def _zero(i):
-    return splat_f32(ZERO)
-
-
-@per_row
-def _never(i):
-    return splat_f32(NEVER)
-
-
-@per_row
 def _loaded(place):
     return load_f32(place)
-
-
-@per_row
-def _along(place, n_bytes):
-    return at(place, n_bytes)
-
-
-@inline
-def _from(place, step):
-    """The addresses of ROWS rows, `step` bytes apart."""
-    return _along(place, _times(step, ROW_NUMBERS))
-
-
-@per_row
-def _times(step, i):
-    return step * i
 
 
 @inline
@@ -120,15 +95,15 @@ def _score_part(queries, keys, n_tok, width, scores):
     """The scores of QUERIES queries for all keys: of the first 16 keys for each query, then of the next 16; beyond the last: NEVER."""
     for tile in range(0, n_tok, LANES):
         for first in range(0, QUERIES, ROWS):
-            total, q = _zero(ROW_NUMBERS), _from(at(queries, 4 * width * first), 4 * width)
+            total, q = zeros(ROW_NUMBERS, splat_f32(ZERO)), row_address(at(queries, 4 * width * first), 4 * width, ROW_NUMBERS)
             for h in range(width):
-                total = _add_product(load_f32(at(keys, 4 * (width * tile + LANES * h))), _along(q, 4 * h), total)
-            for i in range(ROWS):
-                to = at(scores, 4 * (QUERIES * tile + LANES * (first + i)))
-                store_f32(to, total[i])
-                if tile + LANES > n_tok:
-                    here = n_tok - tile
-                    store_f32_part(at(to, 4 * here), splat_f32(NEVER), LANES - here)
+                total = _add_product(load_f32(at(keys, 4 * (width * tile + LANES * h))), along(q, 4 * h), total)
+            to = at(scores, 4 * (QUERIES * tile + LANES * first))
+            store_totals(to, total)
+            if tile + LANES > n_tok:
+                here = n_tok - tile
+                for i in range(ROWS):
+                    store_f32_part(at(to, 4 * (LANES * i + here)), splat_f32(NEVER), LANES - here)
 
 
 @per_row
@@ -164,15 +139,16 @@ def _scale(place, factor):
 def _softmax_part(scores, n_tok):
     """The softmax of QUERIES rows, in their place. A sum has 16 lanes, column modulo 16."""
     for first in range(0, QUERIES, ROWS):
-        row, largest, total = _from(at(scores, 4 * LANES * first), 4 * LANES), _never(ROW_NUMBERS), _zero(ROW_NUMBERS)
+        row = row_address(at(scores, 4 * LANES * first), 4 * LANES, ROW_NUMBERS)
+        largest, total = zeros(ROW_NUMBERS, splat_f32(NEVER)), zeros(ROW_NUMBERS, splat_f32(ZERO))
         for tile in range(0, n_tok, LANES):
-            largest = _larger(_along(row, 4 * QUERIES * tile), largest)
+            largest = _larger(along(row, 4 * QUERIES * tile), largest)
         shift = _in_all_lanes(largest)
         for tile in range(0, n_tok, LANES):
-            total = _exponential(_along(row, 4 * QUERIES * tile), shift, total)
+            total = _exponential(along(row, 4 * QUERIES * tile), shift, total)
         factor = _inverse(total)
         for tile in range(0, n_tok, LANES):
-            factor = _scale(_along(row, 4 * QUERIES * tile), factor)
+            factor = _scale(along(row, 4 * QUERIES * tile), factor)
 
 
 @inline
@@ -181,15 +157,14 @@ def _average_part(weights, values, n_tok, width, averages):
     for begin in range(0, n_tok, NEAR):
         for h in range(0, width, LANES):
             for first in range(0, QUERIES, ROWS):
-                place = _from(at(averages, 4 * (QUERIES * h + LANES * first)), 4 * LANES)
-                total = _loaded(place) if begin else _zero(ROW_NUMBERS)
+                place = row_address(at(averages, 4 * (QUERIES * h + LANES * first)), 4 * LANES, ROW_NUMBERS)
+                total = _loaded(place) if begin else zeros(ROW_NUMBERS, splat_f32(ZERO))
                 for tile in range(begin, min(begin + NEAR, n_tok), LANES):
-                    w = _from(at(weights, 4 * (QUERIES * tile + LANES * first)), 4 * LANES)
+                    w = row_address(at(weights, 4 * (QUERIES * tile + LANES * first)), 4 * LANES, ROW_NUMBERS)
                     value = at(values, 4 * (n_tok * h + LANES * tile))
                     for lane in range(min(LANES, n_tok - tile)):
-                        total = _add_product(load_f32(at(value, 4 * LANES * lane)), _along(w, 4 * lane), total)
-                for i in range(ROWS):
-                    store_f32(place[i], total[i])
+                        total = _add_product(load_f32(at(value, 4 * LANES * lane)), along(w, 4 * lane), total)
+                store_totals(place[0], total)
 
 
 @kernel(parallel=True)

@@ -136,9 +136,9 @@ class Scheduler:
             self._end(ticket)
         self._keep_within_memory()
         self._admit()
+        self._compute_soft_tokens()
         if not self.running:
             return False
-        self._compute_soft_tokens()
         part = self._part()
         if not part:
             return True

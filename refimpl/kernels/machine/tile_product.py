@@ -232,5 +232,5 @@ def multiply_tile(fmt, tile, n_blocks, x, row_P, first, end, floats, out):
     """A tile times rows row_P[first..end-1] of x: 16 float32 for each to `out`, one after the other.
 
     `out` needs space for SPARE more rows: where two, three or seven are left, the last is computed again, which costs less than another
-    pass over the tile. `floats` is space for the tile in float32 (used where `fmt.unpacked`).
+    pass over the tile. `floats` is space for the unpacked tile: 64 bytes a column (used where `fmt.unpacked`).
     """

@@ -50,6 +50,12 @@ def row_address(q, width, r):
 
 
 @per_row
+def along(place, n_bytes):
+    """The address `n_bytes` further on in every row."""
+    return at(place, n_bytes)
+
+
+@per_row
 def zeros(r, zero):
     """Zero for every row."""
     return zero
