@@ -48,10 +48,13 @@ def bench(
     types: Annotated[str | None, typer.Option("--types", show_default=False, help="with --kernels: only these types: Q4_0,Q4_K")] = None,
     rows: Annotated[str | None, typer.Option("--rows", show_default=False, help="with --kernels: rows of activations (default: "
                                              "1,4,5,32,512)")] = None,
+    server: Annotated[list[str] | None, typer.Option("--server", show_default=False, help="measure this running server instead (OpenAI's "
+                                                     "API); given several times: they take turns")] = None,
+    streams: Annotated[str, typer.Option("--streams", help="with --server: answers at a time")] = "1,4",
     backend: BackendName = "kernels", arithmetic: Arithmetic = None, as_json: Json = False,
 ):
     """Measure the speed of a prompt and of new tokens. Also in percent of the memory bandwidth; with --draft, the speed-up by drafting;
-    with --kernels, of matrix products alone.
+    with --kernels, of matrix products alone; with --server, of servers.
     """
     from refimpl.cli.show.bench import as_text, draft_text
     from refimpl.lab.bench.bench import Plan
@@ -70,8 +73,13 @@ def bench(
         raise typer.BadParameter("--types and --rows need --kernels")
     if kernels and any(option is not None for option in (model, positional, versus, draft)):
         raise typer.BadParameter("--kernels measures products without a model: no -m, --vs or --draft")
+    if server and (kernels or any(option is not None for option in (model, positional, versus, draft))):
+        raise typer.BadParameter("--server measures what runs there: no -m, --vs, --draft or --kernels")
     if kernels:
         _bench_kernels(types, rows, threads, repetitions, as_json)
+        return
+    if server:
+        _bench_servers(server, streams, n_prompt, n_new, repetitions, as_json)
         return
     model = fetched(model, positional)
     announce_compiling()
@@ -97,10 +105,28 @@ def _bench_kernels(types: str | None, rows: str | None, threads: int | None, rep
     from refimpl.lab.bench.kernels_bench import measure_kernels
 
     chosen = {} if types is None else {"types": types.split(",")}
-    try:
-        chosen |= {} if rows is None else {"rows": [int(n) for n in rows.split(",")]}
-    except ValueError:
-        raise Failure(f"--rows {rows}: expected numbers with commas between them, 1,512") from None
+    chosen |= {} if rows is None else {"rows": _numbers("--rows", rows)}
     announce_compiling()
     result = measure_kernels(**chosen, threads=threads, repetitions=repetitions, progress=bar)
     write((json.dumps(result) if as_json else kernels_text(result)) + "\n")
+
+
+def _bench_servers(urls: list[str], streams: str, n_prompt: int, n_new: int, repetitions: int, as_json: bool):
+    from refimpl.cli.show.bench import servers_text
+    from refimpl.lab.bench.servers_bench import Plan, servers_bench
+
+    if not n_prompt or n_new < 2:
+        raise typer.BadParameter("--server: -p of at least 1, -n of at least 2")
+    plan = Plan(tuple(_numbers("--streams", streams)), n_prompt, n_new, repetitions)
+    result = servers_bench(urls, plan, progress=bar)
+    write((json.dumps(result) if as_json else servers_text(result)) + "\n")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(n) for n in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise Failure(f"{option} {text}: expected numbers with commas between them, 1,512")
+    return found

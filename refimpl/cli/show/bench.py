@@ -67,3 +67,15 @@ def kernels_text(result: dict[str, object]) -> str:
     columns = ("type", "bits", "threads", "rows", "10^9 multiply-adds/s", "of peak", "GB/s of weights", "of bandwidth", "to Q4_0")
     return "\n".join([f"{machine['cpu']}, {machine['isa']}, {machine['physical_cores']} cores, threads by {machine['threading_layer']}; q8",
                       "", table(columns, rows), "", f"medians of {plan['repetitions']} rounds in turn"])
+
+
+def servers_text(result: dict[str, object]) -> str:
+    """The result of `lab.bench.servers_bench.servers_bench`. Ratios are to one answer at a time of the same server."""
+    plan, rows = result["plan"], []
+    alone = {entry["url"]: entry["writing"] for entry in result["medians"] if entry["streams"] == 1}
+    for entry in result["medians"]:
+        rows.append((entry["url"], entry["streams"], f"{entry['first_token']:.3f}", f"{entry['tokens_per_second']:.2f}",
+                     f"{entry['writing']:.2f}", f"{entry['writing'] / alone[entry['url']]:.2f}" if entry["url"] in alone else ""))
+    columns = ("server", "answers at a time", "first token, s", "new tokens/s in all", "while all write", "of one")
+    return "\n".join([table(columns, rows, left=(0,)), "", f"prompts of {plan['n_prompt']} tokens, answers of {plan['n_new']}; medians of "
+                      f"{plan['repetitions']} rounds in turn"])
