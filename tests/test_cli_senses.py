@@ -23,6 +23,7 @@ from refimpl.cli.conversation.commands import dropped, run_command
 from refimpl.cli.senses import n_tokens_of, opened, projector_of
 from refimpl.loading.projector import BUILT_IN_PROJECTOR
 from refimpl.media.parts import Audio, Image, Video
+from refimpl.text.prompt import encode_prompt
 from refimpl.tiny.pictures import TOKENS, draw
 
 REFERENCE = ("--temp", 0, "--backend", "reference")
@@ -78,8 +79,12 @@ def test_a_video_on_the_command_line(files, monkeypatch):
     ids = json.loads(out)["prompt_ids"]
     soft = [i for i in ids if i < 0]
     assert status == 0 and err == "" and len(soft) == len(set(soft)) == 3 * 55
-    shown = refimpl.load(backend="reference").tokenizer.decode([i for i in ids if i >= 0], special=True)
-    assert shown.endswith("00:00 <|image><image|> 00:40 <|image><image|> 01:20 <|image><image|>x")
+    tokenizer = refimpl.load(backend="reference").tokenizer
+    assert tokenizer.decode([i for i in ids if i >= 0], special=True).endswith(
+        "00:00 <|image><image|> 00:40 <|image><image|> 01:20 <|image><image|>x")
+    joined = tokenizer.encode("100:00 ")
+    assert encode_prompt(tokenizer, None, ["1", Video(files / "film.mp4")], Eyes()).ids[:len(joined)] == joined
+    assert joined != tokenizer.encode("1") + tokenizer.encode("00:00 ", bos=False)
     monkeypatch.setitem(sys.modules, "av", None)
     for command in (("generate", "-p", "x"), ("chat",)):
         assert_one_line(run(*command, "--video", files / "film.mp4"), 1, "av is not installed; pip install")

@@ -118,6 +118,12 @@ def test_refusals(prompt, says):
 def test_templates_and_vocabularies_without_places():
     with pytest.raises(ChatError, match="no place for a picture"):
         encode_messages(TOKENIZER, CONTINUATION_TEMPLATE.replace("message['content']", "'x'"), [{"role": "user", "content": [CAT]}], Eyes())
+    first = GEMMA4_TEMPLATE.replace("for part in reply.content if part.type != 'text'", "for part in []")
+    called = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}]
+    asked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": called},
+             {"role": "tool", "tool_call_id": "1", "content": ["a", CAT]}]
+    with pytest.raises(ChatError, match="no place for a picture in what a tool returns, which Google's later templates have"):
+        encode_messages(TOKENIZER, first, asked, Eyes())
     reverse = "{% for part in messages[0].content | reverse %}{{ '<|' ~ part.type ~ '|>' }}{% endfor %}"
     with pytest.raises(ChatError, match="in the order of the messages"):
         encode_messages(TOKENIZER, reverse, [{"role": "user", "content": [CAT, SONG]}], Eyes())

@@ -110,7 +110,7 @@ def encode_messages(tokenizer: Tokenizer, template: str | None, messages: Sequen
             pictures.extend(part for part in parts if not isinstance(part, str))
             texts[n] = "".join(part if isinstance(part, str) else _place(part) for part in parts)
         if left:
-            raise ChatError(f"the chat template has no place for {_called(left[0])}")
+            raise ChatError(f"the chat template has no place for {_called(left[0])}{_of_a_tool(messages, left[0])}")
         return "".join(texts)
 
     ids = encode_chat(tokenizer, template, words, thinking=thinking, tools=tools, changed=spread if shown else str)
@@ -173,6 +173,12 @@ def _called(part: Media) -> str:
     return "a video" if isinstance(part, Video) else "a sound" if isinstance(part, Audio) else "a picture"
 
 
+def _of_a_tool(messages: Sequence[Mapping[str, object]], part: Media) -> str:
+    """Whose it is and what helps, where a tool has returned it; otherwise empty."""
+    returned = any(message.get("role") == "tool" and part in message["content"] for message in messages if _has_parts(message))
+    return " in what a tool returns, which Google's later templates have: a newer file of the model helps" if returned else ""
+
+
 def _needed(projector: Projector | None, part: Media) -> Projector:
     if projector is None:
         raise ChatError(f"{part.name}: the model needs a projector to take it (--mmproj, projector=load_projector(...))")
@@ -188,6 +194,10 @@ def in_words(messages: Sequence[object], shown: list[Media]) -> list[object]:
     Raises ChatError.
     """
     return [_in_words(i, message, shown) for i, message in enumerate(messages)]
+
+
+def _has_parts(message: Mapping[str, object]) -> bool:
+    return isinstance(message.get("content"), list | tuple)
 
 
 def _in_words(i: int, message: object, shown: list[Media]) -> object:
