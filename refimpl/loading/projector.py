@@ -20,7 +20,7 @@ from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
 from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
 from refimpl.loading.towers.directory import open_projector
-from refimpl.loading.towers.names import stays_float32
+from refimpl.loading.towers.names import type_in_projector
 from refimpl.media.mel import SUBSAMPLING, mel_frames, raw_frames
 from refimpl.media.parts import Audio, Image, Still, Video
 from refimpl.media.patches import TOKENS, patches
@@ -244,9 +244,8 @@ def load_projector(path: str | os.PathLike | None, target: Model | None = None, 
 
 
 def _rounded(matrix: StoredMatrix) -> StoredMatrix:
-    """The same as Q8_0 where a converter to that type would round it (files/convert.py: `type_in_projector`)."""
-    name = matrix.name
-    if matrix.type not in FLOATS or matrix.shape[-1] % 32 or name == "v.patch_embd.weight" or stays_float32(name, matrix.shape):
+    """The same as Q8_0 where a converter to that type would round it."""
+    if matrix.type not in FLOATS or type_in_projector("Q8_0", matrix) != "Q8_0":
         return matrix
     return StoredMatrix(matrix.name, "Q8_0", matrix.shape, lambda: Matrix(quantize(matrix.read().float32(), "Q8_0"), "Q8_0"))
 
