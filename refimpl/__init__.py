@@ -32,7 +32,7 @@ from refimpl.loading.hub_files import HubError
 from refimpl.loading.memory import MemoryRefusal
 from refimpl.loading.model import Model, load
 from refimpl.loading.projector import Projector, load_projector
-from refimpl.media.parts import Audio, Image
+from refimpl.media.parts import Audio, Image, Video
 from refimpl.media.source import MediaError
 from refimpl.model.cache import ContextFull
 from refimpl.text.chat import ChatError
@@ -40,5 +40,5 @@ from refimpl.text.tokenizer import Tokenizer, TokenizerError
 
 __version__ = "0.1.0"
 __all__ = ["Audio", "ChatError", "CheckpointError", "ContextFull", "Drafter", "GGUFError", "HubError", "Image", "MediaError",
-           "MemoryRefusal", "MissingExtra", "Model", "Output", "Projector", "Session", "Stats", "Tokenizer", "TokenizerError", "generate",
-           "load", "load_drafter", "load_projector", "propose", "stream"]
+           "MemoryRefusal", "MissingExtra", "Model", "Output", "Projector", "Session", "Stats", "Tokenizer", "TokenizerError", "Video",
+           "generate", "load", "load_drafter", "load_projector", "propose", "stream"]

@@ -51,6 +51,9 @@ class Eyes:
         self.shown.append(part)
         return SoftTokens(hashlib.sha256(part.digest.encode()).digest(), 3 if isinstance(part, Image) else 2, True, lambda look: None)
 
+    def stills(self, video):
+        return video.stills()
+
 
 def ids_of(*parts: str, in_bytes: bool = False) -> list[int]:
     """Tokens of markers and of text; `in_bytes`: the text is cut into its bytes, in the middle of characters too."""

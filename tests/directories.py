@@ -83,6 +83,7 @@ def multimodal(shape: str, unified: bool):
                                      audio_config=dict(audio_embed_dim=16))
         model = Gemma4UnifiedForConditionalGeneration(config)
     else:
+        kept["use_bidirectional_attention"] = None if kept.get("hidden_size_per_layer_input") else "vision"
         model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=Gemma4TextConfig(**kept), vision_config=SMALL_VISION))
     text = random_model(shape)
     missing, unexpected = model.model.language_model.load_state_dict(text.model.state_dict(), strict=False)

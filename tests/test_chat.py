@@ -143,9 +143,18 @@ def test_calls_and_tools_that_are_none(messages, tools, words):
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+def test_what_tools_show_stands_behind_what_they_say():
+    """As in Google's later template (its first one left pictures out)."""
+    shown = result([{"type": "image"}, {"type": "text", "text": "o"}, {"type": "audio"}, {"type": "text", "text": "k"}], "a")
+    got = render_chat(GEMMA4_TEMPLATE, [*HI, call(ids="ab", f={}, g={}), shown, result([{"type": "image"}], "b")], **TOKENS)
+    assert got.endswith("<|tool_response>response:f{value:'ok'}<tool_response|><|image|><|audio|>"
+                        "<|tool_response>response:g{value:''}<tool_response|><|image|>".replace("'", Q))
+
+
 @pytest.mark.parametrize("messages", [
     [*HI, {"role": "tool", "content": "1"}], [{"role": "user", "content": [{"type": "hologram"}]}],
-    [*HI, call(f={}), *HI, {"role": "tool", "content": "1"}], [*HI, call(f={}), {"role": "tool", "content": [{"type": "image"}]}]])
+    [*HI, call(f={}), *HI, {"role": "tool", "content": "1"}],
+    [*HI, call(f={}), {"role": "tool", "content": [{"type": "text", "text": "x"}, {"type": "hologram"}]}]])
 def test_our_template_refuses_what_it_would_leave_out(messages):
     with pytest.raises(ChatError, match="this template has"):
         render_chat(GEMMA4_TEMPLATE, messages, **TOKENS)

@@ -7,16 +7,15 @@ import math
 import struct
 import warnings
 import zlib
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
 import pytest
 import torch
+from films import write_film
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma4ImageProcessorPil
@@ -26,7 +25,7 @@ from transformers.video_utils import load_video
 
 from refimpl.media import images, video
 from refimpl.media.images import open_image
-from refimpl.media.parts import Image
+from refimpl.media.parts import Image, Video
 from refimpl.media.patches import BUDGETS, n_tokens, patches, pixels, size_for
 from refimpl.media.source import MediaError
 from refimpl.media.video import open_video
@@ -253,13 +252,7 @@ def films(tmp_path_factory):
     """The same 50 frames, 12.5 a second, in every container; the picture i is one grey, 5 i."""
     folder = tmp_path_factory.mktemp("films")
     for name in ("it.mp4", "it.mkv", "it.avi", "it.mov"):
-        with av.open(folder / name, "w") as container:
-            stream = container.add_stream("mjpeg", rate=Fraction(25, 2))
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
-            for i in range(50):
-                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 5 * i, np.uint8), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
+        write_film(folder / name, [np.full((48, 64, 3), 5 * i, np.uint8) for i in range(50)])
     return folder
 
 
@@ -277,6 +270,18 @@ def test_frames_are_those_of_transformers(films, name):
 def test_a_short_video_gives_all_its_frames(films):
     assert [frame.seconds for frame in open_video((films / "it.mp4").read_bytes(), "it", 1000)] == [i / 12.5 for i in range(50)]
     assert video.stamp(65.9) == "01:05" and video.stamp(3600) == "60:00"
+
+
+def test_frames_are_scaled_once_and_told_apart(films):
+    """They are kept in the size that the model takes, which is not always one that `pixels` leaves alone."""
+    film = Video(films / "it.mp4")
+    first, *others = film.stills()
+    scaled = Image(next(open_video(films / "it.mp4", "it")).rgb_HWC, 70).scaled()
+    assert np.array_equal(first.scaled(), scaled) and first.n_tokens() == scaled.size // (3 * 48 * 48) == n_tokens(48, 64, 70)
+    assert film.stills() is film.stills(48, 1) and film.stills(4, 3)[0].rgb_HWC.shape < scaled.shape
+    assert len({still.digest for still in film.stills()}) == 32 and Image(scaled, 70).digest != first.digest
+    with pytest.raises(ValueError, match="choose 70"):
+        Video("a.mp4", 71)
 
 
 def bad_films(folder):

@@ -1,19 +1,23 @@
-"""Pictures and sounds from files to logits: a whole model and its projector against transformers, and the same bits however read."""
+"""Pictures, sounds and videos from files to logits: a whole model and its projector against transformers, the same bits however read."""
+
+from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from films import write_film
 from shapes import worst
 from tower_traces import tower_folder
 from transformers.models.gemma4_unified.modeling_gemma4_unified import create_masks_for_vision_model
 
 import refimpl
-from refimpl import Audio, Image
+from refimpl import Audio, Image, Video
 from refimpl.media.mel import mel_frames, raw_frames
 from refimpl.media.patches import patches, pixels
 from refimpl.text.prompt import encode_prompt
 
-IMAGE, AUDIO = 258880, 258881           # transformers': outside of the small vocabulary
+IMAGE, AUDIO, VIDEO = 258880, 258881, 258884           # transformers': outside of the small vocabulary
 
 
 @pytest.fixture(scope="module", params=["small", "large", "unified"])
@@ -75,6 +79,28 @@ def test_logits_are_those_of_transformers(opened):
     reference = refimpl.load(model.file.path, backend="reference")
     eyes = refimpl.load_projector(model.file.path, target=reference)
     assert worst(reference.logits(parts, projector=eyes), wanted) < 2e-5
+
+
+def test_logits_of_a_video_are_those_of_transformers(opened, tmp_path):
+    """Three frames, with text before, between and behind them."""
+    theirs, model, projector = opened
+    film = Video(write_film(tmp_path / "it.mp4", [picture(40, 60, seed) for seed in range(3)], Fraction(1, 40)))
+    prompt, side = ["ab ", film, " cd"], projector.squares[0]
+    encoded = encode_prompt(model.tokenizer, None, prompt, projector)
+    cut = [patches(still.rgb_HWC, side) for still in film.stills(*projector.squares)]
+    values, positions = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*cut))
+    kind = torch.tensor([[int(i < 0) for i in encoded.ids]])
+    given = {"pixel_values_videos": values, "video_position_ids": positions}
+    if projector.encoder_free:
+        starts = torch.nn.functional.pad(kind, (1, 0)).diff() == 1
+        blocks = torch.where(kind == 1, starts.cumsum(1) - 1, -1)
+        given["attention_mask"] = create_masks_for_vision_model(
+            theirs.config.text_config, torch.zeros(1, len(encoded.ids), model.config.n_embd), None, None, None, blocks)
+    ids, features = torch.tensor([[VIDEO if i < 0 else i for i in encoded.ids]]), theirs.model.get_video_features
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:         # transformers 5.22.2 does not pass the number of frames on
+        patch.setattr(theirs.model, "get_video_features", partial(features, num_frames_per_video=torch.tensor([3])))
+        wanted = theirs(input_ids=ids, mm_token_type_ids=2 * kind, use_cache=False, **given).logits[0].numpy()
+    assert worst(model.logits(prompt, projector=projector), wanted) < 2e-5
 
 
 def test_a_conversation_about_a_picture(opened):

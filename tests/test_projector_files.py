@@ -187,6 +187,19 @@ def test_settings_that_are_not_computed_are_refused(tmp_path, folders, part, key
     not_loaded(tmp_path / "m", str(tmp_path / "m"))
 
 
+def test_what_config_json_says_of_sight_fits_the_structure(tmp_path, folders):
+    """Of the model too, if it has eyes; text-only directories may say nothing."""
+    for kind, value, expected in (("small", "vision", None), ("large", None, "vision"), ("unified", None, "vision")):
+        shutil.copytree(folders[kind], tmp_path / kind)
+        config = json.loads((tmp_path / kind / "config.json").read_text())
+        assert config["text_config"].get("use_bidirectional_attention") == expected
+        config["text_config"]["use_bidirectional_attention"] = value
+        (tmp_path / kind / "config.json").write_text(json.dumps(config))
+        for load in (refimpl.load_projector, refimpl.load):
+            refused(lambda load=load, kind=kind: load(tmp_path / kind, backend="reference"), "config.json",
+                    f"use_bidirectional_attention is {value!r}, expected {expected!r}")
+
+
 def test_inspect(tmp_path):
     path = tmp_path / "mmproj.gguf"
     convert(save_towers(tmp_path / "model", random_towers("unified")), path, "F32", projector=True)

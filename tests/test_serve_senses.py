@@ -10,6 +10,9 @@ import soundfile
 from answers import Eyes, with_markers
 from serving import FakeEngine, post, tokenizer_and_metadata
 
+import refimpl
+from refimpl.media.parts import Image
+
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 
 
@@ -55,6 +58,46 @@ def test_a_picture(path, body):
     assert (request.ids[at - 1], request.ids[at + 3]) == ids and set(request.soft.place) == set(request.ids[at:at + 3])
     assert engine.tokenizer.decode(request.ids[at + 4:], special=True).startswith("what is it?")
     assert str(len(request.ids)) in response.text           # it counts
+
+
+LOOK = {"role": "user", "content": "look"}
+USED = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "look", "input": {}}]}
+CALL = {"id": "t1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+ANTHROPICS = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+
+
+@pytest.fixture(scope="module")
+def that_ships():
+    return refimpl.load_projector(None, refimpl.load(backend="reference"))
+
+
+@pytest.mark.parametrize(("path", "body", "says"), [
+    (CHAT, {"messages": [LOOK, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                         {"role": "tool", "tool_call_id": "t1", "content": [PICTURE, {"type": "text", "text": "a word"}, TEXT]}]},
+     "a word\nwhat is it?"),
+    (CHAT, {"messages": [LOOK, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                         {"role": "tool", "tool_call_id": "t1", "content": [PICTURE]}]}, ""),
+    (RESPONSES, {"input": [LOOK, {"type": "function_call", "call_id": "t1", "name": "look", "arguments": "{}"},
+                           {"type": "function_call_output", "call_id": "t1", "output": [
+                               {"type": "input_text", "text": "a word"}, {"type": "input_image", "image_url": URL}]}]}, "a word"),
+    (MESSAGES, {"max_tokens": 5, "messages": [
+        LOOK, USED, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "is_error": True, "content": [
+            ANTHROPICS, {"type": "text", "text": "a word"}]}]}]}, "Error: a word"),
+], ids=["chat", "picture only", "responses", "messages"])
+def test_a_picture_that_a_tool_returns(that_ships, path, body, says):
+    """Behind the tool's response, with the soft tokens of the projector that ships."""
+    engine = FakeEngine("a cat")
+    engine.projector = that_ships
+    response = post(engine, path, body)
+    assert response.status_code == 200, response.text
+    request = engine.requests[0]
+    text = engine.tokenizer.decode([i for i in request.ids if i >= 0], special=True)
+    assert text.endswith(f'<|tool_response>response:look{{value:<|"|>{says}<|"|>}}<tool_response|><|image><image|>')
+    [begin, *ids, end] = request.ids[request.ids.index(engine.tokenizer.id_of("<|image>")):]
+    assert end == engine.tokenizer.id_of("<image|>") and all(i < 0 for i in ids)
+    part, row = request.soft.place[ids[0]]
+    assert row == 0 and part.n == len(ids) == Image(PIXELS).n_tokens()
+    assert not says or np.array_equal(part.x_TD, that_ships.image(PIXELS))
 
 
 def test_detail_and_sound():

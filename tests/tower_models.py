@@ -37,6 +37,7 @@ def random_towers(kind: str, seed: int = 0):
         config = Gemma4UnifiedConfig(text_config=Gemma4UnifiedTextConfig(**text), **KINDS[kind])
         model = Gemma4UnifiedForConditionalGeneration(config).eval().float()
     else:
+        text["use_bidirectional_attention"] = "vision" if kind == "large" else None         # as in the files of 26B-A4B and 31B
         model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=Gemma4TextConfig(**text), **KINDS[kind])).eval().float()
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *model.named_buffers()]:

@@ -26,8 +26,6 @@ def small_budget():
 def tower_folder(folder, kind: str):
     """(transformers' model, its directory): `random_towers(kind)`, with markers of pictures and sounds in the vocabulary."""
     theirs = random_towers(kind)
-    if kind == "large":
-        theirs.config.text_config.use_bidirectional_attention = "vision"           # as in the files of 26B-A4B and 31B
     place = save_towers(folder, theirs) / "tokenizer.json"
     tokenizer = json.loads(place.read_text())
     vocabulary = tokenizer["model"]["vocab"]

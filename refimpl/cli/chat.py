@@ -37,7 +37,18 @@ from refimpl.cli.app import (
     named,
 )
 from refimpl.cli.run import read_prompt, refuse_without_template
-from refimpl.cli.senses import Images, ImageTokens, Mmproj, MmprojQ8, Sounds, opened, projector_of
+from refimpl.cli.senses import (
+    Images,
+    ImageTokens,
+    Mmproj,
+    MmprojQ8,
+    Sounds,
+    Videos,
+    n_tokens_of,
+    opened,
+    projector_of,
+    refuse_useless_q8,
+)
 from refimpl.media.patches import TOKENS
 
 CacheRam = Annotated[str | None, typer.Option("--cache-ram", metavar="SIZE", show_default=False, help="memory for what has been read and "
@@ -56,7 +67,8 @@ def chat(
     model: ModelPath = None,
     system: Annotated[str | None, typer.Option("--system", "-sys", "--system-prompt", help="instruction before the conversation")] = None,
     think: Annotated[bool, typer.Option("--think", help="let the model think before it answers")] = False,
-    mmproj: Mmproj = None, mmproj_q8: MmprojQ8 = False, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
+    mmproj: Mmproj = None, mmproj_q8: MmprojQ8 = False, image: Images = None, audio: Sounds = None, video: Videos = None,
+    image_tokens: ImageTokens = TOKENS,
     session: SessionName = None, predict: NewTokens = -1,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
@@ -76,18 +88,20 @@ def chat(
     from refimpl.text.templates import CONTINUATION_TEMPLATE, CONTINUED
 
     budget, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
-    folder, seen = folder_of(cache_dir, limit), opened(image, audio, image_tokens)
+    folder, seen = folder_of(cache_dir, limit), opened(image, audio, video, image_tokens)
     path = None if session is None else transcript.session_path(session)
     with transcript.alone(path):
         earlier = earlier_of(path)
-        asked, model = named(model, positional), fetched(model, positional)
-        m = load(model, backend, arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
+        asked, needed = named(model, positional), bool(seen) or has_parts(earlier)
+        refuse_useless_q8(mmproj_q8, mmproj, asked, needed)
+        model = fetched(model, positional)
+        m = load(model, backend, arithmetic, threads, 4096 + n_tokens_of(seen) if ctx is None else ctx, verbose, cache_disk, lock)
         refuse_without_template(m)
         only_continues = m.file.metadata["tokenizer.chat_template"] == CONTINUATION_TEMPLATE
         if only_continues and predict < 0:          # it does not know when to stop
             predict = CONTINUED
         drafting = drafting_of(m, model, draft, draft_max, draft_min_p, draft_head)
-        projector = projector_of(m, model, asked, mmproj, bool(seen) or has_parts(earlier), mmproj_q8)
+        projector = projector_of(m, model, asked, mmproj, needed, mmproj_q8)
         sampling = {"max_new_tokens": predict, "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         said = Session(m, drafter=drafting.pop("drafter", None), n_ctx=ctx, projector=projector, thinking=think, cache_ram=budget,
                        cache_dir=folder, cache_disk=limit)

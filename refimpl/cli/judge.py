@@ -30,7 +30,7 @@ from refimpl.cli.app import (
     write,
 )
 from refimpl.cli.run import read_prompt
-from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, opened, projector_of
+from refimpl.cli.senses import Images, ImageTokens, Mmproj, Sounds, n_tokens_of, opened, projector_of
 from refimpl.extras import require
 from refimpl.media.patches import TOKENS
 
@@ -73,9 +73,9 @@ def trace(
     if (image or audio) and token_ids is not None:
         raise typer.BadParameter("--image and --audio stand before a text: give it with -p TEXT, -p - or -f FILE")
     refuse_overwriting(output, force)
-    text, seen = None if token_ids is not None else read_prompt(prompt, file), opened(image, audio, image_tokens)
+    text, seen = None if token_ids is not None else read_prompt(prompt, file), opened(image, audio, None, image_tokens)
     path = fetched(model, positional)
-    m = load(path, backend, arithmetic, threads, 1 if text is None else len(text.encode()) + image_tokens * len(seen), False)
+    m = load(path, backend, arithmetic, threads, 1 if text is None else len(text.encode()) + n_tokens_of(seen), False)
     drafting, media = {}, []
     if seen:
         ids, media = traced_prompt(m, projector_of(m, path, named(model, positional), mmproj, True), [*seen, text])

@@ -39,7 +39,18 @@ from refimpl.cli.app import (
     named,
     write,
 )
-from refimpl.cli.senses import Images, ImageTokens, Mmproj, MmprojQ8, Sounds, opened, projector_of
+from refimpl.cli.senses import (
+    Images,
+    ImageTokens,
+    Mmproj,
+    MmprojQ8,
+    Sounds,
+    Videos,
+    n_tokens_of,
+    opened,
+    projector_of,
+    refuse_useless_q8,
+)
 from refimpl.media.patches import TOKENS
 from refimpl.text.prompt import Encoded, encode_messages, encode_prompt
 
@@ -54,7 +65,8 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message: apply the file's chat template")] = False,
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
     special: Annotated[bool, typer.Option("--special", help="parse special tokens in the prompt, and show them in the text")] = False,
-    mmproj: Mmproj = None, mmproj_q8: MmprojQ8 = False, image: Images = None, audio: Sounds = None, image_tokens: ImageTokens = TOKENS,
+    mmproj: Mmproj = None, mmproj_q8: MmprojQ8 = False, image: Images = None, audio: Sounds = None, video: Videos = None,
+    image_tokens: ImageTokens = TOKENS,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_min_p: DraftMinP = 0.0, draft_head: DraftHead = None,
     threads: Threads = None, backend: BackendName = "kernels", arithmetic: Arithmetic = None,
@@ -67,10 +79,13 @@ def generate(
     if think and not chat:
         raise typer.BadParameter("--think needs --chat")
     text = read_prompt(prompt, file)
-    seen = opened(image, audio, image_tokens)
-    asked, model = named(model, positional), fetched(model, positional)
+    if mmproj_q8 and not (image or audio or video):
+        raise typer.BadParameter("--mmproj-q8 needs --image, --audio or --video: without them no projector is loaded")
+    asked = named(model, positional)
+    refuse_useless_q8(mmproj_q8, mmproj, asked, needed=True)
+    seen, model = opened(image, audio, video, image_tokens), fetched(model, positional)
     # a token has a byte or more, 256 for a template
-    room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256 + image_tokens * len(seen)
+    room = ctx if ctx is not None else len(text.encode()) + max(0, predict) + 256 + n_tokens_of(seen)
     m = load(model, backend, arithmetic, threads, room, verbose, cache_disk, lock)
     if chat:
         refuse_without_template(m)

@@ -26,7 +26,7 @@ from refimpl.cli.app import (
     named,
 )
 from refimpl.cli.chat import CacheDir, CacheRead, folder_of
-from refimpl.cli.senses import Mmproj, MmprojQ8, projector_of
+from refimpl.cli.senses import Mmproj, MmprojQ8, projector_of, refuse_useless_q8
 
 CONTEXT = 32768         # tokens; the models' own, 131,072 and more, would promise memory that few have
 
@@ -72,10 +72,12 @@ def serve(
 
     ram, limit = None if cache_ram is None else n_bytes(cache_ram), n_bytes(cache_read)
     folder = folder_of(cache_dir, limit)
+    asked = named(model, positional)
+    refuse_useless_q8(mmproj_q8, mmproj, asked, needed=False)
     path = fetched(model, positional)
     m = load(path, "kernels", arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
     drafting = drafting_of(m, path, draft, draft_max, 0.0, draft_head)
-    projector = projector_of(m, path, named(model, positional), mmproj, needed=False, q8=mmproj_q8)
+    projector = projector_of(m, path, asked, mmproj, needed=False, q8=mmproj_q8)
     n_ctx = min(m.config.n_ctx, CONTEXT if ctx is None else ctx)
     snapshots = None if folder is None else Snapshots(folder, m, limit, lambda note: errors.print(f"note: {note}"))
     prefixes = Prefixes(m, available() // 2 if ram is None else ram, snapshots)

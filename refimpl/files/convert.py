@@ -87,7 +87,7 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, output_type: str
     elif file.path.is_dir() and "tokenizer.ggml.tokens" not in file.metadata:
         raise CheckpointError(file.path, None, "tokenizer.json is missing, and no engine loads a file without it: copy it and "
                               "tokenizer_config.json from the drafter's model")
-    rule = type_in_projector if projector else type_of
+    rule = towers.type_in_projector if projector else type_of
     types = {name: rule(output_type, info) for name, info in file.tensors.items()}
     for name, info in file.tensors.items():
         if types[name] != info.type and info.type not in DEQUANTIZABLE and info.type != "I64":
@@ -113,15 +113,6 @@ def type_of(output_type: str, info: TensorInfo) -> str:
     if output_type == "auto" or info.name == "per_layer_model_proj.weight" and output_type not in FLOATS:
         return info.type
     return fitting_type("Q6_K" if info.name in EMBEDDINGS and output_type not in WHOLE else output_type, info.shape[-1])
-
-
-def type_in_projector(output_type: str, info: TensorInfo) -> str:
-    """The type of a projector's tensor in the output."""
-    if towers.stays_float32(info.name, info.shape):
-        return "F32"
-    if info.name == "v.patch_embd.weight":
-        return "F16" if output_type == "F16" or output_type == "auto" and info.type == "F16" else "F32"
-    return info.type if output_type == "auto" else fitting_type(output_type, info.shape[-1])
 
 
 def metadata_for(file: TensorSource, types: Mapping[str, str], output_type: str) -> dict[str, object]:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refimpl.files.convert import type_in_projector
 from refimpl.formats.gguf import TensorInfo
 from refimpl.loading.hf_names import under
+from refimpl.loading.towers.names import type_in_projector
 from refimpl.model.config import PROJECTOR_ARCHITECTURE
 
 TYPES = {"google-q4_0": "BF16", "bf16": "BF16", "f16": "F16", "f32": "F32", "q8_0": "Q8_0"}      # Google's projectors are BF16

@@ -46,6 +46,7 @@ def metadata_of(config: Mapping[str, object], place: Path) -> tuple[dict[str, ob
     try:
         text = with_per_layer_config(config if config["model_type"].endswith("_text") else config["text_config"])
         _refuse_what_is_not_computed(text, place)
+        check_sight(config, place)
         metadata = drafter_metadata({**config, "text_config": text}) if drafter else gguf_metadata(text)
         epsilon = f"{architecture}.attention.layer_norm_rms_epsilon"
         metadata[epsilon] = float(np.float32(metadata[epsilon]))        # as a GGUF file holds it: the same bits from both
@@ -57,6 +58,20 @@ def metadata_of(config: Mapping[str, object], place: Path) -> tuple[dict[str, ob
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(place, None, f"is no configuration of a Gemma 4 {'drafter' if drafter else 'model'}: "
                               f"{type(error).__name__} {error}") from None
+
+
+def check_sight(config: Mapping[str, object], place: Path):
+    """Raises CheckpointError where a model that sees says of its pictures' rows something else than its structure does
+    (`Config.looks_ahead_in_images`): they see each other ("vision") in models without per-layer inputs, and in no others.
+    """
+    if config.get("vision_config") is None:
+        return
+    text = config["text_config"]
+    said = text.get("use_bidirectional_attention", "vision" if config["model_type"] == "gemma4_unified" else None)
+    expected = None if text.get("hidden_size_per_layer_input") else "vision"
+    if said != expected:
+        raise CheckpointError(place, None, f"use_bidirectional_attention is {said!r}, expected {expected!r}: pictures look ahead in models "
+                              "without per-layer inputs (12B, 26B-A4B, 31B) and in no others")
 
 
 def is_tied(config: Mapping[str, object]) -> bool:
@@ -88,7 +103,7 @@ def _refuse_what_is_not_computed(text: Mapping[str, object], place: Path):
     kinds, rope, own = text["layer_types"], text["rope_parameters"], text["per_layer_config"]
     require(text["hidden_activation"] == "gelu_pytorch_tanh", f"hidden_activation {text['hidden_activation']!r}")
     require(not text["attention_bias"], "attention_bias true")
-    require(text["use_bidirectional_attention"] != "all", "use_bidirectional_attention 'all'")
+    require(text["use_bidirectional_attention"] in (None, "vision"), f"use_bidirectional_attention {text['use_bidirectional_attention']!r}")
     require(len(kinds) == text["num_hidden_layers"] and set(kinds) <= {FULL, SLIDING} and kinds[-1] == FULL,
             f"layer_types: expected {text['num_hidden_layers']} entries of {SLIDING} or {FULL}, ending in {FULL}")
     require(rope[FULL]["rope_type"] == "proportional", f"rope_type of full layers {rope[FULL]['rope_type']!r}")

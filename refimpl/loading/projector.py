@@ -20,10 +20,10 @@ from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
 from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
 from refimpl.loading.towers.directory import open_projector
-from refimpl.loading.towers.names import stays_float32
+from refimpl.loading.towers.names import type_in_projector
 from refimpl.media.mel import SUBSAMPLING, mel_frames, raw_frames
-from refimpl.media.parts import Audio, Image
-from refimpl.media.patches import TOKENS, n_tokens, patches, pixels
+from refimpl.media.parts import Audio, Image, Still, Video
+from refimpl.media.patches import TOKENS, patches
 from refimpl.media.source import MediaError
 from refimpl.model.backend import ARITHMETIC, Backend, kernel_backend, reference_backend
 from refimpl.model.config import warn_of_unknown_keys
@@ -114,8 +114,7 @@ class Projector:
         """What the tower takes: (patches, positions) of a picture, (frames,) of a sound. Raises as `image` does."""
         self._refuse_unless_it_takes(part)
         if isinstance(part, Image):
-            side, pool = self.squares
-            return patches(pixels(part.rgb_HWC, part.tokens, side, pool), side)
+            return patches(part.scaled(*self.squares), self.squares[0])
         raw = isinstance(self.config.audio, SoundFrameConfig)
         return (raw_frames(part.samples_N, self.config.audio.n_samples) if raw else mel_frames(part.samples_N, part.name),)
 
@@ -131,12 +130,16 @@ class Projector:
             [frames_TM] = self.given(part)
             n = -(-len(frames_TM) // self.frames_per_token)
             return SoftTokens(digest, n, False, lambda look: self._once(digest, lambda: self.audio_tokens(frames_TM, look)))
-        n = n_tokens(*part.rgb_HWC.shape[:2], part.tokens, *self.squares)
-        return SoftTokens(digest, n, self.target.config.looks_ahead_in_images,
+        return SoftTokens(digest, part.n_tokens(*self.squares), self.target.config.looks_ahead_in_images,
                           lambda look: self._once(digest, lambda: self.image_tokens(*self.given(part), look)))
 
-    def _refuse_unless_it_takes(self, part: Image | Audio):
-        tower, verb = (self.config.vision, "see") if isinstance(part, Image) else (self.config.audio, "hear")
+    def stills(self, video: Video) -> tuple[Still, ...]:
+        """The frames of a video as pictures. Raises as `image` does, and MissingExtra where PyAV is not installed."""
+        self._refuse_unless_it_takes(video)
+        return video.stills(*self.squares)
+
+    def _refuse_unless_it_takes(self, part: Image | Audio | Video):
+        tower, verb = (self.config.audio, "hear") if isinstance(part, Audio) else (self.config.vision, "see")
         if tower is None:
             raise MediaError(part.name, f"{self.file.path} does not {verb}")
 
@@ -241,9 +244,8 @@ def load_projector(path: str | os.PathLike | None, target: Model | None = None, 
 
 
 def _rounded(matrix: StoredMatrix) -> StoredMatrix:
-    """The same as Q8_0 where a converter to that type would round it (files/convert.py: `type_in_projector`)."""
-    name = matrix.name
-    if matrix.type not in FLOATS or matrix.shape[-1] % 32 or name == "v.patch_embd.weight" or stays_float32(name, matrix.shape):
+    """The same as Q8_0 where a converter to that type would round it."""
+    if matrix.type not in FLOATS or type_in_projector("Q8_0", matrix) != "Q8_0":
         return matrix
     return StoredMatrix(matrix.name, "Q8_0", matrix.shape, lambda: Matrix(quantize(matrix.read().float32(), "Q8_0"), "Q8_0"))
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refimpl.media import video
 from refimpl.media.images import open_image
-from refimpl.media.patches import TOKENS, check_budget
+from refimpl.media.patches import PATCH, POOL, TOKENS, check_budget, n_tokens, pixels
 from refimpl.media.sounds import open_sound
 from refimpl.media.source import Source, name_of
 
@@ -49,6 +50,67 @@ class Image:
         """SHA-256, in hexadecimal, of the pixels, their size and the budget: pictures with the same one are the same to a model."""
         height, width, _ = self.rgb_HWC.shape
         return _digest(f"picture {height} {width} {self.tokens}", self.rgb_HWC)
+
+    def scaled(self, patch: int = PATCH, pool: int = POOL) -> np.ndarray:
+        """The pixels in the size for its budget, for soft tokens of `pool` x `pool` patches of `patch` x `patch` pixels."""
+        return pixels(self.rgb_HWC, self.tokens, patch, pool)
+
+    def n_tokens(self, patch: int = PATCH, pool: int = POOL) -> int:
+        """How many soft tokens it becomes."""
+        return n_tokens(*self.rgb_HWC.shape[:2], self.tokens, patch, pool)
+
+
+@dataclass(frozen=True, eq=False)
+class Still(Image):
+    """A frame of a video, in the size that the model takes. `stamp`: when it is shown, as the model reads it ("01:05")."""
+
+    stamp: str = "00:00"
+
+    @cached_property
+    def digest(self) -> str:
+        """As Image has it, of pixels that are not scaled any more."""
+        height, width, _ = self.rgb_HWC.shape
+        return _digest(f"still {height} {width}", self.rgb_HWC)
+
+    def scaled(self, patch: int = PATCH, pool: int = POOL) -> np.ndarray:
+        """Its pixels as they are."""
+        return self.rgb_HWC
+
+    def n_tokens(self, patch: int = PATCH, pool: int = POOL) -> int:
+        """How many soft tokens it becomes."""
+        height, width, _ = self.rgb_HWC.shape
+        return height * width // (patch * pool) ** 2
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A video without its sound: a path, or the bytes of a file. To the model it is pictures with a time before each.
+
+    `frames` pictures are taken of it, evenly spaced, each of at most `tokens` tokens: 32 of 70 are what transformers' Gemma4VideoProcessor
+    takes. They stay in memory once they are read, each in the size that the model takes. Needs PyAV (the extra `video`).
+    Raises MediaError (a ValueError), for a budget at once, otherwise when it is opened; MissingExtra without PyAV.
+    """
+
+    source: Source
+    tokens: int = video.TOKENS
+    frames: int = video.FRAMES
+    _read: dict[int, tuple[Still, ...]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        check_budget(self.tokens)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return name_of(self.source, "a video")
+
+    def stills(self, patch: int = PATCH, pool: int = POOL) -> tuple[Still, ...]:
+        """Its frames, for soft tokens of `pool` x `pool` patches of `patch` x `patch` pixels."""
+        side = patch * pool
+        if side not in self._read:
+            self._read[side] = tuple(Still(pixels(frame.rgb_HWC, self.tokens, patch, pool), self.tokens, frame.stamp)
+                                     for frame in video.open_video(self.source, self.name, self.frames))
+        return self._read[side]
 
 
 @dataclass(frozen=True, eq=False)

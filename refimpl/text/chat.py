@@ -17,7 +17,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -81,8 +81,10 @@ def render_chat(template: str | None, messages: list[dict], *, bos_token: str, e
 
 
 def encode_chat(tokenizer: "Tokenizer", template: str | None, messages: list[dict], *, thinking: bool = False,
-                tools: list[dict] | None = None) -> list[int]:
+                tools: list[dict] | None = None, changed: Callable[[str], str] = str) -> list[int]:
     """Token ids of the prompt for `messages`, in which text that spells a control token (`<|turn>`) stays text.
+
+    `changed`: what becomes of the rendered prompt before it is encoded; in it, a control token that is whole comes from the template.
 
     This goes for every string in `messages` and `tools`: names, keys, arguments, results. Before the template runs, such text is cut by
     a character that is in none of them; what is between the cuts is encoded separately. Raises ChatError as `render_chat` does.
@@ -97,7 +99,7 @@ def encode_chat(tokenizer: "Tokenizer", template: str | None, messages: list[dic
     messages = [{key: value if key == "role" and value in ROLES else cut(value) for key, value in message.items()} for message in messages]
     prompt = render_chat(template, messages, bos_token=tokenizer.token(tokenizer.bos), eos_token=tokenizer.token(tokenizer.eos),
                          thinking=thinking, tools=cut(tools))
-    return [i for part in prompt.split(seam) for i in tokenizer.encode(part, special=True, bos=False)]
+    return [i for part in changed(prompt).split(seam) for i in tokenizer.encode(part, special=True, bos=False)]
 
 
 class _Cutter:

@@ -8,6 +8,8 @@ CONTINUATION_TEMPLATE = (
     "{% endif %}{{ '\\n' }}{% endfor %}")
 GEMMA4_TEMPLATE = r"""
 {%- set quote = '<|"|>' %}
+{%- set media = ['image', 'audio', 'video'] %}
+{%- set only = 'this template has text, images, audio and video only' %}
 {%- macro value_of(value, quoted_keys=false) %}
     {#- a value in Gemma's notation: strings between quote tokens, and in declarations the keys of what is not a schema too #}
     {%- if value is string %}
@@ -95,20 +97,16 @@ GEMMA4_TEMPLATE = r"""
     {{- pairs_of(response) if response is mapping else 'value:' ~ value_of(response) }}
     {{- '}<tool_response|>' }}
 {%- endmacro %}
-{%- macro texts_of(content) %}
-    {%- for part in content if part.type != 'text' %}{{ raise_exception('this template has text only') }}{% endfor %}
-    {{- content | map(attribute='text') | join }}
-{%- endmacro %}
 {%- macro text_of(message) %}
     {%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else [] %}
     {%- if message.content is not string and message.content is sequence %}
         {%- set parts = message.content %}
     {%- endif %}
     {%- for part in parts %}
-        {%- if part.type in ['image', 'audio', 'video'] %}
+        {%- if part.type in media %}
             {{- '<|' ~ part.type ~ '|>' }}
         {%- elif part.type != 'text' %}
-            {{- raise_exception('this template has text, images, audio and video only') }}
+            {{- raise_exception(only) }}
         {%- elif message.role in ['assistant', 'model'] %}
             {#- thoughts of earlier turns are not shown to the model again #}
             {%- set answer %}
@@ -171,7 +169,15 @@ GEMMA4_TEMPLATE = r"""
                 {%- set called = namespace(name=reply.name | default('unknown')) %}
                 {%- for call in now.calls if call.id == reply.tool_call_id %}{% set called.name = call.function.name %}{% endfor %}
                 {%- set is_list = reply.content is sequence and reply.content is not string and reply.content is not mapping %}
-                {{- response_of(called.name, texts_of(reply.content) if is_list else reply.content) }}
+                {%- if is_list %}
+                    {#- what it shows is behind what it says #}
+                    {{- response_of(called.name, reply.content | selectattr('type', '==', 'text') | map(attribute='text') | join) }}
+                    {%- for part in reply.content if part.type != 'text' %}
+                        {{- '<|' ~ part.type ~ '|>' if part.type in media else raise_exception(only) }}
+                    {%- endfor %}
+                {%- else %}
+                    {{- response_of(called.name, reply.content) }}
+                {%- endif %}
                 {%- set responses.given = true %}
             {%- endfor %}
         {%- endif %}
@@ -191,5 +197,6 @@ GEMMA4_TEMPLATE = r"""
     {{- '<|channel>thought\n<channel|>' if not enable_thinking }}
 {%- endif %}
 """
-"""The rendering of Google's, for conversations of text and tools, thinking on or off. What it cannot render it refuses: images, and a
-tool response that follows no call. Calls and declarations are written in Gemma's notation, which answer.py reads."""
+"""The rendering of Google's, for conversations of text, tools, pictures and sounds, thinking on or off. What it cannot render it refuses: a
+tool response that follows no call. Pictures in a tool's response stand behind it, as in Google's later template; the earlier one left them
+out. Calls and declarations are written in Gemma's notation, which answer.py reads."""

@@ -1,8 +1,10 @@
 """The commands of a conversation: /help and those it lists."""
 
 import difflib
+import re
 import shlex
 import time
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +12,11 @@ from typing import NamedTuple
 from refimpl.cli.app import Failure, errors, refuse_overwriting
 from refimpl.cli.conversation import transcript
 from refimpl.cli.conversation.turns import HARMLESS, Conversation, figures, seen_in, text_of
-from refimpl.media.parts import Audio, Image
-from refimpl.text.prompt import Part
+from refimpl.media.parts import Audio, Image, Video
+from refimpl.text.prompt import Media, Part
 
-SUFFIXES = {"image": {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}, "audio": {".wav", ".flac", ".ogg", ".mp3"}}
+SUFFIXES = {"image": {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}, "audio": {".wav", ".flac", ".ogg", ".mp3"},
+            "video": {".mp4", ".mov", ".mkv", ".webm", ".avi"}}
 
 
 class Leave(Exception):
@@ -174,14 +177,21 @@ def audio(conversation: Conversation, argument: str):
     _attach(conversation, argument, Audio)
 
 
+def video(conversation: Conversation, argument: str):
+    """/video"""
+    _attach(conversation, argument, Video)
+
+
 def dropped(text: str) -> tuple[str, str] | None:
-    """(command, path) where a message is nothing but the path of a picture or a sound, as a terminal types it for a dropped file."""
+    """(command, path) where a message is nothing but the path of a picture, a sound or a video, or its file: URL, as a terminal types it
+    for a dropped file.
+    """
     try:
-        words = shlex.split(text.removeprefix("file://"))
-    except ValueError:
+        [word] = shlex.split(text)
+        path = Path(_path_of(word)).expanduser()
+    except (ValueError, RuntimeError):          # not one word, an open quote; nobody's home
         return None
-    path = Path(words[0]).expanduser() if len(words) == 1 else None
-    if path is None or not path.is_absolute() or not path.is_file():
+    if not path.is_absolute() or not path.is_file():
         return None
     name = next((name for name, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
     return None if name is None else (name, str(path))
@@ -209,6 +219,7 @@ COMMANDS = {
     "file": Command("PATH [TEXT]", "sends TEXT with a file; alone: the next message takes the file along; - leaves it out", file),
     "image": Command("PATH [TEXT]", "sends TEXT with a picture; alone: the next message takes it along", image),
     "audio": Command("PATH [TEXT]", "the same with a sound", audio),
+    "video": Command("PATH [TEXT]", "the same with a video, without its sound", video),
     "save": Command("FILE", "writes the conversation, as JSON that can be edited", save),
     "load": Command("FILE", "goes on with a saved conversation instead of this one", load),
     "sessions": Command("", "lists the conversations that --session keeps", sessions),
@@ -234,14 +245,15 @@ def _taken_back(conversation: Conversation) -> str | list[Part]:
     return content
 
 
-def _attach(conversation: Conversation, argument: str, kind: Callable[[Path], Image | Audio]):
-    """A picture or a sound for the next message, or for the one that is given with it."""
+def _attach(conversation: Conversation, argument: str, kind: Callable[[Path], Media]):
+    """A picture, a sound or a video for the next message, or for the one that is given with it."""
     if conversation.session.projector is None:
         raise Failure("this model was loaded without its projector; start with --mmproj FILE to show it pictures and sounds")
     path, question = _path_and_text(argument)
     try:
         part = kind(path)
-        conversation.session.projector.soft_tokens(part)        # opens it
+        take = conversation.session.projector.stills if isinstance(part, Video) else conversation.session.projector.soft_tokens
+        take(part)                                              # opens it
     except ValueError as e:
         raise Failure(str(e)) from None
     conversation.files.append((path.name, part))
@@ -249,6 +261,12 @@ def _attach(conversation: Conversation, argument: str, kind: Callable[[Path], Im
         conversation.ask(question)
     else:
         errors.print(f"{path.name} goes along with the next message")
+
+
+def _path_of(word: str) -> str:
+    """A path as it is, or the one in a file: URL of this machine ("file:///a%20b.png" -> "/a b.png")."""
+    url = re.match(r"file:(?://(?:localhost)?)?(?=/)", word)
+    return urllib.parse.unquote(word[url.end():]) if url else word
 
 
 def _count(messages: list[dict[str, str]]) -> str:

@@ -4,7 +4,7 @@
 
 A content with pictures or sounds is a list of parts, in order:
 
-    {"type": "text", "text": ...}    {"type": "image", "path": ..., "tokens": 280}    {"type": "audio", "path": ...}
+    {"type": "text", "text": ...}    {"type": "image", "path": ..., "tokens": 280}    {"type": "audio" or "video", "path": ...}
 
     <data root>/sessions/NAME.json      conversations of `refimpl chat --session NAME`
     <data root>/history                 lines typed at its prompt
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refimpl.cli.app import Failure, replacing
-from refimpl.media.parts import Audio, Image
+from refimpl.media.parts import Audio, Image, Video
 from refimpl.media.patches import BUDGETS, TOKENS
 from refimpl.text.prompt import Part
 
@@ -131,17 +131,17 @@ def _problem(data: object) -> str:
 
 
 def _is_part(part: object) -> bool:
-    """Text, a picture, or a sound, as they are written."""
+    """Text, a picture, a sound or a video, as they are written."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "image":
         return _is_text(part.get("path")) and part.get("tokens", TOKENS) in BUDGETS
-    return kind == "text" and _is_text(part.get("text")) or kind == "audio" and _is_text(part.get("path"))
+    return kind == "text" and _is_text(part.get("text")) or kind in ("audio", "video") and _is_text(part.get("path"))
 
 
 def _opened(content: str | list[dict]) -> str | list[Part]:
-    """A content as sessions have it. Pictures and sounds are opened when they are needed."""
+    """A content as sessions have it. Pictures, sounds and videos are opened when they are needed."""
     make = {"text": lambda part: part["text"], "image": lambda part: Image(Path(part["path"]), part.get("tokens", TOKENS)),
-            "audio": lambda part: Audio(Path(part["path"]))}
+            "audio": lambda part: Audio(Path(part["path"])), "video": lambda part: Video(Path(part["path"]))}
     return content if isinstance(content, str) else [make[part["type"]](part) for part in content]
 
 
@@ -150,8 +150,8 @@ def _written(content: str | list[Part]) -> str | list[dict[str, object]]:
     def plain(part: Part) -> dict[str, object]:
         if isinstance(part, Image):
             return {"type": "image", "path": str(Path(part.source).absolute()), "tokens": part.tokens}
-        if isinstance(part, Audio):
-            return {"type": "audio", "path": str(Path(part.source).absolute())}
+        if isinstance(part, Audio | Video):
+            return {"type": "audio" if isinstance(part, Audio) else "video", "path": str(Path(part.source).absolute())}
         return {"type": "text", "text": part}
     return content if isinstance(content, str) else [plain(part) for part in content]
 

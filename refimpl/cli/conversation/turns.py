@@ -14,10 +14,10 @@ from refimpl.cli.run import show_drafting
 from refimpl.decode.generate import PromptDone, Text
 from refimpl.decode.request import Done, Stats
 from refimpl.decode.session import Session
-from refimpl.media.parts import Audio, Image
 from refimpl.media.patches import TOKENS
 from refimpl.model.cache import ContextFull
 from refimpl.text.chat import ChatError
+from refimpl.text.prompt import Media
 from refimpl.text.thoughts import ThoughtSplitter
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -30,7 +30,7 @@ class Conversation:
 
     session    the messages, and what the model has read
     unsent     a message that was not sent after all: its prompt was not read to the end
-    files      (name, text, picture or sound) of the files that go along with the next message
+    files      (name, text, picture, sound or video) of the files that go along with the next message
     n_tokens   that a picture may take
     path       where the conversation is kept, None if nowhere
     stats      of the latest answer, None before the first
@@ -201,8 +201,8 @@ def figures(stats: Stats) -> str:
             f"wrote {stats.n_generated} ({stats.decode_per_second:.1f}/s)" + (f"; {stats.why}" if stats.why else ""))
 
 
-def with_files(files: list[tuple[str, str | Image | Audio]], text: str) -> str | list[str | Image | Audio]:
-    """A message after the files it is about: pictures and sounds, then texts, each between fences longer than those in it."""
+def with_files(files: list[tuple[str, str | Media]], text: str) -> str | list[str | Media]:
+    """A message after the files it is about: pictures, sounds and videos, then texts, each between fences longer than those in it."""
     seen, parts = [content for _, content in files if not isinstance(content, str)], []
     for name, content in files:
         if not isinstance(content, str):
@@ -213,11 +213,11 @@ def with_files(files: list[tuple[str, str | Image | Audio]], text: str) -> str |
     return [*seen, message] if seen else message
 
 
-def text_of(content: str | list[str | Image | Audio]) -> str:
+def text_of(content: str | list[str | Media]) -> str:
     """The text of a message."""
     return content if isinstance(content, str) else "".join(part for part in content if isinstance(part, str))
 
 
-def seen_in(content: str | list[str | Image | Audio]) -> list[tuple[str, Image | Audio]]:
-    """(name, picture or sound) of all in a message."""
+def seen_in(content: str | list[str | Media]) -> list[tuple[str, Media]]:
+    """(name, picture, sound or video) of all in a message."""
     return [] if isinstance(content, str) else [(part.name, part) for part in content if not isinstance(part, str)]

@@ -11,8 +11,10 @@ import numpy as np
 
 from refimpl.formats.checkpoint import Checkpoint, CheckpointError
 from refimpl.formats.gguf import TensorInfo
+from refimpl.formats.matrix import StoredMatrix
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import dequantize
+from refimpl.loading.hf_names import fitting_type
 from refimpl.loading.open import Source
 
 _GLOBAL = {
@@ -88,6 +90,15 @@ def stays_float32(name: str, shape: tuple[int, ...]) -> bool:
     """Vectors, position tables, convolutions and the matrix after them are never quantized."""
     return len(shape) < 2 or name in ("v.position_embd.weight", "a.input_projection.weight") or name.startswith("a.conv1d.") \
         or name.endswith(".conv_dw.weight")
+
+
+def type_in_projector(output_type: str, tensor: TensorInfo | StoredMatrix) -> str:
+    """The type of a projector's tensor where a converter makes `output_type` of it ("auto": what it can stay)."""
+    if stays_float32(tensor.name, tensor.shape):
+        return "F32"
+    if tensor.name == "v.patch_embd.weight":
+        return "F16" if output_type == "F16" or output_type == "auto" and tensor.type == "F16" else "F32"
+    return tensor.type if output_type == "auto" else fitting_type(output_type, tensor.shape[-1])
 
 
 # ---- tensors in another form

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.formats.checkpoint import CheckpointError
-from refimpl.loading.config_json import is_drafter
+from refimpl.loading.config_json import check_sight, is_drafter
 from refimpl.loading.hf_names import under
 from refimpl.model.config import PROJECTOR_ARCHITECTURE
 from refimpl.model.towers.config import AUDIO_CAP, AUDIO_EPS, BAND, POOL, ROPE_BASE
@@ -32,6 +32,7 @@ def projector_metadata(config: Mapping[str, object], place: Path) -> dict[str, o
         raise CheckpointError(place, None, "has neither vision_config nor audio_config: this model reads text only")
     unified = config["model_type"] == "gemma4_unified"
     try:
+        check_sight(config, place)
         keys: dict[str, object] = {}
         if vision is not None:
             keys |= _vision(VISION | dict(vision), unified, place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from refimpl.serve.api.contents import joined, objects, part_of, string, text_of, text_of_part
+from refimpl.serve.api.contents import joined, objects, part_of, result_of, string, text_of, text_of_part
 from refimpl.serve.asking import MAX_TOOLS, chosen_tool
 from refimpl.serve.errors import bad
 
@@ -82,9 +82,10 @@ def _user(blocks: list[Mapping], role: str, place: str) -> list[dict]:
     for j, block in enumerate(blocks):
         at = f"{place}.content.{j}"
         if block.get("type") == "tool_result":
-            text = text_of(block.get("content"), f"{at}.content")
+            text, *shown = [result] if isinstance(result := result_of(block.get("content"), f"{at}.content"), str) else result
             text = f"Error: {text}" if block.get("is_error") else text
-            chat.append({"role": "tool", "tool_call_id": string(block.get("tool_use_id"), f"{at}.tool_use_id"), "content": text})
+            chat.append({"role": "tool", "tool_call_id": string(block.get("tool_use_id"), f"{at}.tool_use_id"),
+                         "content": [text, *shown] if shown else text})
         else:
             parts.append(part_of(block, at) if role == "user" else text_of_part(block, at))
     return [*chat, {"role": role, "content": joined(parts)}] if parts or not chat else chat

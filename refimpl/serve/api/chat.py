@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from refimpl.serve.answering import Answers, spelled, timings
-from refimpl.serve.api.contents import content_of, objects, string, text_of
+from refimpl.serve.api.contents import content_of, objects, result_of, string, text_of
 from refimpl.serve.api.openai import FINISH, CompletionFields, Head, progress_of, respond, schema_of, usage
 from refimpl.serve.asking import (
     MAX_TOP,
@@ -67,7 +67,7 @@ def messages_of(value: object) -> list[dict]:
                 if message.get(key) is not None}
         if message.get("tool_calls"):
             kept["tool_calls"] = objects(message["tool_calls"], f"{place}.tool_calls")
-        content = content_of if role == "user" else text_of
+        content = {"user": content_of, "tool": result_of}.get(role, text_of)
         messages.append({"role": role, "content": content(message.get("content"), f"{place}.content"), **kept})
     if not messages:
         raise bad("messages", "messages must hold at least one message")

@@ -33,6 +33,14 @@ def content_of(content: object, place: str) -> str | list[Part]:
     return joined([part_of(part, f"{place}.{i}") for i, part in enumerate(content)])
 
 
+def result_of(content: object, place: str) -> str | list[Part]:
+    """What a tool has returned: its text; pictures and sounds behind it, as templates write them. Raises ApiError."""
+    content = content_of(content, place)
+    if isinstance(content, str):
+        return content
+    return ["\n".join(part for part in content if isinstance(part, str)), *(part for part in content if not isinstance(part, str))]
+
+
 def joined(parts: list[Part]) -> str | list[Part]:
     """Texts alone are one text."""
     return "\n".join(parts) if all(isinstance(part, str) for part in parts) else parts

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from refimpl.serve.api.chat import ROLES
-from refimpl.serve.api.contents import content_of, objects, string, text_of
+from refimpl.serve.api.contents import content_of, objects, result_of, string, text_of
 from refimpl.serve.errors import bad
 
 
@@ -37,7 +37,7 @@ def chat_of(instructions: str | None, items: str | list) -> list[dict]:
             message = {"role": "assistant", "content": "", "tool_calls": [call]}
         elif kind == "function_call_output":
             message = {"role": "tool", "tool_call_id": string(item.get("call_id"), f"{place}.call_id"),
-                       "content": text_of(item.get("output"), f"{place}.output")}
+                       "content": result_of(item.get("output"), f"{place}.output")}
         else:
             raise bad(f"{place}.type", f"{place}: an item of type {kind!r:.60} cannot be read here")
         if thought and message["role"] == "assistant":

@@ -16,7 +16,7 @@ from refimpl.loading.projector import Projector
 from refimpl.media.parts import Audio, Image
 from refimpl.model.soft import Soft, SoftTokens
 from refimpl.model.tap import Look, no_tap
-from refimpl.text.prompt import Part, encode_prompt, markers_of
+from refimpl.text.prompt import Part, encode_prompt, in_pictures, markers_of
 
 GIVEN = {"image": ("patches", "positions"), "audio": ("frames",)}       # names of what a tower is given
 CROP = 4                # soft tokens of a side of the piece of a picture that noise is measured on
@@ -68,6 +68,7 @@ def traced_prompt(model: Model, projector: Projector, parts: Sequence[Part]) -> 
 
     Raises ValueError (MediaError, ChatError) for what cannot be opened, seen or heard.
     """
+    parts = in_pictures(parts, projector)
     encoded, media = encode_prompt(model.tokenizer, None, parts, projector), [part for part in parts if isinstance(part, Image | Audio)]
     ids, inputs = [], []
     for i in encoded.ids:
