@@ -3,9 +3,10 @@
     PYTHONPATH=.:tests python tests/fuzz.py container CORPUS -runs=1000000 -max_len=4096
 
 Targets: container (bytes are a GGUF file), header (bytes are a safetensors file), model (bytes are decisions of fuzz_cases.make_gguf: load,
-encode, a few logits), directory (decisions of make_directory: load a drafter, draft), template (words of Jinja). CORPUS is a folder that
-is filled with inputs that reach new code; `--seed` before it writes the first ones there. Whatever breaks the promise stops the run and
-leaves a file crash-*; shrink it, put it into tests/files/fuzz/TARGET-NAME, and test_fuzz.py runs it from then on.
+encode, a few logits), projector (the same of a projector: load, a picture, a sound), directory (decisions of make_directory: load a
+drafter, draft), template (words of Jinja). CORPUS is a folder that is filled with inputs that reach new code; `--seed` before it writes
+the first ones there. Whatever breaks the promise stops the run and leaves a file crash-*; shrink it, put it into
+tests/files/fuzz/TARGET-NAME, and test_fuzz.py runs it from then on.
 """
 
 import resource
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["refimpl.formats", "refimpl.model", "refimpl.decode", "jinja2"]):
+with atheris.instrument_imports(include=["refimpl.formats", "refimpl.model", "refimpl.loading", "refimpl.decode", "jinja2"]):
     import fuzz_cases
     import jinja2.sandbox  # noqa: F401  (chat.py imports it late)
     import test_fuzz

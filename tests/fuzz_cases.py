@@ -18,6 +18,7 @@ from refimpl import GGUFError, TokenizerError
 from refimpl.formats.checkpoint import open_checkpoint
 from refimpl.formats.gguf import open_gguf
 from refimpl.formats.quants.blocks import BLOCKS, TYPE_IDS
+from refimpl.model.towers.weights import BOUNDS
 
 MAX_MESSAGE = 1000
 LONGS = (0, 1, 2, 3, 7, 31, 32, 33, 255, 256, 2**15, 2**16, 2**20, 2**24, 2**30, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**61 + 1, 2**62,
@@ -99,6 +100,48 @@ def model(kinds, block, n_shared=0, n_ple=0, n_expert=0, keys_are_values=False):
     return metadata | VOCABULARY, {name: (shape, *values(random, shape, block)) for name, shape in shapes.items()}
 
 
+def projector(sees, hears):
+    """The same of a small valid projector: `sees` "clipped", "standardized" or "cells", `hears` "conformer", "frames" or ""."""
+    cells, side, random = sees == "cells", 2, np.random.default_rng(2)
+    metadata = {"general.architecture": "clip", "general.type": "mmproj", "general.name": "fuzz", "clip.has_vision_encoder": True,
+                "clip.vision.projector_type": "gemma4uv" if cells else "gemma4v", "clip.vision.patch_size": side,
+                "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.projection_dim": D, "clip.vision.embedding_length": D,
+                "clip.vision.block_count": 0 if cells else 1, "clip.vision.attention.head_count": 0 if cells else 2,
+                "clip.vision.feed_forward_length": 0 if cells else FF}
+    shapes = {"v.position_embd.weight": (2, 9, D), "mm.input_projection.weight": (D, D)}
+    if cells:
+        p = 3 * (3 * side) ** 2
+        shapes |= {"v.patch_embd.weight": (D, p), "v.patch_embd.bias": (D,)}
+        shapes |= {f"v.patch_norm.{i}.{part}": (width,) for i, width in ((1, p), (2, D), (3, D)) for part in ("weight", "bias")}
+    else:
+        linear = {"attn_q": (D, D), "attn_k": (D, D), "attn_v": (D, D), "attn_out": (D, D), "ffn_gate": (FF, D), "ffn_up": (FF, D),
+                  "ffn_down": (D, FF)}
+        norms = {"ln1": (D,), "attn_post_norm": (D,), "ln2": (D,), "ffn_post_norm": (D,), "attn_q_norm": (H,), "attn_k_norm": (H,)}
+        shapes |= {f"v.blk.0.{name}.weight": shape for name, shape in (linear | norms).items()}
+        shapes["v.patch_embd.weight"] = (D, 3, side, side)
+        shapes |= {f"v.blk.0.{name}.{bound}": (1,) for name in linear if sees == "clipped" for bound in BOUNDS}
+        shapes |= {"v.std_bias": (D,), "v.std_scale": (D,)} if sees == "standardized" else {}
+    if hears:
+        metadata |= {"clip.has_audio_encoder": True, "clip.audio.projector_type": "gemma4a" if hears == "conformer" else "gemma4ua",
+                     "clip.audio.projection_dim": D, "clip.audio.embedding_length": D if hears == "conformer" else 40,
+                     "clip.audio.block_count": 1, "clip.audio.attention.head_count": 2, "clip.audio.feed_forward_length": FF,
+                     "clip.audio.num_mel_bins": 16, "clip.audio.attention.layer_norm_epsilon": 1e-6}
+        shapes["mm.a.input_projection.weight"] = (D, 40)
+    if hears == "conformer":
+        layer = {"attn_pre_norm": (D,), "attn_q": (D, D), "attn_k": (D, D), "attn_v": (D, D), "per_dim_scale": (H,),
+                 "attn_k_rel": (D, D), "attn_out": (D, D), "attn_post_norm": (D,), "conv_norm": (D,), "conv_pw1": (2 * D, D),
+                 "conv_dw": (D, 5), "norm_conv": (D,), "conv_pw2": (D, D), "ln2": (D,)}
+        layer |= {f"ffn_{name}{n}": shape for n in ("", "_1") for name, shape in
+                  {"norm": (D,), "up": (FF, D), "down": (D, FF), "post_norm": (D,)}.items()}
+        shapes |= {"a.conv1d.0.weight": (4, 1, 3, 3), "a.conv1d.0.norm.weight": (4,), "a.conv1d.1.weight": (8, 4, 3, 3),
+                   "a.conv1d.1.norm.weight": (8,), "a.input_projection.weight": (D, 4 * 8), "a.pre_encode.out.weight": (40, D),
+                   "a.pre_encode.out.bias": (40,)} | {f"a.blk.0.{name}.weight": shape for name, shape in layer.items()}
+    tensors = {name: (shape, *values(random, shape, "F32")) for name, shape in shapes.items()}
+    tensors |= {name: (shape, block, np.float32([-2 if name.endswith("min") else 2]).tobytes())
+                for name, (shape, block, _) in tensors.items() if name.endswith(BOUNDS)}
+    return metadata, tensors
+
+
 def values(random, shape, block):
     """(type, bytes) of random weights."""
     from refimpl.formats.quants.codecs import quantize
@@ -122,23 +165,24 @@ def array(name, item, count, body) -> bytes:
     return key(name, ARRAY, struct.pack("<IQ", item, count) + body)
 
 
-def encoded(name):
-    metadata, tensors = model(**MODELS[name])
+def encoded(metadata, tensors):
     return metadata, {key: record(key, value) for key, value in metadata.items()}, tensors
 
 
-BASES = {name: encoded(name) for name in MODELS}
+BASES = {name: encoded(*model(**kind)) for name, kind in MODELS.items()}
+PROJECTORS = {name: encoded(*projector(*kind)) for name, kind in {
+    "small": ("clipped", "conformer"), "large": ("standardized", ""), "unified": ("cells", "frames")}.items()}
 NUMBER_OF = {name: number for number, name in TYPE_IDS.items()}
 
 
 # Hostile GGUF files ------------------------------------------------------------------------------------------------------------
 
 
-def make_gguf(data: bytes) -> bytes:
-    """A file: a valid model changed in a few places, or nonsense in well-formed frames; then perhaps some of its bytes."""
+def make_gguf(data: bytes, bases: dict = BASES) -> bytes:
+    """A file: a valid model (or projector) changed in a few places, or nonsense in well-formed frames; then perhaps some of its bytes."""
     stream = Stream(data)
     how = stream.number(10)
-    raw = nonsense(stream) if how == 9 else changed_model(stream, weights_only=how in (1, 2, 3))
+    raw = nonsense(stream) if how == 9 else changed_model(stream, bases, weights_only=how in (1, 2, 3))
     return changed_bytes(stream, raw) if how in (7, 8) else raw
 
 
@@ -152,8 +196,8 @@ def laid_out(tensors) -> tuple[list[list], bytearray]:
     return entries, bytearray(b"".join(data))
 
 
-def changed_model(stream: Stream, weights_only: bool) -> bytes:
-    metadata, records, tensors = BASES[stream.pick(list(BASES))]
+def changed_model(stream: Stream, bases: dict, weights_only: bool) -> bytes:
+    metadata, records, tensors = bases[stream.pick(list(bases))]
     keys, (entries, body), header = dict(records), laid_out(tensors), {}
     for _ in range(stream.number(4)):
         if weights_only or stream.number(4) == 3:
@@ -231,7 +275,7 @@ def change_tensor(stream, entries, header):
     """A tensor goes, comes twice, or has another name, shape, type or place."""
     i, what = stream.number(len(entries)), stream.number(9)
     entry = entries[i]
-    if what == 0:
+    if what == 0 and entry[1]:
         entry[1][stream.number(len(entry[1]))] = stream.pick((D, V, H, 2 * D, *LONGS))
     elif what == 1:
         del entries[i]
@@ -384,6 +428,31 @@ def run_gguf(path: Path, backend: str = "reference") -> str:
         logits = found.logits(ids)
         assert logits.shape == (len(ids), found.config.n_vocab) and logits.dtype == np.float32
         return "logits"
+
+
+def run_projector(path: Path, backend: str = "reference") -> str:
+    """The same for a projector: a picture of one soft token and a short sound."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        try:
+            found = refimpl.load_projector(path, backend=backend)
+        except GGUFError as error:
+            return refused(error, path, "container" if "tensor" not in str(error) and "clip." not in str(error) else "load")
+        except ValueError as error:                             # what only the kernels cannot do
+            if backend == "kernels" and "reference" in str(error):
+                return refused(error, path, "load")
+            raise
+        if found.sees:
+            side, n = found.squares
+            y, x = np.divmod(np.arange(n * n), n)
+            squares = np.random.default_rng(0).random((n * n, 3 * side * side), np.float32)
+            if n <= found.config.vision.n_positions:
+                assert found.image_tokens(squares, np.stack([x, y], axis=-1)).shape == (1, found.n_embd)
+        if found.hears:
+            width = found.config.audio.n_samples if found.encoder_free else found.config.audio.n_mel
+            frames = np.random.default_rng(0).random((9, width), np.float32)
+            assert found.audio_tokens(frames).shape == (9 if found.encoder_free else 3, found.n_embd)
+        return "tokens"
 
 
 def run_directory(path: Path, target) -> str:

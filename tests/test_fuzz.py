@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from fuzz_cases import (
     BASES,
+    PROJECTORS,
     laid_out,
     make_directory,
     make_gguf,
@@ -28,6 +29,7 @@ from fuzz_cases import (
     record,
     run_directory,
     run_gguf,
+    run_projector,
     run_template,
     traced_peak,
 )
@@ -76,6 +78,15 @@ def gguf_decisions(folder, backend="reference"):
     return run
 
 
+def projector_decisions(folder, backend="reference"):
+    path = folder / "x.gguf"
+
+    def run(data):
+        path.write_bytes(make_gguf(data, PROJECTORS))
+        return run_projector(path, backend)
+    return run
+
+
 def directory_decisions(folder):
     valid, inside = folder / "target.gguf", folder / "d"
     valid.write_bytes(make_gguf(b""))
@@ -95,13 +106,13 @@ def template_decisions(folder):
     return lambda data: run_template(make_template(data))
 
 
-TARGETS = {"container": gguf_bytes, "header": safetensors_bytes, "model": gguf_decisions, "directory": directory_decisions,
-           "template": template_decisions}
+TARGETS = {"container": gguf_bytes, "header": safetensors_bytes, "model": gguf_decisions, "projector": projector_decisions,
+           "directory": directory_decisions, "template": template_decisions}
 EXAMPLES = [bytes([how, base, changes, what, *range(20)])
             for how in (0, 1, 4, 9) for base in range(3) for changes in (0, 2) for what in (0, 5)]
 SMALL = [gguf([array_key("t", STRING, ["ab", ""]), key("b", BOOL, True), key("n", U64, 7)], [tensor("w", [32, 2], 2)], bytes(36)),
          gguf([key("general.alignment", 4, 64)], [tensor("v", [8]), tensor("w", [4, 2], offset=64)], bytes(96), alignment=64)]
-SEEDS = {"container": [*SMALL, make_gguf(b"")], "model": EXAMPLES, "directory": EXAMPLES[:8],
+SEEDS = {"container": [*SMALL, make_gguf(b"")], "model": EXAMPLES, "projector": EXAMPLES, "directory": EXAMPLES[:8],
          "template": EXAMPLES[:8], "header": [make_directory(data)["model.safetensors"][:4000] for data in (b"", b"\1\2\3", b"\2\3\4\5")]}
 
 
@@ -148,6 +159,7 @@ def changed(seeds):
 @pytest.mark.parametrize("part", [0.2, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("target, n, always_the_same, shares", [
     ("model", 5000, True, {"container": 0.2, "load": 0.05, "logits": 0.1}), ("model", 2000, False, {}),
+    ("projector", 1200, True, {"container": 0.1, "load": 0.1, "tokens": 0.1}), ("projector", 500, False, {}),
     ("directory", 1200, True, {"container": 0.1, "load": 0.1, "logits": 0.1}), ("directory", 500, False, {}),
     ("container", 400, True, {"container": 0.1, "read": 0.05}), ("header", 200, True, {"container": 0.1}),
     ("template", 500, True, {"text": 0.1, "error": 0.3}), ("template", 200, False, {})])
@@ -168,6 +180,7 @@ def test_the_decisions_begin_with_valid_files(tmp_path):
     assert run_gguf(written(tmp_path, make_gguf(b""))) == "logits" == TARGETS["directory"](tmp_path)(b"")
     for base in range(3):
         assert TARGETS["model"](tmp_path)(bytes([1, base])) == "logits"
+        assert TARGETS["projector"](tmp_path)(bytes([1, base])) == "tokens"
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -181,16 +194,17 @@ def test_an_array_in_the_place_of_any_other_value(tmp_path, count):
         assert run_gguf(written(tmp_path, raw)) in ("load", "logits"), name
 
 
-def test_no_index_of_a_file_reaches_a_kernel_unchecked(tmp_path):
+@pytest.mark.parametrize("decisions", [gguf_decisions, projector_decisions])
+def test_no_index_of_a_file_reaches_a_kernel_unchecked(tmp_path, decisions):
     """The same through the compiled kernels, which check nothing themselves."""
-    run, came = gguf_decisions(tmp_path, "kernels"), Counter()
+    run, came = decisions(tmp_path, "kernels"), Counter()
 
     @many(300, True)
     @given(data=DECISIONS)
     def check(data):
         came[run(data)] += 1
     check()
-    assert came["logits"] >= 30, came
+    assert came["logits"] + came["tokens"] >= 30, came
 
 
 @pytest.mark.parametrize("path", sorted(FOUND.iterdir()), ids=lambda path: path.name)

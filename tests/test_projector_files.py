@@ -19,6 +19,8 @@ from refimpl.files.convert import convert
 from refimpl.files.inspect import describe
 from refimpl.formats.gguf import GGUFError, open_gguf
 from refimpl.formats.gguf_writer import write_gguf
+from refimpl.loading import projector as projectors
+from refimpl.loading.memory import tower_bytes
 from refimpl.loading.projector import load_projector
 from refimpl.loading.towers.directory import open_projector
 
@@ -200,9 +202,18 @@ def test_what_config_json_says_of_sight_fits_the_structure(tmp_path, folders):
                     f"use_bidirectional_attention is {value!r}, expected {expected!r}")
 
 
-def test_inspect(tmp_path):
+def test_inspect(tmp_path, monkeypatch):
     path = tmp_path / "mmproj.gguf"
     convert(save_towers(tmp_path / "model", random_towers("unified")), path, "F32", projector=True)
     described = describe(path)
     assert described["projector"]["n_out"] == 64 and described["projector"]["vision"]["side"] == 3 * SIDE
     assert "give it with --mmproj" in as_text(described) and "hears: n_samples 40" in as_text(described)
+    memory = described["projector"]["memory"]
+    assert "(for a picture of 1,120 tokens, or a sound of 30 s)\nfits this machine: yes" in as_text(described)
+    room = memory["weight_bytes"] + memory["buffer_bytes"]
+    assert memory["buffer_bytes"] == tower_bytes(load_projector(path).config) > memory["weight_bytes"] > 100_000
+    monkeypatch.setattr(projectors, "available", lambda: room)
+    load_projector(path)
+    monkeypatch.setattr(projectors, "available", lambda: room - 1)
+    with pytest.raises(refimpl.MemoryRefusal, match=r"mmproj.gguf: the projector needs .* GB to compute a large picture or sound in\)"):
+        load_projector(path)

@@ -1,5 +1,7 @@
 """What Gemma 4 sees and hears, against transformers 5.22.2: soft tokens, layers, both backends, both arithmetics, awkward sizes."""
 
+import tracemalloc
+
 import numba
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from shapes import worst
 from tower_models import KINDS, SIDE, audio_oracle, image_oracle, picture, random_towers, save_towers, sound
 
 from refimpl.files.convert import convert
+from refimpl.loading import memory
 from refimpl.loading.projector import load_projector
 
 TOLERANCE = 1e-5            # of the largest
@@ -162,6 +165,28 @@ def test_any_number_of_threads_gives_the_same_bits(folders, kind):
     if one.hears:
         frames = sound(2500, 40 if kind == "unified" else 128)
         assert np.array_equal(one.audio_tokens(frames), two.audio_tokens(frames))
+
+
+# ---- memory
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_are_counted(loaded, kind, monkeypatch):
+    """What the largest picture and sound take is about what `tower_bytes` says, which stands in for it before a projector is loaded."""
+    _, projector = loaded[kind, "kernels"]
+    n = 31 if kind == "unified" else 63                     # squares in each direction, for which there are positions
+    monkeypatch.setattr(memory, "BUDGETS", (n * n // projector.squares[1] ** 2,))
+
+    def peak(compute, make) -> int:
+        tracemalloc.start()
+        compute(*make())
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return taken
+    taken = peak(projector.image_tokens, lambda: picture(n, n, CELL if kind == "unified" else SIDE))
+    if projector.hears:
+        width = projector.config.audio.n_samples if kind == "unified" else 128
+        taken = max(taken, peak(projector.audio_tokens, lambda: (sound(480_000 // width if kind == "unified" else 2999, width),)))
+    assert 0.5 < taken / memory.tower_bytes(projector.config) < 1.05
 
 
 # ---- wrong arguments

@@ -9,13 +9,14 @@ import numpy as np
 from refimpl.formats.gguf import GGUFError
 from refimpl.formats.source import TensorSource
 from refimpl.host import available
-from refimpl.loading.memory import buffer_bytes, needed
+from refimpl.loading.memory import buffer_bytes, needed, tower_bytes, weight_bytes
 from refimpl.loading.model import BUILT_IN, CHUNK, float32_bytes
 from refimpl.loading.open import open_model
 from refimpl.model.cache import cache_bytes
 from refimpl.model.config import DRAFTER_ARCHITECTURE, PROJECTOR_ARCHITECTURE, Config, Keys, MoeFfn, architecture_of, config_from_gguf
 from refimpl.model.drafter import CENTROIDS
-from refimpl.model.towers.config import projector_config_from_gguf
+from refimpl.model.towers.config import ProjectorConfig, projector_config_from_gguf
+from refimpl.model.towers.weights import projector_weights_from_gguf
 from refimpl.model.weights import vocabulary_size, weights_from_gguf
 
 LONG = 16           # entries of a longer array that are kept
@@ -64,7 +65,16 @@ def _projector(file: TensorSource) -> dict[str, object]:
     config = projector_config_from_gguf(file)
     towers = {name: None if tower is None else {key: _plain(value) for key, value in asdict(tower).items()}
               for name, tower in (("vision", config.vision), ("audio", config.audio))}
-    return {"n_out": config.n_out, **towers, "n_parameters": float32_bytes(file) // 4}
+    return {"n_out": config.n_out, **towers, "n_parameters": float32_bytes(file) // 4, "memory": _projector_memory(file, config)}
+
+
+def _projector_memory(file: TensorSource, config: ProjectorConfig) -> dict[str, object]:
+    """As held for the kernels; the buffers are those of the largest picture or sound."""
+    from refimpl.kernels.machine.tiles import held_bytes  # here: it takes a third of a second
+
+    weights = projector_weights_from_gguf(file, config)
+    return {"weight_bytes": weight_bytes(weights, held_bytes, weights.tables)[0], "buffer_bytes": tower_bytes(config),
+            "free_bytes": available()}
 
 
 def _memory(file: TensorSource, config: Config, n_ctx: int) -> dict[str, object]:

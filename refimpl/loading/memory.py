@@ -12,8 +12,12 @@ from dataclasses import dataclass, fields, is_dataclass
 import numpy as np
 
 from refimpl.formats.matrix import Matrix, StoredMatrix
+from refimpl.media.mel import MAX_SAMPLES, n_frames
+from refimpl.media.patches import BUDGETS
 from refimpl.model.cache import cache_bytes
 from refimpl.model.config import Config, MoeFfn
+from refimpl.model.towers.config import POOL, CellConfig, ConformerConfig, ProjectorConfig, SoundFrameConfig, VisionConfig
+from refimpl.model.towers.parts import CHUNK
 from refimpl.model.weights import PerLayerEmbedding, Weights
 
 COMPILER_BYTES = 200 << 20          # what Numba and LLVM take when they compile the kernels
@@ -114,6 +118,25 @@ def buffer_bytes(config: Config, max_rows: int) -> int:
     width += max((layer.ffn.n_used * (3 * layer.ffn.n_ff_expert + config.n_embd) for layer in config.layers
                   if isinstance(layer.ffn, MoeFfn)), default=0)
     return 4 * max_rows * width + 5 * 4 * config.n_vocab + COMPILER_BYTES
+
+
+def tower_bytes(config: ProjectorConfig) -> int:
+    """The buffers of the largest picture (1,120 tokens) or sound (30 s) of a projector, float32, estimated; one of them is computed at a
+    time. The pixels of a picture as it is in its file come on top, three bytes each.
+    """
+    floats, n_tokens, vision, audio = 0, max(BUDGETS), config.vision, config.audio
+    if isinstance(vision, VisionConfig):        # queries, keys, values, norms, sums; patches twice; a chunk of the widest part
+        width = 8 * max(vision.n_embd, vision.n_head * vision.head_dim) + 2 * 3 * vision.side ** 2
+        floats = POOL ** 2 * n_tokens * width + 3 * CHUNK * vision.n_ff
+    elif isinstance(vision, CellConfig):
+        floats = n_tokens * (4 * 3 * vision.side ** 2 + 6 * vision.n_embd)
+    if isinstance(audio, ConformerConfig):      # what the first convolution makes, three times: it is the largest
+        convolved = n_frames(MAX_SAMPLES) * audio.n_mel * audio.channels[0] // 4
+        width = 8 * audio.n_embd + 3 * audio.n_ff
+        floats = max(floats, 3 * convolved, n_frames(MAX_SAMPLES) // 4 * width)
+    elif isinstance(audio, SoundFrameConfig):
+        floats = max(floats, MAX_SAMPLES // audio.n_samples * (3 * audio.n_samples + 2 * audio.n_out))
+    return 4 * floats
 
 
 def refuse_unless_it_fits(need: Need, have: int, path):

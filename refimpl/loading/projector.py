@@ -16,7 +16,7 @@ from refimpl.formats.source import TensorSource, Unchanged
 from refimpl.host import available
 from refimpl.kernels.cores.threads import prepare
 from refimpl.loading.hub import local
-from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
+from refimpl.loading.memory import MemoryRefusal, products_of, tower_bytes, weight_bytes
 from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
 from refimpl.loading.towers.directory import open_projector
@@ -232,11 +232,12 @@ def load_projector(path: str | os.PathLike | None, target: Model | None = None, 
     elif kernels:
         preparing = preparer(file, products_of(found), functions.prepare, functions.held,
                              cache_disk if target is None else target.cache_disk)
-        preparing.fit(lambda mapped: weight_bytes(found, functions.held, found.tables, mapped)[0], available())
-    n_bytes, _ = weight_bytes(found, functions.held, found.tables, preparing.mapped)
-    if kernels and n_bytes > available():
-        raise MemoryRefusal(f"{file.path}: the projector needs {n_bytes / 1e9:.2f} GB, this machine has {available() / 1e9:.2f} GB free; "
-                            "as Q8_0 it is half as large (--mmproj-q8)")
+        preparing.fit(lambda mapped: weight_bytes(found, functions.held, found.tables, mapped)[0] + tower_bytes(config), available())
+    n_bytes, buffers, have = weight_bytes(found, functions.held, found.tables, preparing.mapped)[0], tower_bytes(config), available()
+    if kernels and n_bytes + buffers > have:
+        raise MemoryRefusal(f"{file.path}: the projector needs {(n_bytes + buffers) / 1e9:.2f} GB (weights {n_bytes / 1e9:.2f} GB, "
+                            f"{buffers / 1e9:.2f} GB to compute a large picture or sound in), this machine has {have / 1e9:.2f} GB free; "
+                            "as Q8_0 its weights are half as large (--mmproj-q8)")
     with functions.running(), progress("MB of the projector", file.n_bytes, 10**6) as advance:
         prepared = prepare_matrices(found, with_progress(preparing.prepare, file, advance))
     preparing.finish()

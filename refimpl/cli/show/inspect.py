@@ -44,6 +44,11 @@ def _projector(projector: dict[str, object]) -> str:
             lines.append(f"does not {verb.removesuffix('s')}")
         else:
             lines.append(f"{verb}: " + ", ".join(f"{key} {value}" for key, value in projector[part].items() if key != "n_out"))
+    memory = projector["memory"]
+    total, free = memory["weight_bytes"] + memory["buffer_bytes"], memory["free_bytes"]
+    lines += [f"memory: {size(total)} = weights {size(memory['weight_bytes'])} + buffers {size(memory['buffer_bytes'])} "
+              "(for a picture of 1,120 tokens, or a sound of 30 s)",
+              f"fits this machine: {'yes' if total <= free else 'no'}; {size(free)} free"]
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from refimpl.reference.ops import rope_angles
 LONGEST = 10_000.0                                          # slowest wave of the code of distances
 KEY_SCALE = np.float32(math.log(1 + math.e) / math.log(2))
 HALF = np.float32(0.5)
-TOGETHER = 64                                               # rows in time whose windows are in memory together
+TOGETHER = 16                                               # rows in time whose windows are in memory, and in a cache, together
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,19 @@ def convolve(x_TJC: np.ndarray, w: Convolution, backend: Backend) -> np.ndarray:
     The windows of 3 x 3 numbers become rows of a matrix product. Zeros surround the clip.
     """
     n_time, n_bands, n_in = x_TJC.shape
-    padded_CTJ = np.zeros((n_in, n_time + 2, n_bands + 2), np.float32)
-    padded_CTJ[:, 1:-1, 1:-1] = x_TJC.transpose(2, 0, 1)
-    windows = np.lib.stride_tricks.sliding_window_view(padded_CTJ, (3, 3), axis=(1, 2))[:, ::2, ::2]      # (C, T, J, 3, 3)
+    n_rows, n_columns = (n_time + 1) // 2, (n_bands + 1) // 2
+    padded_TJC = np.zeros((n_time + 2, n_bands + 2, n_in), np.float32)
+    padded_TJC[1:-1, 1:-1] = x_TJC
     parts = []
-    for first in range(0, windows.shape[1], TOGETHER):
-        some = windows[:, first:first + TOGETHER].transpose(1, 2, 0, 3, 4)
-        rows = np.ascontiguousarray(some).reshape(some.shape[0] * some.shape[1], -1)
-        y = backend.layer_norm(backend.matmul(rows, w.kernel_CK), w.norm.weight_D, w.norm.bias_D, AUDIO_EPS)
-        parts.append(np.maximum(y, np.float32(0)).reshape(*some.shape[:2], -1))
+    for first in range(0, n_rows, TOGETHER):
+        n = min(TOGETHER, n_rows - first)
+        window_TJC33 = np.empty((n, n_columns, n_in, 3, 3), np.float32)
+        for time in range(3):
+            for band in range(3):
+                window_TJC33[..., time, band] = padded_TJC[2 * first + time:][:2 * n:2, band:band + 2 * n_columns:2]
+        y = backend.matmul(window_TJC33.reshape(n * n_columns, -1), w.kernel_CK)
+        y = backend.layer_norm(y, w.norm.weight_D, w.norm.bias_D, AUDIO_EPS)
+        parts.append(np.maximum(y, np.float32(0)).reshape(n, n_columns, -1))
     return np.concatenate(parts)
 
 
