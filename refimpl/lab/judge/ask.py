@@ -20,8 +20,10 @@ from refimpl.text.prompt import encode_messages
 DATA = Path(__file__).with_name("prompts.json")
 N_NEW, N_CHAT = 12, 6               # tokens of an answer
 N_TWICE = 6                         # prompts that are asked again, and beside others
+N_PROMPTS, N_DRAWS = 4, 64          # prompts whose first token is drawn, and how often
 LONG = 33_000                       # tokens of the long prompt (--long)
-FIRST, AGAIN, SHARED, TOGETHER = "at first", "again", "after one that begins alike", "beside others"
+FIRST, NEW, AGAIN, SHARED, TOGETHER = "at first", "new", "again", "after one that begins alike", "beside others"
+OTHERS = "one of the others"
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,16 @@ class Asked:
 
 @dataclass
 class Answers:
-    """All that was said. `texts` and `chats`: name -> (ours, theirs) of ids and of rendered text; `failed`: lines, in order."""
+    """All that was said. By name of a text or conversation: `ids`, (ours, theirs); `rendered`, (our ids, their text); `counts`, (how many
+    tokens it may have, how many they say). `draws`: a prompt, and the texts of answers of one token. `failed`: what was not answered, in lines; `stopped`: was it given up?
+    """
 
     asked: list[Asked] = field(default_factory=list)
     ids: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     rendered: dict[str, tuple[list[int], str]] = field(default_factory=dict)
     not_rendered: dict[str, str] = field(default_factory=dict)
+    draws: list[tuple[Asked, list[str]]] = field(default_factory=list)
+    counts: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     stopped: bool = False
 
@@ -85,16 +91,26 @@ class Asking:
     def tokenizer_and_template(self):
         """/tokenize and /apply-template, where they are."""
         for name, text in self.data["texts"].items():
-            theirs = self._try(f"/tokenize of {name}", lambda text=text: self.end.tokenize(text, special=False))
+            theirs = self._try(f"/tokenize of {name}", lambda text=text: self.end.tokenize(text))
             if theirs is None:
                 break
-            self.found.ids[name] = self.tokenizer.encode(text), theirs
+            self.found.ids[name] = self.tokenizer.encode(text, special=True), theirs
+        if not self.found.ids:
+            self._count_tokens()
         for name, ids, conversation in self.conversations():
             theirs = self._try(f"/apply-template of {name}", lambda c=conversation: self.end.render(
                 c["messages"], tools=c.get("tools", ()), thinking=c.get("thinking", False)))
             if theirs is None:
                 break
             self.found.rendered[name] = ids, theirs
+
+    def _count_tokens(self):
+        """How many tokens the texts have there, by what an answer says of its prompt."""
+        for name, text in self.data["texts"].items():
+            answer = self._try(f"tokens of {name}", lambda text=text: self.end.complete(text, 1)) if self.end.completes else None
+            if answer is not None and answer.n_prompt is not None:
+                ours = tuple(len(self.tokenizer.encode(text, special=special)) for special in (False, True))
+                self.found.counts[name] = ours, answer.n_prompt
 
     def conversations(self) -> list[tuple[str, list[int], Mapping]]:
         """(name, ids by our template, fields) of those that the file's template can render."""
@@ -125,7 +141,7 @@ class Asking:
         """Prompts that nobody has asked before: cold, again, after one that shares their first half, and all at once among others."""
         made = self.unheard()
         for name, ids in made.items():
-            self._complete(name, ids, None, FIRST + " (new)", cold=True)
+            self._complete(name, ids, None, NEW, cold=True)
         for name, ids in made.items():
             self._complete(name, ids, None, AGAIN)
         for name, ids in made.items():
@@ -136,10 +152,27 @@ class Asking:
             return
         others = self.unheard("other ")
         with ThreadPoolExecutor(2 * len(made)) as pool:
-            waiting = [pool.submit(self._complete, name, ids, None, "company") for name, ids in others.items()]
+            waiting = [pool.submit(self._complete, name, ids, None, OTHERS) for name, ids in others.items()]
             waiting += [pool.submit(self._complete, name, ids, None, TOGETHER) for name, ids in made.items()]
             for each in waiting:
                 each.result()
+
+    def drawn(self):
+        """First tokens, drawn again and again."""
+        for asked in self.found.asked[:N_PROMPTS]:
+            texts = []
+            for seed in range(N_DRAWS):
+                answer = self._try(f"draws of {asked.name}", lambda asked=asked, seed=seed: self._draw(asked, seed))
+                if answer is None:
+                    break
+                texts.append(answer.text.strip() if asked.chat else answer.text)
+            self.found.draws.append((asked, texts))
+
+    def _draw(self, asked: Asked, seed: int) -> Answer:
+        if asked.chat:
+            c = self.data["conversations"][asked.name]
+            return self.end.chat(c["messages"], 1, tools=c.get("tools", ()), thinking=c.get("thinking", False), seed=seed)
+        return self.end.complete(asked.ids if self.end.takes_ids else self.data["texts"][asked.name], 1, seed=seed)
 
     def unheard(self, prefix: str = "") -> dict[str, list[int]]:
         """Prompts of several lengths that begin with a number drawn for this run."""
@@ -165,11 +198,20 @@ class Asking:
             return
         prompt: str | list[int] = ids
         if not self.end.takes_ids:
-            text = self.tokenizer.decode(ids) if text is None else text
-            ids, prompt = self.tokenizer.encode(text), text
-        answer = self._try(f"{name} ({way})", lambda: self.end.complete(prompt, N_NEW, seed=len(ids), cold=cold))
+            prompt = self.tokenizer.decode(ids) if text is None else text
+        temperature = 1.0 if self.end.n_top else 0.0            # without probabilities texts are compared, which are to be the same
+        answer = self._try(f"{name} ({way})", lambda: self.end.complete(prompt, N_NEW, seed=len(ids), temperature=temperature, cold=cold))
         if answer is not None:
+            ids = ids if self.end.takes_ids else self._as_counted(prompt, answer.n_prompt)
+        if answer is not None and ids:
             self.found.asked.append(Asked(name, ids, answer, way, by_ids=self.end.takes_ids))
+
+    def _as_counted(self, text: str, n_prompt: int | None) -> list[int]:
+        """The ids of a text: with control tokens in it as such or not, as the endpoint's count says; none where it says neither."""
+        plain, marked = (self.tokenizer.encode(text, special=special) for special in (False, True))
+        if plain == marked or n_prompt is None:
+            return plain if n_prompt in (None, len(plain)) else []
+        return next((ids for ids in (marked, plain) if len(ids) == n_prompt), [])
 
     def _try(self, what: str, ask: Callable[[], object]):
         """The answer, or None where there is none: why is written down, once for each kind of reason."""
@@ -194,8 +236,6 @@ def prompts() -> dict[str, dict]:
 
 def ask_all(end: Endpoint, model: Model, *, long: bool = False, questions: Sequence[str], progress: Progress = silent) -> Answers:
     """Asks everything that these questions need."""
-    with progress("requests", 1) as _:
-        pass
     asking = Asking(end, model, lambda n: None)
     with progress("requests", asking.n_requests()) as advance:
         asking.advance = advance
@@ -206,6 +246,8 @@ def ask_all(end: Endpoint, model: Model, *, long: bool = False, questions: Seque
             asking.chats()
         if {"again", "company"} & set(questions):
             asking.twice()
+        if "sampling" in questions and not end.n_top and not end.chat_top:
+            asking.drawn()
         if long:
             asking.long()
     return asking.found

@@ -62,9 +62,9 @@ class Endpoint:
             fields |= {"logprobs": True, "top_logprobs": self.chat_top}
         return answer_of(self.http.post(CHAT, self._named(fields)), CHAT)
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """The ids of a text, <bos> in front. `special`: control tokens in it count as such. Raises EndpointError."""
-        fields = {"content": text, "add_special": True, "parse_special": special}
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, <bos> in front; control tokens in it count as such. Raises EndpointError."""
+        fields = {"content": text, "add_special": True, "parse_special": True}
         if self.engine.startswith("vLLM"):
             fields = {"prompt": text, "add_special_tokens": True}
         body = self.http.post("/tokenize", self._named(fields))
