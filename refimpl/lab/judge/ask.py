@@ -40,8 +40,9 @@ class Asked:
 
 @dataclass
 class Answers:
-    """All that was said. By name of a text or conversation: `ids`, (ours, theirs); `rendered`, (our ids, their text); `counts`, (how many
-    tokens it may have, how many they say). `draws`: a prompt, and the texts of answers of one token. `failed`: what was not answered, in lines; `stopped`: was it given up?
+    """All that was said. By name of a text or conversation: `ids`, ours and theirs; `rendered`, our ids and their text; `counts`, how many
+    tokens it may have and how many they say; `not_rendered`, why it is not asked. `draws`: a prompt, and texts of answers of one token.
+    `failed`: what was not answered, in lines; `stopped`: was it given up?
     """
 
     asked: list[Asked] = field(default_factory=list)
@@ -246,7 +247,7 @@ def ask_all(end: Endpoint, model: Model, *, long: bool = False, questions: Seque
             asking.chats()
         if {"again", "company"} & set(questions):
             asking.twice()
-        if "sampling" in questions and not end.n_top and not end.chat_top:
+        if "sampling" in questions and not end.gives_probabilities:
             asking.drawn()
         if long:
             asking.long()

@@ -1,14 +1,13 @@
-"""How far apart two distributions over a vocabulary are, where of one of them only some probabilities are known. Pure; see also the bounds of
-whole rows in lab/evaluate/divergence.py, which these use.
+"""How far apart two distributions over a vocabulary are, where of one of them only some probabilities are known. Pure.
 
 An endpoint lists the log-probabilities of its K most probable tokens: of its distribution p the set S and t = 1 - p(S) are known. Of ours,
-q, all is known. Then KL(p || q), in nats, is at least that of the K + 1 events "token i of S" and "any other": putting tokens together makes
-no two distributions easier to tell apart (log-sum inequality, Cover & Thomas 2006, theorem 2.7.1; equality where p and q are proportional in
-the tail). It is at most what the worst tail makes of it (divergence.py). Where tokens of the listing are not known by us, they join "any
-other": the lower bound holds, an upper one does not exist.
+q, all is known. Then KL(p || q), in nats, is at least that of the K + 1 events "token i of S" and "any other": putting tokens together
+makes no two distributions easier to tell apart (log-sum inequality: Cover & Thomas 2006, theorem 2.7.1; equality where p and q are
+proportional in the tail). It is at most what the worst tail makes of it. Both are derived in lab/evaluate/divergence.py. Where a token of
+the listing is not known here it joins "any other": the lower bound holds, an upper one does not exist.
 
-Log-probabilities come rounded: to float32, to a few digits, or with a mass a little above 1. A rounding e of them moves the lower bound by
-e times the mass at most, and t is taken as 0 where it is negative.
+Log-probabilities come rounded, to float32 or to a few digits: an error e in each moves the lower bound by about e times the difference of
+the log-probabilities, and t is taken as 0 where it would be negative.
 """
 
 from __future__ import annotations
@@ -28,17 +27,7 @@ def listed_bounds(id_K: np.ndarray, logprob_K: np.ndarray, q_logit_V: np.ndarray
     return low, high if whole else float("inf")
 
 
-def event_divergence(p_K: np.ndarray, q_K: np.ndarray) -> float:
-    """KL in nats of K + 1 events, from the probabilities of K of them on both sides; the last has the rest. inf where q lacks what p has."""
-    def term(p: np.ndarray, q: np.ndarray) -> float:
-        some = p > 0
-        with np.errstate(divide="ignore"):
-            return float((p[some] * (np.log(p[some]) - np.log(q[some]))).sum())
-    rest = np.array([max(0.0, 1 - float(p_K.sum()))]), np.array([max(0.0, 1 - float(q_K.sum()))])
-    return max(0.0, term(p_K, q_K) + term(*rest))
-
-
-def as_temperature(theirs_K: np.ndarray, ours_K: np.ndarray) -> tuple[float, float, float]:
+def as_line(theirs_K: np.ndarray, ours_K: np.ndarray) -> tuple[float, float, float]:
     """(slope, shift, rms of what is left) of the line theirs = slope * ours + shift through log-probabilities of the same tokens.
 
     A temperature T divides logits: the slope is 1 / T. A distribution that was cut to its head and renormalised has slope 1 and a shift

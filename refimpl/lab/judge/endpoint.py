@@ -18,7 +18,8 @@ MORE = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}        # what engines b
 class Endpoint:
     """`engine`: what it says it is. `n_top`: probabilities a position in completions (0: none), `chat_top`: in chats (None: no chats).
 
-    `takes_ids`: does it take token ids as a prompt? `completes`: does it continue a text at all? `count`: of requests sent.
+    `takes_ids`: does it take token ids as a prompt? `completes`: does it continue a text at all? `more`: fields beyond OpenAI's that it may
+    be sent. `why`: what it says about "completions" or "chat" where it has none.
     """
 
     http: Http
@@ -30,7 +31,12 @@ class Endpoint:
     n_top: int = 0
     chat_top: int | None = None
     more: Mapping[str, object] = field(default_factory=dict)
-    why: dict[str, str] = field(default_factory=dict)           # what is not offered -> what the endpoint says about it
+    why: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Anywhere?"""
+        return bool(self.n_top or self.chat_top)
 
     def complete(self, prompt: str | Sequence[int], n_new: int, *, seed: int = 0, temperature: float = 1.0, cold: bool = False) -> Answer:
         """Continues a text or ids by `n_new` tokens. `cold`: an engine that can be asked to forget, does. Raises EndpointError."""
@@ -75,7 +81,9 @@ class Endpoint:
 
     def render(self, messages: Sequence[Mapping[str, object]], *, tools: Sequence[Mapping] = (), thinking: bool = False) -> str:
         """The text of a conversation by its template. Raises EndpointError."""
-        fields = {"messages": list(messages), "chat_template_kwargs": {"enable_thinking": thinking}} | ({"tools": list(tools)} if tools else {})
+        fields = {"messages": list(messages), "chat_template_kwargs": {"enable_thinking": thinking}}
+        if tools:
+            fields["tools"] = list(tools)
         body = self.http.post("/apply-template", fields)
         text = body.get("prompt") if isinstance(body, Mapping) else None
         if not isinstance(text, str):

@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.lab.evaluate.divergence import keep, log_sum_exp
 from refimpl.lab.judge.ask import Asked
-from refimpl.lab.judge.bounds import as_temperature, listed_bounds
+from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.vocabulary import Vocabulary
 from refimpl.lab.judge.yardstick import Yardstick
 from refimpl.progress import Progress, silent
@@ -17,8 +17,8 @@ from refimpl.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Position:
-    """One position of one answer. `low`, `high`: between which KL(endpoint || ours) lies, nats. `noise`: the same lower bound of each of our
-    own runs that round. `temperature`: (slope, shift, rest) of bounds.as_temperature. `n_listed`: tokens that are compared.
+    """One position of one answer. `low`, `high`: between which KL(endpoint || ours) lies, nats. `noise`: the lower bound of each of our own
+    runs that round. `line`: (slope, shift, rest) of bounds.as_line. `n_listed`: tokens that are compared.
     """
 
     asked: Asked
@@ -27,7 +27,7 @@ class Position:
     low: float
     high: float
     noise: tuple[float, ...]
-    temperature: tuple[float, float, float]
+    line: tuple[float, float, float]
     n_listed: int
     same_top: bool
 
@@ -53,7 +53,7 @@ def measure(asked: Sequence[Asked], yardstick: Yardstick, vocabulary: Vocabulary
 
 
 def _positions(asked: Asked, yardstick: Yardstick, vocabulary: Vocabulary, computed: dict) -> list[Position]:
-    steps = [step for step in asked.answer.steps]
+    steps = asked.answer.steps
     n_steps = next((n for n, step in enumerate(steps) if not step.top), len(steps))
     if not n_steps:
         return []
@@ -75,7 +75,7 @@ def _positions(asked: Asked, yardstick: Yardstick, vocabulary: Vocabulary, compu
         id_K, logprob_K, whole = vocabulary.listing(steps[n].top, log_p_V)
         if len(id_K):
             low, high = listed_bounds(id_K, logprob_K, logit_V, whole)
-            found.append(Position(asked, first + n, n, low, high, noise[n], as_temperature(logprob_K, log_p_V[id_K]), len(id_K),
+            found.append(Position(asked, first + n, n, low, high, noise[n], as_line(logprob_K, log_p_V[id_K]), len(id_K),
                                   int(np.argmax(log_p_V)) == int(id_K[0])))
         if n in unsure and not vocabulary.is_sure(steps[n], chosen[n], log_p_V):
             break

@@ -7,8 +7,8 @@ the endpoint's distribution is below `allowed` everywhere, the stake is a superm
 exceeds 1 / a is at most a (Ville's inequality; Shafer, JRSS A 184, 2021; Wald's likelihood-ratio test of 1945 is the case of one
 alternative). So the test may stop whenever it likes, and its false alarms are at most a whatever the prompts are.
 
-`allowed` is the largest probability that our exact run or one of those that round gives to a token, times exp(LIMIT * r): r is what rounding
-does to log-probabilities at this prompt.
+`allowed` is the largest probability that our exact run or one of those that round gives to a token, times exp(LIMIT * r): r is what
+rounding does to log-probabilities at this prompt.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refimpl.lab.compare.tolerance import SAFETY as LIMIT
 from refimpl.lab.evaluate.divergence import divergence, log_sum_exp
+from refimpl.lab.judge.ask import Answers
+from refimpl.lab.judge.endpoint import Endpoint
+from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, reason
+from refimpl.lab.judge.yardstick import Yardstick
 from refimpl.text.tokenizer import Tokenizer
 
 FALSE_ALARMS = 1e-6
-N_DRAWS, N_OUTCOMES, PRIOR = 64, 24, 4.0        # draws a prompt; texts that are told apart; draws that our guess is worth before the first
+N_OUTCOMES, PRIOR = 24, 4.0                     # texts that are told apart; draws that our guess is worth before the first
 OTHER = None                                    # the outcome of all other texts
 
 
@@ -50,6 +53,29 @@ class Stake:
         n = max(1, self.drawn.total())
         text = max(self.ours, key=lambda outcome: abs(self.drawn[outcome] / n - self.ours[outcome]))
         return f"{'other texts' if text is OTHER else repr(text)} {self.drawn[text]} times of {n}, expected {n * self.ours[text]:.1f}"
+
+
+def sampling(end: Endpoint, found: Answers, yardstick: Yardstick) -> Verdict:
+    """Are its draws ours? For an endpoint that gives no probabilities."""
+    draws = [(asked, texts) for asked, texts in found.draws if texts]
+    if not draws:
+        return Verdict("sampling", UNKNOWN, reason(end, found, "completions", (found.failed or ["nothing was drawn"])[-1]))
+    stakes = {}
+    for asked, texts in draws:
+        first = len(asked.ids) - 1
+        stake = stake_of(yardstick.exact(asked.ids, first)[0], [rows_RV[0] for rows_RV in yardstick.rounded(asked.ids, first)],
+                         texts_of(yardstick.model.tokenizer, stripped=asked.chat))
+        for text in texts:
+            stake.draw(text)
+        stakes[asked.name] = stake
+    n, total = sum(len(texts) for _, texts in draws), sum(stake.log for stake in stakes.values())
+    figures, basis = {"draws": n, "log_stake": total}, f"{n} draws, false alarms at most {FALSE_ALARMS:g}"
+    if total > np.log(1 / FALSE_ALARMS):
+        name = max(stakes, key=lambda name: stakes[name].log)
+        return Verdict("sampling", DEPARTS, f"it draws from another distribution: {name!r} was followed by {stakes[name].most_apart()}",
+                       basis, figures)
+    return Verdict("sampling", RIGHT, f"nothing speaks against it, but less than about {smallest_seen(n / len(draws)):.2g} nats of KL "
+                   "would not show", basis, figures)
 
 
 def stake_of(exact_V: np.ndarray, rounded: Sequence[np.ndarray], texts: Mapping[int, str]) -> Stake:
@@ -78,7 +104,7 @@ def texts_of(tokenizer: Tokenizer, stripped: bool) -> dict[int, str]:
     return {i: text.strip() for i, text in texts.items()} if stripped else texts
 
 
-def smallest_seen(n_draws: int) -> float:
-    """About the KL in nats of a departure that `n_draws` draws find: what the stake gains is n KL, less what guessing costs."""
+def smallest_seen(n_draws: float) -> float:
+    """About the KL in nats of a departure that `n_draws` draws of one prompt find: the stake gains n KL, less what guessing costs."""
     cost = np.log(1 / FALSE_ALARMS) + N_OUTCOMES / 4 * np.log(1 + n_draws / PRIOR)
     return float(cost / max(1, n_draws))

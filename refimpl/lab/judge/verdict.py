@@ -1,0 +1,64 @@
+"""What a verdict is, and the level that those about probabilities rest on.
+
+A level is the median of the distances of many positions over the median of what rounding does there (yardstick.py). The median, because a
+mixture of experts makes both heavy-tailed: where two experts score alike a right engine may take either, and is far off at that position.
+An engine with our own rounding is at a level of about 1. LIMIT is that of `compare`; what right engines reached is in README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refimpl.lab.compare.tolerance import SAFETY
+from refimpl.lab.judge.ask import Answers
+from refimpl.lab.judge.endpoint import Endpoint
+from refimpl.lab.judge.measure import Position
+
+RIGHT, DEPARTS, UNKNOWN = "right", "departs", "cannot tell"
+LIMIT = SAFETY
+LEAST = 8                   # positions that a level needs
+FLOOR = 1e-5                # of a distance: log-probabilities come in float32
+QUANTILE = 3.3              # of the normal distribution: 99.9 % of a median's confidence interval
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`answer`: RIGHT, DEPARTS or UNKNOWN. `basis`: what it rests on, such as "ids compared" or "384 positions"."""
+
+    question: str
+    answer: str
+    evidence: str
+    basis: str = ""
+    figures: dict[str, object] = field(default_factory=dict)
+
+
+def level(positions: Sequence[Position]) -> float:
+    """Median distance over median rounding; NaN for too few positions."""
+    if len(positions) < LEAST:
+        return float("nan")
+    return distance(positions) / rounding(positions)
+
+
+def distance(positions: Sequence[Position]) -> float:
+    """The median."""
+    return float(np.median([p.distance for p in positions]))
+
+
+def rounding(positions: Sequence[Position]) -> float:
+    """The median."""
+    return max(float(np.median([p.rounding for p in positions])), FLOOR)
+
+
+def surely_above(positions: Sequence[Position]) -> bool:
+    """Is the level above LIMIT by the lower end of the median's confidence interval too? (David & Nagaraja, Order Statistics, 7.1.)"""
+    n, ordered = len(positions), sorted(p.distance for p in positions)
+    lower = max(0, int(np.floor((n - QUANTILE * np.sqrt(n)) / 2)))
+    return n >= LEAST and ordered[lower] > LIMIT * rounding(positions)
+
+
+def reason(end: Endpoint, found: Answers, what: str, otherwise: str) -> str:
+    """Why something cannot be told: what the endpoint said about `what`, why nothing more was asked, or `otherwise`."""
+    return end.why.get(what) or (found.failed[-1] if found.stopped else otherwise)
