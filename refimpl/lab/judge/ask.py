@@ -240,10 +240,11 @@ def ask_all(end: Endpoint, model: Model, *, long: bool = False, questions: Seque
     asking = Asking(end, model, lambda n: None)
     with progress("requests", asking.n_requests()) as advance:
         asking.advance = advance
-        asking.texts()
+        if {"probabilities", "window", "sampling"} & set(questions):
+            asking.texts()
         if {"template", "ids"} & set(questions):
             asking.tokenizer_and_template()
-        if end.chat_top is not None and "template" in questions:
+        if {"template", "chat", "sampling"} & set(questions) and end.chat_top is not None:
             asking.chats()
         if {"again", "company"} & set(questions):
             asking.twice()

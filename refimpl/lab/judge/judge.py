@@ -20,7 +20,7 @@ from refimpl.loading.model import Model
 from refimpl.progress import Progress, silent
 
 QUESTIONS = ("template", "ids", "probabilities", "chat", "window", "again", "company", "sampling")         # in the order of layers
-ESSENTIAL = ("probabilities", "chat", "sampling")       # one of these has to be answered for the whole to be
+ESSENTIAL = ("probabilities", "chat", "sampling")       # where they are asked, one of them has to be answered
 N_EXPLAINED = 10                                        # answers that other explanations are tried on
 OTHERS = (("q8", "f16"), ("q8", "q8_0"), ("q8", "q4_0"), ("bfloat16", "f16"))      # what else may explain a departure
 
@@ -39,10 +39,11 @@ class Judgement:
 
     @property
     def status(self) -> int:
-        """0: nothing departs; 1: something does; 3: neither probabilities nor draws could be judged."""
+        """0: nothing departs; 1: something does; 3: neither probabilities nor draws could be judged, or nothing of what was asked."""
         if any(verdict.answer == DEPARTS for verdict in self.verdicts):
             return 1
-        return 0 if any(v.answer == RIGHT and v.question in ESSENTIAL for v in self.verdicts) else 3
+        essential = [verdict for verdict in self.verdicts if verdict.question in ESSENTIAL] or self.verdicts
+        return 0 if any(verdict.answer == RIGHT for verdict in essential) else 3
 
     def figures(self) -> dict[str, object]:
         """As JSON has it."""
