@@ -45,7 +45,6 @@ class Answer:
     steps: tuple[Step, ...]
     n_prompt: int | None
     n_cached: int | None
-    called: bool = False        # is it a tool call, whose text is elsewhere?
 
     @property
     def n_top(self) -> int:
@@ -58,15 +57,14 @@ def answer_of(body: object, where: str) -> Answer:
     choice = _first(_mapping(body, where).get("choices"), where)
     message = choice.get("message")
     text = message.get("content") if isinstance(message, Mapping) else choice.get("text")
-    called = isinstance(message, Mapping) and bool(message.get("tool_calls") or message.get("reasoning_content"))
     if text is None and isinstance(message, Mapping):
-        text = ""
+        text = ""                           # of a tool call, or a thought
     if not isinstance(text, str):
         raise EndpointError(f"{where}: the answer has no text: {str(choice)[:80]!r}")
     usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    return Answer(text, steps_of(choice.get("logprobs"), where), _count(usage.get("prompt_tokens")), _count(cached), called)
+    return Answer(text, steps_of(choice.get("logprobs"), where), _count(usage.get("prompt_tokens")), _count(cached))
 
 
 def generated_of(body: object, where: str) -> Answer:

@@ -120,6 +120,9 @@ class Asking:
             if "tools" in conversation and "tools" not in (template or ""):
                 self.found.not_rendered[name] = "the file's template has no tools"
                 continue
+            if conversation.get("thinking") and not self.end.more:
+                self.found.not_rendered[name] = "this engine may not know how to be asked for it"
+                continue
             try:
                 ids = encode_messages(self.tokenizer, template, conversation["messages"], thinking=conversation.get("thinking", False),
                                       tools=conversation.get("tools")).ids
@@ -191,7 +194,8 @@ class Asking:
 
     def n_requests(self) -> int:
         """How many there will be at most, for the bar."""
-        return (len(self.data["texts"]) + 4) + 2 * len(self.data["conversations"]) + len(self.data["texts"]) + 5 * N_TWICE
+        draws = 0 if self.end.gives_probabilities else N_PROMPTS * N_DRAWS
+        return 2 * len(self.data["texts"]) + 4 + 2 * len(self.data["conversations"]) + 5 * N_TWICE + draws
 
     def _complete(self, name: str, ids: list[int], text: str | None, way: str, cold: bool = False):
         """`text`: the same as the ids, where no ids are taken; None: their own text, if it has these ids again."""

@@ -66,6 +66,8 @@ class Endpoint:
             fields["chat_template_kwargs"] = {"enable_thinking": thinking}
         if self.chat_top:
             fields |= {"logprobs": True, "top_logprobs": self.chat_top}
+        if self.engine.startswith("vLLM"):
+            fields["return_tokens_as_token_ids"] = True
         return answer_of(self.http.post(CHAT, self._named(fields)), CHAT)
 
     def tokenize(self, text: str) -> list[int]:

@@ -71,7 +71,7 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
     arithmetic = arithmetic or arithmetic_of(end)
     yardstick, vocabulary, tokenizer = Yardstick(model, arithmetic, kv_type), Vocabulary(model.tokenizer), model.tokenizer
     others = other_tokens(found.asked, vocabulary)
-    positions = [] if others else measure(found.asked, yardstick, vocabulary, progress)
+    positions = measure(found.asked, yardstick, vocabulary, progress)
     windows = {layer.window for layer in model.config.layers if layer.window is not None}
     name = arithmetic + ("" if kv_type == "f16" else f" with keys and values in {kv_type}")
     made = {

@@ -79,7 +79,7 @@ def figures_of(positions: Sequence[Position]) -> dict[str, object]:
 
 def _judged(question: str, known: Sequence[Position], name: str) -> Verdict:
     figures = figures_of(known)
-    said = f"{figures['level']:.2g} of the rounding of {name} (limit {LIMIT}), KL at least {figures['kl_at_least']:.2g} nats"
+    said = f"{figures['level']:.2g} of the rounding of {name} (limit {LIMIT}), KL {figures['kl_at_least']:.2g} nats or more"
     basis = f"{len(known)} positions, {figures['listed']} tokens each"
     if figures["level"] > LIMIT:
         if not surely_above(known):

@@ -8,7 +8,7 @@ from refimpl.lab.judge.ask import Answers, Asked
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.verdict import DEPARTS, RIGHT, UNKNOWN, Verdict, reason
 from refimpl.lab.judge.vocabulary import Vocabulary
-from refimpl.text.tokenizer import Tokenizer
+from refimpl.text.tokenizer import LOST_BOM, Tokenizer
 
 MARKED = "; control tokens that a user spells become such, as in transformers (here they stay text)"
 
@@ -68,12 +68,12 @@ def ids(end: Endpoint, found: Answers, tokenizer: Tokenizer, others: Sequence[st
 
 
 def other_tokens(asked: Sequence[Asked], vocabulary: Vocabulary) -> list[str]:
-    """Tokens whose text at the endpoint is not theirs here, in words."""
+    """Tokens whose text at the endpoint is not theirs here, in words; not those that are damaged in Google's files and restored here."""
     found = {}
     for each in asked:
         for step in each.answer.steps:
             for token in (step.chosen, *step.top):
-                if vocabulary.is_other(token) and token.id not in found:
+                if token.id not in found and token.id not in LOST_BOM and vocabulary.is_other(token):
                     here = repr(vocabulary.tokenizer.token(token.id)) if 0 <= token.id < vocabulary.tokenizer.n_vocab else "there is none"
                     found[token.id] = f"token {token.id} is {token.bytes.decode(errors='replace')!r}, here {here}"
     return list(found.values())
