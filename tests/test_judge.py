@@ -15,6 +15,7 @@ from shapes import random_model, reference, write_model
 import refimpl
 from refimpl.lab.compare.known_bugs import BUGS, MOE, PLE, inject
 from refimpl.lab.evaluate.divergence import divergence, log_sum_exp, most_probable
+from refimpl.lab.judge.answers import steps_of
 from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
@@ -106,11 +107,60 @@ def test_our_own_server_is_right_on_every_question(server, exact):
     assert found.status == 0 and found.engine == "refimpl" and found.arithmetic == "q8"
 
 
+def five_of_a_text(path, fields):
+    """An endpoint as OpenAI's own: no ids, five probabilities, and no engine's name."""
+    if path == "/v1/completions" and (not isinstance(fields["prompt"], str) or fields.get("logprobs", 0) > 5):
+        raise EndpointError("status 400: no", 400)
+    if path in ("/tokenize", "/apply-template"):
+        raise EndpointError("status 404: no", 404)
+    return fields
+
+
+def nameless(path, fields, body):
+    return {"data": [{"id": "gemma"}]} if path == "/v1/models" else body
+
+
+def test_an_endpoint_with_less_is_judged_by_what_it_has(server, exact):
+    found = judged(Between(server, nameless, five_of_a_text), exact, QUESTIONS)
+    assert set(answers(found).values()) == {RIGHT} and found.arithmetic == "bfloat16", [v.evidence for v in found.verdicts]
+    assert {v.basis for v in found.verdicts[:2]} == {"counts only"} and found.verdicts[2].figures["listed"] == 5
+
+
+class Ollama(Between):
+    """Our server in ollama's clothes: /api/generate, with a text and its own names."""
+
+    def get(self, path):
+        return {"/v1/models": {"data": [{"id": "gemma", "owned_by": "library"}]}, "/api/version": {"version": "0.30"}}[path]
+
+    def post(self, path, fields):
+        if path in ("/tokenize", "/apply-template", "/v1/completions"):
+            raise EndpointError("status 404: no", 404)
+        if path != "/api/generate":
+            return super().post(path, fields)
+        assert fields["raw"] and not fields["stream"] and fields["model"] == "gemma"
+        options = fields["options"]
+        body = super().post("/v1/completions", {"prompt": fields["prompt"], "max_tokens": options["num_predict"], "seed": options["seed"],
+                                                "temperature": options["temperature"], "logprobs": fields.get("top_logprobs")})
+        listed = body["choices"][0]["logprobs"]
+        logprobs = [{"token": token, "logprob": logprob, "top_logprobs": [{"token": t, "logprob": p} for t, p in top.items()]}
+                    for token, logprob, top in zip(listed["tokens"], listed["token_logprobs"], listed["top_logprobs"])]
+        return {"response": body["choices"][0]["text"], "logprobs": logprobs, "prompt_eval_count": body["usage"]["prompt_tokens"]}
+
+
+def test_ollama_is_asked_in_its_own_form(server, exact):
+    found = judged(Ollama(server), exact, QUESTIONS)
+    assert set(answers(found).values()) == {RIGHT} and found.engine == "ollama 0.30", [v.evidence for v in found.verdicts]
+    assert found.verdicts[2].figures["listed"] == 20
+
+
+def test_vllms_tokens_are_known_by_their_ids():
+    older = {"tokens": ["token_id:7", "token_id:9"], "token_logprobs": [-0.5, -1.0],
+             "top_logprobs": [{"token_id:7": -0.5, "token_id:3": -2}, {"token_id:9": -1.0}]}
+    first, second = steps_of(older, "here")
+    assert (first.chosen.id, [token.id for token in first.top], second.chosen.id) == (7, [7, 3], 9)
+
+
 # ---- engines that are wrong
-
-def _sums(body):
-    return [entry for choice in body["choices"] for entry in (choice.get("logprobs") or {}).get("top_logprobs") or []]
-
 
 def warmer(path, fields, body):
     """Probabilities after a temperature of 0.8."""
@@ -272,7 +322,7 @@ def endless(first=b""):
     ([b""], True, "no whole answer within 0.3 s"),
     ([b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere.example/v1\r\nContent-Length: 0\r\n\r\n"], False, "it redirects to"),
     ([b"HTTP/1.1 429 Slow Down\r\nRetry-After: 1e9\r\nContent-Length: 2\r\n\r\n{}"], False, "busy: status 429 5 times in a row"),
-    ([b"HTTP/1.1 401 No\r\nContent-Length: 29\r\n\r\n{\"error\":{\"message\":\"no key\"}}"], False, "status 401: no key"),
+    ([b"HTTP/1.1 401 No\r\nContent-Length: 30\r\n\r\n{\"error\":{\"message\":\"no key\"}}"], False, "status 401: no key"),
 ])
 def test_what_is_no_endpoint_is_one_line(pieces, hold, says, exact):
     waited = []

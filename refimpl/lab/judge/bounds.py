@@ -23,8 +23,15 @@ def listed_bounds(id_K: np.ndarray, logprob_K: np.ndarray, q_logit_V: np.ndarray
     """
     if not len(id_K):
         return 0.0, float("inf")
-    low, high = divergence_bounds(Kept(0.0, id_K, logprob_K), q_logit_V, log_sum_exp(q_logit_V))
-    return low, high if whole else float("inf")
+    log_sum = log_sum_exp(q_logit_V)
+    if whole:
+        return divergence_bounds(Kept(0.0, id_K, logprob_K), q_logit_V, log_sum)
+    log_q_V = q_logit_V.astype(np.float64) - log_sum            # the tail may hold tokens more probable than those that are listed
+    p_K, rest = np.exp(logprob_K), max(0.0, 1 - float(np.exp(logprob_K).sum()))
+    low = float((p_K * (logprob_K - log_q_V[id_K])).sum())
+    if rest > 0:
+        low += rest * (np.log(rest) - np.log(np.exp(np.delete(log_q_V, id_K)).sum()))
+    return max(0.0, float(low)), float("inf")
 
 
 def as_line(theirs_K: np.ndarray, ours_K: np.ndarray) -> tuple[float, float, float]:

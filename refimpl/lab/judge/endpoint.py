@@ -50,8 +50,8 @@ class Endpoint:
                   "temperature": temperature, "seed": seed, **RAW, **self.more}
         if self.n_top:
             fields["logprobs"] = self.n_top
-        if self.engine.startswith("llama-server"):
-            fields["cache_prompt"] = not cold
+        if cold and self.engine.startswith("llama-server"):
+            fields["cache_prompt"] = False
         if self.engine.startswith("vLLM"):
             fields["return_tokens_as_token_ids"] = True
         return answer_of(self.http.post(COMPLETIONS, self._named(fields)), COMPLETIONS)

@@ -106,7 +106,7 @@ class Http:
         if late.is_set():
             raise EndpointError(f"{self._where(path)}: {self._in_words(None, True)}", fatal=True)
         if len(content) > MAX_BYTES:
-            raise EndpointError(f"{self._where(path)}: the answer has more than {MAX_BYTES >> 20} MiB; the rest was not read")
+            raise EndpointError(f"{self._where(path)}: the answer has more than {MAX_BYTES >> 20} MiB; the rest was not read", fatal=True)
         return response.status, response.headers, content
 
     def _in_words(self, error: Exception | None, late: bool) -> str:

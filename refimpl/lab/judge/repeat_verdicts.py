@@ -34,7 +34,8 @@ def _same(question: str, end: Endpoint, found: Answers, positions: Sequence[Posi
     differ, apart = [name for name, (same, _, _) in compared.items() if not same], max(largest for _, largest, _ in compared.values())
     of_way = {way: [p for p in positions if p.asked.way == way] for way in ways}
     at_first, levels = level(of_texts(positions)), {way: level(there) for way, there in of_way.items()}
-    figures = {"prompts": n, "differ": differ, "apart": apart, "levels": {way: size for way, size in ({"at first": at_first} | levels).items() if size == size}}
+    known = {way: size for way, size in ({"at first": at_first} | levels).items() if size == size}          # not NaN
+    figures = {"prompts": n, "differ": differ, "apart": apart, "levels": known}
     far = {way: levels[way] for way, there in of_way.items() if surely_above(there) and not at_first > LIMIT}
     if far:
         way = max(far, key=far.get)
