@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from refimpl.lab.judge.ask import Answers, ask_all
+from refimpl.lab.judge.ask import OTHERS, Answers, ask_all
 from refimpl.lab.judge.endpoint import Endpoint, explore
 from refimpl.lab.judge.http import Http
 from refimpl.lab.judge.measure import measure
@@ -22,7 +22,7 @@ from refimpl.progress import Progress, silent
 QUESTIONS = ("template", "ids", "probabilities", "chat", "window", "again", "company", "sampling")         # in the order of layers
 ESSENTIAL = ("probabilities", "chat", "sampling")       # where they are asked, one of them has to be answered
 N_EXPLAINED = 10                                        # answers that other explanations are tried on
-OTHERS = (("q8", "f16"), ("q8", "q8_0"), ("q8", "q4_0"), ("bfloat16", "f16"))      # what else may explain a departure
+ROUNDINGS = (("q8", "f16"), ("q8", "q8_0"), ("q8", "q4_0"), ("bfloat16", "f16"))      # what else may explain a departure
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
     arithmetic = arithmetic or arithmetic_of(end)
     yardstick, vocabulary, tokenizer = Yardstick(model, arithmetic, kv_type), Vocabulary(model.tokenizer), model.tokenizer
     others = other_tokens(found.asked, vocabulary)
-    positions = measure(found.asked, yardstick, vocabulary, progress)
+    positions = measure([asked for asked in found.asked if asked.way != OTHERS], yardstick, vocabulary, progress)
     windows = {layer.window for layer in model.config.layers if layer.window is not None}
     name = arithmetic + ("" if kv_type == "f16" else f" with keys and values in {kv_type}")
     made = {
@@ -95,7 +95,7 @@ def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabular
     if verdict.question != "probabilities" or verdict.answer != DEPARTS or verdict.figures["level"] <= LIMIT:
         return verdict
     few = [asked for asked in found.asked if not asked.chat and asked.answer.steps][:N_EXPLAINED]
-    for arithmetic, kv_type in OTHERS:
+    for arithmetic, kv_type in ROUNDINGS:
         if (arithmetic, kv_type) == (yardstick.arithmetic, yardstick.kv_type):
             continue
         positions = of_texts(measure(few, Yardstick(yardstick.model, arithmetic, kv_type), vocabulary))

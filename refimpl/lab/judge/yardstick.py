@@ -21,7 +21,7 @@ from refimpl.model.tap import Look, both, no_tap
 
 ARITHMETICS = ("q8", "float32", "bfloat16", "float16")
 KV_TYPES = ("f16", "q8_0", "q4_0")
-SEEDS = (0, 1)
+SEEDS = (0,)              # of runs that round; the medians of many positions need no more
 BLOCK = 32
 
 
