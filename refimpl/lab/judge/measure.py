@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,40 +44,40 @@ class Position:
 
 
 def measure(asked: Sequence[Asked], yardstick: Yardstick, vocabulary: Vocabulary, progress: Progress = silent) -> list[Position]:
-    """All positions with probabilities."""
-    found, computed = [], {}
-    with progress("answers judged", len(asked)) as advance:
-        for each in asked:
-            found += _positions(each, yardstick, vocabulary, computed)
+    """All positions with probabilities. Answers of the same tokens are computed once."""
+    tokens = defaultdict(list)
+    for each in asked:
+        n_steps = next((n for n, step in enumerate(each.answer.steps) if not step.top), len(each.answer.steps))
+        if n_steps:
+            chosen, unsure = vocabulary.chosen(each.answer.steps, n_steps - 1)
+            tokens[(*each.ids, *chosen), len(each.ids) - 1].append((each, unsure))
+    found = []
+    with progress("answers computed", len(tokens)) as advance:
+        for (ids, first), same in tokens.items():
+            exact_RV, rounded = yardstick.exact(ids, first), yardstick.rounded(ids, first)
+            for each, unsure in same:
+                found += _positions(each, ids, unsure, exact_RV, rounded, vocabulary)
             advance(1)
     return found
 
 
-def _positions(asked: Asked, yardstick: Yardstick, vocabulary: Vocabulary, computed: dict) -> list[Position]:
-    steps = asked.answer.steps
-    n_steps = next((n for n, step in enumerate(steps) if not step.top), len(steps))
-    if not n_steps:
-        return []
-    chosen, unsure = vocabulary.chosen(steps, n_steps - 1)
-    ids, first = [*asked.ids, *chosen], len(asked.ids) - 1
-    n_top = max(len(step.top) for step in steps[:n_steps])
-    key = (tuple(ids), n_top)
-    if key not in computed:
-        exact_RV = yardstick.exact(ids, first)
-        noise = [[keep(row_V, n_top) for row_V in rows_RV] for rows_RV in yardstick.rounded(ids, first)]
-        bounds = [[listed_bounds(kept.id_K, kept.logit_K.astype(np.float64) - kept.log_sum, exact_RV[r])[0] for r, kept in enumerate(run)]
-                  for run in noise]
-        computed[key] = exact_RV, list(zip(*bounds))
-    exact_RV, noise = computed[key]
-    found = []
-    for n in range(len(exact_RV)):
-        logit_V = exact_RV[n]
+def _positions(asked: Asked, ids: Sequence[int], unsure: Sequence[int], exact_RV: np.ndarray, rounded: Sequence[np.ndarray],
+               vocabulary: Vocabulary) -> list[Position]:
+    first, found = len(asked.ids) - 1, []
+    for n, (logit_V, step) in enumerate(zip(exact_RV, asked.answer.steps)):
         log_p_V = logit_V.astype(np.float64) - log_sum_exp(logit_V)
-        id_K, logprob_K, whole = vocabulary.listing(steps[n].top, log_p_V)
+        id_K, logprob_K, whole = vocabulary.listing(step.top, log_p_V)
         if len(id_K):
             low, high = listed_bounds(id_K, logprob_K, logit_V, whole)
-            found.append(Position(asked, first + n, n, low, high, noise[n], as_line(logprob_K, log_p_V[id_K]), len(id_K),
+            noise = tuple(_seen_alike(run_RV[n], len(id_K), logit_V) for run_RV in rounded)
+            found.append(Position(asked, first + n, n, low, high, noise, as_line(logprob_K, log_p_V[id_K]), len(id_K),
                                   int(np.argmax(log_p_V)) == int(id_K[0])))
-        if n in unsure and not vocabulary.is_sure(steps[n], chosen[n], log_p_V):
-            break
+        if n in unsure and not vocabulary.is_sure(step, ids[first + 1 + n], log_p_V):
+            break                   # what follows was perhaps computed from another token
     return found
+
+
+def _seen_alike(logit_V: np.ndarray, n_top: int, exact_V: np.ndarray) -> float:
+    """The lower bound of a run of ours, by its `n_top` most probable tokens."""
+    kept = keep(logit_V, n_top)
+    return listed_bounds(kept.id_K, kept.logit_K.astype(np.float64) - kept.log_sum, exact_V)[0]
