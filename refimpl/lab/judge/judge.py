@@ -21,7 +21,6 @@ from refimpl.progress import Progress, silent
 
 QUESTIONS = ("template", "ids", "probabilities", "chat", "window", "again", "company", "sampling")         # in the order of layers
 ESSENTIAL = ("probabilities", "chat", "sampling")       # where they are asked, one of them has to be answered
-FAR = 200                                               # a level that no rounding explains
 N_EXPLAINED = 10                                        # answers that other explanations are tried on
 ROUNDINGS = (("q8", "f16"), ("q8", "q8_0"), ("q8", "q4_0"), ("bfloat16", "f16"))      # what else may explain a departure
 
@@ -92,8 +91,8 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
 
 
 def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabulary: Vocabulary) -> Verdict:
-    """A departure of probabilities, and which other rounding would explain it."""
-    if verdict.question != "probabilities" or verdict.answer != DEPARTS or not LIMIT < verdict.figures["level"] < FAR:
+    """A departure of probabilities that resembles nothing else, and which other rounding would explain it."""
+    if verdict.question != "probabilities" or verdict.figures.get("looks_like") != "":
         return verdict
     few = [asked for asked in found.asked if not asked.chat and asked.answer.steps][:N_EXPLAINED]
     for arithmetic, kv_type in ROUNDINGS:

@@ -10,10 +10,22 @@ from refimpl.lab.judge.ask import FIRST, NEW, Answers, Asked
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
 from refimpl.lab.judge.text_verdicts import marked
-from refimpl.lab.judge.verdict import DEPARTS, FLOOR, LEAST, LIMIT, RIGHT, UNKNOWN, Verdict, distance, level, reason, rounding, surely_above
+from refimpl.lab.judge.verdict import (
+    DEPARTS,
+    LEAST,
+    LIMIT,
+    RIGHT,
+    UNKNOWN,
+    Verdict,
+    distance,
+    level,
+    reason,
+    rises,
+    rounding,
+    surely_above,
+)
 from refimpl.text.tokenizer import Tokenizer
 
-STEP, STEP_Z = 2.5, 4.5     # by how much the level rises at the window, and how surely (normal quantile of the rank-sum test)
 ALONE = 20                  # level of a single prompt that is far off where the others are not
 OTHER_MODEL = 0.5           # nats of KL, and share of same most probable tokens, beyond which it is hardly this model
 
@@ -53,11 +65,11 @@ def window(positions: Sequence[Position], windows: set[int]) -> Verdict:
     if len(before) < LEAST or len(after) < LEAST:
         return Verdict("window", UNKNOWN, f"{len(before)} positions with probabilities before the window's length, {length}, and "
                        f"{len(after)} after")
-    levels, z = (level(before), level(after)), _rank_sum(_ratios(before), _ratios(after))
+    levels = level(before), level(after)
     said = f"{levels[0]:.2g} of rounding before {length} tokens, {levels[1]:.2g} after"
     basis = f"{len(before)} positions before, {len(after)} after"
-    figures = {"length": length, "before": levels[0], "after": levels[1], "z": z}
-    if levels[1] >= max(1.0, STEP * levels[0]) and z > STEP_Z:
+    figures = {"length": length, "before": levels[0], "after": levels[1]}
+    if rises(before, after):
         usual = max(rounding(known), 3 * float(np.quantile([p.distance for p in before], 0.9)))
         first = min((p.at for p in after if p.distance > usual), default=length - 1)
         return Verdict("window", DEPARTS, f"{said}: not the latest {length} keys are seen; first clearly at position {first}", basis,
@@ -84,7 +96,8 @@ def _judged(question: str, known: Sequence[Position], name: str) -> Verdict:
     if figures["level"] > LIMIT:
         if not surely_above(known):
             return Verdict(question, UNKNOWN, f"{said}: too few positions to be sure", basis, figures)
-        return Verdict(question, DEPARTS, f"{said}; {looks_like(known)}", basis, figures)
+        kind, words = looks_like(known)
+        return Verdict(question, DEPARTS, f"{said}; {words}", basis, figures | {"looks_like": kind})
     alone = _alone(known)
     if alone:
         worst = max(alone, key=alone.get)
@@ -103,32 +116,22 @@ def _alone(positions: Sequence[Position]) -> dict[str, float]:
     return found
 
 
-def looks_like(positions: Sequence[Position]) -> str:
-    """What a departure resembles, in words."""
+def looks_like(positions: Sequence[Position]) -> tuple[str, str]:
+    """What a departure resembles: "temperature", "cut", "another model" or "", and in words."""
     kl, same = float(np.mean([p.low for p in positions])), float(np.mean([p.same_top for p in positions]))
     slope, shift, rest = np.median([p.line for p in positions], axis=0)
     spread, usual = float(np.median([abs(p.line[0] - slope) for p in positions])), rounding(positions)
     if abs(slope - 1) > 0.02 and spread < abs(slope - 1) / 3 and rest < 2 * LIMIT * usual:
-        return f"as if logits were divided by {1 / slope:.3g}: probabilities after the temperature, or a scale that is missing"
+        return "temperature", f"as if logits were divided by {1 / slope:.3g}: probabilities after the temperature, or a scale that is missing"
     if shift > LIMIT * usual and abs(slope - 1) < 0.02 and rest < 2 * LIMIT * usual:
-        return "as if the distribution had been cut and renormalised: probabilities after top-k, top-p or min-p"
+        return "cut", "as if the distribution had been cut and renormalised: probabilities after top-k, top-p or min-p"
     if kl > OTHER_MODEL and same < OTHER_MODEL:
-        return f"the most probable token is the same at {same:.0%} of positions: another model, or a forward pass that is badly wrong"
+        words = "another model, or a forward pass that is badly wrong"
+        return "another model", f"the most probable token is the same at {same:.0%} of positions: {words}"
     first = min((p.at for p in positions if p.distance > LIMIT * max(p.rounding, usual)), default=None)
     where = "" if first is None else f"; first clearly at position {first}"
-    return f"the most probable token is the same at {same:.1%} of positions{where}"
+    return "", f"the most probable token is the same at {same:.1%} of positions{where}"
 
 
 def _stays_text(asked: Asked, tokenizer: Tokenizer) -> bool:
     return marked(tokenizer, asked.ids) == list(asked.ids)
-
-
-def _ratios(positions: Sequence[Position]) -> list[float]:
-    return [max(p.distance, FLOOR) / max(p.rounding, FLOOR) for p in positions]
-
-
-def _rank_sum(a: Sequence[float], b: Sequence[float]) -> float:
-    """How many standard deviations the ranks of `b` are above what chance makes of them (Mann & Whitney 1947, normal approximation)."""
-    n, m = len(a), len(b)
-    rank = np.concatenate([a, b]).argsort(kind="stable").argsort(kind="stable")
-    return float((rank[n:].sum() - m * (n + m - 1) / 2) / np.sqrt(n * m * (n + m + 1) / 12))

@@ -9,7 +9,7 @@ from refimpl.lab.judge.ask import AGAIN, NEW, SHARED, TOGETHER, Answers
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
 from refimpl.lab.judge.probability_verdicts import of_texts
-from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, level, reason, surely_above
+from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, level, reason, rises, surely_above
 
 
 def again(end: Endpoint, found: Answers, positions: Sequence[Position]) -> Verdict:
@@ -36,7 +36,8 @@ def _same(question: str, end: Endpoint, found: Answers, positions: Sequence[Posi
     at_first, levels = level(of_texts(positions)), {way: level(there) for way, there in of_way.items()}
     known = {way: size for way, size in ({"at first": at_first} | levels).items() if size == size}          # not NaN
     figures = {"prompts": n, "differ": differ, "apart": apart, "levels": known}
-    far = {way: levels[way] for way, there in of_way.items() if surely_above(there) and not at_first > LIMIT}
+    once = of_texts(positions)
+    far = {way: levels[way] for way, there in of_way.items() if rises(once, there) or surely_above(there) and at_first <= LIMIT}
     if far:
         way = max(far, key=far.get)
         return Verdict(question, DEPARTS, f"{mistake}: {way} {far[way]:.3g} of rounding, at first {at_first:.2g}; {len(differ)} of {n} "

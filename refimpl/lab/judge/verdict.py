@@ -21,6 +21,7 @@ RIGHT, DEPARTS, UNKNOWN = "right", "departs", "cannot tell"
 LIMIT = SAFETY
 LEAST = 8                   # positions that a level needs
 FLOOR = 1e-5                # of a distance: log-probabilities come in float32
+STEP, STEP_Z = 2.5, 4.5     # by how much a level rises, and how surely (normal quantile of the rank-sum test)
 QUANTILE = 3.3              # of the normal distribution: 99.9 % of a median's confidence interval
 
 
@@ -57,6 +58,24 @@ def surely_above(positions: Sequence[Position]) -> bool:
     n, ordered = len(positions), sorted(p.distance for p in positions)
     lower = max(0, int(np.floor((n - QUANTILE * np.sqrt(n)) / 2)))
     return n >= LEAST and ordered[lower] > LIMIT * rounding(positions)
+
+
+def rises(before: Sequence[Position], after: Sequence[Position]) -> bool:
+    """Is the level of `after` above that of `before`, whatever both are? By STEP at least, to 1 at least, and by a rank-sum test."""
+    if len(before) < LEAST or len(after) < LEAST:
+        return False
+    return level(after) >= max(1.0, STEP * level(before)) and _rank_sum(_ratios(before), _ratios(after)) > STEP_Z
+
+
+def _ratios(positions: Sequence[Position]) -> list[float]:
+    return [max(p.distance, FLOOR) / max(p.rounding, FLOOR) for p in positions]
+
+
+def _rank_sum(a: Sequence[float], b: Sequence[float]) -> float:
+    """How many standard deviations the ranks of `b` are above what chance makes of them (Mann & Whitney 1947, normal approximation)."""
+    n, m = len(a), len(b)
+    rank = np.concatenate([a, b]).argsort(kind="stable").argsort(kind="stable")
+    return float((rank[n:].sum() - m * (n + m - 1) / 2) / np.sqrt(n * m * (n + m + 1) / 12))
 
 
 def reason(end: Endpoint, found: Answers, what: str, otherwise: str) -> str:
