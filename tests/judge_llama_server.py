@@ -14,8 +14,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-from shapes import random_model, write_model
-
 from refimpl.lab.compare.tolerance import judge as exact_model
 from refimpl.lab.judge.http import Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
@@ -60,6 +58,8 @@ def llama_server(binary, path, options):
 
 def models(folder):
     """Name and file of the built-in model and of random ones; heads of the latter are 32 and 64 wide, as blocks of keys need."""
+    from shapes import random_model, write_model         # torch, which files that are given do not need
+
     yield "built-in", str(BUILT_IN)
     for shape, block in (("26B-A4B", "Q4_0"), ("E2B", "Q8_0"), ("12B", "Q4_0"), ("31B", "BF16")):
         made = random_model(shape, seed=1, head_dim=32, global_head_dim=64, sliding_window=32)

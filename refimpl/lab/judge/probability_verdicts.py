@@ -122,7 +122,8 @@ def looks_like(positions: Sequence[Position]) -> tuple[str, str]:
     slope, shift, rest = np.median([p.line for p in positions], axis=0)
     spread, usual = float(np.median([abs(p.line[0] - slope) for p in positions])), rounding(positions)
     if abs(slope - 1) > 0.02 and spread < abs(slope - 1) / 3 and rest < 2 * LIMIT * usual:
-        return "temperature", f"as if logits were divided by {1 / slope:.3g}: probabilities after the temperature, or a scale that is missing"
+        words = "probabilities after the temperature, or a scale that is missing"
+        return "temperature", f"as if logits were divided by {1 / slope:.3g}: {words}"
     if shift > LIMIT * usual and abs(slope - 1) < 0.02 and rest < 2 * LIMIT * usual:
         return "cut", "as if the distribution had been cut and renormalised: probabilities after top-k, top-p or min-p"
     if kl > OTHER_MODEL and same < OTHER_MODEL:
