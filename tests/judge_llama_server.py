@@ -58,7 +58,7 @@ def llama_server(binary, path, options):
 
 def models(folder):
     """Name and file of the built-in model and of random ones; heads of the latter are 32 and 64 wide, as blocks of keys need."""
-    from shapes import random_model, write_model         # torch, which files that are given do not need
+    from shapes import random_model, write_model  # torch, which files that are given do not need
 
     yield "built-in", str(BUILT_IN)
     for shape, block in (("26B-A4B", "Q4_0"), ("E2B", "Q8_0"), ("12B", "Q4_0"), ("31B", "BF16")):

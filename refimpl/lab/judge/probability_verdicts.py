@@ -26,7 +26,7 @@ from refimpl.lab.judge.verdict import (
 )
 from refimpl.text.tokenizer import Tokenizer
 
-ALONE = 20                  # level of a single prompt that is far off where the others are not
+ALONE = 10                  # level of a single prompt that is far off where the others are not
 OTHER_MODEL = 0.5           # nats of KL, and share of same most probable tokens, beyond which it is hardly this model
 
 
@@ -91,7 +91,7 @@ def figures_of(positions: Sequence[Position]) -> dict[str, object]:
 
 def _judged(question: str, known: Sequence[Position], name: str) -> Verdict:
     figures = figures_of(known)
-    said = f"{figures['level']:.2g} of the rounding of {name} (limit {LIMIT}), KL {figures['kl_at_least']:.2g} nats or more"
+    said = f"{figures['level']:.2g} of the rounding of {name} (limit {LIMIT:g}), KL {figures['kl_at_least']:.2g} nats or more"
     basis = f"{len(known)} positions, {figures['listed']} tokens each"
     if figures["level"] > LIMIT:
         if not surely_above(known):

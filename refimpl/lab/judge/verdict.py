@@ -2,7 +2,7 @@
 
 A level is the median of the distances of many positions over the median of what rounding does there (yardstick.py). The median, because a
 mixture of experts makes both heavy-tailed: where two experts score alike a right engine may take either, and is far off at that position.
-An engine with our own rounding is at a level of about 1. LIMIT is that of `compare`; what right engines reached is in README.md.
+An engine with our own rounding is at a level of about 1, one in exact arithmetic at 0. What right engines reached is in README.md.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refimpl.lab.compare.tolerance import SAFETY
 from refimpl.lab.judge.ask import Answers
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
 
 RIGHT, DEPARTS, UNKNOWN = "right", "departs", "cannot tell"
-LIMIT = SAFETY
+LIMIT = 3.0                 # less than `compare` allows to the largest row of a tensor: a median of many positions varies less
 LEAST = 8                   # positions that a level needs
 FLOOR = 1e-5                # of a distance: log-probabilities come in float32
 STEP, STEP_Z = 2.5, 4.5     # by how much a level rises, and how surely (normal quantile of the rank-sum test)
+RISEN = 0.1                 # of rounding: what it has to reach
 QUANTILE = 3.3              # of the normal distribution: 99.9 % of a median's confidence interval
 
 
@@ -61,10 +61,10 @@ def surely_above(positions: Sequence[Position]) -> bool:
 
 
 def rises(before: Sequence[Position], after: Sequence[Position]) -> bool:
-    """Is the level of `after` above that of `before`, whatever both are? By STEP at least, to 1 at least, and by a rank-sum test."""
+    """Is the level of `after` above that of `before`, whatever both are? By STEP at least, to RISEN at least, and by a rank-sum test."""
     if len(before) < LEAST or len(after) < LEAST:
         return False
-    return level(after) >= max(1.0, STEP * level(before)) and _rank_sum(_ratios(before), _ratios(after)) > STEP_Z
+    return level(after) >= max(RISEN, STEP * level(before)) and _rank_sum(_ratios(before), _ratios(after)) > STEP_Z
 
 
 def _ratios(positions: Sequence[Position]) -> list[float]:
