@@ -1,0 +1,147 @@
+"""What an endpoint's answer says about its probabilities, in the forms that engines have, read without trust.
+
+    OpenAI's completions        choices[0].logprobs: {tokens, token_logprobs, top_logprobs: [{text: logprob}, ...]}
+    OpenAI's chat               choices[0].logprobs.content: [{token, bytes, logprob, top_logprobs: [{token, bytes, logprob}, ...]}, ...];
+                                llama-server's completions too, and with the "id" of every token
+    vLLM                        "token_id:123" as a token's text, where return_tokens_as_token_ids was asked for
+    ollama's /api/generate      logprobs: [{token, bytes, logprob, top_logprobs: [...]}, ...]
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from refimpl.lab.judge.http import EndpointError
+
+ROUNDED = 1e-3          # by which a log-probability may be above 0, and those of one position add up to more than 1
+NOWHERE = -1e3          # a log-probability below: what engines write for "not at all"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A token with its log-probability, in nats. `id` is None where the endpoint gives a text only; `bytes`: of that text."""
+
+    bytes: bytes                # noqa: A003
+    logprob: float
+    id: int | None = None       # noqa: A003
+
+
+@dataclass(frozen=True)
+class Step:
+    """A token of the answer: the chosen one, and the most probable ones, the most probable first."""
+
+    chosen: Listed
+    top: tuple[Listed, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer: text, tokens with probabilities (none where the endpoint gives none), tokens of the prompt that it counted and reused."""
+
+    text: str
+    steps: tuple[Step, ...]
+    n_prompt: int | None
+    n_cached: int | None
+
+    @property
+    def n_top(self) -> int:
+        """How many probabilities it has at every position."""
+        return min((len(step.top) for step in self.steps), default=0)
+
+
+def answer_of(body: object, where: str) -> Answer:
+    """Reads a whole answer of /v1/completions or /v1/chat/completions. Raises EndpointError where it is none."""
+    choice = _first(_mapping(body, where).get("choices"), where)
+    message = choice.get("message")
+    text = message.get("content") if isinstance(message, Mapping) else choice.get("text")
+    if text is None and isinstance(message, Mapping):
+        text = ""                           # of a tool call, or a thought
+    if not isinstance(text, str):
+        raise EndpointError(f"{where}: the answer has no text: {str(choice)[:80]!r}")
+    usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    return Answer(text, steps_of(choice.get("logprobs"), where), _count(usage.get("prompt_tokens")), _count(cached))
+
+
+def generated_of(body: object, where: str) -> Answer:
+    """Reads an answer of ollama's /api/generate. Raises EndpointError."""
+    body = _mapping(body, where)
+    if not isinstance(body.get("response"), str):
+        raise EndpointError(f"{where}: the answer has no response: {str(body)[:80]!r}")
+    return Answer(body["response"], steps_of(body.get("logprobs"), where), _count(body.get("prompt_eval_count")), None)
+
+
+def steps_of(logprobs: object, where: str) -> tuple[Step, ...]:
+    """The tokens of any of the forms above; () where there are none. Raises EndpointError for what is no probability."""
+    if logprobs is None:
+        return ()
+    if isinstance(logprobs, Mapping) and "content" in logprobs:
+        logprobs = logprobs["content"] or []
+    if isinstance(logprobs, list):
+        steps = [_step(_mapping(entry, where), where) for entry in logprobs]
+    else:
+        steps = _older(_mapping(logprobs, where), where)
+    for n, step in enumerate(steps):
+        if (mass := sum(math.exp(token.logprob) for token in step.top)) > 1 + ROUNDED:
+            raise EndpointError(f"{where}: the probabilities at token {n} of the answer add up to {mass:.4g}: they are none")
+    return tuple(steps)
+
+
+def _step(entry: Mapping[str, object], where: str) -> Step:
+    listed = entry.get("top_logprobs")
+    top = [_listed(_mapping(each, where), where) for each in listed] if isinstance(listed, list) else []
+    return Step(_listed(entry, where), _sorted(top))
+
+
+def _older(logprobs: Mapping[str, object], where: str) -> list[Step]:
+    tokens, chosen, tops = (logprobs.get(key) for key in ("tokens", "token_logprobs", "top_logprobs"))
+    if not isinstance(tokens, list) or not isinstance(chosen, list) or len(tokens) != len(chosen):
+        raise EndpointError(f"{where}: logprobs in a form that is not known: {str(logprobs)[:80]!r}")
+    tops = tops if isinstance(tops, list) and len(tops) == len(tokens) else [None] * len(tokens)
+    steps = []
+    for token, logprob, top in zip(tokens, chosen, tops):
+        listed = [_named(text, value, where) for text, value in top.items()] if isinstance(top, Mapping) else []
+        steps.append(Step(_named(token, logprob, where), _sorted(listed)))
+    return steps
+
+
+def _sorted(top: list[Listed]) -> tuple[Listed, ...]:
+    return tuple(sorted((token for token in top if token.logprob > NOWHERE), key=lambda token: -token.logprob))
+
+
+def _listed(entry: Mapping[str, object], where: str) -> Listed:
+    raw, i = entry.get("bytes"), entry.get("id")
+    found = _named(entry.get("token"), entry.get("logprob"), where)
+    if isinstance(raw, list) and all(isinstance(b, int) and 0 <= b < 256 for b in raw):
+        found = Listed(bytes(raw), found.logprob, found.id)
+    return Listed(found.bytes, found.logprob, i) if isinstance(i, int) and not isinstance(i, bool) else found
+
+
+def _named(token: object, logprob: object, where: str) -> Listed:
+    """A token by its text."""
+    if not isinstance(token, str):
+        raise EndpointError(f"{where}: a token without a text: {str(token)[:40]!r}")
+    if not isinstance(logprob, int | float) or isinstance(logprob, bool) or math.isnan(logprob) or logprob > ROUNDED:
+        raise EndpointError(f"{where}: {logprob!r:.40} is no log-probability (token {token[:40]!r})")
+    match = re.fullmatch(r"token_id:(\d{1,9})", token)
+    return Listed(token.encode(errors="replace"), min(float(logprob), 0.0), int(match[1]) if match else None)
+
+
+def _mapping(value: object, where: str) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise EndpointError(f"{where}: an object was expected, not {str(value)[:60]!r}")
+    return value
+
+
+def _first(choices: object, where: str) -> Mapping[str, object]:
+    if not isinstance(choices, list) or not choices:
+        raise EndpointError(f"{where}: the answer has no choices: {str(choices)[:60]!r}")
+    return _mapping(choices[0], where)
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -1,0 +1,106 @@
+"""Judges an engine that answers over HTTP: asks, computes the same here, and gives a verdict on each question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from refimpl.lab.judge.ask import OTHERS, Answers, ask_all
+from refimpl.lab.judge.endpoint import Endpoint, explore
+from refimpl.lab.judge.http import Http
+from refimpl.lab.judge.measure import measure
+from refimpl.lab.judge.probability_verdicts import chat_probabilities, of_texts, probabilities, window
+from refimpl.lab.judge.repeat_verdicts import again, company
+from refimpl.lab.judge.sampling import sampling
+from refimpl.lab.judge.text_verdicts import ids, other_tokens, template
+from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, Verdict, level
+from refimpl.lab.judge.vocabulary import Vocabulary
+from refimpl.lab.judge.yardstick import Yardstick
+from refimpl.loading.model import Model
+from refimpl.progress import Progress, silent
+
+QUESTIONS = ("template", "ids", "probabilities", "chat", "window", "again", "company", "sampling")         # in the order of layers
+ESSENTIAL = ("probabilities", "chat", "sampling")       # where they are asked, one of them has to be answered
+N_EXPLAINED = 10                                        # answers that other explanations are tried on
+ROUNDINGS = (("q8", "f16"), ("q8", "q8_0"), ("q8", "q4_0"), ("bfloat16", "f16"))      # what else may explain a departure
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """All verdicts. `notes`: what was asked and not answered."""
+
+    url: str
+    engine: str
+    model: str | None
+    arithmetic: str
+    kv_type: str
+    verdicts: list[Verdict]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        """0: nothing departs; 1: something does; 3: neither probabilities nor draws could be judged, or nothing of what was asked."""
+        if any(verdict.answer == DEPARTS for verdict in self.verdicts):
+            return 1
+        essential = [verdict for verdict in self.verdicts if verdict.question in ESSENTIAL] or self.verdicts
+        return 0 if any(verdict.answer == RIGHT for verdict in essential) else 3
+
+    def figures(self) -> dict[str, object]:
+        """As JSON has it."""
+        return asdict(self) | {"status": self.status}
+
+
+def collect(http: Http, model: Model, *, name: str | None = None, questions: Sequence[str] = QUESTIONS, long: bool = False,
+            progress: Progress = silent) -> tuple[Endpoint, Answers]:
+    """Asks an endpoint everything. `name`: what it calls the model. Raises EndpointError where it answers nothing."""
+    probe = model.tokenizer.encode("x = 1")
+    end = explore(http, name, probe, "x = 1")
+    return end, ask_all(end, model, long=long, questions=questions, progress=progress)
+
+
+def arithmetic_of(end: Endpoint) -> str:
+    """What an engine computes in, where nobody says: engines of GGUF files round activations to 8 bits, others to bfloat16."""
+    return "q8" if end.engine.split()[0] in ("llama-server", "refimpl", "ollama") else "bfloat16"
+
+
+def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None = None, kv_type: str = "f16",
+          questions: Sequence[str] = QUESTIONS, progress: Progress = silent) -> Judgement:
+    """The verdicts on answers of `collect`. `model` in exact arithmetic (lab.compare.tolerance.judge); `arithmetic`: the endpoint's, None
+    for what `arithmetic_of` says; `kv_type`: of its keys and values.
+    """
+    arithmetic = arithmetic or arithmetic_of(end)
+    yardstick, vocabulary, tokenizer = Yardstick(model, arithmetic, kv_type), Vocabulary(model.tokenizer), model.tokenizer
+    others = other_tokens(found.asked, vocabulary)
+    positions = measure([asked for asked in found.asked if asked.way != OTHERS], yardstick, vocabulary, progress)
+    windows = {layer.window for layer in model.config.layers if layer.window is not None}
+    name = arithmetic + ("" if kv_type == "f16" else f" with keys and values in {kv_type}")
+    made = {
+        "template": lambda: template(end, found, tokenizer),
+        "ids": lambda: ids(end, found, tokenizer, others),
+        "probabilities": lambda: probabilities(end, found, positions, name),
+        "chat": lambda: chat_probabilities(end, found, positions, tokenizer, name),
+        "window": lambda: window(positions, windows),
+        "again": lambda: again(end, found, positions),
+        "company": lambda: company(end, found, positions),
+        "sampling": lambda: sampling(end, found, yardstick),
+    }
+    asked = [question for question in QUESTIONS if question in questions and (question != "sampling" or not end.gives_probabilities)]
+    result = [_explained(made[question](), found, yardstick, vocabulary) for question in asked]
+    return Judgement(end.http.url, end.engine, end.model, arithmetic, kv_type, result,
+                     [*(f"{name}: not asked, {why}" for name, why in found.not_rendered.items()), *found.failed])
+
+
+def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabulary: Vocabulary) -> Verdict:
+    """A departure of probabilities that resembles nothing else, and which other rounding would explain it."""
+    if verdict.question != "probabilities" or verdict.figures.get("looks_like") != "":
+        return verdict
+    few = [asked for asked in found.asked if not asked.chat and asked.answer.steps][:N_EXPLAINED]
+    for arithmetic, kv_type in ROUNDINGS:
+        if (arithmetic, kv_type) == (yardstick.arithmetic, yardstick.kv_type):
+            continue
+        positions = of_texts(measure(few, Yardstick(yardstick.model, arithmetic, kv_type), vocabulary))
+        if level(positions) <= LIMIT:
+            how = f"--arithmetic {arithmetic}" if kv_type == "f16" else f"--arithmetic {arithmetic} --kv {kv_type}"
+            return replace(verdict, evidence=f"{verdict.evidence}; the rounding of {how} would explain it",
+                           figures=verdict.figures | {"explained_by": [arithmetic, kv_type]})
+    return verdict

@@ -1,0 +1,400 @@
+"""`refimpl judge`: bounds, the test of draws, what is said of engines that are right, wrong, or no engines at all."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+from cli import assert_one_line, run
+from endpoints import Between, playing, raw, served
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shapes import random_model, reference, write_model
+
+import refimpl
+from refimpl.lab.compare.known_bugs import BUGS, MOE, PLE, inject
+from refimpl.lab.evaluate.divergence import divergence, log_sum_exp, most_probable
+from refimpl.lab.judge import ask
+from refimpl.lab.judge.answers import steps_of
+from refimpl.lab.judge.ask import prompts
+from refimpl.lab.judge.bounds import as_line, listed_bounds
+from refimpl.lab.judge.http import EndpointError, Http
+from refimpl.lab.judge.judge import QUESTIONS, collect, judge
+from refimpl.lab.judge.sampling import FALSE_ALARMS, stake_of
+from refimpl.lab.judge.verdict import DEPARTS, RIGHT, UNKNOWN
+from refimpl.text.templates import GEMMA4_TEMPLATE
+
+QUICK = ("template", "ids", "probabilities", "chat", "window")
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """What judges: the built-in model in exact arithmetic."""
+    return refimpl.load(arithmetic="exact")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with served(refimpl.load()) as url:
+        yield url
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A third of the prompts."""
+    data = prompts()
+    texts = {name: data["texts"][name] for name in ("code", "blanks", "special tokens")}
+    conversations = {name: data["conversations"][name] for name in ("question", "turns", "special tokens")}
+    monkeypatch.setattr(ask, "prompts", lambda: data | {"texts": texts, "conversations": conversations})
+    monkeypatch.setattr(ask, "N_TWICE", 3)
+
+
+def answers(judgement):
+    return {verdict.question: verdict.answer for verdict in judgement.verdicts}
+
+
+def evidence(judgement, question):
+    return next(verdict.evidence for verdict in judgement.verdicts if verdict.question == question)
+
+
+def judged(http, model, questions=QUICK, **options):
+    end, found = collect(http, model, questions=questions)
+    return judge(end, found, model, questions=questions, **options)
+
+
+# ---- formulas
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 60), st.integers(1, 20), st.floats(0.1, 6), st.integers(0, 2**32 - 1), st.integers(0, 3))
+def test_the_true_divergence_is_between_the_bounds(n_vocab, n_top, spread, seed, n_unknown):
+    rng = np.random.default_rng(seed)
+    p_V, q_V = (rng.normal(0, spread, n_vocab).astype(np.float32) for _ in range(2))
+    p_sum, q_sum = log_sum_exp(p_V), log_sum_exp(q_V)
+    truth = divergence(p_V, q_V, p_sum, q_sum)
+    id_K = most_probable(p_V, n_top)
+    logprob_K = p_V[id_K].astype(np.float64) - p_sum
+    low, high = listed_bounds(id_K, logprob_K, q_V)
+    assert low <= truth + 1e-9 and truth <= high + 1e-9
+    known = rng.permutation(len(id_K))[n_unknown:]
+    known.sort()
+    less, more = listed_bounds(id_K[known], logprob_K[known], q_V, whole=not n_unknown)
+    assert less <= low + 1e-9 and more >= high - 1e-9
+    if len(id_K) == n_vocab:
+        assert abs(low - truth) < 1e-6 + 1e-6 * truth
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.3, 3), st.floats(0, 1), st.integers(2, 30), st.integers(0, 2**32 - 1))
+def test_a_temperature_is_a_slope(temperature, shift, n, seed):
+    ours_K = -np.sort(np.random.default_rng(seed).exponential(3, n)) - 0.1
+    slope, found, rest = as_line(ours_K / temperature + shift, ours_K)
+    assert math.isclose(slope, 1 / temperature, rel_tol=1e-6) and math.isclose(found, shift, abs_tol=1e-6) and rest < 1e-9
+
+
+def test_draws_of_the_right_distribution_alarm_nobody_and_others_do():
+    """Ville's inequality: of 400 sequences of 64 right draws, the stake of none is above 1000 but by chance, 0.4 are expected."""
+    rng = np.random.default_rng(3)
+    logit_V = rng.normal(0, 2, 50).astype(np.float32)
+    texts = {i: f"t{i}" for i in range(50)}
+    p_V = np.exp(logit_V - log_sum_exp(logit_V)).astype(np.float64)
+    p_V /= p_V.sum()
+
+    def stakes(draw_V, times):
+        for _ in range(times):
+            stake = stake_of(logit_V, [logit_V], texts)
+            for i in rng.choice(50, size=64, p=draw_V):
+                stake.draw(texts[int(i)])
+            yield stake.log
+    assert sum(log > math.log(1000) for log in stakes(p_V, 400)) <= 3
+    cut_V = np.where(p_V >= np.sort(p_V)[-3], p_V, 0)
+    assert all(log > math.log(1 / FALSE_ALARMS) for log in (sum(stakes(cut_V / cut_V.sum(), 4)) for _ in range(20)))
+
+
+# ---- engines that are right
+
+def test_our_own_server_is_right_on_every_question(server, exact, few):
+    found = judged(Http(server), exact, QUESTIONS)
+    assert answers(found) == dict.fromkeys(QUESTIONS[:-1], RIGHT), [v.evidence for v in found.verdicts]
+    assert found.status == 0 and found.engine == "refimpl" and found.arithmetic == "q8"
+
+
+def five_of_a_text(path, fields):
+    """An endpoint as OpenAI's own: no ids, five probabilities, and no engine's name."""
+    if path == "/v1/completions" and (not isinstance(fields["prompt"], str) or fields.get("logprobs", 0) > 5):
+        raise EndpointError("status 400: no", 400)
+    if path in ("/tokenize", "/apply-template"):
+        raise EndpointError("status 404: no", 404)
+    return fields
+
+
+def nameless(path, fields, body):
+    return {"data": [{"id": "gemma"}]} if path == "/v1/models" else body
+
+
+def test_an_endpoint_with_less_is_judged_by_what_it_has(server, exact, few):
+    found = judged(Between(server, nameless, five_of_a_text), exact)
+    assert set(answers(found).values()) == {RIGHT} and found.arithmetic == "bfloat16", [v.evidence for v in found.verdicts]
+    assert {v.basis for v in found.verdicts[:2]} == {"counts only"} and found.verdicts[2].figures["listed"] == 5
+
+
+class Ollama(Between):
+    """Our server in ollama's clothes: /api/generate, with a text and its own names."""
+
+    def get(self, path):
+        return {"/v1/models": {"data": [{"id": "gemma", "owned_by": "library"}]}, "/api/version": {"version": "0.30"}}[path]
+
+    def post(self, path, fields):
+        if path in ("/tokenize", "/apply-template", "/v1/completions"):
+            raise EndpointError("status 404: no", 404)
+        if path != "/api/generate":
+            return super().post(path, fields)
+        assert fields["raw"] and not fields["stream"] and fields["model"] == "gemma"
+        options = fields["options"]
+        body = super().post("/v1/completions", {"prompt": fields["prompt"], "max_tokens": options["num_predict"], "seed": options["seed"],
+                                                "temperature": options["temperature"], "logprobs": fields.get("top_logprobs")})
+        listed = body["choices"][0]["logprobs"]
+        logprobs = [{"token": token, "logprob": logprob, "top_logprobs": [{"token": t, "logprob": p} for t, p in top.items()]}
+                    for token, logprob, top in zip(listed["tokens"], listed["token_logprobs"], listed["top_logprobs"])]
+        return {"response": body["choices"][0]["text"], "logprobs": logprobs, "prompt_eval_count": body["usage"]["prompt_tokens"]}
+
+
+def test_ollama_is_asked_in_its_own_form(server, exact, few):
+    found = judged(Ollama(server), exact, ("template", "ids", "probabilities"))
+    assert set(answers(found).values()) == {RIGHT} and found.engine == "ollama 0.30", [v.evidence for v in found.verdicts]
+    assert found.verdicts[2].figures["listed"] == 20
+
+
+def test_vllms_tokens_are_known_by_their_ids():
+    older = {"tokens": ["token_id:7", "token_id:9"], "token_logprobs": [-0.5, -1.0],
+             "top_logprobs": [{"token_id:7": -0.5, "token_id:3": -2}, {"token_id:9": -1.0}]}
+    first, second = steps_of(older, "here")
+    assert (first.chosen.id, [token.id for token in first.top], second.chosen.id) == (7, [7, 3], 9)
+
+
+# ---- engines that are wrong
+
+def warmer(path, fields, body):
+    """Probabilities after a temperature of 0.8."""
+    if path == "/v1/completions":
+        logprobs = body["choices"][0]["logprobs"]
+        for top in logprobs["top_logprobs"]:
+            raised = {token: p / 0.8 for token, p in top.items()}
+            rest = math.log1p(-min(1 - 1e-12, sum(map(math.exp, top.values())))) / 0.8
+            total = math.log(sum(map(math.exp, raised.values())) + math.exp(rest))
+            top.update({token: p - total for token, p in raised.items()})
+    return body
+
+
+def cut(path, fields, body):
+    """Probabilities of the five most probable, renormalised."""
+    if path == "/v1/completions":
+        for top in body["choices"][0]["logprobs"]["top_logprobs"]:
+            kept = dict(sorted(top.items(), key=lambda item: -item[1])[:5])
+            total = math.log(sum(map(math.exp, kept.values())))
+            top.clear()
+            top.update({token: p - total for token, p in kept.items()})
+    return body
+
+
+def without_bos(path, fields):
+    if path == "/v1/completions" and isinstance(fields["prompt"], list):
+        fields["prompt"] = fields["prompt"][1:]
+    return fields
+
+
+def other_template(path, fields):
+    if "messages" in fields:
+        fields["messages"] = [{"role": m["role"], "content": str(m["content"]) + "!"} for m in fields["messages"]]
+    return fields
+
+
+def second_time(seen=None):
+    """A cache that gives back a token too few from the second request on."""
+    seen = set()
+
+    def ask(path, fields):
+        if path == "/v1/completions" and isinstance(fields["prompt"], list):
+            key = tuple(fields["prompt"])
+            if key in seen:
+                fields["prompt"] = fields["prompt"][:4] + fields["prompt"][5:]
+            seen.add(key)
+        return fields
+    return ask
+
+
+def no_logprobs(path, fields, body):
+    for choice in body.get("choices", []) if isinstance(body, dict) else []:
+        choice["logprobs"] = None
+    return body
+
+
+LIES = {
+    "temperature": (dict(change=warmer), {"probabilities": DEPARTS}, "probabilities", "divided by 0.8"),
+    "cut": (dict(change=cut), {"probabilities": DEPARTS}, "probabilities", "cut and renormalised"),
+    "no <bos>": (dict(ask=without_bos), {"probabilities": DEPARTS}, "probabilities", "first clearly at position"),
+    "template": (dict(ask=other_template), {"template": DEPARTS, "ids": RIGHT}, "template", "'!"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_what_an_endpoint_does_to_our_answers_is_named(name, server, exact, few):
+    how, expected, question, said = LIES[name]
+    found = judged(Between(server, **how), exact, tuple(expected))
+    assert expected.items() <= answers(found).items(), [v.evidence for v in found.verdicts]
+    assert said in evidence(found, question) and found.status == 1
+
+
+def test_a_cache_that_gives_back_other_tokens_shows_the_second_time(server, exact, few):
+    found = judged(Between(server, ask=second_time()), exact, ("probabilities", "again"))
+    assert answers(found) == {"probabilities": RIGHT, "again": DEPARTS}
+    assert "what it kept is not what it computed" in evidence(found, "again")
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_an_endpoint_without_logprobs_is_judged_by_its_draws(right, server, exact, few):
+    def colder(path, fields):
+        return fields if right or "temperature" not in fields else fields | {"temperature": 0.4}
+    found = judged(Between(server, change=no_logprobs, ask=colder), exact, ("template", "probabilities", "sampling"))
+    assert answers(found) == {"template": RIGHT, "probabilities": UNKNOWN, "sampling": RIGHT if right else DEPARTS}
+    assert evidence(found, "probabilities") == "the endpoint gives no logprobs" and found.status == (0 if right else 1)
+
+
+# ---- known bugs behind our server
+
+def behind_our_server(bug, path, model, arithmetics):
+    """The judgements on our server with a bug in the functions of its model; the judge's own run has none."""
+    questions = ("probabilities", "window")
+    with inject(bug):
+        with served(reference(path), n_ctx=512) as url:
+            end, found = collect(Http(url), model, questions=questions)
+    return [judge(end, found, model, questions=questions, arithmetic=arithmetic) for arithmetic in arithmetics]
+
+
+def test_a_window_of_another_length_behind_our_server_is_found(exact, few):
+    (found,) = behind_our_server(BUGS["window one too long"], None, exact, ["q8"])
+    assert answers(found) == {"probabilities": RIGHT, "window": DEPARTS}, [v.evidence for v in found.verdicts]
+    assert found.verdicts[1].figures["length"] == 64 and 62 <= found.verdicts[1].figures["first"] <= 80
+
+
+ARITHMETICS = "q8", "float32"
+# changes no probability: a rotation by positions that all count from 1 is the same, and a norm follows
+INVISIBLE = {"positions counted from 1", "weights not renormalised", "expert scale before renormalisation"}
+# smaller than the rounding of 8-bit activations; found with --arithmetic float32
+BELOW_Q8 = {"GELU by erf", "embedding scale rounded to bfloat16"}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name, bug in BUGS.items() if not bug.first.startswith("draft")])
+def test_known_bugs_behind_our_server(name, exact, tmp_path):
+    bug = BUGS[name]
+    path, model = None, exact
+    if bug.on != MOE:
+        wide = {"hidden_size": 256, "intermediate_size": 256}
+        made = random_model("E2B", seed=6) if bug.on == PLE else random_model("26B-A4B", seed=6, **wide)
+        path = write_model(tmp_path / "m.gguf", made, "F32" if bug.on == PLE else "Q4_K", {"tokenizer.chat_template": GEMMA4_TEMPLATE})
+        model = refimpl.load(path, arithmetic="exact")
+    for arithmetic, found in zip(ARITHMETICS, behind_our_server(bug, path, model, ARITHMETICS)):
+        expected = name not in INVISIBLE and (arithmetic == "float32" or name not in BELOW_Q8)
+        assert (DEPARTS in answers(found).values()) == expected, [v.evidence for v in found.verdicts]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("turn", range(100))
+def test_no_false_alarm(turn, tmp_path):
+    """Right engines: our server in both arithmetics and backends, with the built-in model and random ones of all shapes."""
+    shape = None if turn % 20 == 0 else ["E2B", "E4B", "12B", "26B-A4B", "31B"][turn % 5]
+    backend, arithmetic = [("kernels", "q8"), ("kernels", "exact"), ("reference", "exact")][turn % 3]
+    path = None
+    if shape is not None:
+        block = ["Q4_0", "Q8_0", "F32", "BF16"][turn % 4]
+        path = write_model(tmp_path / "m.gguf", random_model(shape, seed=turn), block, {"tokenizer.chat_template": GEMMA4_TEMPLATE})
+    model = refimpl.load(path, arithmetic="exact")
+    with served(refimpl.load(path, backend=backend, arithmetic=arithmetic), n_ctx=512) as url:
+        found = judged(Http(url), model, QUESTIONS)
+    assert DEPARTS not in answers(found).values() and found.status == 0, [v.evidence for v in found.verdicts]
+
+
+# ---- what is no engine
+
+OK = {"Content-Type": "application/json"}
+
+
+def endless(first=b""):
+    return b"HTTP/1.1 200 OK\r\nContent-Length: 2000000000\r\n\r\n" + first
+
+
+@pytest.mark.parametrize("pieces, hold, says", [
+    ([b"SSH-2.0-OpenSSH_9.2p1\r\n"], False, "this is no HTTP"),
+    ([b""], False, "the connection was closed without an answer"),
+    ([b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{\"cho"], True, "no whole answer within 0.3 s"),
+    ([b""], True, "no whole answer within 0.3 s"),
+    ([b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere.example/v1\r\nContent-Length: 0\r\n\r\n"], False, "it redirects to"),
+    ([b"HTTP/1.1 429 Slow Down\r\nRetry-After: 1e9\r\nContent-Length: 2\r\n\r\n{}"], False, "busy: status 429 5 times in a row"),
+    ([b"HTTP/1.1 401 No\r\nContent-Length: 30\r\n\r\n{\"error\":{\"message\":\"no key\"}}"], False, "status 401: no key"),
+])
+def test_what_is_no_endpoint_is_one_line(pieces, hold, says, exact):
+    waited = []
+    with raw(*pieces, hold=hold) as url, pytest.raises(EndpointError, match=says) as error:
+        collect(Http(url, timeout=0.3, pause=waited.append), exact)
+    assert "\n" not in str(error.value) and sum(waited) <= 120
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"data: {\"choices\": [", "the answer is no JSON"), (b"[" * 100_000, "the answer is no JSON"), (b"{}", "no choices"),
+    (b'{"choices": [{"text": 3}]}', "has no text"), (b'{"choices": 1}', "no choices"), (b"null", "an object was expected"),
+    (b'{"choices": [{"text": "a", "logprobs": {"tokens": ["a"], "token_logprobs": [0.5], "top_logprobs": [{}]}}]}', "no log-probability"),
+    (b'{"choices": [{"text": "a", "logprobs": {"tokens": ["a"], "token_logprobs": [NaN], "top_logprobs": [{}]}}]}', "no log-probability"),
+    (b'{"choices": [{"text": "a", "logprobs": {"content": [{"token": "a", "logprob": -1, "top_logprobs": [{"token": "a", "logprob": 0},'
+     b' {"token": "b", "logprob": 0}]}]}}]}', "add up to 2"),
+    (b'{"choices": [{"text": "a", "logprobs": [1, 2]}]}', "an object was expected"),
+])
+def test_answers_that_make_no_sense_are_one_line(content, says, exact):
+    with playing(lambda method, path, body: (200, OK, content)) as url, pytest.raises(EndpointError, match=says) as error:
+        collect(Http(url), exact)
+    assert "\n" not in str(error.value)
+
+
+def test_an_answer_without_an_end_is_not_read(exact, monkeypatch):
+    monkeypatch.setattr("refimpl.lab.judge.http.MAX_BYTES", 1 << 20)
+    with raw(endless(), *[b" " * 65536] * 40) as url, pytest.raises(EndpointError, match="more than 1 MiB"):
+        collect(Http(url, timeout=5), exact)
+
+
+def test_what_was_answered_before_it_hangs_is_judged(server, exact, few):
+    asked = []
+
+    def hanging(path, fields):
+        asked.append(path)
+        if len(asked) > 10:
+            raise EndpointError("no whole answer within 300 s", fatal=True)
+        return fields
+    found = judged(Between(server, ask=hanging), exact, ("probabilities", "again"))
+    assert answers(found) == {"probabilities": RIGHT, "again": UNKNOWN} and len(asked) == 11
+    assert any("no whole answer" in note for note in found.notes)
+
+
+def test_another_model_is_called_one(server, tmp_path, few):
+    path = write_model(tmp_path / "other.gguf", random_model("12B"))
+    found = judged(Http(server), refimpl.load(path, arithmetic="exact"))
+    assert answers(found)["ids"] == DEPARTS and found.status == 1
+
+
+# ---- the command
+
+def test_the_command_says_a_line_for_each_question(server, few):
+    code, out, err = run("judge", server, "--ask", "template,ids,probabilities")
+    assert code == 0 and [line.split()[:2] for line in out.splitlines()[1:4]] == [[q, RIGHT] for q in ("template", "ids", "probabilities")]
+    code, out, err = run("judge", server, "--ask", "ids", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["status"] == 0 and found["verdicts"][0]["answer"] == RIGHT
+
+
+def test_wrong_usage_and_no_endpoint(tmp_path):
+    assert_one_line(run("judge", "127.0.0.1:8080"), 2, "is no address of an endpoint")
+    assert_one_line(run("judge", "http://127.0.0.1:1", "--ask", "taste"), 2, "--ask taste", "probabilities")
+    assert_one_line(run("judge", "http://127.0.0.1:1", "--kv", "q2"), 2, "q4_0")
+    began = time.monotonic()
+    assert_one_line(run("judge", "http://127.0.0.1:1"), 3, "127.0.0.1:1/v1/models: nothing listens there")
+    assert_one_line(run("judge", "http://127.0.0.1:1", "-m", tmp_path / "no.gguf"), 3, "no.gguf")
+    assert time.monotonic() - began < 30
