@@ -36,9 +36,11 @@ def in_one_file(record: Mapping[str, object], title: str) -> str:
     policy = (f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data: blob:; media-src data: blob:; "
               "base-uri 'none'; form-action 'none'")
     data = json.dumps(record, separators=(",", ":")).replace("<", "\\u003c")         # so that nothing in it ends the element
+    icon = base64.b64encode(_files()["icon.svg"]).decode()
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     replaced = {r'<link rel="stylesheet"[^>]*>': f"<style>{style}</style>",
-                r'<link rel="icon"[^>]*>': f'<link rel="icon" href="data:image/svg+xml;base64,{base64.b64encode(_files()["icon.svg"]).decode()}">',
-                r"<title>[^<]*</title>": f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>{html.escape(title)}</title>',
+                r'<link rel="icon"[^>]*>': f'<link rel="icon" href="data:image/svg+xml;base64,{icon}">',
+                r"<title>[^<]*</title>": f"{meta}\n<title>{html.escape(title)}</title>",
                 r'<script type="module"[^>]*></script>':
                     f'<script type="application/json" id="record">{data}</script>\n<script type="module">{script}</script>'}
     for pattern, text in replaced.items():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from refimpl.decode.speculative import Round
-from refimpl.lab.glass import reading, taken_apart
+from refimpl.lab.glass import reading
 from refimpl.lab.glass.attending import Attending, places
 from refimpl.lab.glass.lens import Lens, chosen_layers
 from refimpl.lab.glass.likely import Likely
@@ -101,15 +101,12 @@ def piece(tokenizer: Tokenizer, i: int) -> str:
 
 def pieces(tokenizer: Tokenizer, shown: Sequence[np.ndarray]) -> dict[str, str]:
     """All tokens that the record speaks of."""
-    return {str(i): piece(tokenizer, i) for i in np.unique(np.concatenate([ids.ravel().astype(np.int64) for ids in shown])).tolist() if i >= 0}
+    ids = np.unique(np.concatenate([part.ravel().astype(np.int64) for part in shown]))
+    return {str(i): piece(tokenizer, i) for i in ids[ids >= 0].tolist()}
 
 
 def round_as_json(tokenizer: Tokenizer, done: Round) -> dict[str, object]:
     """A round of drafting: who drafted what, how many of these the target chose too, what was written, milliseconds of both."""
     return {"source": done.source, "drafted": [[i, piece(tokenizer, i)] for i in done.drafted], "accepted": done.n_accepted,
-            "emitted": len(done.emitted), "draft_ms": round(done.draft_seconds * 1000, 3), "verify_ms": round(done.verify_seconds * 1000, 3)}
-
-
-def with_samples(model: Model, made: dict[str, object]) -> dict[str, object]:
-    """The record for a page without a server: with blocks of weights in it."""
-    return {**made, "blocks": taken_apart.samples(model)}
+            "emitted": len(done.emitted), "draft_ms": round(done.draft_seconds * 1000, 3),
+            "verify_ms": round(done.verify_seconds * 1000, 3)}

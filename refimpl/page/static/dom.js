@@ -37,9 +37,9 @@ export function token(text) {
 }
 
 export function percent(share) {
-  if (share >= 0.9995) return "100 %";
-  if (share >= 0.0995) return `${(100 * share).toFixed(1)} %`;
-  return share >= 0.0005 ? `${(100 * share).toFixed(2)} %` : "under 0.05 %";
+  if (share >= 0.9995) return "100 %";
+  if (share >= 0.0995) return `${(100 * share).toFixed(1)} %`;
+  return share >= 0.0005 ? `${(100 * share).toFixed(2)} %` : "under 0.05 %";
 }
 
 export function size(bytes) {

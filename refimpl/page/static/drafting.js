@@ -4,6 +4,7 @@ import { about } from "./about.js";
 import { el, percent, refill, token } from "./dom.js";
 
 const NAMES = { drafter: "the drafter", repeat: "the text's own past", forced: "the grammar" };
+const SHORT = { drafter: "drafter", repeat: "past", forced: "grammar" };
 const SHOWN = 40;        // rounds around the one that is looked at
 
 export function draftingPanel(view) {
@@ -11,7 +12,6 @@ export function draftingPanel(view) {
   const rounds = run.written.rounds;
   const film = el("ol", { class: "film" });
   const note = el("p", { class: "now" });
-  const cells = new Map();
 
   function update() {
     const t = view.place();
@@ -20,7 +20,6 @@ export function draftingPanel(view) {
     if (!rounds.length) return;
     const at = n >= 0 ? n : 0;
     const from = Math.max(0, Math.min(at - SHOWN / 2, rounds.length - SHOWN));
-    cells.clear();
     refill(film, ...rounds.slice(from, from + SHOWN).map((round, k) => frame(run, round, from + k, from + k === n, i, view.select)));
     const now = film.querySelector(".now");
     if (now) film.scrollTop = Math.max(0, now.offsetTop - film.clientHeight / 3);
@@ -28,7 +27,7 @@ export function draftingPanel(view) {
   return {
     elements: [
       about("A drafter guesses the next tokens cheaply; the model reads all guesses in one pass and keeps those it would have written " +
-        "itself. The text is the same with and without it, only sooner.", "refimpl/decode/speculative.py"),
+        "itself (✓). The first wrong guess (✗) is replaced by its own word, which is framed. The text is the same with and without drafts.", "refimpl/decode/speculative.py"),
       note, totals(rounds), rounds.length > 0 &&
         el("div", { class: "film-box" }, el("h3", {}, "Rounds"), film),
     ],
@@ -68,6 +67,7 @@ function frame(run, round, n, now, i, select) {
   const took = `${(round.draft_ms + round.verify_ms).toFixed(1)} ms`;
   const label = `round ${n + 1}`;
   return el("li", { class: now ? "now" : "", "aria-current": now ? "true" : undefined },
-    el("button", { type: "button", class: "frame", on: { click: () => select(round.at) } }, label),
+    el("span", { class: "who-drafted" }, el("button", { type: "button", class: "frame", on: { click: () => select(round.at) } }, label),
+      round.drafted.length > 0 && el("span", { class: "hint" }, SHORT[round.source] || round.source)),
     el("span", { class: "guesses" }, ...guesses, last), el("span", { class: "number" }, took));
 }

@@ -18,6 +18,14 @@ export function expertsPanel(view) {
   const label = "Heat map: a row for each layer, a column for each expert; the brighter, the more tokens it has read";
   const [map, context] = canvas(LEFT + cell * n, ROW * run.experts.length, label);
   const list = el("ul", { class: "layers" });
+  const pointed = el("p", { class: "hint pointed" }, "Point at a cell to see whose it is.");
+  map.addEventListener("pointermove", (event) => {
+    const one = run.experts[Math.floor(event.offsetY / ROW)];
+    const e = Math.floor((event.offsetX - LEFT) / cell);
+    if (!one || e < 0 || e >= one.n_expert) return;
+    const row = view.place() - 1;
+    pointed.textContent = `Layer ${one.layer}, expert ${e}: has read ${counted(one, row)[e]} of the ${row + 1} tokens so far.`;
+  });
   const note = el("p", { class: "note" });
 
   function update() {
@@ -60,7 +68,7 @@ export function expertsPanel(view) {
       about(`In each layer a router gives all ${n} experts a probability, and only the ${used} likeliest read the token. The map counts ` +
         "who has read how many tokens so far; the marks below are the choice for this one. Play fills it.",
       "refimpl/reference/moe.py", "refimpl/model/gemma4.py"),
-      el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Experts used so far" }, map), note,
+      el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Experts used so far" }, map), pointed, note,
       el("h3", {}, "The choice for this token"),
       el("p", { class: "hint" }, "The bar is the probability of all chosen experts together: long where the router was sure."), list,
     ],
@@ -79,5 +87,5 @@ function layerItem(run, one, row) {
   const chosen = run.chosenExperts(one, row);
   const sum = chosen.reduce((total, [, share]) => total + share, 0);
   return el("li", {}, el("span", { class: "which-layer" }, `layer ${one.layer}`), bar(sum), el("span", { class: "number" }, percent(sum)),
-    el("span", { class: "names" }, chosen.map(([e, share]) => `${e} (${Math.round(100 * share)} %)`).join(", ")));
+    el("span", { class: "names" }, chosen.map(([e, share]) => `${e} (${Math.round(100 * share)} %)`).join(", ")));
 }

@@ -19,7 +19,7 @@ export function likelyPanel(view) {
 
   function update() {
     const at = heat ?? one;
-    label.textContent = `temperature ${temperatures[at]}`;
+    label.textContent = String(temperatures[at]);
     slider.setAttribute("aria-valuetext", String(temperatures[at]));
     const t = view.place();
     const top = run.top(t - 1, at);
@@ -40,7 +40,7 @@ export function likelyPanel(view) {
     elements: [
       about("Every pass ends in a number for each token of the vocabulary; divided by the temperature and turned into probabilities, " +
         "one of them is drawn. Cold makes the first ones win, hot evens them out.", "refimpl/decode/sampling.py"),
-      el("div", { class: "control" }, el("label", { for: "heat" }, "Temperature"), slider, label), list, note,
+      el("div", { class: "control" }, el("label", { for: "heat" }, "Temperature"), slider, label), list, note, legend(),
     ],
     update,
   };
@@ -52,4 +52,10 @@ function settings(run) {
   if (sampling.temperature === 0) return " This text was written greedily: the first one always wins.";
   const min = sampling.min_p ? `, min-p ${sampling.min_p}` : "";
   return ` This text was drawn at temperature ${sampling.temperature}, top-k ${sampling.top_k}, top-p ${sampling.top_p}${min}.`;
+}
+
+function legend() {
+  const steps = [["s1", "90 % and more"], ["s2", "50 to 90"], ["s3", "20 to 50"], ["s4", "5 to 20"], ["s5", "less: a surprise"]];
+  return el("p", { class: "legend" }, "In the text: ", ...steps.map(([name, text]) => el("span", { class: `tok ${name}` }, text)),
+    el("span", { class: "tok drafted" }, "drafted and accepted"));
 }

@@ -22,7 +22,7 @@ export function readingPanel(view) {
     refill(time, ...parts.map((part, i) => line(part, seconds[i] / longest, `${(seconds[i] * 1e3).toPrecision(3)} ms`,
       bandwidth ? share(weights[i] / seconds[i] / bandwidth) : "")));
     note.textContent = `${size(total + cache)} for this token: ${size(total)} of the file's ${size(file_bytes)}, and ${size(cache)} of keys and ` +
-      `values of ${row + 1} places. ${reused(run)}`;
+      `values of ${row + 1} places. ${reused(run)} The rest is norms, routers and a row of the embedding.`;
     timing.textContent = bandwidth
       ? `${(sum * 1e3).toPrecision(3)} ms in all, measured with the taps open. Memory gives ${size(bandwidth)} a second here; the last column says how ` +
         "much of that each part's weights took. A model that fits into the processor's cache can take more than all of it, and a small " +
@@ -41,7 +41,7 @@ export function readingPanel(view) {
 }
 
 function share(part) {
-  return part >= 0.01 ? `${Math.round(100 * part)} % of memory` : "under 1 % of memory";
+  return part >= 0.01 ? `${Math.round(100 * part)}\u202f% of memory` : "under 1\u202f% of memory";
 }
 
 function reused(run) {

@@ -65,7 +65,7 @@ export class TokenText {
     this.element.classList.toggle("shading", weights !== null);
     for (const [t, weight] of weights || []) {
       if (weight < 0.01 || t >= this.spans.length) continue;
-      this.spans[t].style.backgroundColor = `color-mix(in srgb, var(--look) ${Math.round(15 + 70 * Math.sqrt(weight))}%, transparent)`;
+      this.spans[t].style.backgroundColor = `color-mix(in srgb, var(--shade) ${Math.round(15 + 70 * Math.sqrt(weight))}%, transparent)`;
       this.spans[t].classList.add("looked-at");
       this.shaded.push(t);
     }

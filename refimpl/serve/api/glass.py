@@ -61,10 +61,11 @@ async def about(request: Request) -> Response:
     """GET /glass/about: what the page has to know before anything is asked."""
     site: Site = request.app.state.site
     model, projector = site.engine.model, site.projector
-    sampling = asdict(Sampling.from_metadata(model.file.metadata))
+    chosen = asdict(Sampling.from_metadata(model.file.metadata))
     return JSONResponse({
         "name": site.settings.name, "n_ctx": site.engine.n_ctx, "limit": site.default_limit, "most_tokens": most_tokens(model),
         "continues": site.template == CONTINUATION_TEMPLATE, "thinks": "enable_thinking" in (site.template or ""),
         "sees": getattr(projector, "sees", False), "hears": getattr(projector, "hears", False),
-        "drafts": site.engine.drafter is not None, "sampling": {name: sampling[name] for name in ("temperature", "top_k", "top_p", "min_p")},
+        "drafts": site.engine.drafter is not None,
+        "sampling": {name: chosen[name] for name in ("temperature", "top_k", "top_p", "min_p")},
         "tensors": await run_sync(lambda: tensors(model))})
