@@ -101,8 +101,7 @@ class Engine:
                 return
             worked = self.scheduler.step()
             # Numba's layer "workqueue" computes one thing at a time, from its beginning to its end
-            alone = not self.scheduler.has_work or layer() == "workqueue"
-            if not (self._aside.go_on(math.inf if alone else self.scheduler.latency) or worked):
+            if not (self._aside.go_on(math.inf if layer() == "workqueue" else self.scheduler.latency) or worked):
                 with self._changed:
                     if not self._calls and not self._closed and not self.scheduler.has_work:
                         self._changed.wait()
