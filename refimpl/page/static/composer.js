@@ -72,7 +72,7 @@ export class Composer {
   }
 
   async #take(files) {
-    for (const file of files || []) {
+    for (const file of [...(files || [])]) {          // a copy: the field is emptied meanwhile
       const format = SOUNDS[file.type];
       const kind = file.type.startsWith("image/") ? "image" : format ? "audio" : null;
       const able = kind === "image" ? this.about.sees : kind === "audio" && this.about.hears;

@@ -37,10 +37,12 @@ export class Glass {
   }
 
   // Shows a record. Returns the element with its tokens, for whoever shows the text.
-  show(record, keepPlace = false) {
+  // growing: the text is still being written; the place follows it until somebody chooses one.
+  show(record, keepPlace = false, growing = false) {
     this.#stop();
+    this.touched &&= keepPlace;
     this.run = new Run(record);
-    this.text = new TokenText(this.run, (t) => this.select(t));
+    this.text = new TokenText(this.run, (t) => this.#touch(t));
     this.heading = el("p", { class: "which" });
     this.#player();
     this.tabs = PANELS.map(([name, title]) => el("button", {
@@ -50,7 +52,8 @@ export class Glass {
     refill(this.pane, el("h2", {}, "Glass"), this.heading, this.player,
       el("div", { role: "tablist", "aria-label": "What to look at", class: "tabs", on: { keydown: (event) => this.#key(event) } }, ...this.tabs),
       this.body);
-    const start = keepPlace && this.t > 0 ? this.t : Math.min(this.run.n_prompt, this.run.length - 1);
+    const begin = Math.min(this.run.n_prompt, this.run.length - 1);
+    const start = growing && !this.touched ? this.run.length - 1 : keepPlace && this.t > 0 ? this.t : begin;
     this.t = Math.min(start, this.run.length - 1);
     this.#turn(this.open);
     this.select(this.t, false);
@@ -69,16 +72,23 @@ export class Glass {
     this.panel.update();
   }
 
+  #touch(t) {
+    this.touched = true;
+    this.#stop();
+    this.select(t);
+  }
+
   #player() {
     this.slider = el("input", {
       type: "range", min: "1", max: String(this.run.length - 1), value: "1", "aria-label": "Place in the text",
-      on: { input: () => { this.#stop(); this.select(Number(this.slider.value)); } },
+      on: { input: () => this.#touch(Number(this.slider.value)) },
     });
     this.play = button("Play", () => (this.playing ? this.#stop() : this.#start()), { class: "play" });
     this.player = el("div", { class: "player" }, this.play, this.slider);
   }
 
   #start() {
+    this.touched = true;
     if (this.t >= this.run.length - 1) this.t = Math.max(0, this.run.n_prompt - 1);
     this.play.textContent = "Pause";
     this.playing = setInterval(() => {
@@ -102,7 +112,7 @@ export class Glass {
     });
     this.body.setAttribute("aria-labelledby", `tab-${name}`);
     const view = {
-      run: this.run, askBlock: this.askBlock, select: (t) => this.select(t), shade: (weights) => this.text.shade(weights),
+      run: this.run, askBlock: this.askBlock, select: (t) => this.#touch(t), shade: (weights) => this.text.shade(weights),
       width: () => Math.max(240, this.body.clientWidth - 8), place: () => this.t,
     };
     this.panel = PANELS.find(([each]) => each === name)[2](view);

@@ -9,7 +9,8 @@ import { askAbout, askForBlock, inspectText, setKey } from "./server.js";
 import { loadChats, newChat, saveChats, titleOf } from "./store.js";
 
 const at = (id) => document.getElementById(id);
-const LIVE = 4;          // while an answer is written, it is looked at again after so many times what the last look took
+const LIVE = 3;          // while an answer is written, it is looked at again after so many times what the last look took
+const AFFORDABLE = 4000; // milliseconds: where a look takes longer, there is none before the end
 const EXAMPLES = ["def fibonacci(n):\n    ", "import os\n\ndef walk(folder):\n    ", "class Stack:\n    def __init__(self):\n        "];
 
 function showGlass(open) {
@@ -51,7 +52,7 @@ async function live() {
   const ask = Object.assign((tensor, row, block) => askForBlock(tensor, row, block), { tensors: about.tensors });
   const glass = new Glass(at("glass"), ask);
   let chats = loadChats();
-  const state = { looking: null, looked: null, took: 0, since: 0, abort: null };
+  const state = { looking: null, looked: null, took: 0, since: 0, n: 0, abort: null };
 
   async function look(message, keepPlace = false) {
     state.abort?.abort();
@@ -59,19 +60,19 @@ async function live() {
     state.looking = message;
     if (!keepPlace) glass.wait("Running the text once more, with the box open …");
     const started = performance.now();
-    const ids = [...message.ids];
+    const ids = [...message.ids], seen = message.text.length;
     try {
       const record = await inspectText({ ...chat.asked(message), token_ids: ids }, abort.signal);
       record.written = { sampling: message.sampling, rounds: message.rounds.slice(), reused: message.reused ?? message.stats?.reused ?? 0 };
       record.written.rounds = record.written.rounds.map((round) => ({ ...round, at: round.at + record.n_prompt }));
       if (abort.signal.aborted || !document.body.classList.contains("glass-open")) return;
       putBack();
-      chat.views.get(message)?.swap(glass.show(record, keepPlace));
+      chat.views.get(message)?.swap(glass.show(record, keepPlace, Boolean(chat.abort)), seen);
       state.looked = message;
     } catch (error) {
       if (error.name !== "AbortError") glass.wait(error.message, true);
     }
-    state.took = performance.now() - started;
+    state.took = state.n++ ? performance.now() - started : 0;         // the first one has more to do
     state.since = performance.now();
     if (state.looking === message) state.looking = null;
   }
@@ -102,7 +103,8 @@ async function live() {
     look: (message) => { showGlass(true); look(message); },
     token: (message) => {                     // only while the box is open, and only as often as it costs little
       if (at("glass").hidden || state.looking || message.ids.length < 2) return;
-      if (performance.now() - state.since > LIVE * state.took) look(message, state.looked === message);
+      const wait = LIVE * state.took;
+      if (wait < LIVE * AFFORDABLE && performance.now() - state.since > wait) look(message, state.looked === message);
     },
     ended: (message) => { if (!at("glass").hidden && message.ids.length) look(message, state.looked === message); },
     refused: async (error) => {
@@ -136,7 +138,7 @@ async function live() {
     refill(at("side"), button("New chat", () => { open(newChat()); composer.input.focus(); }, { class: "main" }),
       el("ul", {}, ...shown.map((one) => el("li", {},
         button(one.title || titleOf(one), () => open(one), { class: "quiet chat", "aria-current": one === chat.chat ? "true" : undefined }),
-        button("×", () => remove(one), { class: "quiet", "aria-label": `Delete ${titleOf(one)}` })))));
+        chats.includes(one) && button("×", () => remove(one), { class: "quiet", "aria-label": `Delete ${titleOf(one)}` })))));
   }
 
   function remove(one) {

@@ -15,7 +15,8 @@ export class MessageView {
     this.line = el("p", { class: "meta" });
     this.tools = el("div", { class: "tools" });
     const who = message.role === "user" ? "You" : "Model";
-    this.element = el("article", { class: `message ${message.role}`, "aria-label": who }, el("h2", { class: "who" }, who), this.thoughts, this.body, this.line, this.tools);
+    this.element = el("article", { class: `message ${message.role}`, "aria-label": who }, el("h2", { class: "who" }, who),
+      message.role === "user" ? null : this.thoughts, this.body, this.line, this.tools);
     this.draw();
   }
 
@@ -24,6 +25,7 @@ export class MessageView {
     this.thoughts.hidden = !message.thought;
     this.thoughts.lastChild.textContent = message.thought || "";
     if (!this.tokens) this.#drawText(busy);
+    else this.tail.textContent = message.text.slice(this.seen);
     this.line.textContent = message.progress || "";
     refill(this.line, ...(message.failed ? [el("span", { class: "failed", role: "alert" }, message.failed)] : [this.line.textContent || summary(message)]));
     this.tools.hidden = busy;
@@ -31,12 +33,13 @@ export class MessageView {
     this.element.setAttribute("aria-busy", String(busy));
   }
 
-  // Shows tokens in the place of the text; null: the text again.
-  swap(tokens) {
+  // Shows tokens in the place of the first `seen` characters of the text; null: the text again.
+  swap(tokens, seen = 0) {
     this.tokens = tokens;
-    this.element.classList.toggle("opened", tokens !== null);
-    if (tokens) refill(this.body, tokens);
-    else this.draw();
+    this.seen = seen;
+    this.tail = el("div", { class: "tail" });
+    if (tokens) refill(this.body, tokens, this.tail);
+    this.draw(this.element.getAttribute("aria-busy") === "true");
   }
 
   // A box to change the text in; done(text) or nothing follows.
@@ -52,9 +55,9 @@ export class MessageView {
     const { message } = this;
     const parts = (message.parts || []).map(partShown);
     if (message.role === "user") refill(this.body, ...parts, el("p", { class: "said" }, message.text));
+    else if (!message.text) refill(this.body, busy && el("p", { class: "hint" }, "…"));
     else if (this.plainText) refill(this.body, codeBlock(message.text, "python"));
     else refill(this.body, markdown(message.text));
-    if (busy && !message.text) refill(this.body, el("p", { class: "hint" }, "…"));
   }
 
   #buttons() {
@@ -69,6 +72,7 @@ export class MessageView {
 
 function summary(message) {
   if (message.role === "user" || !message.stats) return "";
+  if (!message.stats.n) return message.stats.stop === "stopped" ? "stopped before the first token" : "nothing was written";
   const { n, per_second, reused, n_prompt, stop } = message.stats;
   const why = { length: ", cut at the longest length", stopped: ", stopped" }[stop] || "";
   return `${n} tokens${per_second ? `, ${per_second.toFixed(1)} a second` : ""}${why}; ${reused} of ${n_prompt} prompt tokens known from before`;

@@ -74,7 +74,7 @@ export function askForKey(wrong) {
     const dialog = el("dialog", { "aria-labelledby": "key-title" }, el("form", { method: "dialog", on: { submit: () => { resolve(input.value); dialog.remove(); } } },
       el("h2", { id: "key-title" }, "API key"),
       el("p", {}, wrong ? "The server does not know this key." : "This server asks for a key (--api-key). It is kept until this tab is closed."),
-      el("div", { class: "field" }, el("label", { for: "key" }, "Key"), input), el("button", { type: "submit", class: "main" }, "Go on")));
+      el("div", { class: "field" }, el("label", { for: "key" }, "Key"), input), el("button", { type: "submit", class: "main" }, "Use it")));
     dialog.addEventListener("cancel", (event) => event.preventDefault());
     document.body.append(dialog);
     dialog.showModal();
