@@ -14,6 +14,7 @@ import pytest
 from cli import run
 from hypothesis import given, settings
 from serving import FakeEngine, chunks, client, get, post
+from shapes import prompt, random_model, write_model
 
 import refimpl
 from refimpl.decode.prefixes import Nothing, Prefixes
@@ -123,6 +124,19 @@ def test_experts_attention_and_layers_agree_with_what_notebooks_compute(model, w
     lens, likely = made["lens"], unpacked(made["likely"]["ids"])
     assert np.array_equal(unpacked(lens["ids"])[-1], likely[lens["first"]:, :3]), "the last layer says what the model says"
     assert lens["layers"] == list(range(model.config.n_layer))
+
+
+def test_layers_that_share_keys_and_a_model_without_experts(tmp_path):
+    """A small E2B: its last layers attend to keys of earlier ones, and every layer has an embedding of its own."""
+    small = refimpl.load(write_model(tmp_path / "e2b.gguf", random_model("E2B"), "Q4_0"))
+    ids = prompt(40)
+    found = record.record(small, ids, 7)
+    assert found["experts"] == [] and {layer["kv_from"] for layer in found["model"]["layers"]} < set(range(small.config.n_layer))
+    for i, exact_NTT in enumerate(attention_maps(small, ids)):
+        at, weight = unpacked(found["attention"][i]["at"]).astype(int), unpacked(found["attention"][i]["weight"]) / FRACTION
+        exact_TNk = np.take_along_axis(exact_NTT.transpose(1, 0, 2), at, -1)
+        assert np.abs(weight - exact_TNk)[weight > 0].max() < 1e-2, f"layer {i}"
+    assert unpacked(found["likely"]["ids"]).shape == (40, min(10, small.config.n_vocab))
 
 
 def test_bytes_read_are_those_that_the_benchmark_counts(model):

@@ -126,7 +126,8 @@ COLLIDING = """root => {
   const boxes = leaves.flatMap(e => [...e.childNodes].filter(n => n.nodeType === 3 && n.textContent.trim()).flatMap(n => {
     const range = document.createRange(); range.selectNodeContents(n);
     const seen = e.closest('.film, .scroll')?.getBoundingClientRect() ?? {top: -1e9, bottom: 1e9};
-    return [...range.getClientRects()].filter(r => r.top > seen.top - 3 && r.bottom < seen.bottom + 3).map(r => [r, n.textContent.trim()]); }));
+    return [...range.getClientRects()].filter(r => r.top > seen.top - 3 && r.bottom < seen.bottom + 3)
+      .map(r => [r, n.textContent.trim()]); }));
   const hit = [];
   for (let i = 0; i < boxes.length; i++) for (let j = i + 1; j < boxes.length; j++) {
     const [a, p] = boxes[i], [b, q] = boxes[j];
@@ -275,7 +276,7 @@ def test_every_token_can_be_touched_while_the_model_is_there(live, new_page):
     assert "low nibble" in page.locator("#panel p.now").inner_text()
     page.get_by_label("Tensor").select_option("blk.2.attn_q.weight")
     page.locator("#panel .note", has_text="Row 0 of 128").wait_for()
-    page.get_by_label("Row").fill("127")
+    page.get_by_label("Row", exact=True).fill("127")
     page.keyboard.press("Tab")
     page.locator("#panel .note", has_text="Row 127 of 128").wait_for()
     page.get_by_role("button", name="Glass").click()

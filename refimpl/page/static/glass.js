@@ -26,6 +26,10 @@ export class Glass {
     this.open = "likely";
     this.t = -1;
     this.playing = null;
+    window.addEventListener("resize", () => {         // canvases have the width, and the colours, of their time
+      clearTimeout(this.resized);
+      this.resized = setTimeout(() => { if (this.run) this.#turn(this.open); }, 150);
+    });
     this.wait("Send a message: the answer can then be taken apart here, token by token.");
   }
 
@@ -51,7 +55,8 @@ export class Glass {
     this.body = el("section", { id: "panel", role: "tabpanel", tabindex: "0" });
     refill(this.pane, el("h2", {}, "Glass"), this.heading, this.player,
       el("div", { role: "tablist", "aria-label": "What to look at", class: "tabs", on: { keydown: (event) => this.#key(event) } }, ...this.tabs),
-      this.body);
+      this.body, el("p", { class: "hint foot" }, "The finished text was run once more, with the box open. What a pass computes depends on the tokens it has " +
+        "read and on nothing else, to the last bit: so these are the numbers with which the text was written."));
     const begin = Math.min(this.run.n_prompt, this.run.length - 1);
     const start = growing && !this.touched ? this.run.length - 1 : keepPlace && this.t > 0 ? this.t : begin;
     this.t = Math.min(start, this.run.length - 1);

@@ -56,6 +56,11 @@ async function live() {
 
   async function look(message, keepPlace = false) {
     state.abort?.abort();
+    if (chat.chat.messages.some((each) => each.parts?.some((part) => !part.url))) {
+      putBack();
+      glass.wait("A picture or a sound of this chat was not kept, so its text cannot be run again.");
+      return;
+    }
     const abort = state.abort = new AbortController();
     state.looking = message;
     if (!keepPlace) glass.wait("Running the text once more, with the box open …");
