@@ -74,6 +74,7 @@ async function live() {
       putBack();
       chat.views.get(message)?.swap(glass.show(record, keepPlace, Boolean(chat.abort)), seen);
       state.looked = message;
+      if (!keepPlace) glass.select(glass.t);              // now that it is on the page, it can be scrolled to
     } catch (error) {
       if (error.name !== "AbortError") glass.wait(error.message, true);
     }
