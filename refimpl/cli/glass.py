@@ -61,7 +61,6 @@ def glass(
     if prompt is None and file is None and output is None:
         if chat or think:
             raise typer.BadParameter("--chat and --think are for a recorded run: give -p TEXT and -o PAGE too")
-        errors.print(f"open http://127.0.0.1:{port}/#glass in a browser")
         serve(positional, model, port=port, ctx=ctx, draft=draft, draft_max=draft_max, draft_head=draft_head, threads=threads,
               arithmetic=arithmetic, cache_disk=cache_disk, verbose=verbose)
         return
