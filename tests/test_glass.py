@@ -343,5 +343,6 @@ def test_the_command(tmp_path):
     for args, why in ((("x", page), "--force"), (("x" * 9000, tmp_path / "other.html"), "can be looked at")):
         status, out, err = run("glass", "-p", args[0], "-o", args[1])
         assert status == 1 and why in err and err.count("\n") == 1
-    assert run("glass", "-p", "x")[0] == 2 and run("glass", "--chat")[0] == 2
+    assert run("glass", "-p", "x")[0] == 2 and run("glass", "--chat")[0] == 2 and run("glass", "--temp", "1")[0] == 2
+    assert run("glass", "-p", "x", "-o", page, "--port", "1")[0] == 2
     assert list(tmp_path.iterdir()) == [page]

@@ -36,6 +36,8 @@ from refimpl.cli.app import (
 from refimpl.cli.run import read_prompt, refuse_without_template
 from refimpl.cli.serve import serve
 
+NEW = 128               # tokens, where nothing else is said
+
 
 @app.command()
 def glass(
@@ -45,12 +47,13 @@ def glass(
                                                "input")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="read the prompt from a file")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="PAGE", help="the page to write, one HTML file")] = None,
-    predict: NewTokens = 128,
+    predict: NewTokens = NEW,
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message: apply the file's chat template")] = False,
     think: Annotated[bool, typer.Option("--think", help="with --chat: let the model think first")] = False,
     ctx: Context = None, temp: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
     draft: Draft = None, draft_max: DraftMax = "auto", draft_head: DraftHead = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="without -o: where the page is served")] = 8080,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, show_default=False, help="without -o: where the page is served "
+                                             "(default: 8080)")] = None,
     threads: Threads = None, arithmetic: Arithmetic = None, cache_disk: CacheDisk = "50G", force: Force = False, verbose: Verbose = False,
 ):
     """See how each token comes about, in a browser.
@@ -59,13 +62,15 @@ def glass(
     them: serves the page, as refimpl serve does.
     """
     if prompt is None and file is None and output is None:
-        if chat or think:
-            raise typer.BadParameter("--chat and --think are for a recorded run: give -p TEXT and -o PAGE too")
-        serve(positional, model, port=port, ctx=ctx, draft=draft, draft_max=draft_max, draft_head=draft_head, threads=threads,
+        if chat or think or force or seed or predict != NEW or any(value is not None for value in (temp, top_k, top_p, min_p)):
+            raise typer.BadParameter("settings of a text are for a recorded run, -p TEXT -o PAGE; the page that is served has its own")
+        serve(positional, model, port=8080 if port is None else port, ctx=ctx, draft=draft, draft_max=draft_max, draft_head=draft_head, threads=threads,
               arithmetic=arithmetic, cache_disk=cache_disk, verbose=verbose)
         return
     if output is None or (prompt is None) == (file is None):
         raise typer.BadParameter("a recorded run needs a text, -p TEXT or -f FILE, and a page to write, -o PAGE")
+    if port is not None:
+        raise typer.BadParameter("--port is for the page that is served; -o PAGE writes a file")
     if think and not chat:
         raise typer.BadParameter("--think needs --chat")
     from refimpl.decode.sampling import Sampling
