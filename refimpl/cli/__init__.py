@@ -13,7 +13,19 @@ from typing import Annotated
 
 import typer
 
-from refimpl.cli import cache, chat, evaluate, files, judge, judge_url, measure, run, serve, verify  # noqa: F401  (each adds its commands to the app)
+from refimpl.cli import (  # noqa: F401  (each adds its commands to the app)
+    cache,
+    chat,
+    evaluate,
+    files,
+    glass,
+    judge,
+    judge_url,
+    measure,
+    run,
+    serve,
+    verify,
+)
 from refimpl.cli.app import Failure, abandon_output, app, errors, write
 
 

@@ -56,10 +56,10 @@ def serve(
     cache_disk: CacheDisk = "50G", cache_ram: ServedRam = None, cache_dir: CacheDir = None, cache_read: CacheRead = "10G",
     lock: Lock = False, verbose: Verbose = False,
 ):
-    """Serve OpenAI's and Anthropic's APIs.
+    """Serve OpenAI's and Anthropic's APIs, and a page.
 
-    Editors, agents and scripts connect to http://127.0.0.1:8080/v1. Every answer has the bits that it has alone, whoever else is asking.
-    Without -m it is the built-in model. Ctrl-C ends it.
+    Editors, agents and scripts connect to http://127.0.0.1:8080/v1; a browser opens http://127.0.0.1:8080. Every answer has the bits that
+    it has alone, whoever else is asking. Without -m it is the built-in model. Ctrl-C ends it.
     """
     from refimpl.decode.prefixes import Prefixes
     from refimpl.decode.snapshots import Snapshots
@@ -92,8 +92,8 @@ def serve(
         why = str(error.strerror or error).partition(" (")[0]          # Python adds the address
         raise Failure(f"cannot listen on {host}:{port}: {why}; another --port or --host may be free") from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    errors.print(f"{m.name}: {address}/v1 (OpenAI), {address} (Anthropic); context {n_ctx}, {parallel} answers at a time, "
-                 f"{prefixes.budget / 1e9:.2f} GB for what is read; Ctrl-C ends")
+    errors.print(f"{m.name}: {address} (in a browser: the page; Anthropic), {address}/v1 (OpenAI); context {n_ctx}, "
+                 f"{parallel} answers at a time, {prefixes.budget / 1e9:.2f} GB for what is read; Ctrl-C ends")
     engine = Engine(scheduler, projector)
     try:
         run(make_app(engine, settings), settings, listening)

@@ -18,6 +18,7 @@ from refimpl.decode.prefixes import Nothing, Prefixes
 from refimpl.decode.request import Done, Request, Stats, Token
 from refimpl.decode.run import Run, check_prompt, step
 from refimpl.decode.sampling import Sampler, Sampling
+from refimpl.decode.speculative import Round
 from refimpl.loading.memory import MemoryRefusal
 from refimpl.loading.model import CHUNK, Model
 from refimpl.model.cache import Cache
@@ -47,10 +48,13 @@ class PromptDone:
 
 @dataclass(frozen=True)
 class Text:
-    """New tokens, and the chunk of text they complete (may be empty, while a character is incomplete)."""
+    """New tokens, and the chunk of text they complete (may be empty, while a character is incomplete). `round`: the round of drafting that
+    begins with them.
+    """
 
     text: str
     ids: list[int]
+    round: Round | None = None  # noqa: A003
 
 
 def generate(model: Model, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
@@ -130,7 +134,7 @@ def events(model: Model, prompt: Encoded, *, max_new_tokens: int, temperature: f
         yield from (Text(decoder.push(token.id), [token.id]) for token in first)
         while not run.stats.stop:
             [tokens] = _step(model, run, draft_length)
-            yield from (Text(decoder.push(token.id), [token.id]) for token in tokens)
+            yield from (Text(decoder.push(token.id), [token.id], token.round) for token in tokens)
         if rest := decoder.finish():
             yield Text(rest, [])
         yield Done(run.stats)

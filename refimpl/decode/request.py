@@ -9,6 +9,7 @@ from refimpl.decode.constraint import FREE, Constraint
 from refimpl.decode.draft_length import DRAFTER
 from refimpl.decode.draft_stats import DraftStats
 from refimpl.decode.sampling import Sampling
+from refimpl.decode.speculative import Round
 from refimpl.model.soft import NO_SOFT, Soft
 
 FORCED, REPEAT = "forced", "repeat"
@@ -79,12 +80,14 @@ class Reading:
 @dataclass(frozen=True)
 class Token:
     """A new token. `logprob`: the natural logarithm of its probability, from the logits as they are, before temperature, penalties and
-    constraint; `top`: (id, logprob) of the most probable tokens, the most probable first. Without `n_top` 0.0 and nothing.
+    constraint; `top`: (id, logprob) of the most probable tokens, the most probable first. Without `n_top` 0.0 and nothing. `round`: the
+    round of drafting that it is the first token of.
     """
 
     id: int
     logprob: float = 0.0
     top: Sequence[tuple[int, float]] = ()
+    round: Round | None = None  # noqa: A003
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class Run:
             if new in self.model.tokenizer.end_of_generation:
                 stats.stop = "end"
                 break
-            tokens.append(token_of(new, logit_V, self.request.n_top))
+            tokens.append(token_of(new, logit_V, self.request.n_top, None if tokens else self.round))
             self.ids.append(new)
             stats.n_generated += 1
             if (len(self.ids) - 1) % POINT == 0:
@@ -222,13 +222,15 @@ def observe(draft_length: DraftLength, rounds: Sequence[Round]):
     draft_length.cost(round(n_drafted / len(rounds)), steps, rounds[0].verify_seconds)
 
 
-def token_of(new: int, logit_V: np.ndarray, n_top: int) -> Token:
-    """The token, with the logarithm of its probability and the `n_top` most probable ones; -1: alone."""
+def token_of(new: int, logit_V: np.ndarray, n_top: int, done: Round | None = None) -> Token:
+    """The token, with the logarithm of its probability and the `n_top` most probable ones; -1: alone. `done`: the round that begins with
+    it.
+    """
     if n_top < 0:
-        return Token(new)
+        return Token(new, round=done)
     logit_V = logit_V.astype(np.float64)
     log_sum = logit_V.max() + np.log(np.exp(logit_V - logit_V.max()).sum())
     n_top = min(n_top, len(logit_V))
     id_K = np.flatnonzero(logit_V >= np.partition(logit_V, -n_top)[-n_top]) if n_top else np.arange(0)
     id_K = id_K[np.lexsort((id_K, -logit_V[id_K]))][:n_top]             # of equal ones the lower id first
-    return Token(new, float(logit_V[new] - log_sum), [(int(i), float(logit_V[i] - log_sum)) for i in id_K])
+    return Token(new, float(logit_V[new] - log_sum), [(int(i), float(logit_V[i] - log_sum)) for i in id_K], done)

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from refimpl.serve.api import chat, completions, messages, responses, texts
+from refimpl.serve.api import chat, completions, glass, messages, page, responses, texts
 from refimpl.serve.asking import NOTES_HEADER, SEED_HEADER
 from refimpl.serve.body import IGNORED_HEADER
 from refimpl.serve.errors import ApiError, explained, response
@@ -43,6 +43,11 @@ ENDPOINTS: dict[tuple[str, str], Handler] = {
     ("GET", "/health"): texts.health,
     ("GET", "/metrics"): texts.metrics,
     ("GET", "/slots"): texts.slots,
+    ("GET", "/"): page.index,
+    ("GET", "/page/{name}"): page.file,
+    ("GET", "/glass/about"): glass.about,
+    ("POST", "/glass/inspect"): glass.inspect,
+    ("POST", "/glass/block"): glass.block,
 }
 
 

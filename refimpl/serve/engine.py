@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 
 from refimpl.decode.request import Done, Event, Failed, Request
+from refimpl.kernels.cores.threads import layer
 from refimpl.serve.scheduler import Scheduler, Ticket
+from refimpl.serve.slices import Aside, Compute
 from refimpl.text.prompt import Projector
 
 
@@ -23,7 +26,7 @@ class Engine:
         self.model, self.drafter, self.n_ctx = scheduler.model, scheduler.drafter, scheduler.n_ctx
         self._changed = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()        # for the thread, which alone touches the scheduler
-        self._closed = False
+        self._aside, self._closed = Aside(), False
         self._thread = threading.Thread(target=self._work, name="refimpl-engine", daemon=True)
         self._thread.start()
 
@@ -32,6 +35,14 @@ class Engine:
         answer = Answer(self)
         answer.ticket = await asyncio.wrap_future(self._soon(lambda: self.scheduler.submit(request, answer.tell)))
         return answer
+
+    async def aside(self, compute: Compute) -> object:
+        """What `compute(pause)` returns, which may use the model: it is run between the calls for answers, in slices that end at its
+        `pause()`, so that nobody who writes waits long. Raises what it raises, and ValueError where too many wait.
+        """
+        future: Future[object] = Future()
+        await asyncio.wrap_future(self._soon(lambda: self._aside.add(compute, future)))
+        return await asyncio.wrap_future(future)
 
     def slots(self) -> list[dict[str, object]]:
         """What runs and what waits, in order."""
@@ -60,9 +71,9 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def _soon(self, call: Callable[[], Ticket]):
+    def _soon(self, call: Callable[[], object]):
         """Has the thread make this call between two steps. Returns a future of its result."""
-        future: Future[Ticket] = Future()
+        future: Future[object] = Future()
 
         def run():
             if not future.set_running_or_notify_cancel():
@@ -85,9 +96,12 @@ class Engine:
             while self._calls:
                 self._calls.popleft()()
             if closed:
+                self._aside.close()
                 self.scheduler.close()
                 return
-            if not self.scheduler.step():
+            worked = self.scheduler.step()
+            # Numba's layer "workqueue" computes one thing at a time, from its beginning to its end
+            if not (self._aside.go_on(math.inf if layer() == "workqueue" else self.scheduler.latency) or worked):
                 with self._changed:
                     if not self._calls and not self._closed and not self.scheduler.has_work:
                         self._changed.wait()

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from refimpl.serve.errors import ApiError, response
 from refimpl.serve.settings import Settings, Site
 
-OPEN = "/health"        # needs no key: probes have none
+OPEN = "/health", "/", "/page/"     # need no key: probes have none, nor has a browser before it has the page that asks for it
 
 
 class Guard:
@@ -28,7 +28,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        error = self._host(headers.get("host", "")) or (None if scope["path"] == OPEN else self._key(headers))
+        error = self._host(headers.get("host", "")) or (None if _is_open(scope["path"]) else self._key(headers))
         await (self.app if error is None else response(scope["path"], error))(scope, receive, send)
 
     def _host(self, value: str) -> ApiError | None:
@@ -75,6 +75,10 @@ class Counting:
             # paths that are none are counted together: a scanner must not fill the memory
             path = next((route.path for route in self.routes if route.matches(scope)[0] != Match.NONE), "other")
             self.metrics.requests.labels(path, status).inc()
+
+
+def _is_open(path: str) -> bool:
+    return any(path == one or one.endswith("/") and len(one) > 1 and path.startswith(one) for one in OPEN)
 
 
 def _is_address(name: str) -> bool:

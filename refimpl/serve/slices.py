@@ -4,9 +4,16 @@ So at any moment one thing is computed, and whoever asked for it decides when it
 a function that it is given.
 """
 
+from __future__ import annotations
+
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+
+Compute = Callable[[Callable[[], None]], object]
+MOST_WAITING = 8
 
 
 class Dropped(BaseException):
@@ -16,8 +23,9 @@ class Dropped(BaseException):
 class Sliced:
     """`compute(pause)`, from one slice to the next; it calls `pause()` at its ends of steps."""
 
-    def __init__(self, compute: Callable[[Callable[[], None]], object]):
+    def __init__(self, compute: Compute):
         self._compute, self._error, self._until, self._dropped = compute, None, 0.0, False
+        self.result: object = None              # what it returned, once it has ended
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name="refimpl slices")
         self.ended = False
@@ -51,10 +59,55 @@ class Sliced:
     def _run(self):
         self._theirs.acquire()
         try:
-            self._compute(self._pause)
+            self.result = self._compute(self._pause)
         except Dropped:
             pass
         except BaseException as error:
             self._error = error
         self.ended = True
         self._mine.release()
+
+
+class Aside:
+    """Computations that are done beside everything else, one after the other, a slice at a time. One thread calls these functions."""
+
+    def __init__(self):
+        self._waiting: deque[tuple[Sliced, Future]] = deque()
+
+    def add(self, compute: Compute, future: Future):
+        """Queues one; `future` gets its result, or what it raised. Raises ValueError where too many wait."""
+        if len(self._waiting) >= MOST_WAITING:
+            raise ValueError(f"{MOST_WAITING} texts are waiting to be looked at already; try again later")
+        self._waiting.append((Sliced(compute), future))
+
+    def go_on(self, seconds: float) -> bool:
+        """A slice of the first one. False where there is none."""
+        if not self._waiting:
+            return False
+        sliced, future = self._waiting[0]
+        if future.cancelled():                  # whoever asked is gone
+            sliced.drop()
+            self._waiting.popleft()
+            return True
+        try:
+            ended = sliced.go_on(seconds)
+        except Exception as error:
+            self._waiting.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+            return True
+        if ended:
+            self._waiting.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_result(sliced.result)
+        return True
+
+    def close(self):
+        """Ends all of them."""
+        for sliced, future in self._waiting:
+            sliced.drop()
+            future.cancel()
+        self._waiting.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)

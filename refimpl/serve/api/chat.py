@@ -1,4 +1,6 @@
-"""POST /v1/chat/completions: OpenAI's chat API, with llama-server's `reasoning_content`, `timings` and `return_progress`."""
+"""POST /v1/chat/completions: OpenAI's chat API, with llama-server's `reasoning_content`, `timings` and `return_progress`, and vLLM's
+`return_token_ids`, to which the rounds of drafting are added.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from refimpl.lab.glass.record import round_as_json
 from refimpl.serve.answering import Answers, spelled, timings
 from refimpl.serve.api.contents import content_of, objects, result_of, string, text_of
 from refimpl.serve.api.openai import FINISH, CompletionFields, Head, progress_of, respond, schema_of, usage
@@ -115,7 +118,8 @@ async def _whole(answers: Answers, fields: Fields, head: Head) -> dict[str, obje
         elif message["content"] is None:
             message["content"] = ""
         choices.append({"index": i, "message": message, "finish_reason": FINISH.get(end.why, end.why),
-                        "logprobs": _logprobs(head.site, tokens[i]) if fields.logprobs else None})
+                        "logprobs": _logprobs(head.site, tokens[i]) if fields.logprobs else None,
+                        **(_written(head.site, tokens[i]) if fields.return_token_ids else {})})
     return head.object("chat.completion", choices, usage=usage(answers, ends), timings=timings(ends[0]))
 
 
@@ -124,6 +128,8 @@ async def _events(answers: Answers, fields: Fields, head: Head) -> AsyncIterator
     def chunk(i: int, delta: dict, finish: str | None = None, tokens=(), **more: object) -> bytes:
         logprobs = _logprobs(head.site, tokens) if fields.logprobs and tokens else None
         choice = {"index": i, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        if fields.return_token_ids and tokens:
+            choice |= _written(head.site, tokens)
         return event(head.object("chat.completion.chunk", [choice], **more))
 
     for i in range(len(answers)):
@@ -137,7 +143,7 @@ async def _events(answers: Answers, fields: Fields, head: Head) -> AsyncIterator
             for delta in filter(None, map(_delta, part.pieces)):
                 yield chunk(i, delta, tokens=tokens)
                 tokens = ()
-            if tokens and fields.logprobs:
+            if tokens and (fields.logprobs or fields.return_token_ids):
                 yield chunk(i, {}, tokens=tokens)
         elif isinstance(part, End):
             ends.append(part)
@@ -163,6 +169,12 @@ def _delta(piece: Piece) -> dict[str, object] | None:
     if isinstance(piece, CallArguments):
         return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.json}}]}
     return None
+
+
+def _written(site: Site, tokens) -> dict[str, object]:
+    """The ids, and the rounds of drafting that begin with some of them: (index among these, what was drafted)."""
+    rounds = [[n, round_as_json(site.tokenizer, token.round)] for n, token in enumerate(tokens) if token.round is not None]
+    return {"token_ids": [token.id for token in tokens], "rounds": rounds}
 
 
 def _joined(blocks: list[Block], kind: str) -> str | None:

@@ -51,6 +51,7 @@ class CompletionFields(OpenSamplingFields, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
+    return_token_ids: bool | None = None
     response_format: Format | None = None
 
 

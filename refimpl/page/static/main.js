@@ -1,0 +1,177 @@
+// The page: a chat with a server, or a recorded run that lies in the page itself.
+
+import { Chat } from "./chat.js";
+import { Composer } from "./composer.js";
+import { button, el, refill, say } from "./dom.js";
+import { Glass } from "./glass.js";
+import { Options, askForKey, themeButton } from "./options.js";
+import { askAbout, askForBlock, inspectText, setKey } from "./server.js";
+import { loadChats, newChat, saveChats, titleOf } from "./store.js";
+
+const at = (id) => document.getElementById(id);
+const LIVE = 3;          // while an answer is written, it is looked at again after so many times what the last look took
+const AFFORDABLE = 4000; // milliseconds: where a look takes longer, there is none before the end
+const EXAMPLES = ["def fibonacci(n):\n    ", "import os\n\ndef walk(folder):\n    ", "class Stack:\n    def __init__(self):\n        "];
+
+function showGlass(open) {
+  at("glass").hidden = !open;
+  document.body.classList.toggle("glass-open", open);
+  at("glass-switch").setAttribute("aria-pressed", String(open));
+}
+
+function recorded(record) {
+  document.body.classList.add("recorded");
+  for (const id of ["menu", "open-settings", "side", "glass-switch"]) at(id).hidden = true;
+  at("model").textContent = record.model.name;
+  const glass = new Glass(at("glass"), null);
+  showGlass(true);
+  const tokens = glass.show(record);
+  refill(at("thread"),
+    el("p", { class: "lead" }, "A recorded run. Touch any token, or walk with the arrow keys; Play goes through the text. The shaded block is what " +
+      "the model was given; green lines are under guesses of the drafter that it accepted."),
+    el("article", { class: "message assistant opened", "aria-label": "The text" }, el("div", { class: "body" }, tokens)));
+}
+
+async function live() {
+  let about = null;
+  for (let wrong = false; !about; wrong = true) {
+    try {
+      about = await askAbout();
+    } catch (error) {
+      if (error.status !== 401) {
+        refill(at("thread"), el("p", { class: "failed", role: "alert" }, error.message));
+        return;
+      }
+      setKey(await askForKey(wrong));
+    }
+  }
+  at("model").textContent = about.name;
+  const options = new Options(about);
+  document.body.append(options.dialog);
+  at("open-settings").addEventListener("click", () => options.show());
+  const ask = Object.assign((tensor, row, block) => askForBlock(tensor, row, block), { tensors: about.tensors });
+  const glass = new Glass(at("glass"), ask);
+  let chats = loadChats();
+  const state = { looking: null, looked: null, took: 0, since: 0, n: 0, abort: null };
+
+  async function look(message, keepPlace = false) {
+    state.abort?.abort();
+    if (chat.chat.messages.some((each) => each.parts?.some((part) => !part.url))) {
+      putBack();
+      glass.wait("A picture or a sound of this chat was not kept, so its text cannot be run again.");
+      return;
+    }
+    const abort = state.abort = new AbortController();
+    state.looking = message;
+    if (!keepPlace) glass.wait("Running the text once more, with the box open …");
+    const started = performance.now();
+    const ids = [...message.ids], seen = message.text.length;
+    try {
+      const record = await inspectText({ ...chat.asked(message), token_ids: ids }, abort.signal);
+      record.written = { sampling: message.sampling, rounds: message.rounds.slice(), reused: message.reused ?? message.stats?.reused ?? 0 };
+      record.written.rounds = record.written.rounds.map((round) => ({ ...round, at: round.at + record.n_prompt }));
+      if (abort.signal.aborted || !document.body.classList.contains("glass-open")) return;
+      putBack();
+      chat.views.get(message)?.swap(glass.show(record, keepPlace, Boolean(chat.abort)), seen);
+      state.looked = message;
+      if (!keepPlace) glass.select(glass.t);              // now that it is on the page, it can be scrolled to
+    } catch (error) {
+      if (error.name !== "AbortError") glass.wait(error.message, true);
+    }
+    state.took = state.n++ ? performance.now() - started : 0;         // the first one has more to do
+    state.since = performance.now();
+    if (state.looking === message) state.looking = null;
+  }
+
+  function putBack() {
+    if (state.looked) chat.views.get(state.looked)?.swap(null);
+    state.looked = null;
+  }
+
+  function latest() {
+    return chat.chat.messages.filter((message) => message.ids?.length).pop();
+  }
+
+  at("glass-switch").addEventListener("click", () => {
+    const open = at("glass").hidden;
+    showGlass(open);
+    if (!open) {
+      state.abort?.abort();
+      putBack();
+    } else if (latest() && !chat.abort) look(latest());
+  });
+
+  const chat = new Chat(at("thread"), about, options, {
+    welcome: () => welcome(about, (text) => composer.fill(text)),
+    changed: () => keep(),
+    busy: (busy) => composer.setBusy(busy),
+    forked: (made) => { chats.unshift(made); open(made); keep(); say("Forked: this is a new chat."); },
+    look: (message) => { showGlass(true); look(message); },
+    token: (message) => {                     // only while the box is open, and only as often as it costs little
+      if (at("glass").hidden || state.looking || message.ids.length < 2) return;
+      const wait = LIVE * state.took;
+      if (wait < LIVE * AFFORDABLE && performance.now() - state.since > wait) look(message, state.looked === message);
+    },
+    ended: (message) => { if (!at("glass").hidden && message.ids.length) look(message, state.looked === message); },
+    refused: async (error) => {
+      if (error.status !== 401) return false;
+      setKey(await askForKey(true));
+      return true;
+    },
+  });
+  const composer = new Composer(at("composer"), about, { send: (text, parts) => chat.send(text, parts), stop: () => chat.stop() });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && chat.abort) chat.stop(); });
+
+  function open(one) {
+    state.abort?.abort();
+    state.looked = null;
+    chat.show(one);
+    glass.wait("Send a message: the answer can then be taken apart here, token by token.");
+    if (!at("glass").hidden && latest()) look(latest());
+    drawSide();
+    document.body.classList.remove("side-open");
+    at("menu").setAttribute("aria-expanded", "false");
+  }
+
+  function keep() {
+    if (!chats.includes(chat.chat)) chats.unshift(chat.chat);
+    saveChats(chats);
+    drawSide();
+  }
+
+  function drawSide() {
+    const shown = chats.includes(chat.chat) ? chats : [chat.chat, ...chats];
+    refill(at("side"), button("New chat", () => { open(newChat()); composer.input.focus(); }, { class: "main" }),
+      el("ul", {}, ...shown.map((one) => el("li", {},
+        button(one.title || titleOf(one), () => open(one), { class: "quiet chat", "aria-current": one === chat.chat ? "true" : undefined }),
+        chats.includes(one) && button("×", () => remove(one), { class: "quiet", "aria-label": `Delete ${titleOf(one)}` })))));
+  }
+
+  function remove(one) {
+    chats = chats.filter((each) => each !== one);
+    saveChats(chats);
+    if (one === chat.chat) open(chats[0] || newChat());
+    else drawSide();
+  }
+
+  at("menu").addEventListener("click", () => {
+    const shown = document.body.classList.toggle("side-open");
+    at("menu").setAttribute("aria-expanded", String(shown));
+  });
+  open(newChat());
+  if (location.hash === "#glass") showGlass(true);
+  composer.input.focus();
+}
+
+function welcome(about, fill) {
+  const text = about.continues
+    ? "This small model ships with refimpl. It has read Python and nothing else: it does not chat, it goes on with code. Try one of these."
+    : "Ask something. Glass, above, opens the box: every token of the answer can then be touched, and shows how it came about.";
+  return el("div", { class: "welcome" }, el("p", {}, text), about.continues && el("div", { class: "row" },
+    ...EXAMPLES.map((example) => button(example.trim().split("\n").pop(), () => fill(example), { class: "example" }))));
+}
+
+themeButton(at("theme"));
+const inside = document.getElementById("record");
+if (inside) recorded(JSON.parse(inside.textContent));
+else live();
