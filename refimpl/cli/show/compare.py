@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from refimpl.cli.show.table import table
+from refimpl.lab.compare.diagnoses import Diagnosis
 from refimpl.lab.compare.judgement import Comparison, Judgement
 from refimpl.lab.compare.names import NAMES, TOWERS, Name
 from refimpl.lab.compare.reports.likely import likely
@@ -36,19 +37,26 @@ def as_text(result: Comparison, everything: bool = False) -> str:
     if result.undecided:
         lines.append(f"nothing departs, but that does not make it the same: {result.undecided}{nearest}")
     elif result.first is None:
-        lines.append(f"the same within rounding: {len(judged)} tensors, tolerances {result.tolerance_from}{nearest}")
+        seen = result.coverage
+        where_compared = "" if len(seen.positions) == seen.n_positions and seen.tensors == seen.n_tensors else ", where it was compared"
+        lines.append(f"the same within rounding{where_compared}: {len(judged)} tensors, tolerances {result.tolerance_from}{nearest}")
     elif at is None:
         agree = ", ".join(j.name for j in result.stages if j.verdict == "same")
         lines.append(f"departs: {result.first.name}: {result.diagnosis.text}")
-        lines += [f"{agree} agree"] * bool(agree) + ["so tensors were not compared"] * (not judged)
+        lines += [f"the same: {agree}"] * bool(agree) + ["so tensors were not compared"] * (not judged)
     else:
         departs = sum(j.verdict == "departs" for j in judged)
         lines += [f"departs first: {result.first.name}, {where(result.first)}",
-                  f"looks like:    {result.diagnosis.kind}: {result.diagnosis.text}",
+                  f"looks like:    {in_words(result.diagnosis)}",
                   *(f"as where:      {name} (--html shows the code)" for name, _ in likely(result)[:1]),
                   f"{at} tensors before it agree, {departs - 1} of {len(judged) - at - 1} after it depart too; "
                   f"tolerances {result.tolerance_from}"]
     return "\n".join(lines)
+
+
+def in_words(diagnosis: Diagnosis) -> str:
+    """The kind and what is known of it; a place says its kind itself."""
+    return diagnosis.text if diagnosis.kind.startswith("one ") else f"{diagnosis.kind}: {diagnosis.text}"
 
 
 def judged_at(result: Comparison) -> str:

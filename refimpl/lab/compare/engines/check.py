@@ -18,7 +18,7 @@ from refimpl.lab.compare.trace import ARITHMETIC, Trace, TraceError
 ALIASES = {"fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16",
            "half": "float16", "int8": "q8", "q8_0": "q8", "w8a8": "q8"}
 NEAR = 0.6              # similarity of a name that may be a known one, of difflib
-ALL_NAMES = sorted({*BY_NAME, *(name.name for names in TOWERS.values() for name in names)})
+ALL_NAMES = {name.name.lower(): name for names in (*TOWERS.values(), BY_NAME.values()) for name in names}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check(path: str, first: Trace | None = None) -> Checked:
     known = graph_order(values)
     if not known:
         wrong.append("no array has a known name: refimpl trace --names lists them")
-    wrong += _widths({name: without_batch(name, values[name], n_rows) for name in known if values[name].ndim})
+    wrong += _widths({name: without_batch(name, values[name], n_rows) for name in known if not _of_value(name, values[name], n_rows)})
     notes += [*_gaps(known), *_not_finite({name: values[name] for name in known})]
     if not wrong:
         try:
@@ -77,11 +77,11 @@ def nearest(name: str) -> str:
     """The known name that an unknown one may stand for, with its layer, "" where there is none near."""
     match = re.fullmatch(r"(?:(?:model\.)?(?:layers?|blk)[._])?(\d+)[._](.+)|(.+?)[._-](\d+)", name)
     base, layer = (match[2] or match[3], match[1] or match[4]) if match else (name, None)
-    near = difflib.get_close_matches(base, ALL_NAMES, 1, NEAR) or difflib.get_close_matches(base.lower(), ALL_NAMES, 1, NEAR)
-    if not near:
+    near = base.lower() if base.lower() in ALL_NAMES else next(iter(difflib.get_close_matches(base.lower(), ALL_NAMES, 1, NEAR)), None)
+    if near is None:
         return ""
-    layered = any(name.layered for names in (BY_NAME.values(), *TOWERS.values()) for name in names if name.name == near[0])
-    return f"{near[0]}-{layer if layer is not None else 'LAYER'}" if layered else near[0]
+    known = ALL_NAMES[near]
+    return f"{known.name}-{layer if layer is not None else 'LAYER'}" if known.layered else known.name
 
 
 def _ids(arrays: dict[str, np.ndarray]) -> list[str]:
@@ -143,7 +143,7 @@ def _gaps(known: list[str]) -> list[str]:
     for base, have in layers.items():
         kinds = Counter(np.diff(sorted(have)).tolist())
         lacking = sorted(set(range(min(have), max(have))) - have)
-        if lacking and kinds[1] > len(have) / 2:
+        if lacking and kinds[1] >= (len(have) - 1) / 2:
             found.append(f"{base} is not there of layer {', '.join(map(str, lacking[:5]))}, others are")
     return found
 

@@ -22,7 +22,7 @@ def figures(result: Comparison) -> dict[str, object]:
     return {"a": result.a, "b": result.b, "verdict": result.verdict, "same": result.verdict == SAME,
             "first": None if result.first is None else row(result.first),
             "kind": None if result.diagnosis is None else result.diagnosis.kind,
-            "text": result.undecided or None if result.diagnosis is None else result.diagnosis.text,
+            "text": (result.undecided or None) if result.diagnosis is None else result.diagnosis.text,
             "likely": [name for name, _ in likely(result)], "tie": result.tie or None,
             "tolerances": result.tolerance_from, "arithmetic": list(result.arithmetic),
             "coverage": {"tensors": [seen.tensors, seen.n_tensors], "positions": list(seen.positions), "prompt": seen.n_positions},
@@ -50,8 +50,9 @@ def grid_of(result: Comparison) -> Grid:
         place = place_of(j.name)
         if place is not None and (j.tolerance or j.verdict != SAME):
             cells[place.prefix + ("around" if place.layer is None else f"layer {place.layer}"), place.name] = j
-    present = {column for _, column in cells}
-    columns = dict.fromkeys(name.name for names in (*TOWERS.values(), NAMES) for name in names if name.name in present)
+    present, towers = {column for _, column in cells}, {place_of(j.name).tower for j in cells.values()} - {""}
+    tables = (*(TOWERS[tower] for tower in TOWERS if tower in towers), NAMES)
+    columns = dict.fromkeys(name.name for names in tables for name in names if name.name in present)
     return Grid(list(dict.fromkeys(row for row, _ in cells)), list(columns), cells)
 
 
