@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from cli import assert_one_line, run
+from cli import ROOT, assert_one_line, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import prompt, random_model, reference, write_model
@@ -20,7 +20,7 @@ from shapes import prompt, random_model, reference, write_model
 from refimpl.lab.compare.compare import compare, compare_with
 from refimpl.lab.compare.engines.check import check, nearest
 from refimpl.lab.compare.engines.choose import open_any
-from refimpl.lab.compare.engines.convention import OPTIONAL
+from refimpl.lab.compare.engines.convention import OPTIONAL, TEXT
 from refimpl.lab.compare.engines.foreign import write_npz
 from refimpl.lab.compare.exporters import pytorch
 from refimpl.lab.compare.names import NAMES
@@ -134,7 +134,8 @@ def test_the_command_checks_and_tells_remedies(made, tmp_path):
     assert_one_line(run("compare", "--check", tmp_path / "objects.npz"), 3, "holds Python objects")
 
 
-def test_the_convention_is_in_the_help():
+def test_the_convention_is_in_the_help_and_on_its_page():
+    assert TEXT in (ROOT / "refimpl/lab/compare/README.md").read_text()
     said = " ".join(run("compare", "--help")[1].split())
     assert all(f" {key}" in said for key in ("ids", "arithmetic", "positions", *OPTIONAL)) and "refimpl trace --npz FILE.npz" in said
 

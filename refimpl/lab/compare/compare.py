@@ -75,7 +75,7 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps:
             f"; {b.where} has {', '.join(sorted(of_b)[:3])}: refimpl trace --names lists the names" if of_b else ""))
     guessed = noise is None
     if guessed:
-        noise = {name: sum(a_priori(both, t.arithmetic)[name] for t in (a, b)) for name in both}
+        noise = _sum(*(a_priori(both, t.arithmetic) for t in (a, b)))
     judge = _Judge(Pairs(a, b), {name: SAFETY * size for name, size in carried(noise, both).items()}, steps=steps)
     judged, first, mismatch = [], None, None
     for judgement in filter(None, map(judge.judge, both)):
