@@ -18,7 +18,8 @@ from IPython.display import Image, Markdown
 
 import refimpl
 from refimpl.cli.show.compare import as_text
-from refimpl.lab.compare import compare, diagnoses, known_bugs, mismatch, names, record, tolerance, verdict
+from refimpl.lab.compare import compare, diagnoses, known_bugs, mismatch, names, record, tolerance
+from refimpl.lab.compare.reports import heat_map
 
 folder = Path(mkdtemp())
 model = refimpl.load(backend="reference", weights="quantized")
@@ -103,7 +104,7 @@ found = compare.compare_with(model, right, theirs)
 print(as_text(found))
 
 # %%
-verdict.plot(found, folder / "window.png")
+heat_map.plot(found, folder / "window.png")
 Image(folder / "window.png")
 
 # %% [markdown]
@@ -146,11 +147,11 @@ print("departing tensors, run against run:", sum(j.verdict == "departs" for j in
 print("departing steps:", ", ".join(j.name for j in steps.judged if j.verdict == "departs"))
 
 # %%
-verdict.plot(runs, folder / "runs.png")
+heat_map.plot(runs, folder / "runs.png")
 Image(folder / "runs.png")
 
 # %%
-verdict.plot(steps, folder / "steps.png")
+heat_map.plot(steps, folder / "steps.png")
 Image(folder / "steps.png")
 
 # %% [markdown]
@@ -173,3 +174,4 @@ for name in ("ffn_moe_weights-0", "ffn_moe_out-0", "ffn_moe-0", "l_out-0", "resu
 #
 # On the command line: `refimpl trace -m model.gguf -p TEXT -o right.safetensors`, then `refimpl compare right.safetensors` and one of
 # another trace, `transformers:DIRECTORY`, `llama.cpp:model.gguf`, what llama.cpp's tools printed, or a `.npz` that any engine can write.
+# `refimpl compare --help` says how, and `--html FILE` writes the map, the tensor and the line of code with the mistake on one page.

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 import refimpl
 from refimpl import Audio, Image
 from refimpl.cli import app
-from refimpl.lab.compare import verdict
 from refimpl.lab.compare.compare import compare, compare_steps, compare_with
 from refimpl.lab.compare.engines import transformers
 from refimpl.lab.compare.engines.choose import open_any
 from refimpl.lab.compare.known_bugs import inject
 from refimpl.lab.compare.names import TOWERS, graph_order, place_of
 from refimpl.lab.compare.record import trace, write_trace
+from refimpl.lab.compare.reports import heat_map
 from refimpl.lab.compare.tolerance import in_q8
 from refimpl.lab.compare.towers.inputs import given_of, traced_prompt, with_soft_tokens
 from refimpl.lab.compare.towers.known_bugs import TOWER_BUGS
@@ -80,7 +80,7 @@ def test_two_faults_are_told_apart_step_by_step(tmp_path):
         theirs = trace(made.model, made.ids, media=made.media)
     found = compare_steps(made.model, theirs, made.media)
     assert {j.name for j in found.judged if j.verdict == "departs"} == {"image0.std_scaled", "image1.std_scaled", "kqv_out-1"}
-    figure = verdict.plot(found)
+    figure = heat_map.plot(found)
     assert "image1.around" in [label.get_text() for label in figure.axes[0].get_yticklabels()]
 
 

@@ -16,6 +16,7 @@ import typer
 from refimpl.cli import (  # noqa: F401  (each adds its commands to the app)
     cache,
     chat,
+    compare,
     evaluate,
     files,
     glass,

@@ -5,53 +5,82 @@ from collections.abc import Sequence
 import numpy as np
 
 from refimpl.cli.show.table import table
-from refimpl.lab.compare.compare import Comparison, Judgement
+from refimpl.lab.compare.diagnoses import Diagnosis
+from refimpl.lab.compare.judgement import Comparison, Judgement
 from refimpl.lab.compare.names import NAMES, TOWERS, Name
+from refimpl.lab.compare.reports.likely import likely
+from refimpl.lab.compare.tolerance import SAFETY
 
 AROUND = 3              # rows of the table before and after the first tensor that departs
 
 
 def as_text(result: Comparison, everything: bool = False) -> str:
-    """The verdict, and the tensors around the first that departs (or all)."""
-    judged, lines = result.judged, [f"{result.a}  against  {result.b}", *_arithmetic(result)]
+    """What it was judged at, the verdict, and the tensors around the first that departs (or all)."""
+    judged, lines = result.judged, [judged_at(result), f"{result.a}  against  {result.b}", coverage(result)]
     if result.unknown:
         lines.append(f"not compared, no known name: {_some(result.unknown)}")
     if result.missing:
         lines.append(f"not compared, in one of them only: {_some(result.missing)}")
-    at = judged.index(result.first) if result.first is not None else None
+    at = judged.index(result.first) if result.first in judged else None
     if everything:
         shown = judged
     elif at is None:
         shown = sorted((j for j in judged if j.tolerance), key=lambda j: -j.error / j.tolerance)[:AROUND]
     else:
         shown = judged[max(0, at - AROUND):at + AROUND + 1]
-    if shown and (at is None or result.first.name != "ids"):
+    if shown:
         rows = [(j.name, _number(j.error), _number(j.tolerance), j.verdict + ("  <- first" if j is result.first else "")) for j in shown]
         lines += ["", table(("tensor", "deviation", "tolerance", "verdict"), rows, left=(0, 3)), ""]
     if result.tie:
         lines.append(f"tie: {result.tie}")
-    if result.first is None:
-        lines.append(f"the same within rounding: {len(judged)} tensors, tolerances {result.tolerance_from}"
-                     + ("" if everything or not shown else "; those nearest to their tolerances are shown"))
-        return "\n".join(lines)
-    if result.first.name == "ids":
-        return "\n".join([*lines, f"departs: {result.diagnosis.text}"])
-    departs = sum(j.verdict == "departs" for j in judged)
-    return "\n".join([*lines, f"departs first: {result.first.name}, {where(result.first)}",
-                      f"looks like:    {result.diagnosis.kind}: {result.diagnosis.text}",
-                      f"{at} tensors before it agree, {departs - 1} of {len(judged) - at - 1} after it depart too; "
-                      f"tolerances {result.tolerance_from}"])
+    nearest = "" if everything or not shown else "; those nearest to their tolerances are shown"
+    if result.undecided:
+        lines.append(f"nothing departs, but that does not make it the same: {result.undecided}{nearest}")
+    elif result.first is None:
+        seen = result.coverage
+        where_compared = "" if len(seen.positions) == seen.n_positions and seen.tensors == seen.n_tensors else ", where it was compared"
+        lines.append(f"the same within rounding{where_compared}: {len(judged)} tensors, tolerances {result.tolerance_from}{nearest}")
+    elif at is None:
+        agree = ", ".join(j.name for j in result.stages if j.verdict == "same")
+        lines.append(f"departs: {result.first.name}: {result.diagnosis.text}")
+        lines += [f"the same: {agree}"] * bool(agree) + ["so tensors were not compared"] * (not judged)
+    else:
+        departs = sum(j.verdict == "departs" for j in judged)
+        lines += [f"departs first: {result.first.name}, {where(result.first)}",
+                  f"looks like:    {in_words(result.diagnosis)}",
+                  *(f"as where:      {name} (--html shows the code)" for name, _ in likely(result)[:1]),
+                  f"{at} tensors before it agree, {departs - 1} of {len(judged) - at - 1} after it depart too; "
+                  f"tolerances {result.tolerance_from}"]
+    return "\n".join(lines)
 
 
-def _arithmetic(result: Comparison) -> list[str]:
-    """The arithmetic of the tolerances, with a warning if it hides errors of a float engine."""
+def in_words(diagnosis: Diagnosis) -> str:
+    """The kind and what is known of it; a place says its kind itself."""
+    return diagnosis.text if diagnosis.kind.startswith("one ") else f"{diagnosis.kind}: {diagnosis.text}"
+
+
+def judged_at(result: Comparison) -> str:
+    """The arithmetic of both, and what is allowed because of it."""
     ours, theirs = result.arithmetic
-    if not ours:
-        return []
-    line = f"judged at the rounding of {ours} and {theirs}"
-    if ours == "q8" and theirs != "q8":
-        line += ": hides errors of up to some percent; refimpl trace --arithmetic exact judges closely"
-    return [line]
+    if not result.judged:
+        return f"judged: {theirs} against {ours}, only what comes before the tensors"
+    why = {"measured": "measured on the model", "guessed": "guessed, without the model"}[result.tolerance_from]
+    most = max(j.tolerance for j in result.judged)
+    return f"judged: {theirs} against {ours}; tolerances are {SAFETY} times the rounding errors of both, {why}: up to {most:.1e}"
+
+
+def coverage(result: Comparison) -> str:
+    """How much of the two was compared."""
+    seen = result.coverage
+    few = f" ({ranges(seen.positions)})" if 0 < len(seen.positions) < seen.n_positions else ""
+    return f"compared: {seen.tensors} of {seen.n_tensors} tensors, {len(seen.positions)} of {seen.n_positions} positions{few}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as 0-2, 7."""
+    among = set(numbers)
+    starts, ends = ([n for n in numbers if n + step not in among] for step in (-1, 1))
+    return _some([str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends)])
 
 
 def where(first: Judgement) -> str:

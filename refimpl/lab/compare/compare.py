@@ -1,4 +1,5 @@
-"""Two traces side by side: the first tensor, in the order of the forward pass, that deviates by more than rounding explains.
+"""Two traces side by side: the first tensor, in the order of the forward pass, that deviates by more than rounding explains. What comes
+before and after the tensors is compared too (stages.py).
 
 The deviation of a row is rms(a - b) / rms(a) over everything but the position; a tensor departs where the deviation of a row exceeds its
 tolerance (tolerance.py). The choice of experts cannot be judged that way: where two experts score almost the same, a correct engine may
@@ -10,55 +11,21 @@ Towers come first, picture by picture: what they were given, their values, the s
 of a tower has to have as many rows in both traces.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from refimpl.lab.compare import top_logits
 from refimpl.lab.compare.diagnoses import Diagnosis, diagnose
-from refimpl.lab.compare.mismatch import Mismatch, row_errors
+from refimpl.lab.compare.judgement import DEPARTS, Comparison, Coverage, Judgement
+from refimpl.lab.compare.mismatch import LARGEST, Mismatch, row_errors
 from refimpl.lab.compare.names import graph_order, place_of
 from refimpl.lab.compare.pairs import Pair, Pairs
+from refimpl.lab.compare.stages import SAMPLED, before_tensors, sampled
 from refimpl.lab.compare.tolerance import SAFETY, a_priori, carried, measured, replayed
 from refimpl.lab.compare.towers.inputs import TowerInput, with_ids_of
 from refimpl.lab.compare.trace import Trace, TraceError
 from refimpl.loading.model import Model
-
-LARGEST = 4             # the error of the largest of some hundred elements, in units of their rms
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One tensor: its deviation and tolerance, the element with the largest difference, and "same", "departs" or "tie"."""
-
-    name: str
-    verdict: str
-    error: float = 0.0
-    tolerance: float = 0.0
-    position: int = -1
-    index: tuple[int, ...] = ()
-    ours: float = 0.0
-    theirs: float = 0.0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All judgements in graph order. `first` is the first that departs, None where none does; `diagnosis` is what it looks like.
-
-    `missing` tensors are in one trace only, `unknown` ones have no name of ours. `arithmetic`: of `a` and `b`.
-    """
-
-    a: str
-    b: str
-    judged: list[Judgement]
-    first: Judgement | None
-    diagnosis: Diagnosis | None
-    missing: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    tie: str = ""
-    tolerance_from: str = ""
-    arithmetic: tuple[str, str] = ("", "")
 
 
 def compare_with(model: Model, a: Trace, b: Trace, media: Sequence[TowerInput] = ()) -> Comparison:
@@ -87,11 +54,8 @@ def _sum(x: Mapping[str, float], y: Mapping[str, float]) -> dict[str, float]:
 def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps: bool = False) -> Comparison:
     """Judges `b` by `a`. `noise` is the sum of both engines' (tolerance.measured), guessed when None; `steps`: `a` is a replay of `b`.
 
-    Raises TraceError where the two cannot be compared: of different models, or without a tensor or position in common.
+    Raises TraceError where the two cannot be compared: without a tensor or position in common.
     """
-    ours, theirs = (trace.facts.get("model_sha256") for trace in (a, b))
-    if ours and theirs and ours != theirs:
-        raise TraceError(f"{a.where} and {b.where} are of different models: SHA-256 {ours[:12]}... and {theirs[:12]}...")
     b = with_ids_of(a, b)
     known = graph_order({*a.names(), *b.names()})
     of_a, of_b = set(a.names()), set(b.names())
@@ -99,26 +63,48 @@ def compare(a: Trace, b: Trace, noise: Mapping[str, float] | None = None, steps:
     unknown = sorted((of_a | of_b) - set(known))
     missing = [name for name in known if (name in of_a) != (name in of_b) and not (
         name.startswith("result_output") and any(other.startswith("result_output") for other in both))]
-    where = first_difference(a.ids, b.ids)
-    if where is not None:
-        first = Judgement("ids", "departs", 1.0, 0.0, where, (), *(float(t.ids[where]) if where < len(t.ids) else -1.0 for t in (a, b)))
-        return Comparison(a.where, b.where, [first], first, Diagnosis("tokens", token_difference(a, b, where)), missing, unknown)
+    if b.facts.get("temperature", 0.0) > 0:
+        missing.append(f"{SAMPLED} (at temperature {b.facts['temperature']:g} random numbers decide, which are each engine's own)")
+    n_tensors = len(judgeable(of_a))
+    stages, diagnosis = before_tensors(a, b)
+    if diagnosis is not None:
+        return Comparison(a.where, b.where, [], stages[-1], diagnosis, missing, unknown, arithmetic=(a.arithmetic, b.arithmetic),
+                          stages=stages, coverage=Coverage(0, n_tensors, (), len(a.ids)))
     if not both:
         raise TraceError(f"{a.where} and {b.where} have no tensor in common" + (
             f"; {b.where} has {', '.join(sorted(of_b)[:3])}: refimpl trace --names lists the names" if of_b else ""))
     guessed = noise is None
     if guessed:
-        noise = {name: sum(a_priori(both, t.arithmetic)[name] for t in (a, b)) for name in both}
+        noise = _sum(*(a_priori(both, t.arithmetic) for t in (a, b)))
     judge = _Judge(Pairs(a, b), {name: SAFETY * size for name, size in carried(noise, both).items()}, steps=steps)
-    judged, first, diagnosis = [], None, None
+    judged, first, mismatch = [], None, None
     for judgement in filter(None, map(judge.judge, both)):
         judged.append(judgement)
-        if first is None and judgement.verdict == "departs":
-            first, diagnosis = judgement, other_media(a, b, judgement.name) or diagnose(judge.mismatch(judgement))
+        if first is None and judgement.verdict == DEPARTS:
+            first, mismatch = judgement, judge.mismatch(judgement)
+            diagnosis = other_media(a, b, judgement.name) or diagnose(mismatch)
     if not judged:
         raise TraceError(f"{a.where} and {b.where} have no position in common")
+    coverage = Coverage(len(judgeable(j.name for j in judged)), n_tensors, tuple(sorted(judge.seen)), len(a.ids))
+    if first is None:
+        taken, diagnosis = sampled(a, b, {} if judge.tie else judge.tolerance)
+        stages = [*stages, *taken]
+        first = taken[0] if diagnosis is not None else None
     return Comparison(a.where, b.where, judged, first, diagnosis, missing, unknown, judge.tie, "guessed" if guessed else "measured",
-                      (a.arithmetic, b.arithmetic))
+                      (a.arithmetic, b.arithmetic), stages, coverage, hidden_by_q8(a, b, judged) if first is None else "", mismatch)
+
+
+def judgeable(names: Iterable[str]) -> list[str]:
+    """The names whose values a comparison judges: the largest logits count once, ids and sums beside them do not."""
+    return [name for name in graph_order(names) if not name.endswith(("result_output.ids", "result_output.logsumexp"))]
+
+
+def hidden_by_q8(a: Trace, b: Trace, judged: Sequence[Judgement]) -> str:
+    """Why an engine in floating point is not the same as a trace in 8-bit arithmetic, whose tolerances hide its errors; "" for others."""
+    if a.arithmetic != "q8" or b.arithmetic == "q8":
+        return ""
+    return (f"{b.where} rounds as {b.arithmetic}, but {a.where} is of 8-bit arithmetic, whose rounding hides errors of up to "
+            f"{max(j.tolerance for j in judged):.1%}; trace again with --arithmetic exact, or add --steps")
 
 
 def steps_apart(a: Trace, b: Trace) -> dict[str, float]:
@@ -131,30 +117,6 @@ def deviations(a: Trace, b: Trace, steps: bool = False) -> dict[str, float]:
     judge = _Judge(Pairs(a, b), {}, any_choice=True, steps=steps)
     found = {name: judge.judge(name) for name in graph_order(top_logits.comparable(a, b))}
     return {name: judgement.error for name, judgement in found.items() if judgement is not None and judgement.position >= 0}
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Where two lists of ids differ first, None where they do not."""
-    if tuple(a) == tuple(b):
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def token_difference(a: Trace, b: Trace, where: int) -> str:
-    """What differs in the token ids."""
-    if where == min(len(a.ids), len(b.ids)):
-        return f"the prompts have {len(a.ids)} and {len(b.ids)} tokens"
-    tokens = [{part["name"]: part["n_tokens"] for part in t.facts.get("media", ())} for t in (a, b)]
-    for name, n in tokens[0].items():
-        if n != tokens[1].get(name, n):
-            return f"{name} is {n} and {tokens[1][name]} soft tokens"
-    return f"the prompts differ: token {where} is {in_words(a, where)} and {in_words(b, where)}"
-
-
-def in_words(trace: Trace, where: int) -> str:
-    """A token id, or of what a soft token is one."""
-    i, media = trace.ids[where], trace.facts.get("media", ())
-    return str(i) if not 0 <= -1 - i < len(media) else f"a soft token of {media[-1 - i]['name']}"
 
 
 def other_media(a: Trace, b: Trace, name: str) -> Diagnosis | None:
@@ -172,18 +134,20 @@ def other_media(a: Trace, b: Trace, name: str) -> Diagnosis | None:
 
 class _Judge:
     """Judges one tensor after the other, in graph order. A tie ends what can be judged: `end` is the first position it may have changed,
-    and other draft tokens end everything.
+    and other draft tokens end everything. `seen`: positions of the prompt that were judged.
     """
 
     def __init__(self, pairs: Pairs, tolerance: Mapping[str, float], any_choice: bool = False, steps: bool = False):
         self.pairs, self.tolerance, self.any_choice, self.steps = pairs, tolerance, any_choice, steps
-        self.tie, self.end, self.ended = "", np.inf, False
+        self.tie, self.end, self.ended, self.seen = "", np.inf, False, set()
 
     def judge(self, name: str) -> Judgement | None:
         """The verdict on a tensor, None where nothing can be judged."""
         pair = None if self.ended else self._judged_rows(name)
         if pair is None:
             return None
+        if place_of(name).is_of_prompt:
+            self.seen.update(pair.positions.tolist())
         if not pair.fits:
             return Judgement(name, "departs", np.inf, 0.0, int(pair.positions[0]), ())
         kind = place_of(name).name

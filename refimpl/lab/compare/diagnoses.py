@@ -2,6 +2,7 @@
 whether that fits. The first that fits names the difference; they are ordered from the particular to the general.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from refimpl.lab.compare.gemma_diagnoses import (
     other_scores,
     skipped_step,
 )
+from refimpl.lab.compare.local_diagnoses import place_of_difference, what_is_there
 from refimpl.lab.compare.mismatch import Mismatch, departing, distance, fits, median, ratio, row_errors
 from refimpl.lab.compare.names import place_of
 from refimpl.lab.compare.towers.diagnoses import (
@@ -41,16 +43,29 @@ class Diagnosis:
 
 
 def diagnose(mismatch: Mismatch) -> Diagnosis:
-    """The first test that fits. Where only rows of pictures and sounds depart, these alone are looked at."""
+    """The first test that fits: of the whole tensor, or of the one place that departs; then those of what may be rounding. Where only rows
+    of pictures and sounds depart, these alone are looked at.
+    """
     seen = keys_in_sight(mismatch)
     if seen is not None:
         return Diagnosis("keys in sight", seen)
     rows = of_soft_rows(mismatch)
-    for test in TESTS:
-        found = test(rows)
+    found = _first_of(OF_THE_WHOLE, rows, rows is not mismatch)
+    if found is not None:
+        return found
+    place = place_of_difference(mismatch)
+    if place is not None:
+        inside = what_is_there(place.part) or _first_of((*OF_THE_WHOLE, *TESTS), place.part)
+        return Diagnosis(place.kind, f"{place.text}: {getattr(inside, 'text', inside) or 'other values'}")
+    return _first_of(TESTS, rows, rows is not mismatch) or Diagnosis("other", "none of the known kinds")
+
+
+def _first_of(tests: Sequence[Callable[[Mismatch], str | None]], s: Mismatch, of_soft_tokens: bool = False) -> Diagnosis | None:
+    for test in tests:
+        found = test(s)
         if found is not None:
-            return Diagnosis(test.__name__.replace("_", " "), found + ("" if rows is mismatch else ", in rows of pictures and sounds"))
-    return Diagnosis("other", "none of the known kinds")
+            return Diagnosis(test.__name__.replace("_", " "), found + (", in rows of pictures and sounds" if of_soft_tokens else ""))
+    return None
 
 
 def another_shape(s: Mismatch) -> str | None:
@@ -61,9 +76,12 @@ def another_shape(s: Mismatch) -> str | None:
 
 
 def not_finite(s: Mismatch) -> str | None:
-    """NaN or infinite."""
+    """NaN or infinite, in one place or many."""
     bad = ~np.isfinite(s.theirs)
-    return f"{bad.sum()} of {bad.size} values are NaN or infinite" if bad.any() else None
+    if not bad.any():
+        return None
+    place = place_of_difference(s)
+    return f"{place.text}: {what_is_there(place.part)}" if place is not None else f"{bad.sum()} of {bad.size} values are NaN or infinite"
 
 
 def zeros(s: Mismatch) -> str | None:
@@ -235,7 +253,8 @@ def noise(s: Mismatch) -> str | None:
         distance(s.ours, s.theirs) < 0.05 and abs(apart.mean()) < 0.2 * size and tilt < 0.3) else None
 
 
-TESTS = (another_shape, not_finite, other_choice, zeros, sign, rounded, another_row, constant_factor, shifted_rows, stale_row, colours,
-         floor, permuted_rows, another_activation, other_rotation, rotation_in_two_directions, scaled_scores, skipped_step,
-         swapped_halves, interleaved_pairs, transposed, permuted_heads, permuted, missing_term, another_tensor, factor_per_expert,
-         factor_per_row, factor_per_channel, missing_norm, offset, other_pixels, pointwise_function, from_a_position, other_scores, noise)
+OF_THE_WHOLE = (another_shape, other_choice, not_finite, zeros, sign, another_row, constant_factor, shifted_rows, stale_row, swapped_halves,
+                interleaved_pairs, transposed, permuted_heads)
+TESTS = (rounded, colours, floor, permuted_rows, another_activation, other_rotation, rotation_in_two_directions,
+         scaled_scores, skipped_step, permuted, missing_term, another_tensor, factor_per_expert, factor_per_row, factor_per_channel,
+         missing_norm, offset, other_pixels, pointwise_function, from_a_position, other_scores, noise)

@@ -192,7 +192,8 @@ def n_top(model: Model, logits: int | str | None) -> int:
     return logits
 
 
-def facts_of(model: Model, prompt: str | None = None, media: Sequence[TowerInput] = ()) -> dict[str, object]:
+def facts_of(model: Model, prompt: str | None = None, media: Sequence[TowerInput] = (),
+             template: str | None = None) -> dict[str, object]:
     """How a trace was made, for its header."""
     import refimpl
 
@@ -201,6 +202,8 @@ def facts_of(model: Model, prompt: str | None = None, media: Sequence[TowerInput
         from refimpl.kernels.machine.isa import ISA as isa
     facts = {"engine": f"refimpl {refimpl.__version__}", "backend": model.backend.name, "isa": isa, "threads": model.backend.threads,
              "model": str(Path(model.file.path).absolute()), "prompt": prompt}
+    if template is not None:
+        facts["template"] = template
     if media:
         facts |= {"projector": str(Path(media[0].projector.file.path).absolute()), "media": [dict(part.facts) for part in media]}
     return facts
@@ -220,18 +223,19 @@ def trace(model: Model, ids: Sequence[int], *, positions: Iterable[int] | None =
 
 def write_trace(path: str | os.PathLike, model: Model, ids: Sequence[int], *, positions: Iterable[int] | None = None,
                 tensors: Sequence[str] = ("*",), logits: int | str | None = None, prompt: str | None = None,
-                progress: Progress = silent, media: Sequence[TowerInput] = (), **drafting) -> dict[str, object]:
+                template: str | None = None, progress: Progress = silent, media: Sequence[TowerInput] = (),
+                **drafting) -> dict[str, object]:
     """Writes a trace file and returns its header. Memory holds the values of one chunk, or of one step of a tower; a run that fails leaves
     no file.
 
-    `positions`, `tensors`, `logits` say what to keep, `media` and `drafting` are what `record` takes. Raises TraceError, OSError naming
-    the file.
+    `positions`, `tensors`, `logits` say what to keep, `template` is what the chat template made of `prompt`, `media` and `drafting` are
+    what `record` takes. Raises TraceError, OSError naming the file.
     """
     positions = tuple(range(len(ids))) if positions is None else checked_positions(positions, len(ids))
     steps = model.config.n_layer + (drafting.get("drafter") is not None) * 4 * drafting.get("draft_max", 4) * (
         1 + drafting.get("rounds", 0)) + model.config.n_layer * drafting.get("rounds", 0) + sum(map(n_layers, media))
     header = {"format": FORMAT, "ids": [int(i) for i in ids], "positions": [int(p) for p in positions],
-              "arithmetic": model.backend.arithmetic} | facts_of(model, prompt, media)
+              "arithmetic": model.backend.arithmetic} | facts_of(model, prompt, media, template)
     with TensorWriter(path, 10_000 + 16 * steps * 2**10 + 2 * len(json.dumps(header))) as out:
         writer, hashing = BackgroundWriter(out), ThreadPoolExecutor(1)
         try:

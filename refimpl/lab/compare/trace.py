@@ -8,7 +8,7 @@ Those of towers (image0.inp) are whole: their rows are patches, frames or soft t
     engine, arithmetic        "refimpl 0.1.0"; "exact" or "q8" (other engines: "float32", "bfloat16", "float16", "q8")
     backend, isa, threads     how it was computed
     model, model_sha256       the file, and what identifies it
-    prompt                    the text, where there was one
+    prompt, template          the text, where there was one, and what the chat template made of it
     media                     of each picture and sound: its name before values ("image0"), what it is of, SHA-256 of what was decoded,
                               size, budget, number of soft tokens, placeholder: the id that a template has in its place
     projector, projector_sha256    the file with the towers, where there is media
@@ -21,7 +21,6 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -96,8 +95,6 @@ class _Checked(Mapping):
 
 def open_trace(path: str | os.PathLike) -> Trace:
     """Opens a trace file. Raises TraceError or CheckpointError."""
-    if Path(path).suffix != ".safetensors" and os.path.exists(path):
-        raise TraceError(f"{path}: expected a trace of refimpl, FILE.safetensors; the trace to judge by comes first")
     file = TensorFile(path)
     if "refimpl" not in file.metadata:
         raise TraceError(f"{path}: expected a trace of refimpl, found another safetensors file; the trace to judge by comes first")
