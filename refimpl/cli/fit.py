@@ -1,6 +1,7 @@
 """fit."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +17,15 @@ from refimpl.cli.app import (
     app,
     bar,
     chances_argument,
+    errors,
     fetched,
     named,
     write,
 )
+from refimpl.host import physical_cores, usable_cpus
 
 CHANCES = ".84,.60,.39,.27"         # as a user of the 26B-A4B published
+BUSY = 0.7                          # of the cores: more, and a note says so
 
 
 @app.command()
@@ -66,5 +70,12 @@ def fit(
             known = ", ".join(candidate.name for candidate in common_files() if is_remote(candidate.name))
             raise Failure(f"{name}: is not in the list ({known}); download it first, and give the file")
         candidates = [of_file(open_model(fetched(name)), name)]
+    _warn_of_others()
     result = predict(asked, candidates, threads=threads, progress=bar)
     write((json.dumps(result) if as_json else as_text(result)) + "\n")
+
+
+def _warn_of_others():
+    """A note where other programs keep the cores busy, on systems that say so."""
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > BUSY * (cores := physical_cores(usable_cpus())):
+        errors.print(f"note: other programs are running (a load of {load:.1f} on {cores} cores); what follows is of a machine so busy")

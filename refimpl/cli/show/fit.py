@@ -37,10 +37,11 @@ def _row(row: dict[str, object]) -> tuple[str, ...]:
 
 
 def _about(asked: dict[str, object]) -> str:
-    users = "" if asked["users"] == 1 else f" of {asked['users']} users together, {asked['n_ctx']:,} tokens of context each"
+    context = f"{asked['n_ctx']:,} tokens"
+    users = "" if asked["users"] == 1 else f" of {asked['users']} users together"
     drafts = f"; drafts accepted with the chances {', '.join(f'{chance:g}' for chance in asked['chances'])}" if asked["chances"] else ""
-    return (f"prompt: tokens/s of one of {asked['n_prompt']}; new: tokens/s{users} at the beginning, and with {asked['n_ctx']:,} tokens "
-            f"before{drafts}; memory: for {asked['n_ctx']:,} tokens (-c); later: when the system still has the weights in memory, and when it has not")
+    return (f"prompt: tokens/s of one of {asked['n_prompt']}; new: tokens/s{users}, at the beginning and after {context}{drafts}; memory: "
+            f"with {context}{users} (-c)\nfirst start: weights are read and rearranged; later: they are still in memory, or on the disk")
 
 
 def _memory(row: dict[str, object]) -> str:

@@ -80,10 +80,11 @@ class ModelEngine:
 
 def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = None, backend: str = "kernels",
           arithmetic: str | None = None, opponent: str | None = None, progress: Callable[..., AbstractContextManager] = silent,
-          ) -> dict[str, object]:
+          loaded: Callable[[Model], None] = lambda model: None) -> dict[str, object]:
     """Every figure of a run, as plain data: model, machine, each single measurement in seconds, medians, bandwidth.
 
-    `threads`, `backend` and `arithmetic` are those of `load`; `opponent` is one of lab.engines.TIMED, or None. Raises ValueError
+    `threads`, `backend` and `arithmetic` are those of `load`; `opponent` is one of lab.engines.TIMED, or None. `loaded` is
+    called with the model before anything is measured. With the kernels, ours are held against a prediction (predict.py). Raises ValueError
     (GGUFError, LlamaCppError, MemoryRefusal among them) with one line for what cannot be measured.
     """
     if not plan.n_prompt and not plan.n_new:
@@ -93,6 +94,7 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
     n_threads = prepare(threads) if backend == "kernels" else threads or 1
     model = load(path, backend=backend, arithmetic=arithmetic, threads=n_threads, progress=progress)
     model.wait_until_kept()
+    loaded(model)
     prompt, context, new = random_ids(model, plan)
     engines: dict[str, Engine] = {"refimpl": ModelEngine(model, plan.n_ctx)}
     facts, tests, buffer_bytes = {}, [], min(BUFFER_BYTES, available() // 4)

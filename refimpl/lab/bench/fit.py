@@ -15,11 +15,9 @@ from refimpl.lab.bench.disk import Room, measure_room
 from refimpl.lab.bench.machine import machine
 from refimpl.lab.bench.predict import Memory, Outlined, draft_seconds, draft_work, memory_of, outlined, prompt_seconds, step_seconds
 from refimpl.lab.bench.speed import Rest, Speed, heads_of, measure_rest, measure_speed
-from refimpl.loading.memory import weight_bytes
+from refimpl.loading.memory import longest_context, weight_bytes
 from refimpl.loading.model import CHUNK
 from refimpl.model.backend import kernel_backend
-from refimpl.model.cache import cache_bytes
-from refimpl.model.config import Config
 from refimpl.model.drafter import CENTROIDS, DrafterWeights, drafter_weights_from_gguf
 from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
 from refimpl.progress import silent
@@ -34,7 +32,6 @@ DRAFTER = "hf:google/gemma-4-{}-it-qat-q4_0-unquantized-assistant"
 BEST_FIRST = ("31B", "26B-A4B", "12B", "E4B", "E2B")
 FLUENT = 5.0                        # new tokens a second: about as fast as people read
 START_SECONDS = 2.5                 # imports, kernels from the disk, a tokenizer of 262,144 tokens
-CONTEXT_STEP = 1024
 YES, FROM_DISK, NO = "yes", "from the disk", "no"
 
 
@@ -138,7 +135,7 @@ def predicted(candidate: Candidate, extras: Extras, asked: Asked, speed: Speed, 
     memory = memory_of(model, n_ctx, kv_type, asked.users)
     total = memory.total + extras.n_bytes
     verdict, missing = fits(memory, extras.n_bytes, room)
-    most = most_context(model.config, kv_type, asked.users, room.memory - (total - memory.cache))
+    most = longest_context(model.config, (room.memory - (total - memory.cache)) // asked.users, kv_type, CHUNK)
     row = {"model": candidate.shape, "file": candidate.what, "name": candidate.name, "fits": verdict,
            "memory": {"file": model.source.n_bytes, **asdict(memory), "extras": extras.n_bytes, "total": total, "most_context": most}}
     if verdict == NO:
@@ -148,10 +145,9 @@ def predicted(candidate: Candidate, extras: Extras, asked: Asked, speed: Speed, 
     (decode, drafted), (decode_full, _) = (decode_seconds(model, extras, asked, speed, rest, depth) for depth in (0, n_ctx - 1))
     prompt = prompt_seconds(model, speed, rest, asked.n_prompt) + missing * reading * -(-asked.n_prompt // CHUNK)
     read = memory.weights * reading
-    return row | {"type": command(candidate, asked, drafted), "decode": 1 / (decode + waiting), "decode_full": 1 / (decode_full + waiting), "drafted": drafted,
-                  "prompt": asked.n_prompt / prompt, "load": {
-                      "first": START_SECONDS + read + memory.weights / room.rearranging, "next": START_SECONDS,
-                      "cold": START_SECONDS + read}}
+    load = {"first": START_SECONDS + read + memory.weights / room.rearranging, "next": START_SECONDS, "cold": START_SECONDS + read}
+    return row | {"type": command(candidate, asked, drafted), "prompt": asked.n_prompt / prompt, "decode": 1 / (decode + waiting),
+                  "decode_full": 1 / (decode_full + waiting), "drafted": drafted, "load": load}
 
 
 def command(candidate: Candidate, asked: Asked, drafted: int) -> str:
@@ -188,15 +184,6 @@ def missing_bytes(model: Outlined, weight_bytes: int, missing: int) -> float:
     work = model.work
     experts = weight_bytes * sum(n * work.n_expert for n in work.expert.values()) / max(1, work.n_weights)
     return missing * work.n_used / work.n_expert if missing <= experts else missing
-
-
-def most_context(config: Config, kv_type: np.dtype, users: int, n_bytes: int) -> int:
-    """The longest context of each of `users`, in steps of CONTEXT_STEP tokens, whose keys and values take at most `n_bytes`; 0: none."""
-    low, high = 0, config.n_ctx // CONTEXT_STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if users * cache_bytes(config, CONTEXT_STEP * middle, CHUNK, kv_type) <= n_bytes else (low, middle - 1)
-    return CONTEXT_STEP * low
 
 
 def best_of(rows: Sequence[dict[str, object]]) -> dict[str, object] | None:
