@@ -70,12 +70,12 @@ def fit(
             known = ", ".join(candidate.name for candidate in common_files() if is_remote(candidate.name))
             raise Failure(f"{name}: is not in the list ({known}); download it first, and give the file")
         candidates = [of_file(open_model(fetched(name)), name)]
-    _warn_of_others()
     result = predict(asked, candidates, threads=threads, progress=bar)
+    _warn_of_others()
     write((json.dumps(result) if as_json else as_text(result)) + "\n")
 
 
 def _warn_of_others():
     """A note where other programs keep the cores busy, on systems that say so."""
     if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > BUSY * (cores := physical_cores(usable_cpus())):
-        errors.print(f"note: other programs are running (a load of {load:.1f} on {cores} cores); what follows is of a machine so busy")
+        errors.print(f"note: other programs are running (a load of {load:.1f} on {cores} cores); this is of a machine so busy")

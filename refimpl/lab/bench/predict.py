@@ -31,8 +31,8 @@ from refimpl.model.drafter import CentroidHead, DrafterWeights
 from refimpl.model.drafter_config import DrafterConfig
 from refimpl.model.weights import MoeWeights, Weights, vocabulary_size, weights_from_gguf
 
-PROCESS_BYTES = 60 << 20            # Python, NumPy, Numba with kernels from the disk
-TOKEN_BYTES = 250                   # of the tokenizer, for a token and for a merge
+PROCESS_BYTES = 84 << 20            # Python, NumPy, Numba with kernels from the disk
+TOKEN_BYTES, MERGE_BYTES = 380, 130     # of a vocabulary: in the tokenizer, and in the metadata
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def call_seconds(model: Outlined, speed: Speed, rest: Rest, sequences: list[tupl
     work, n_rows = model.work, sum(rows for _, rows in sequences)
     n_met = distinct_if_independent(work.n_expert, work.n_used, n_rows)
     took = sum(speed.of_weights(kind, n, n_rows) for kind, n in work.every.items())
-    took += sum(speed.of_weights(kind, n, n_logits) for kind, n in work.head.items())
+    took += sum(speed.of_weights(kind, n, n_logits) for kind, n in work.head.items() if n_logits)
     took += sum(speed.of_weights(kind, n * n_met, n_rows * work.n_used / n_met) for kind, n in work.expert.items())
     for depth, rows in sequences:
         took += attention_seconds(model.config, speed, depth, rows)
@@ -166,8 +166,9 @@ class Memory:
 def memory_of(model: Outlined, n_ctx: int, kv_type: np.dtype, users: int = 1, rows: int = CHUNK) -> Memory:
     """What a model takes with `users` full contexts of `n_ctx` tokens, weights in memory, `rows` rows in a call."""
     need = needed(model.weights, model.config, n_ctx, rows, kv_type, held_bytes)
-    n_strings = model.config.n_vocab + len(model.source.metadata.get("tokenizer.ggml.merges", range(N_MERGES)))
-    return Memory(need.weights, users * need.cache, call_bytes(model.config, rows), PROCESS_BYTES + TOKEN_BYTES * n_strings)
+    n_merges = len(model.source.metadata.get("tokenizer.ggml.merges", range(N_MERGES)))
+    process = PROCESS_BYTES + TOKEN_BYTES * model.config.n_vocab + MERGE_BYTES * n_merges
+    return Memory(need.weights, users * need.cache, call_bytes(model.config, rows), process)
 
 
 def call_bytes(config: Config, rows: int) -> int:
@@ -176,4 +177,4 @@ def call_bytes(config: Config, rows: int) -> int:
     """
     widest = max(max(3 * layer.n_head * layer.head_dim, 3 * layer.ffn.n_ff,
                      layer.ffn.n_used * (layer.ffn.n_ff_expert + 16) if isinstance(layer.ffn, MoeFfn) else 0) for layer in config.layers)
-    return 4 * rows * (2 * config.n_embd + 3 * config.n_layer * config.n_ple + widest) + 8 * config.n_vocab
+    return 4 * rows * (2 * config.n_embd + config.n_layer * config.n_ple + widest) + 8 * config.n_vocab
