@@ -19,6 +19,7 @@ from refimpl.cli import (  # noqa: F401  (each adds its commands to the app)
     compare,
     evaluate,
     files,
+    fit,
     glass,
     judge,
     judge_url,

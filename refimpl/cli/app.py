@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from refimpl.cli.llamacpp_options import Refused, ours
 
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-ORDER = ("generate", "chat", "serve", "inspect", "convert", "verify", "bench", "synth", "trace", "compare", "judge", "eval", "glass",
+ORDER = ("generate", "chat", "serve", "fit", "inspect", "convert", "verify", "bench", "synth", "trace", "compare", "judge", "eval", "glass",
          "cache")
 EXAMPLES = """\b
 Examples:

@@ -81,9 +81,11 @@ def chat(
     /help lists what else there is; Ctrl-C stops an answer, Ctrl-D ends. What is piped in is one message. Without -m it is the built-in
     model, which continues code.
     """
+    from refimpl.cli.chosen import chosen, context
     from refimpl.cli.conversation import transcript
     from refimpl.cli.conversation.commands import resumed
     from refimpl.cli.conversation.turns import Conversation
+    from refimpl.cli.show.table import size
     from refimpl.decode.session import Session
     from refimpl.text.templates import CONTINUATION_TEMPLATE, CONTINUED
 
@@ -108,7 +110,10 @@ def chat(
         talk = Conversation(said, drafting | sampling, path, verbose, image_tokens)
         talk.files = [(part.name, part) for part in seen]
         if verbose or sys.stdin.isatty():
-            errors.print(f"what has been read is kept in up to {talk.session.prefixes.budget / 1e9:.2f} GB (--cache-ram)")
+            own = m.config.n_ctx
+            share = "a quarter of what is free: --cache-ram" if budget is None else "as given"
+            errors.print(chosen(m, threads, context(min(ctx or own, own), own, ctx, ""),
+                                f"{size(talk.session.prefixes.budget)} for what is read ({share})"))
         if earlier is not None:
             talk.session.messages = earlier.messages
             errors.print(f"{session}: {resumed(talk, earlier)}")

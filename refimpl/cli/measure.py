@@ -56,6 +56,7 @@ def bench(
     """Measure the speed of a prompt and of new tokens. Also in percent of the memory bandwidth; with --draft, the speed-up by drafting;
     with --kernels, of matrix products alone; with --server, of servers.
     """
+    from refimpl.cli.chosen import chosen
     from refimpl.cli.show.bench import as_text, draft_text
     from refimpl.lab.bench.bench import Plan
     from refimpl.lab.bench.bench import bench as measure
@@ -94,7 +95,7 @@ def bench(
         write((json.dumps(result) if as_json else draft_text(result)) + "\n")
         return
     result = measure(model, Plan(n_prompt, n_new, depth, repetitions), threads=threads, backend=backend, arithmetic=arithmetic,
-                     opponent=versus, progress=bar)
+                     opponent=versus, progress=bar, loaded=lambda m: errors.print(chosen(m, threads)) if backend == "kernels" else None)
     for note in result["notes"]:
         errors.print(f"note: {note}")
     write((json.dumps(result) if as_json else as_text(result)) + "\n")

@@ -61,9 +61,13 @@ def serve(
     Editors, agents and scripts connect to http://127.0.0.1:8080/v1; a browser opens http://127.0.0.1:8080. Every answer has the bits that
     it has alone, whoever else is asking. Without -m it is the built-in model. Ctrl-C ends it.
     """
+    from refimpl.cli.chosen import chosen, context
+    from refimpl.cli.show.table import size
     from refimpl.decode.prefixes import Prefixes
     from refimpl.decode.snapshots import Snapshots
     from refimpl.host import available
+    from refimpl.loading.memory import longest_context
+    from refimpl.loading.model import CHUNK
     from refimpl.serve.app import make_app
     from refimpl.serve.connections import listen, run
     from refimpl.serve.engine import Engine
@@ -78,9 +82,12 @@ def serve(
     m = load(path, "kernels", arithmetic, threads, 4096 if ctx is None else ctx, verbose, cache_disk, lock)
     drafting = drafting_of(m, path, draft, draft_max, 0.0, draft_head)
     projector = projector_of(m, path, asked, mmproj, needed=False, q8=mmproj_q8)
-    n_ctx = min(m.config.n_ctx, CONTEXT if ctx is None else ctx)
+    budget = available() // 2 if ram is None else ram
+    n_ctx, reason = min(m.config.n_ctx, ctx or CONTEXT), "longer ones take more memory: -c"
+    if ctx is None and ram is None and 0 < (fitting := longest_context(m.config, budget, m.backend.kv_type, CHUNK)) < n_ctx:
+        n_ctx, reason = fitting, "keys and values of more do not fit"
     snapshots = None if folder is None else Snapshots(folder, m, limit, lambda note: errors.print(f"note: {note}"))
-    prefixes = Prefixes(m, available() // 2 if ram is None else ram, snapshots)
+    prefixes = Prefixes(m, budget, snapshots)
     scheduler = Scheduler(m, prefixes, n_ctx, drafter=drafting.get("drafter"), draft_max=drafting["draft_max"], most_running=parallel,
                           most_waiting=queue, latency=latency_ms / 1000)
     settings = Settings(host=host, port=port, name=m.name, api_key=api_key or None, cors=cors, allowed_hosts=allowed_host)
@@ -92,8 +99,10 @@ def serve(
         why = str(error.strerror or error).partition(" (")[0]          # Python adds the address
         raise Failure(f"cannot listen on {host}:{port}: {why}; another --port or --host may be free") from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    errors.print(f"{m.name}: {address} (in a browser: the page; Anthropic), {address}/v1 (OpenAI); context {n_ctx}, "
-                 f"{parallel} answers at a time, {prefixes.budget / 1e9:.2f} GB for what is read; Ctrl-C ends")
+    half = "half of what is free: --cache-ram" if ram is None else "as given"
+    errors.print(chosen(m, threads, context(n_ctx, m.config.n_ctx, ctx, reason), f"{parallel} answers at a time (-np)",
+                        f"{size(budget)} for what is read ({half})"))
+    errors.print(f"{m.name}: {address} (in a browser: the page; Anthropic), {address}/v1 (OpenAI); Ctrl-C ends")
     engine = Engine(scheduler, projector)
     try:
         run(make_app(engine, settings), settings, listening)

@@ -5,6 +5,7 @@ which the system drops when it needs memory: those of tables of which rows are l
 inputs), of matrices while they are rearranged, and of those that are mapped in their rearranged form (prepared.py).
 """
 
+import bisect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -21,6 +22,7 @@ from refimpl.model.towers.parts import CHUNK
 from refimpl.model.weights import PerLayerEmbedding, Weights
 
 COMPILER_BYTES = 200 << 20          # what Numba and LLVM take when they compile the kernels
+CONTEXT_STEP = 1024                 # tokens
 
 
 class MemoryRefusal(ValueError):
@@ -157,6 +159,14 @@ def refuse_context_unless_it_fits(config: Config, n_ctx: int, max_rows: int, kv_
     if (need := cache_bytes(config, n_ctx, max_rows, kv_type)) > have:
         raise MemoryRefusal(f"{path}: a context of {n_ctx} tokens needs {_gb(need)}, this machine has {_gb(have)} free; "
                             "a smaller context (-c) or fewer new tokens (-n) help")
+
+
+def longest_context(config: Config, n_bytes: int, kv_type: np.dtype, max_rows: int) -> int:
+    """The longest context, the model's own or a multiple of CONTEXT_STEP tokens, whose keys and values take at most `n_bytes`; 0: none."""
+    if cache_bytes(config, config.n_ctx, max_rows, kv_type) <= n_bytes:
+        return config.n_ctx
+    steps = range(1, config.n_ctx // CONTEXT_STEP + 1)
+    return CONTEXT_STEP * bisect.bisect_right(steps, n_bytes, key=lambda n: cache_bytes(config, CONTEXT_STEP * n, max_rows, kv_type))
 
 
 def _gb(n_bytes: int) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +66,11 @@ class Model:
     def notes(self) -> tuple[str, ...]:
         """What `load` has to say about the weights on the disk and in memory, in lines."""
         return tuple(self._preparing.notes)
+
+    @property
+    def mapped(self) -> Collection[str]:
+        """Names of the matrices that are mapped from the disk and take no memory of this process."""
+        return self._preparing.mapped
 
     def wait_until_kept(self):
         """Returns when nothing is being written any more: for measurements."""

@@ -16,15 +16,17 @@ def as_text(result: dict[str, object]) -> str:
         title = f"{test['test']} {test['tokens']}" + (f" after {test['depth']}" if test["depth"] else "")
         for engine, run in test["engines"].items():
             speed = run["tokens_per_second"]
+            predicted = f"{run['predicted_tokens_per_second']:.2f}" if "predicted_tokens_per_second" in run else ""
             share = f"{100 * run['share_of_bandwidth']:.1f} %" if "share_of_bandwidth" in run else ""
-            rows.append((title, engine, *(f"{speed[key]:.2f}" for key in ("median", "min", "max")), f"{run['ms_per_token']:.3f}", share))
+            rows.append((title, engine, *(f"{speed[key]:.2f}" for key in ("median", "min", "max")), f"{run['ms_per_token']:.3f}", predicted,
+                         share))
             if "bytes_per_token" in run:
                 weights, kv = size(run["bytes_per_token"]["weights"]), size(int(run["bytes_per_token"]["kv"]))
                 limits.append(f"{engine}: a new token reads {weights} of weights and {kv} of keys and values; "
                               f"at {bandwidth['bytes_per_second'] / 1e9:.1f} GB/s at most {run['tokens_per_second_at_most']:.1f} tokens/s")
         if "ratio" in test:
-            rows.append((title, "ratio", *(f"{test['ratio'][key]:.3f}" for key in ("of_medians", "min", "max")), "", ""))
-    columns = ("test", "engine", "tokens/s", "lowest", "highest", "ms/token", "of bandwidth")
+            rows.append((title, "ratio", *(f"{test['ratio'][key]:.3f}" for key in ("of_medians", "min", "max")), "", "", ""))
+    columns = ("test", "engine", "tokens/s", "lowest", "highest", "ms/token", "predicted", "of bandwidth")
     return "\n".join([*lines, "", table(columns, rows, left=(0, 1)), "", *limits,
                       f"runs: {plan['repetitions']}, their median; bandwidth: best of {len(bandwidth['passes'])} passes over "
                       f"{size(bandwidth['buffer_bytes'])}, threads: {bandwidth['threads']}"])

@@ -6,9 +6,7 @@ engine the two take turns, run by run, so that whatever else the machine does me
 """
 
 import contextlib
-import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +15,15 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
-import psutil
 
 from refimpl.formats.gguf import GGUFFile
 from refimpl.formats.matrix import stored_bytes
-from refimpl.host import ROOT, available, cpu_quota, physical_cores, read, usable_cpus
-from refimpl.kernels.cores.threads import layer, prepare, running, slow_layer_warning
+from refimpl.host import available
+from refimpl.kernels.cores.threads import prepare, running, slow_layer_warning
 from refimpl.lab.bench.bandwidth import BUFFER_BYTES, Traffic, bytes_per_token, read_bandwidth
+from refimpl.lab.bench.machine import machine
+from refimpl.lab.bench.predict import outlined, prompt_seconds, step_seconds
+from refimpl.lab.bench.speed import Speed, heads_of, mean_of, measure_rest, measure_speed
 from refimpl.lab.engines import LLAMACPP, TIMED, known
 from refimpl.lab.llamacpp.client import LlamaCpp
 from refimpl.loading.memory import MemoryRefusal
@@ -80,10 +80,11 @@ class ModelEngine:
 
 def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = None, backend: str = "kernels",
           arithmetic: str | None = None, opponent: str | None = None, progress: Callable[..., AbstractContextManager] = silent,
-          ) -> dict[str, object]:
+          loaded: Callable[[Model], None] = lambda model: None) -> dict[str, object]:
     """Every figure of a run, as plain data: model, machine, each single measurement in seconds, medians, bandwidth.
 
-    `threads`, `backend` and `arithmetic` are those of `load`; `opponent` is one of lab.engines.TIMED, or None. Raises ValueError
+    `threads`, `backend` and `arithmetic` are those of `load`; `opponent` is one of lab.engines.TIMED, or None. `loaded` is
+    called with the model before anything is measured. With the kernels, ours are held against a prediction (predict.py). Raises ValueError
     (GGUFError, LlamaCppError, MemoryRefusal among them) with one line for what cannot be measured.
     """
     if not plan.n_prompt and not plan.n_new:
@@ -93,6 +94,7 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
     n_threads = prepare(threads) if backend == "kernels" else threads or 1
     model = load(path, backend=backend, arithmetic=arithmetic, threads=n_threads, progress=progress)
     model.wait_until_kept()
+    loaded(model)
     prompt, context, new = random_ids(model, plan)
     engines: dict[str, Engine] = {"refimpl": ModelEngine(model, plan.n_ctx)}
     facts, tests, buffer_bytes = {}, [], min(BUFFER_BYTES, available() // 4)
@@ -102,12 +104,15 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
             _check_memory(opponent, model.file)
             engines[opponent] = stack.enter_context(OPPONENTS[opponent](model.file.path, plan.n_ctx, n_threads))
             facts = engines[opponent].facts
+        speeds = [] if backend != "kernels" else [_speed(model, progress)]
         bandwidths = read_bandwidth(n_threads, buffer_bytes)
         if plan.n_prompt:
             tests.append(compare("prompt", engines, [], prompt, True, plan.repetitions, progress))
         if plan.n_new:
             tests.append(compare("decode", engines, context, new, False, plan.repetitions, progress))
         bandwidths += read_bandwidth(n_threads, buffer_bytes)
+        if speeds:
+            _predict(tests, model, plan, mean_of(*speeds, _speed(model, progress)))
     if plan.n_new:
         for name, engine in engines.items():
             held = model.backend.held if name == "refimpl" else stored_bytes
@@ -121,6 +126,23 @@ def bench(path: str | os.PathLike | None, plan: Plan, *, threads: int | None = N
         "machine": machine(n_threads), "opponent": {"name": opponent} | facts if opponent else None,
         "bandwidth": {"bytes_per_second": max(bandwidths), "passes": bandwidths, "buffer_bytes": buffer_bytes, "threads": n_threads},
         "tests": tests, "notes": [warning] if warning else []}
+
+
+def _speed(model: Model, progress) -> Speed:
+    """The parts that the model is made of, now."""
+    return measure_speed(outlined(model.file).work.types, heads_of(model.config), model.backend, progress)
+
+
+def _predict(tests: list[dict[str, object]], model: Model, plan: Plan, speed: Speed):
+    """Adds what the speed of its parts lets expect to each result of ours."""
+    shape = outlined(model.file)
+    rest = measure_rest(shape.config, shape.weights, model.backend)
+    for test in tests:
+        seconds = (prompt_seconds(shape, speed, rest, plan.n_prompt) / plan.n_prompt if test["test"] == "prompt" else
+                   step_seconds(shape, speed, rest, plan.depth + plan.n_new // 2))
+        run = test["engines"]["refimpl"]
+        run["predicted_tokens_per_second"] = 1 / seconds
+        run["predicted_to_measured"] = 1 / seconds / run["tokens_per_second"]["median"]
 
 
 def _find(opponent: str):
@@ -179,26 +201,3 @@ def _hold_against(result: dict[str, object], traffic: Traffic, bandwidth: float)
     result["bytes_per_token"] = {"weights": traffic.weights, "kv": traffic.kv, "total": traffic.total}
     result["tokens_per_second_at_most"] = bandwidth / traffic.total
     result["share_of_bandwidth"] = result["tokens_per_second"]["median"] * traffic.total / bandwidth
-
-
-# ---- what it ran on
-
-def machine(n_threads: int) -> dict[str, object]:
-    """The processor, what is used of it, and the versions of what computes."""
-    import llvmlite
-    import numba
-
-    import refimpl
-    from refimpl.kernels.machine.isa import BEST, ISA
-
-    cpuinfo = [line.partition(":") for line in (read(ROOT / "proc/cpuinfo") or "").splitlines()]
-    names = [value.strip() for key, _, value in cpuinfo if key.strip() == "model name"]
-    return {"cpu": names[0] if names else platform.processor() or platform.machine(), "isa": ISA, "best_isa": BEST,
-            "physical_cores": physical_cores(usable_cpus()), "cpus": len(usable_cpus()), "cpu_quota": _finite(cpu_quota()),
-            "memory_bytes": psutil.virtual_memory().total, "threads": n_threads, "threading_layer": layer(), "system": platform.system(),
-            "versions": {"python": platform.python_version(), "refimpl": refimpl.__version__, "numpy": np.__version__,
-                         "numba": numba.__version__, "llvmlite": llvmlite.__version__}}
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None

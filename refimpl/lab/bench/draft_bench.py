@@ -24,7 +24,8 @@ from refimpl.decode.drafter import Drafter, load_drafter
 from refimpl.decode.generate import plain
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.speculative import speculative
-from refimpl.lab.bench.bench import PAUSE, Plan, machine, random_ids, spread
+from refimpl.lab.bench.bench import PAUSE, Plan, random_ids, spread
+from refimpl.lab.bench.machine import machine
 from refimpl.loading.model import Model, load
 from refimpl.model.cache import Cache
 from refimpl.progress import silent

@@ -18,7 +18,7 @@ from refimpl.kernels.machine.tiles import Tiles, tiled
 from refimpl.kernels.machine.unpack import LAYOUTS
 from refimpl.kernels.matmul import matmul_q8
 from refimpl.lab.bench.bandwidth import STEP, fill_parts, sum_parts
-from refimpl.lab.bench.bench import machine
+from refimpl.lab.bench.machine import machine
 from refimpl.lab.bench.peak import peak
 from refimpl.progress import silent
 
@@ -119,10 +119,10 @@ def errors(name: str, seed: int = 0) -> dict[str, float]:
 def _matrices(name: str, rows: Sequence[int], memory_bytes: int, cached_rows: int, rng) -> dict[bool, Tiles]:
     """The matrix for few rows (True) and for many, as far as they are used."""
     sizes = {True: memory_bytes, False: cached_rows * BLOCKS[name].row_bytes(WIDTH)}
-    return {few: _matrix(name, sizes[few], rng) for few in {n <= FEW for n in rows}}
+    return {few: tiles_of(name, sizes[few], rng) for few in {n <= FEW for n in rows}}
 
 
-def _matrix(name: str, n_bytes: int, rng: np.random.Generator) -> Tiles:
+def tiles_of(name: str, n_bytes: int, rng: np.random.Generator) -> Tiles:
     """About `n_bytes` of weights: the same two tiles over and over, each time in memory of their own."""
     n_rows = 2 * LANES
     if name in QUANTIZABLE:

@@ -2,10 +2,9 @@
 
 import math
 
-import numpy as np
-
 from refimpl.files.synth import config_of, drafter_tensors, model_tensors, recipe_type
 from refimpl.formats.quants.blocks import BLOCKS
+from refimpl.lab.bench.distinct_experts import distinct_if_independent
 
 PARTS = ("attention", "dense feed-forward", "experts", "head", "the rest")
 
@@ -50,8 +49,3 @@ def drafter_bytes(name: str, recipe: str = "google-q4_0") -> float:
     """Bytes of weights that a step of the drafter of `name` reads, with its dense head."""
     return float(sum(math.prod(shape[:-1]) * BLOCKS[recipe_type(recipe, tensor, shape, 4)].row_bytes(shape[-1])
                      for tensor, shape in drafter_tensors(name) if not tensor.startswith("masked_embd")))
-
-
-def distinct_if_independent(n_expert: int, n_used: int, n_rows):
-    """n_expert * (1 - (1 - n_used / n_expert)^n_rows): the same for rows that choose evenly and know nothing of each other."""
-    return n_expert * (1 - (1 - n_used / n_expert) ** np.asarray(n_rows))

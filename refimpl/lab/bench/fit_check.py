@@ -1,0 +1,95 @@
+"""What `fit` predicts, held against what happens: files are run, one after the other, and the errors tabulated.
+
+Speed: `bench`, which measures the parts before and after the whole, so that a machine whose speed drifts is the same one in both. Memory:
+`generate` in a process of its own, whose private memory is looked at until it ends.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from refimpl.lab.bench.bench import Plan, bench
+from refimpl.lab.bench.predict import memory_of, outlined
+from refimpl.loading.open import open_model
+from refimpl.progress import silent
+
+BOUNDS = {"prompt": 0.25, "decode": 0.15, "memory": 0.03}       # relative errors that predictions are meant to stay within
+PLAN = Plan(n_prompt=512, n_new=32, repetitions=5)
+N_WORDS, N_NEW = 900, 8
+EVERY = 0.02                        # seconds between two looks at a process
+
+
+def check(paths: Sequence[Path], plan: Plan = PLAN, *, threads: int | None = None,
+          progress: Callable[..., AbstractContextManager] = silent) -> dict[str, object]:
+    """{machine, errors}: for each file prompt and decode (tokens/s) and memory (MB): {file, what, predicted, measured, low, high, error,
+    bound}; `error` is predicted / measured - 1.
+
+    Raises what `bench` raises, and ValueError where memory cannot be looked at (outside of Linux).
+    """
+    errors, machine = [], {}
+    for path in paths:
+        result = bench(path, plan, threads=threads, progress=progress)
+        machine = result["machine"]
+        for test in result["tests"]:
+            run = test["engines"]["refimpl"]
+            speed = run["tokens_per_second"]
+            errors.append(_entry(path, test["test"], run["predicted_tokens_per_second"], speed["median"], speed["min"], speed["max"], 2))
+        predicted, measured = check_memory(path, threads)
+        errors.append(_entry(path, "memory", predicted / 1e6, measured / 1e6, measured / 1e6, measured / 1e6, 0))
+    return {"machine": machine, "errors": errors}
+
+
+def _entry(path: Path, what: str, predicted: float, measured: float, low: float, high: float, digits: int) -> dict[str, object]:
+    return {"file": Path(path).name, "what": what, "predicted": predicted, "measured": measured, "low": low, "high": high,
+            "error": predicted / measured - 1, "bound": BOUNDS[what], "digits": digits}
+
+
+def check_memory(path: Path, threads: int | None = None) -> tuple[int, int]:
+    """(predicted, measured) bytes of private memory: most of what a process takes that loads the file, weights in memory, reads a prompt of
+    N_WORDS short words and writes N_NEW tokens. Raises ValueError where the process fails, or the system does not say.
+    """
+    words = " ".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), N_WORDS))
+    command = [sys.executable, "-m", "refimpl", "generate", "-m", str(path), "-f", "-", "-n", str(N_NEW), "--temp", "0", "--json",
+               "--cache-disk", "0", *(["-t", str(threads)] if threads else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        prompt = Path(folder) / "prompt.txt"
+        prompt.write_text(words, encoding="utf-8")
+        command[command.index("-")] = str(prompt)
+        with open(Path(folder) / "said", "w+b") as said:
+            running = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONSAFEPATH": "1"})
+            try:
+                most = _most_private(running)
+            finally:
+                running.kill()
+            said.seek(0)
+            lines = said.read().decode(errors="replace").strip().splitlines()
+    if running.returncode or not lines:
+        raise ValueError(f"{path}: could not be run to look at its memory: {lines[-1] if lines else 'it said nothing'}")
+    done = json.loads(lines[-1])
+    n_tokens = done["n_prompt"] + done["n_generated"]
+    return memory_of(outlined(open_model(path)), n_tokens, np.dtype(np.float16), rows=min(512, done["n_prompt"])).total, most
+
+
+def _most_private(running: subprocess.Popen) -> int:
+    """Most bytes of private memory while a process ran. Raises ValueError where the system does not say."""
+    most, process = 0, psutil.Process(running.pid)
+    while running.poll() is None:
+        try:
+            info = process.memory_info()
+        except psutil.Error:
+            break
+        if not hasattr(info, "shared"):
+            raise ValueError("private memory of a process can only be looked at on Linux")
+        most = max(most, info.rss - info.shared)
+        time.sleep(EVERY)
+    running.wait()
+    return most
