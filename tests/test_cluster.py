@@ -43,7 +43,7 @@ def text(tmp_path):
 
 def test_three_processes_one_of_them_killed_give_the_same_bits(ple, text, tmp_path, processes, address):
     side, pids, done = side_of("reference", None, ple[0].path), processes._client.run(os.getpid), []
-    one = evaluate(side, [text], against=replace(side, arithmetic="q8"), output=tmp_path / "one.parquet", n_ctx=16, stride=2)
+    one = evaluate(side, [text], against=replace(side, arithmetic="q8"), output=tmp_path / "one.parquet", n_ctx=16, stride=6)
 
     @contextmanager
     def killing(what, total, unit=1):
@@ -52,9 +52,9 @@ def test_three_processes_one_of_them_killed_give_the_same_bits(ple, text, tmp_pa
             if len(done) == 8:                                  # the first call is for what was done before
                 os.kill(next(iter(pids.values())), signal.SIGKILL)
         yield step
-    many = evaluate(side, [text], against=replace(side, arithmetic="q8"), output=tmp_path / "many.parquet", n_ctx=16, stride=2,
+    many = evaluate(side, [text], against=replace(side, arithmetic="q8"), output=tmp_path / "many.parquet", n_ctx=16, stride=6,
                     cluster=address, progress=lambda what, *rest: (killing if what == "tokens" else silent)(what, *rest))
-    assert one["windows"] > 80 and len(done) == one["windows"] + 1 and sum(done) == one["tokens"], "the others took its windows, once each"
+    assert one["windows"] > 30 and len(done) == one["windows"] + 1 and sum(done) == one["tokens"], "the others took its windows, once each"
     assert many | {"output": ""} == one | {"output": ""} and one["comparison"]["kl_low"] > 0
     (_, _, alone), (about, _, shared) = (read_windows(tmp_path / f"{name}.parquet") for name in ("one", "many"))
     for a, b in zip(alone, shared):
@@ -73,7 +73,7 @@ def test_a_sweep_is_one_table_and_goes_on_where_it_was(ple, text, tmp_path, addr
     table = pandas.read_parquet(output)
     assert table.file.tolist() == ["ple-Q8_0.gguf", "ple-F16.gguf"] and table.kl.tolist() == [row["kl"] for row in first["rows"]]
     assert (table.kl > 0).all() and table.kl[0] > table.kl[1] and table.bits_per_weight[0] < table.bits_per_weight[1] < 20
-    assert (table.against == "ple.gguf (kernels, exact)").all() and (table.tokens_per_second > 0).all()
+    assert (table.against == "ple.gguf (reference, exact)").all() and (table.tokens_per_second > 0).all()
     assert table.sha256.nunique() == 2 and json.loads(table.machines[0])[0]["host"]
     again = sweep(plan, tmp_path / "again.parquet")
     for mine, theirs in zip(first["rows"], again["rows"]):
@@ -93,7 +93,7 @@ def test_what_fails_leaves_the_rest_of_a_sweep_alone(ple, moe, text, tmp_path, m
     args = ("sweep", ple[0].path, moe[0].path, "-f", text, "--engines", "reference", "-c", 16, "-o", output)
     status, out, err = cli.run(*args)
     assert status == 1 and err == f"refimpl: {moe[0].path}: is too large\n" and "failed" in out and "perplexity" in out
-    assert pandas.read_parquet(output).error.tolist() == [None, f"{moe[0].path}: is too large"]
+    assert pandas.read_parquet(output).error.fillna("").tolist() == ["", f"{moe[0].path}: is too large"]
     monkeypatch.undo()
     status, out, err = cli.run(*args, "--force", "--json")
     assert status == 0 and err.startswith("note: resumed: ") and [row["error"] for row in json.loads(out)["rows"]] == [None, None]
@@ -134,8 +134,8 @@ def test_a_worker_without_the_file_or_with_another_one(ple, tmp_path):
 
 
 def test_the_command_line(text, tmp_path):
-    (tmp_path / "empty.txt").write_text(" ")
-    for status, says, args in ((2, "-f FILE", ()), (1, "no text", ("-f", text, "-f", tmp_path / "empty.txt")), (1, "unknown type 'Q9'", ("-f", text, "--types", "q9")),
-                               (2, "--jobs", ("-f", text, "-j", 2, "--cluster", "tcp://a:1")), (1, "no such file", ("x.gguf", "-f", text)),
+    (tmp_path / "empty.txt").write_text("")
+    for status, says, args in ((2, "-f FILE", ()), (1, "no text", ("-f", text, "-f", tmp_path / "empty.txt")), (2, "--jobs", ("-f", text, "-j", 2, "--cluster", "x")),
+                               (1, "unknown type 'Q9'", ("-f", text, "--types", "q9")), (1, "no such file", ("x.gguf", "-f", text)),
                                (1, "choose from kernels", ("-f", text, "--engines", "x"))):
         cli.assert_one_line(cli.run("sweep", *args), status, says)

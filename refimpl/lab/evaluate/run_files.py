@@ -44,7 +44,8 @@ def write_parquet(path: Path, table, about: Mapping[str, object]):
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
-            parquet.write_table(table.replace_schema_metadata({KEY: json.dumps(about)}), file, compression="zstd")
+            parquet.write_table(table.replace_schema_metadata({KEY: json.dumps(about)}), file, compression="zstd",
+                                write_page_checksum=True)
         os.replace(temporary, path)
     except OSError as e:
         raise OSError(e.errno, e.strerror or str(e), os.fspath(path)) from e
@@ -72,7 +73,7 @@ def read_windows(path: Path) -> tuple[dict[str, object], list[Window], list[Part
     pa, parquet = require("pyarrow", "scale"), require("pyarrow.parquet", "scale")
     try:
         with Path(path).open("rb") as file:
-            table = parquet.read_table(file)
+            table = parquet.read_table(file, page_checksum_verification=True)
         about = json.loads(table.schema.metadata[KEY])
         first, number = (table[key].to_numpy() for key in ("first", "document_number"))
         ids = _arrays(table["ids"], "<i4")

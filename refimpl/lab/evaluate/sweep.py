@@ -21,7 +21,7 @@ from refimpl.extras import require
 from refimpl.files.convert import convert, output_types
 from refimpl.formats.gguf import open_gguf
 from refimpl.formats.hashing import code_hash, file_hash, files_hash
-from refimpl.lab.engines import EVALUATED, parse
+from refimpl.lab.engines import ARITHMETIC, EVALUATED, KERNELS, parse
 from refimpl.lab.evaluate.evaluate import check_memory
 from refimpl.lab.evaluate.evaluation import Cutting, Evaluation
 from refimpl.lab.evaluate.logit_sources import Side, sha256_of, side_of
@@ -33,7 +33,6 @@ from refimpl.loading.hub import local
 from refimpl.loading.model import float32_bytes
 from refimpl.progress import Progress, silent
 
-CONTROL = "kernels:exact"           # how a file is computed that others are compared with
 COLUMNS = {
     "file": "string", "sha256": "string", "bytes": "int64", "parameters": "int64", "bits_per_weight": "float64", "types": "string",
     "engine": "string", "arithmetic": "string", "text": "string", "text_sha256": "string", "form": "string", "n_ctx": "int32",
@@ -98,14 +97,18 @@ def sweep(plan: Sweep, output: Path | None = None, workers: Workers = IN_THIS_PR
 
 
 def _sides(plan: Sweep, folder: Path, progress: Progress) -> Iterator[tuple[Side, Side | None]]:
-    """Every file on every engine, with what it is compared with. Converts files, and directories."""
+    """Every file on every engine, with what it is compared with. Converts files, and directories.
+
+    A file that others are compared with is computed in float32, by the first engine of ours that is asked for.
+    """
     engine = None if plan.against is None else parse(plan.against, EVALUATED)[0]
-    common = None if plan.against is None or engine else _on(CONTROL, plan.against)
+    exact = f"{next((name for name in map(_name, plan.engines) if name in ARITHMETIC), KERNELS)}:exact"
+    common = None if plan.against is None or engine else _on(exact, plan.against)
     for model in plan.models:
         source = None if model is None else local(model)
         if source is not None and source.is_dir():
             model = _converted(source, "auto", folder, progress)
-        control = _on(CONTROL, model)
+        control = _on(exact, model)
         for file in [_converted(control.path, kind, folder, progress) for kind in plan.types] or [model]:
             against = _on(plan.against, file) if engine else common if plan.against else control if plan.types else None
             for name in plan.engines:
@@ -114,8 +117,11 @@ def _sides(plan: Sweep, folder: Path, progress: Progress) -> Iterator[tuple[Side
 
 def _on(engine: str, model: str | Path | None) -> Side:
     """A file on `kernels`, `kernels:exact`, ..."""
-    name, _, arithmetic = engine.partition(":")
-    return side_of(name, arithmetic or None, model)
+    return side_of(_name(engine), engine.partition(":")[2] or None, model)
+
+
+def _name(engine: str) -> str:
+    return engine.partition(":")[0]
 
 
 def _converted(source: Path, kind: str, folder: Path, progress: Progress) -> Path:
