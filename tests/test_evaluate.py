@@ -1,5 +1,6 @@
 """Perplexity, divergence and its bounds, windows, runs that are kept, killed and resumed. llama.cpp is not run here."""
 
+import errno
 import json
 import math
 import signal
@@ -14,12 +15,13 @@ import pytest
 
 import refimpl
 from refimpl.cli.show.evaluate import as_text
-from refimpl.lab.evaluate import evaluate as module
+from refimpl.lab.evaluate import evaluation, measure
 from refimpl.lab.evaluate import logit_sources as sources
 from refimpl.lab.evaluate.divergence import Kept, divergence, divergence_bounds, keep, log_sum_exp, most_probable
 from refimpl.lab.evaluate.evaluate import evaluate
 from refimpl.lab.evaluate.logit_sources import other_side, rows_at_once, side_of
-from refimpl.lab.evaluate.saved_runs import read_npz, read_run
+from refimpl.lab.evaluate.run_files import read_windows, write_windows
+from refimpl.lab.evaluate.saved_runs import read_run
 from refimpl.lab.evaluate.summary import mean_and_error
 from refimpl.lab.evaluate.windows import Document, Window, bytes_of, cut, read_documents
 from refimpl.text.templates import GEMMA4_TEMPLATE
@@ -173,7 +175,7 @@ def test_documents_are_kept_apart(text):
 
 def test_comparison_is_that_of_two_whole_matrices(model, text, tmp_path):
     """Against the other arithmetic, and against a run that was kept, whose bounds hold the exact divergence."""
-    other, run = refimpl.load(arithmetic="exact"), tmp_path / "run.npz"
+    other, run = refimpl.load(arithmetic="exact"), tmp_path / "run.parquet"
     result = evaluate(SIDE, [text], against=other_side("kernels:exact", SIDE), n_ctx=64, stride=64)
     ids, true, same, shared = model.tokenizer.encode(TEXT), [], [], []
     for low in range(1, len(ids), 64):
@@ -197,13 +199,13 @@ def test_comparison_is_that_of_two_whole_matrices(model, text, tmp_path):
 def test_rows_are_made_some_at_a_time_and_the_numbers_stay(text, monkeypatch):
     assert rows_at_once(262_144) == 64 and rows_at_once(300) == 512
     whole, seen = evaluate(SIDE, [text]), []
-    original = module.Worker._checked
+    original = measure._checked
 
-    def watched(self, side, rows, number):
-        for logit_RV in original(self, side, rows, number):
+    def watched(task, side, rows):
+        for logit_RV in original(task, side, rows):
             seen.append(len(logit_RV))
             yield logit_RV
-    monkeypatch.setattr(module.Worker, "_checked", watched)
+    monkeypatch.setattr(measure, "_checked", watched)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 7 * 4 * 4096)
     assert evaluate(SIDE, [text]) == whole and max(seen) == 7 and sum(seen) == whole["tokens"]
 
@@ -221,69 +223,88 @@ def test_mean_and_error():
 
 # ---- runs
 
-def test_any_number_of_processes_writes_the_same_bytes(text, tmp_path):
-    results = [evaluate(SIDE, [text], output=tmp_path / f"{jobs}.npz", n_ctx=48, n_windows=6, jobs=jobs, threads=1) for jobs in (1, 2)]
-    for result in results:
-        result.pop("output")
-    assert results[0] == results[1] and (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
-    run = read_run(tmp_path / "1.npz")
-    assert len(run.columns["nll"]) == results[0]["tokens"] == sum(window.n_counted for window in run.windows)
-    assert not list(tmp_path.glob("*.parts"))
-
-
 COMMAND = "eval -c 32 --stride 4 -t 1 --json -f"
 
 
 def test_a_killed_run_goes_on_where_it_was(text, tmp_path):
-    whole = evaluate(SIDE, [text], output=tmp_path / "whole.npz", n_ctx=32, stride=4, threads=1)
-    output, parts = tmp_path / "run.npz", tmp_path / "run.npz.parts"
+    whole = evaluate(SIDE, [text], output=tmp_path / "whole.parquet", n_ctx=32, stride=4, threads=1)
+    output, parts = tmp_path / "run.parquet", tmp_path / "run.parquet.parts"
     command = [sys.executable, "-m", "refimpl", *COMMAND.split(), str(text), "-o", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    while len(list(parts.glob("[0-9]*.npz"))) < 3 and process.poll() is None:
+    while len(list(parts.glob("[0-9]*.parquet"))) < 3 and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not output.exists()
-    done = sorted(parts.glob("[0-9]*.npz"))
+    done = sorted(parts.glob("[0-9]*.parquet"))
     assert 3 <= len(done) < whole["windows"]
     done[1].write_bytes(done[1].read_bytes()[:-40])                     # a damaged part is made again
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert f"{len(done) - 1} of {whole['windows']} windows were done" in again.stderr
     result = json.loads(again.stdout)
     assert result["nll"] == whole["nll"] and result["tokens"] == whole["tokens"]
-    assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes() and not parts.exists()
+    assert_same_run(output, tmp_path / "whole.parquet")
+    assert not parts.exists()
+
+
+def assert_same_run(one: Path, two: Path):
+    """All but what tells of time and machine, to the last bit."""
+    (about, windows, parts), (others_about, others_windows, others_parts) = read_windows(one), read_windows(two)
+    assert about == others_about and windows == others_windows and len(parts) == len(others_parts)
+    for part, other in zip(parts, others_parts):
+        assert part.columns.keys() == other.columns.keys()
+        assert all(part.columns[key].tobytes() == other.columns[key].tobytes() for key in part.columns)
 
 
 def test_state_of_something_else_is_refused_and_left_alone(text, tmp_path, monkeypatch):
-    output = tmp_path / "run.npz"
-    original = module.Worker.measure
+    output = tmp_path / "run.parquet"
+    original = measure.about_machine
 
-    def stop(self, number):
-        if number == 2:
+    def stop(threads):
+        if len(list(tmp_path.glob("*.parts/[0-9]*"))) == 2:
             raise KeyboardInterrupt
-        return original(self, number)
-    monkeypatch.setattr(module.Worker, "measure", stop)
+        return original(threads)
+    monkeypatch.setattr(measure, "about_machine", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(SIDE, [text], output=output, n_ctx=32)
-    with pytest.raises(ValueError, match=r"run\.npz\.parts holds another evaluation \(other .*n_ctx"):
+    with pytest.raises(ValueError, match=r"run\.parquet\.parts holds another evaluation \(other .*n_ctx"):
         evaluate(SIDE, [text], output=output, n_ctx=64)
-    assert len(list((tmp_path / "run.npz.parts").glob("[0-9]*.npz"))) == 2
+    assert len(list((tmp_path / "run.parquet.parts").glob("[0-9]*.parquet"))) == 2
 
 
 def test_damaged_runs_are_refused(text, tmp_path):
-    evaluate(SIDE, [text], output=tmp_path / "run.npz", n_windows=1, n_ctx=32)
-    whole = (tmp_path / "run.npz").read_bytes()
-    arrays = read_npz(tmp_path / "run.npz")
-    bad = tmp_path / "bad.npz"
-    for content in (b"", b"hello", whole[:200], whole[:-100], whole[:len(whole) // 2]):
+    evaluate(SIDE, [text], output=tmp_path / "run.parquet", n_windows=1, n_ctx=32)
+    whole = (tmp_path / "run.parquet").read_bytes()
+    about, windows, (part,) = read_windows(tmp_path / "run.parquet")
+    bad = tmp_path / "bad.parquet"
+    for content in (b"", b"hello", whole[:200], whole[:-100], whole[:len(whole) // 2], whole[:100] + bytes(20) + whole[120:]):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match="no run of refimpl eval"):
             read_run(bad)
-    for change in ({"top_id": arrays["top_id"] + 4096}, {"nll": arrays["nll"][:-1]}, {"window_numbers": arrays["window_numbers"] + 1},
-                   {"window_ids": arrays["window_ids"] - 100}, {"about": np.zeros(3, np.uint8)}, {"log_sum": arrays["nll"].astype("f4")}):
-        np.savez(bad, **arrays | change)
+    columns = part.columns
+    for change in ({"top_id": columns["top_id"] + 4096}, {"nll": columns["nll"][:-1]}, {"log_sum": columns["nll"].astype("f4")},
+                   {"top_logit": columns["top_logit"][:, 1:]}, {"top_id": columns["nll"]}):
+        write_windows(bad, about, windows, [part._replace(columns=columns | change)], about["documents"])
         with pytest.raises(ValueError, match="no run of refimpl eval"):
             read_run(bad)
+    for other in (Window(0, windows[0].ids, len(windows[0].ids)), Window(0, tuple(i - 100 for i in windows[0].ids), windows[0].first)):
+        write_windows(bad, about, [other], [part], about["documents"])
+        with pytest.raises(ValueError, match="no run of refimpl eval"):
+            read_run(bad)
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_is_kept(text, tmp_path, monkeypatch):
+    output, original, written = tmp_path / "run.parquet", evaluation.Journal.add, []
+
+    def add(self, *window):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.folder))
+        written.append(original(self, *window))
+    monkeypatch.setattr(evaluation.Journal, "add", add)
+    with pytest.raises(ValueError, match=r"run\.parquet\.parts: No space left on device; 2 of \d+ windows are done and kept"):
+        evaluate(SIDE, [text], output=output, n_ctx=32)
+    monkeypatch.undo()
+    assert any("resumed: 2 of" in note for note in evaluate(SIDE, [text], output=output, n_ctx=32)["notes"])
 
 
 # ---- the command

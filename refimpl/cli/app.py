@@ -19,8 +19,8 @@ from typer.core import TyperCommand, TyperGroup
 from refimpl.cli.llamacpp_options import Refused, ours
 
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-ORDER = ("generate", "chat", "serve", "fit", "inspect", "convert", "verify", "bench", "synth", "trace", "compare", "judge", "eval", "glass",
-         "cache")
+ORDER = ("generate", "chat", "serve", "fit", "inspect", "convert", "verify", "bench", "synth", "trace", "compare", "judge", "eval", "sweep",
+         "glass", "cache")
 EXAMPLES = """\b
 Examples:
   refimpl generate -p "def main():"

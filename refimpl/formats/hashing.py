@@ -1,8 +1,10 @@
 """SHA-256 of files, and of samples of them."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 CHUNK_BYTES = 1 << 20
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -22,6 +24,12 @@ def files_hash(paths: Iterable[str | os.PathLike], advance: Callable[[int], None
                 digest.update(data)
                 advance(len(data))
     return digest.hexdigest()
+
+
+@functools.cache
+def code_hash() -> str:
+    """16 hex digits that change with the source of this package."""
+    return files_hash(sorted(Path(__file__).parents[1].rglob("*.py")))[:16]
 
 
 def sample_hash(paths: Iterable[str | os.PathLike]) -> str:
