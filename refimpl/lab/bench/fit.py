@@ -80,7 +80,8 @@ def fit(asked: Asked, candidates: Sequence[Candidate], *, threads: int | None = 
         progress: Callable[..., AbstractContextManager] = silent) -> dict[str, object]:
     """{machine, room, asked, rows}: predictions for every candidate, as plain data (`predicted`).
 
-    Raises ValueError for a drafter or projector of a model that is none of the five, and for chances that are none, OSError where the cache folder cannot be written to.
+    Raises ValueError for a drafter or projector of a model that is none of the five, and for chances that are none; OSError where the cache
+    folder cannot be written to.
     """
     if asked.chances:
         check_chances(asked.chances)
