@@ -180,6 +180,7 @@ def test_the_longest_context_is_the_last_that_fits(n_bytes, name):
     n = longest_context(config, n_bytes, HALF, 512)
     assert n == 0 or cache_bytes(config, n, 512, HALF) <= n_bytes
     assert n == config.n_ctx or cache_bytes(config, n + 1024, 512, HALF) > n_bytes
+    assert longest_context(config, cache_bytes(config, 9 * 1024, 512, HALF), HALF, 512) == 9 * 1024
 
 
 CONFIGS = {name: outlined(model_outline(name, "google-q4_0")).config for name in ("12B", "31B")}
