@@ -180,6 +180,7 @@ def test_the_longest_context_is_the_last_that_fits(n_bytes, name):
     n = longest_context(config, n_bytes, HALF, 512)
     assert n == 0 or cache_bytes(config, n, 512, HALF) <= n_bytes
     assert n == config.n_ctx or cache_bytes(config, n + 1024, 512, HALF) > n_bytes
+    assert longest_context(config, cache_bytes(config, 9 * 1024, 512, HALF), HALF, 512) == 9 * 1024
 
 
 CONFIGS = {name: outlined(model_outline(name, "google-q4_0")).config for name in ("12B", "31B")}
@@ -208,7 +209,7 @@ FAST = Room(100 * GB, 100 * GB, GB, GB)
 def a_machine(types, heads, backend, progress):
     """Q4_0 in a picosecond a weight, others slower; 20 rows as fast as one."""
     return Speed({kind: {rows: (1 if kind == "Q4_0" else 2) * max(1, rows / 20) * 1e-12 for rows in speed.ROWS} for kind in types},
-                 {each: {1: Line(0, 1e-10)} for each in heads}, 30 * GB)
+                 {each: {1: Line(0, 1e-12)} for each in heads}, 30 * GB)
 
 
 @pytest.fixture
@@ -271,6 +272,8 @@ def test_one_name_or_file_and_what_comes_beside_it(here, moe, tmp_path):
     (tmp_path / "text.gguf").write_text("hello")
     assert_one_line(run("fit", tmp_path / "text.gguf"), 1, "text.gguf")
     assert_one_line(run("fit", "--draft", "--accept", "x"), 2, "--accept")
+    assert_one_line(run("fit", "--draft", "--accept", ".5,.6"), 1, "each at most the one before it")
+    assert_one_line(run("fit", "FILE"), 1, "FILE: no such file")
 
 
 def test_centroids_spare_most_of_a_drafters_head(here):

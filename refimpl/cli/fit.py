@@ -47,6 +47,7 @@ def fit(
     Measures this machine for some seconds, and predicts. With -m only that file. Nothing is downloaded: hf:... is looked up in the list.
     """
     from refimpl.cli.show.fit import as_text, check_text
+    from refimpl.decode.draft_length import MAX_DRAFT
     from refimpl.lab.bench.fit import Asked, common_files, of_file
     from refimpl.lab.bench.fit import fit as predict
 
@@ -60,7 +61,7 @@ def fit(
         write((json.dumps(result) if as_json else check_text(result)) + "\n")
         return
     name = named(model, positional)
-    asked = Asked(ctx, users, n_prompt, tuple(chances_argument(accept)) if draft else (), mmproj)
+    asked = Asked(ctx, users, n_prompt, tuple(chances_argument(accept))[:MAX_DRAFT] if draft else (), mmproj)
     candidates = common_files(name)
     if not candidates:
         from refimpl.loading.hub import is_remote

@@ -67,6 +67,13 @@ class Simulated:
         return int(self.ids[self.rng.integers(len(self.ids))])
 
 
+def check_chances(chances: Sequence[float]):
+    """Raises ValueError for what are no chances that draft tokens 1 to i are all accepted."""
+    if not (len(chances) and 1 >= max(chances) >= min(chances) >= 0 and list(chances) == sorted(chances)[::-1]):
+        raise ValueError(f"acceptance {', '.join(map(str, chances))}: expected chances of 0 to 1, each at most the one before it "
+                         "(that all draft tokens up to here are accepted)")
+
+
 def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike | None, plan: Plan, lengths: Sequence[int | str], *,
                 chances: Sequence[float] | None = None, min_p: float = 0.0, head: str | int | None = None, temperature: float = 0.0,
                 prompt: str | None = None, threads: int | None = None, backend: str = "kernels", arithmetic: str | None = None,
@@ -80,9 +87,8 @@ def draft_bench(path: str | os.PathLike | None, drafter_path: str | os.PathLike 
     ways = {"plain": None} | {str(length): length for length in lengths}
     for length in lengths:
         draft_length_of(length, AutoDraftLength())
-    if chances is not None and not (len(chances) and 1 >= max(chances) >= min(chances) >= 0 and list(chances) == sorted(chances)[::-1]):
-        raise ValueError(f"acceptance {', '.join(map(str, chances))}: expected chances of 0 to 1, each at most the one before it "
-                         "(that all draft tokens up to here are accepted)")
+    if chances is not None:
+        check_chances(chances)
     model = load(path, backend=backend, arithmetic=arithmetic, threads=threads, progress=progress)
     model.wait_until_kept()
     drafter = load_drafter(drafter_path, model, head=head, progress=progress)

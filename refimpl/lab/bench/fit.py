@@ -12,6 +12,7 @@ from refimpl.files.synth import SHAPES
 from refimpl.kernels.cores.threads import prepare
 from refimpl.kernels.machine.tiles import held_bytes
 from refimpl.lab.bench.disk import Room, measure_room
+from refimpl.lab.bench.draft_bench import check_chances
 from refimpl.lab.bench.machine import machine
 from refimpl.lab.bench.predict import Memory, Outlined, draft_seconds, draft_work, memory_of, outlined, prompt_seconds, step_seconds
 from refimpl.lab.bench.speed import Rest, Speed, heads_of, measure_rest, measure_speed
@@ -65,7 +66,7 @@ class Candidate:
 def common_files(name: str | None = None) -> list[Candidate]:
     """The five models in their common files, the smallest model first; of these the one that is typed as `name`."""
     return [Candidate(shape, what, where.format(shape), outlined(model_outline(shape, recipe)))
-            for shape in SHAPES for recipe, (what, where) in RECIPES.items() if name is None or where.format(shape) == name]
+            for shape in SHAPES for recipe, (what, where) in RECIPES.items() if name is None or name == where.format(shape) != FILE]
 
 
 def of_file(source, name: str) -> Candidate:
@@ -79,8 +80,11 @@ def fit(asked: Asked, candidates: Sequence[Candidate], *, threads: int | None = 
         progress: Callable[..., AbstractContextManager] = silent) -> dict[str, object]:
     """{machine, room, asked, rows}: predictions for every candidate, as plain data (`predicted`).
 
-    Raises ValueError for a drafter or projector of a model that is none of the five, OSError where the cache folder cannot be written to.
+    Raises ValueError for a drafter or projector of a model that is none of the five, and for chances that are none; OSError where the cache
+    folder cannot be written to.
     """
+    if asked.chances:
+        check_chances(asked.chances)
     backend = kernel_backend("q8", prepare(threads))
     extras = [_extras(candidate, asked) for candidate in candidates]
     types = {kind for candidate in candidates for kind in candidate.model.work.types} | {kind for extra in extras for kind in extra.types}

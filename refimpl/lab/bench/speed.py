@@ -1,7 +1,7 @@
 """How fast this machine is at the parts of a forward pass, measured in a few seconds, so that predict.py can add up any model from them.
 
     products    matrix products of each weight type, with 1, 8, 32 and 512 rows of activations: seconds a weight
-    attention   for each kind of heads of a model: seconds of a call and of a multiply-add, with 1, 8 and 256 rows
+    attention   for each kind of heads of a model: seconds of a call and of a multiply-add, with 1, 8 and 128 rows
     the rest    norms, activations, rotations, routing, Python: a model's forward pass without products, attention and experts
 
 Products of up to 32 rows read their weights from memory, as a model's do; more rows meet weights in the cache, which makes no difference.
@@ -34,7 +34,7 @@ ROWS = (1, 8, 32, 512)              # of activations
 FROM_MEMORY = 32                    # rows up to which weights come from memory
 MEMORY_BYTES, PART = 256 << 20, 4   # weights of the product of one row; more rows meet a quarter of them
 CACHED_ROWS = 512                   # output rows of the product of most rows
-QUERIES = ((1, 64, 8192), (8, 64, 8192), (128, 1024, 2048))     # rows of attention, and two numbers of keys that they all see
+QUERIES = ((1, 64, 8192), (8, 64, 8192), (128, 256, 1024))     # rows of attention, and two numbers of keys that they all see
 REST_ROWS = (1, 64)
 REPETITIONS = 5
 TINY = 16, 64                       # a product that is nothing but the overhead of a call
