@@ -159,7 +159,7 @@ def changed(seeds):
 @pytest.mark.parametrize("part", [0.2, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("target, n, always_the_same, shares", [
     ("model", 5000, True, {"container": 0.2, "load": 0.05, "logits": 0.1}), ("model", 2000, False, {}),
-    ("projector", 1200, True, {"container": 0.1, "load": 0.1, "tokens": 0.1}), ("projector", 500, False, {}),
+    ("projector", 1200, True, {"container": 0.1, "load": 0.05, "tokens": 0.1}), ("projector", 500, False, {}),
     ("directory", 1200, True, {"container": 0.1, "load": 0.1, "logits": 0.1}), ("directory", 500, False, {}),
     ("container", 400, True, {"container": 0.1, "read": 0.05}), ("header", 200, True, {"container": 0.1}),
     ("template", 500, True, {"text": 0.1, "error": 0.3}), ("template", 200, False, {})])
@@ -194,17 +194,17 @@ def test_an_array_in_the_place_of_any_other_value(tmp_path, count):
         assert run_gguf(written(tmp_path, raw)) in ("load", "logits"), name
 
 
-@pytest.mark.parametrize("decisions", [gguf_decisions, projector_decisions])
-def test_no_index_of_a_file_reaches_a_kernel_unchecked(tmp_path, decisions):
+@pytest.mark.parametrize(("decisions", "n"), [(gguf_decisions, 300), (projector_decisions, 100)])
+def test_no_index_of_a_file_reaches_a_kernel_unchecked(tmp_path, decisions, n):
     """The same through the compiled kernels, which check nothing themselves."""
     run, came = decisions(tmp_path, "kernels"), Counter()
 
-    @many(300, True)
+    @many(n, True)
     @given(data=DECISIONS)
     def check(data):
         came[run(data)] += 1
     check()
-    assert came["logits"] + came["tokens"] >= 30, came
+    assert came["logits"] + came["tokens"] >= n / 10, came
 
 
 @pytest.mark.parametrize("path", sorted(FOUND.iterdir()), ids=lambda path: path.name)
