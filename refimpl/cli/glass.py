@@ -64,8 +64,8 @@ def glass(
     if prompt is None and file is None and output is None:
         if chat or think or force or seed or predict != NEW or any(value is not None for value in (temp, top_k, top_p, min_p)):
             raise typer.BadParameter("settings of a text are for a recorded run, -p TEXT -o PAGE; the page that is served has its own")
-        serve(positional, model, port=8080 if port is None else port, ctx=ctx, draft=draft, draft_max=draft_max, draft_head=draft_head, threads=threads,
-              arithmetic=arithmetic, cache_disk=cache_disk, verbose=verbose)
+        serve(positional, model, port=8080 if port is None else port, ctx=ctx, draft=draft, draft_max=draft_max, draft_head=draft_head,
+              threads=threads, arithmetic=arithmetic, cache_disk=cache_disk, verbose=verbose)
         return
     if output is None or (prompt is None) == (file is None):
         raise typer.BadParameter("a recorded run needs a text, -p TEXT or -f FILE, and a page to write, -o PAGE")
