@@ -31,8 +31,8 @@ from refimpl.lab.glass.attending import FEWEST, MOST, places
 from refimpl.lab.glass.lens import chosen_layers
 from refimpl.lab.glass.packing import FRACTION, largest, packed
 from refimpl.loading.model import BUILT_IN
-from refimpl.page.files import FOLDER, in_one_file, one_script, read_file
 from refimpl.serve.engine import Engine
+from refimpl.serve.page.files import FOLDER, in_one_file, one_script, read_file
 from refimpl.serve.scheduler import Scheduler
 from refimpl.text.templates import GEMMA4_TEMPLATE
 

@@ -20,8 +20,8 @@ from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.sampling import Sampling
 from refimpl.lab.glass.packing import packed
 from refimpl.lab.glass.written import write
-from refimpl.page.files import in_one_file
 from refimpl.serve.engine import Engine
+from refimpl.serve.page.files import in_one_file
 from refimpl.serve.scheduler import Busy, Scheduler
 from refimpl.text.prompt import Encoded
 

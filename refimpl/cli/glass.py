@@ -94,7 +94,7 @@ def recorded(m, text: str, chat: bool, think: bool, sampling, n_new: int, **opti
     """The page of a run that is made now, of at most `n_new` tokens (-1: until it ends). `options` as in `write`."""
     from refimpl.lab.glass.record import most_tokens
     from refimpl.lab.glass.written import write
-    from refimpl.page.files import in_one_file
+    from refimpl.serve.page.files import in_one_file
     from refimpl.text.prompt import encode_messages
 
     template = m.file.metadata.get("tokenizer.chat_template")

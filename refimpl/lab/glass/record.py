@@ -22,8 +22,8 @@ from refimpl.text.tokenizer import Tokenizer
 FORMAT = "refimpl glass 1"
 WORK = 6 * 10**12               # weights times tokens that a record may read: some seconds to half a minute
 FEWEST, MOST = 256, 2048        # tokens of a record, whatever they cost
-LOGITS = 3 * 10**8              # logits whose likelihoods are computed
-LENS_WORK = 10**11              # multiply-adds of the head for the lens
+LIKELY_WORK = 2 * 10**11        # multiply-adds of the head for likelihoods
+LENS_WORK = 5 * 10**10          # and for the lens
 ATTENTION_BYTES = 6 * 10**6
 ROWS = 128                      # rows of logits at a time
 
@@ -53,7 +53,7 @@ def record(model: Model, ids: Sequence[int], n_prompt: int, soft: Soft = NO_SOFT
     layers, n_lens = chosen_layers(model, len(ids), LENS_WORK)
     lens, routing = Lens(model, layers, len(ids) - n_lens), Routing(model.config)
     attending = Attending(model.config, cache, places(model.config, len(ids), ATTENTION_BYTES))
-    likely = Likely(max(0, len(ids) - max(1, LOGITS // model.config.n_vocab)))
+    likely = Likely(max(0, len(ids) - max(1, LIKELY_WORK // (model.config.n_vocab * model.config.n_embd))))
 
     def look(name: str, value: np.ndarray):
         attending.look(name, value)

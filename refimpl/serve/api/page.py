@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from refimpl.page.files import HEADERS, INDEX, read_file
 from refimpl.serve.errors import ApiError
+from refimpl.serve.page.files import HEADERS, INDEX, read_file
 
 
 async def index(request: Request) -> Response:
