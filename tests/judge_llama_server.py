@@ -73,7 +73,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, path in [(Path(path).name, path) for path in given] or models(Path(folder)):
-            model = exact_model(path)
+            model = exact_model(path, threads=1)
             for options, (arguments, kv) in CONFIGURATIONS.items():
                 with llama_server(binary, path, arguments) as url:
                     end, found = collect(Http(url), model)

@@ -72,7 +72,7 @@ def other_tokens(asked: Sequence[Asked], vocabulary: Vocabulary) -> list[str]:
     found = {}
     for each in asked:
         for step in each.answer.steps:
-            for token in (step.chosen, *step.top):
+            for token in step.top:              # the chosen one may be written with bytes that waited for it
                 if token.id not in found and token.id not in LOST_BOM and vocabulary.is_other(token):
                     here = repr(vocabulary.tokenizer.token(token.id)) if 0 <= token.id < vocabulary.tokenizer.n_vocab else "there is none"
                     found[token.id] = f"token {token.id} is {token.bytes.decode(errors='replace')!r}, here {here}"

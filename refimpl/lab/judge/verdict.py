@@ -1,6 +1,6 @@
 """What a verdict is, and the level that those about probabilities rest on.
 
-A level is the median of the distances of many positions over the median of what rounding does there (yardstick.py). The median, because a
+A level is the median of the distances of many positions over that of what rounding does there (yardstick.py). The median, because a
 mixture of experts makes both heavy-tailed: where two experts score alike a right engine may take either, and is far off at that position.
 An engine with our own rounding is at a level of about 1, one in exact arithmetic at 0. What right engines reached is in README.md.
 """
@@ -37,10 +37,13 @@ class Verdict:
 
 
 def level(positions: Sequence[Position]) -> float:
-    """Median distance over median rounding; NaN for too few positions."""
+    """Distance over rounding, of medians or of lower quartiles, whichever is less; NaN for too few positions. Of quartiles too because an
+    engine that rounds a little more may choose other experts at more than half of the positions, which makes the median alone jump.
+    """
     if len(positions) < LEAST:
         return float("nan")
-    return distance(positions) / rounding(positions)
+    theirs, ours = (np.quantile(sizes, (0.25, 0.5)) for sizes in zip(*((p.distance, p.rounding) for p in positions)))
+    return float((theirs / np.maximum(ours, FLOOR)).min())
 
 
 def distance(positions: Sequence[Position]) -> float:
@@ -57,7 +60,7 @@ def surely_above(positions: Sequence[Position]) -> bool:
     """Is the level above LIMIT by the lower end of the median's confidence interval too? (David & Nagaraja, Order Statistics, 7.1.)"""
     n, ordered = len(positions), sorted(p.distance for p in positions)
     lower = max(0, int(np.floor((n - QUANTILE * np.sqrt(n)) / 2)))
-    return n >= LEAST and ordered[lower] > LIMIT * rounding(positions)
+    return n >= LEAST and level(positions) > LIMIT and ordered[lower] > LIMIT * rounding(positions)
 
 
 def rises(before: Sequence[Position], after: Sequence[Position]) -> bool:

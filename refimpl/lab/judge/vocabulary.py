@@ -29,7 +29,9 @@ class Vocabulary:
 
     def is_other(self, token: Listed) -> bool:
         """Does the endpoint say an id and a text that do not belong together here? Control tokens may have no text there."""
-        if token.id is None or not token.bytes or token.bytes.startswith(b"token_id:") or b"\xef\xbf\xbd" in token.bytes:
+        if token.id is None or not token.bytes or token.bytes.startswith(b"token_id:"):
+            return False
+        if "\ufffd" in token.bytes.decode(errors="replace"):       # a part of a character, perhaps with others before it
             return False
         return not 0 <= token.id < self.tokenizer.n_vocab or self.tokenizer.bytes_of(token.id) != token.bytes
 
