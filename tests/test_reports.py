@@ -150,11 +150,12 @@ NASTY = """</title><script>alert(1)</script>]]>"'&amp;\x01\ud800{{ 7*7 }}"""
 
 def results(ours):
     """Comparisons of every verdict: stages and tensors that depart, ties, undecided."""
-    tied = ours.arrays["ffn_moe_topk-0"].copy()
-    return {"same": compare(ours, changed(ours)), "departs": compare(ours, changed(ours, l_out__2=ours.arrays["l_out-2"] * 2)),
+    same, chosen = compare(ours, changed(ours)), ours.arrays["ffn_moe_topk-0"]
+    tied = dataclasses.replace(same, judged=[dataclasses.replace(same.judged[0], verdict="tie"), *same.judged[1:]], tie="a tie")
+    return {"same": same, "tie": tied, "departs": compare(ours, changed(ours, l_out__2=ours.arrays["l_out-2"] * 2)),
             "not finite": compare(ours, changed(ours, l_out__2=ours.arrays["l_out-2"] * np.nan)),
             "shape": compare(ours, changed(ours, l_out__2=ours.arrays["l_out-2"][:, :5])),
-            "choice": compare(ours, changed(ours, ffn_moe_topk__0=(tied + 1) % 8)),
+            "choice": compare(ours, changed(ours, ffn_moe_topk__0=(chosen + 1) % 8)),
             "ids": compare(ours, dataclasses.replace(changed(ours), ids=(*IDS[:4], 9, *IDS[5:]))),
             "undecided": compare(dataclasses.replace(ours, arithmetic="q8"), changed(ours))}
 
@@ -184,6 +185,7 @@ def test_junit_is_what_ci_reads(compared):
         kinds = [child.tag for case in cases for child in case]
         for tag, counted in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
             assert kinds.count(tag) == int(suite.get(counted)), key
+        assert ("skipped" in kinds) == key.startswith("tie")
         assert ("failure" in kinds, "error" in kinds) == (result.verdict == "departs", result.verdict == "undecided"), key
         assert all(child.get("message") for case in cases for child in case)
         assert {j.name for j in (*result.judged, *result.stages)} <= {case.get("name") for case in cases}
