@@ -203,6 +203,7 @@ def test_training_runs_the_steps_that_drafting_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(train_drafter.SoftCrossEntropy, "apply", look)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(train_drafter, "LOW", torch.float32)
     target.config._experts_implementation = "eager"
     losses, right = train_drafter.run(target, made, torch.tensor([ids]), 1)
     assert len(losses) == 4 and right.shape == (4, len(seen[0])) and len(seen[0]) == len(ids) - 5
