@@ -68,6 +68,15 @@ def digest(notebook: NotebookNode) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def with_exercises(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with a cell more for each piece of code in its exercises."""
+    exercises = notebook.cells[-1].source.partition("## Exercises")[2]
+    codes = re.findall(r"^```python\n(.*?)^```$", exercises, re.MULTILINE | re.DOTALL)
+    cells = [{"cell_type": "code", "id": f"exercise-{i}", "metadata": {}, "source": code.rstrip(), "outputs": [], "execution_count": None}
+             for i, code in enumerate(codes, 1)]
+    return nbformat.from_dict(notebook | {"cells": [*notebook.cells, *cells]})
+
+
 def execute(notebook: NotebookNode) -> NotebookNode:
     """Runs all cells in a fresh kernel of this Python, with this checkout's package. Raises CellExecutionError where a cell does."""
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
