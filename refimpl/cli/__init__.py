@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from refimpl.cli import cache, chat, evaluate, files, judge, measure, run, serve, verify  # noqa: F401  (each adds its commands to the app)
+from refimpl.cli import cache, chat, evaluate, files, judge, measure, notebooks, run, serve, verify  # noqa: F401  (each adds its commands)
 from refimpl.cli.app import Failure, abandon_output, app, errors, write
 
 

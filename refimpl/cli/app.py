@@ -19,7 +19,8 @@ from typer.core import TyperCommand, TyperGroup
 from refimpl.cli.llamacpp_options import Refused, ours
 
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-ORDER = ("generate", "chat", "serve", "inspect", "convert", "verify", "bench", "synth", "trace", "compare", "eval", "cache")
+ORDER = ("generate", "chat", "serve", "inspect", "convert", "verify", "bench", "synth", "trace", "compare", "eval", "cache",
+         "notebooks")
 EXAMPLES = """\b
 Examples:
   refimpl generate -p "def main():"

@@ -1,0 +1,190 @@
+# %% [markdown]
+# # 8. Embeddings in every layer
+#
+# **E2B has 4.6 billion weights and is named after two. Where are the others, and what else makes it small enough for a phone?**
+#
+# Four things set E2B and E4B apart from the larger models: every layer has its own small embedding of each token; the upper layers have
+# no keys and values; where they save these, E2B makes the feed-forward network twice as wide; and the drafter looks at only a part of
+# the vocabulary. This notebook goes through them on a second small model, `built-in:e2b`, which has all four and was trained on the same
+# text as the first ([model card](../refimpl/tiny/README.md)).
+
+# %%
+import numpy as np
+
+import refimpl
+from refimpl.decode import draft_length
+from refimpl.lab.compare import known_bugs
+from refimpl.lab.explain import attention_maps, cache_memory, drafting, experts, per_layer
+from refimpl.lab.explain.show import source, table, visible
+from refimpl.model import drafter, gemma4
+from refimpl.tiny.corpus import read_corpus
+
+model = refimpl.load("built-in:e2b", threads=1)
+print(model)
+
+# %% [markdown]
+# ## A table that is not read
+#
+# The published E2B by its parts, in the types of Google's Q4_0 file. Of the largest part a token reads one row:
+
+# %%
+parts = per_layer.parts_of("E2B")
+per_layer.parts_picture(parts)
+
+# %%
+table(["part", "weights, billions", "in the file, GB", "a token reads, GB"],
+      [[part, f"{n / 1e9:.2f}", f"{n_bytes / 1e9:.3f}", f"{read / 1e9:.6f}"] for part, (n, n_bytes, read) in parts.items()]
+      + [["all", *(f"{sum(part[i] for part in parts.values()) / 1e9:.2f}" for i in range(3))]])
+
+# %% [markdown]
+# So half of the weights cost memory that may be slow (a phone's flash is enough), and next to no time.
+#
+# ## What a layer does with it
+#
+# The row of a token $t$ is cut into $L$ pieces $e_l$ of width $P$, one for each layer. A projection of the usual embedding $x_0$ is added:
+#
+# $$ p_l = \tfrac{1}{\sqrt 2} \Bigl( \operatorname{norm}\bigl(\tfrac{1}{\sqrt D} W_l \, x_0\bigr) + \sqrt P \, e_l[t] \Bigr) \qquad
+# x \leftarrow x + \operatorname{norm}\bigl(W_o \, (\operatorname{gelu}(W_g \, x) \odot p_l)\bigr) $$
+#
+# On the left it depends on the token alone; on the right the state decides, number by number, how much of it gets in. There is no paper
+# on it; the formula is that of transformers' `Gemma4TextModel` and `Gemma4TextDecoderLayer` (the idea came with Gemma 3n).
+
+# %%
+source(gemma4.per_layer_inputs, gemma4.per_layer_embedding)
+
+# %% [markdown]
+# Does the trained model use it? Here is how much each part of a layer adds to the state, over some modules that it was not trained on:
+
+# %% tags=["text"]
+texts = [experts.passage(model, text, 256).ids for text in read_corpus().heldout.values() if len(text) > 6000][:12]
+seen = {}
+model.prefill(texts[0], model.new_cache(), tap=seen.setdefault)
+names = {"attn_post_norm": "attention", "ffn_post_norm": "feed-forward", "per_layer_embd_out": "per-layer embedding"}
+per_layer.sizes_picture(per_layer.sizes(seen, list(names), model.config.n_layer), list(names.values()))
+
+# %% [markdown]
+# And what is lost without it: all of it, its two inputs one at a time, or one layer's.
+
+# %%
+source(per_layer.erase)
+
+# %% tags=["text"]
+layers = range(model.config.n_layer)
+whole = per_layer.bits_per_token(model, texts)
+erased = {"without any of it": [f"per_layer_embd_out-{i}" for i in layers], "without the table": ["inp_per_layer_selected"],
+          "without the projection": ["per_layer_proj"], **{f"layer {i} without it": [f"per_layer_embd_out-{i}"] for i in layers}}
+per_layer.costs_picture({what: per_layer.bits_per_token(model, texts, per_layer.erase(values)) for what, values in erased.items()}, whole)
+
+# %% [markdown]
+# (The model was never trained without it, so this is what it relies on, and not what a model would be that had learned to do without.)
+#
+# What does the table know? For a few tokens, those with the most similar rows: in the embedding, and in the pieces of three layers.
+
+# %%
+table_VLP = per_layer.per_layer_table(model)
+embedding_VD = model.weights.embedding_VD.take(np.arange(model.config.n_vocab))
+rows = []
+for word in ("def ", "self", "if ", "None", "0", "append"):
+    token = model.tokenizer.encode(word, bos=False)[0]
+    near = [per_layer.neighbours(part_VP, token, 3) for part_VP in (embedding_VD, *(table_VLP[:, i] for i in (0, 3, 7)))]
+    rows.append([f"`{visible(word)}`", *(" ".join(f"`{visible(model.tokenizer.decode([i], special=True))}`" for i in ids) for ids in near)])
+table(["token", "in the embedding", "in layer 0", "in layer 3", "in layer 7"], rows)
+
+# %% [markdown]
+# ## Keys and values of another layer
+#
+# The upper layers make queries only. Sliding ones read the keys and values of the last sliding layer below, full ones those of
+# the last full layer (the idea: Brandon et al. 2024, arXiv:2405.12981, section 2):
+
+# %%
+cache_memory.layers_picture({"built-in:e2b": model.config, "E2B": cache_memory.true_config("E2B")})
+
+# %%
+table(["model", "context", *cache_memory.savings(model.config, 1, 5)],
+      [[name, f"{config.n_ctx:,}", *(f"{n_bytes / 1e6:.2f} MB" for n_bytes in cache_memory.savings(config, config.n_ctx, 5).values())]
+       for name, config in (("built-in:e2b", model.config), ("E2B", cache_memory.true_config("E2B")))])
+
+# %% [markdown]
+# The keys are the same, but each layer has its own queries, and so looks elsewhere. One token in the four layers that read the keys
+# of layer 2 (the donor itself first):
+
+# %%
+code = "def total(prices, tax):\n    result = 0\n    for price in prices:\n        result += price\n    return result"
+ids = model.tokenizer.encode(code)
+tokens = [visible(model.tokenizer.decode([i], special=True)) for i in ids]
+maps = attention_maps.attention_maps(model, ids)
+readers = [layer.index for layer in model.config.layers if layer.kv_from == 2]
+per_layer.shared_picture(maps, len(ids) - 1, tokens, readers)
+
+# %% [markdown]
+# Which layer they read matters: this is what becomes of the text if they read those of the *first* sliding and full layer, a bug that
+# engines had.
+
+# %% tags=["text"]
+with known_bugs.inject(known_bugs.BUGS["keys shared from the wrong layer"]):
+    wrong = refimpl.load("built-in:e2b", threads=1)
+table(["bits per token", "as trained", "keys of the first layer of the kind"],
+      [["", f"{whole:.3f}", f"{per_layer.bits_per_token(wrong, texts):.3f}"]])
+
+# %% [markdown]
+# There is one more saving. Of a prompt, only the keys and values are needed later, and the state of the last token. Above the last layer
+# with its own keys, nothing of the other tokens is ever read: an engine may stop there for all tokens of the prompt but the last. (This
+# one does not: it computes the states of all rows, which `eval` and `compare` show.)
+#
+# ## Twice as wide
+#
+# Layers without keys and values have fewer weights. E2B gives them a feed-forward network of twice the width:
+
+# %%
+table(["layer", *layers], [
+    ["reads the keys of layer", *(layer.kv_from for layer in model.config.layers)],
+    ["feed-forward width", *(layer.ffn.n_ff for layer in model.config.layers)],
+    ["E2B's layers of this kind", *(cache_memory.true_config("E2B").layers[0 if layer.has_own_kv else -1].ffn.n_ff
+                                    for layer in model.config.layers)]])
+
+# %% [markdown]
+# ## A drafter that reads a part of the vocabulary
+#
+# The drafter of E2B has a width of 256, and its head, with a row for each of 262,144 tokens, would be most of what a step reads. So its
+# vocabulary is cut into 2,048 groups. Each has a *centroid*; the drafter scores the centroids and computes the logits of the tokens in
+# the best 32 groups only.
+
+# %%
+source(drafter.CentroidHead, drafter.candidates)
+
+# %%
+small = refimpl.load_drafter(None, model)
+whole_head = refimpl.load_drafter(None, model, head="dense")
+head = small.weights.head
+n_group, n_each = head.token_ZV.shape
+table(["drafter of", "groups", "tokens in each", "groups looked into", "rows read", "of a whole head's"],
+      [["built-in:e2b", n_group, n_each, head.n_top, n_group + head.n_top * n_each, f"{(n_group + head.n_top * n_each) / 4096:.0%}"],
+       ["E2B", 2048, 128, 32, 2048 + 32 * 128, f"{(2048 + 32 * 128) / 262144:.1%}"]])
+
+# %% [markdown]
+# Groups are tokens whose rows of the head point the same way (`refimpl/tiny/training/centroids.py`). A few of them:
+
+# %%
+counts = np.array([len({visible(model.tokenizer.decode([int(i)])) for i in group}) for group in head.token_ZV])
+for group in head.token_ZV[np.argsort(-counts, kind="stable")[:4]]:
+    print(" ".join(visible(model.tokenizer.decode([int(i)], special=True)) for i in group[:18]))
+
+# %% [markdown]
+# How often is the token that the whole head would take in a group that is looked into? The rank of its group among the scores:
+
+# %% tags=["text"]
+z_TD = np.concatenate([per_layer.draft_states(model, small, ids) for ids in texts[:3]])
+ranks = per_layer.group_ranks(small, z_TD)
+per_layer.ranks_picture(ranks, n_group, head.n_top)
+
+# %% tags=["text"]
+prompts = [ids[:96] for ids in texts[:6]]
+runs = {name: [drafting.run(model, ids, 64, which, draft_length.FixedDraftLength(3)) for ids in prompts]
+        for name, which in (("centroid head", small), ("whole head", whole_head))}
+chances = {name: drafting.acceptance([r for run in made for r in run.rounds], 3)[0] for name, made in runs.items()}
+table(["head", "first accepted", "first two", "all three", "texts equal"],
+      [[name, *(f"{chance:.0%}" for chance in accepted), all(a.ids == b.ids for a, b in zip(runs[name], runs["whole head"]))]
+       for name, accepted in chances.items()])
+
+# %% [markdown]
+# A token that is missed is a draft token less, and never a wrong text: the target decides.
