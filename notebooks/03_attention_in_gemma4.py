@@ -250,3 +250,48 @@ attention_maps.look_picture(tokens, maps[5][3, new], new)
 best = int(maps[5][3, new].argmax())
 table(["token", "looks most at", "tokens back", "its weight", "the model's next token"],
       [[tokens[new], tokens[best], new - best, f"{maps[5][3, new, best]:.2f}", model.tokenizer.decode([int(logits[new].argmax())])]])
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. A wider window.** Double the window of the 31B. Predict how much larger its cache becomes at full context. Then:
+#
+# ```python
+# from dataclasses import replace
+# big = models["31B"]
+# wide = replace(big, layers=tuple(replace(layer, window=layer.window and 2 * layer.window) for layer in big.layers))
+# [sum(cache_memory.by_kind(config, config.n_ctx, 5)) / 1e9 for config in (big, wide)]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER1
+#
+# </details>
+#
+# **2. Further on.** Put the 200 positions of the test above at 1,000 to 1,199. Predict what becomes of the scores. Then:
+#
+# ```python
+# later = ops.rope_angles(np.arange(1000, 1200), frequencies["full layers: 256 pairs, base 1,000,000"])
+# moved_TS = np.einsum("TNH,SNH->TS", *(ops.rotate(np.repeat(x, 200, axis=0), *later) for x in (query_1NH, key_1NH)))
+# float(np.abs(moved_TS - score_TS).max())
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER2
+#
+# </details>
+#
+# **3. Without a sink.** Leave `<bos>` away. Where does the weight go that it got from head 3 of the full layer? Predict, then:
+#
+# ```python
+# without = attention_maps.attention_maps(model, ids[1:])[5][3]
+# float(maps[5][3, 20:, 0].mean()), float(without[20:, 0].mean()), float(maps[5][3, 20:, 1].mean())
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER3
+#
+# </details>

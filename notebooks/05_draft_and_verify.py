@@ -280,3 +280,45 @@ table(["draft tokens", *range(5), "a step of the drafter reads, of what a token 
 # The dense models gain with every draft token. In the mixture of experts each further row brings its own experts to read, and the drafter
 # is large beside what a token reads, so that a draft token must be accepted often to pay for itself. With an acceptance of 0 nothing ever
 # pays.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. Always right.** Suppose every draft token were accepted. Predict how much faster four of them would make the 26B-A4B, by its bytes.
+# Then:
+#
+# ```python
+# [round(verify["26B-A4B"][0] * rate, 2) for rate in drafting.rates(verify["26B-A4B"], drafter_bytes("26B-A4B"), (1, 1, 1, 1))]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER1
+#
+# </details>
+#
+# **2. The least that pays.** How often must a single draft token of the 26B-A4B be accepted, so that it costs nothing? Predict; then
+# solve $(1 + a) / (\text{verify}(1) + \text{draft}) = 1 / \text{verify}(0)$:
+#
+# ```python
+# (verify["26B-A4B"][1] + drafter_bytes("26B-A4B")) / verify["26B-A4B"][0] - 1
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER2
+#
+# </details>
+#
+# **3. Hotter.** At temperature 0.7 the first draft token was accepted less often than greedily. Predict the share at 1.5. Then:
+#
+# ```python
+# hot = [r for ids in prompts for r in drafting.run(model, ids, 64, small, four, temperature=1.5, seed=1).rounds]
+# [round(way[0], 2) for way in (*chances.values(), drafting.acceptance(hot, 4)[0])]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER3
+#
+# </details>

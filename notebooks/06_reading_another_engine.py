@@ -8,19 +8,13 @@
 # breaks the forward pass in ways in which engines really were broken, and lets `compare` name the first tensor and the kind of mistake.
 
 # %%
-from inspect import getsource
-from pathlib import Path
-from tempfile import mkdtemp
-
-import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, Markdown
 
 import refimpl
 from refimpl.cli.show.compare import as_text
 from refimpl.lab.compare import compare, diagnoses, known_bugs, mismatch, names, record, tolerance, verdict
+from refimpl.lab.explain.show import drawn, figure, legend, picture, source, table
 
-folder = Path(mkdtemp())
 model = refimpl.load(backend="reference", weights="quantized")
 text = "def parse(self, text):\n    for line in text.splitlines():\n        if line.startswith('#'):\n            continue\n"
 text += "        key, value = line.split('=')\n        self.items[key] = value\n    return self.items\n\n\ndef write(self, path):\n"
@@ -45,7 +39,7 @@ print(len(order), "tensors:", ", ".join(order[:30]), "...")
 # $$ \delta_t = \frac{\mathrm{rms}(a_t - b_t)}{\mathrm{rms}(a_t)}, \qquad \delta = \max_t \delta_t . $$
 
 # %%
-Markdown(f"```python\n{getsource(mismatch.row_errors)}```")
+source(mismatch.row_errors)
 
 # %% [markdown]
 # An engine that keeps $p$ significant bits makes a relative error of up to $u = 2^{-p}$ in every step (Higham, *Accuracy and Stability of
@@ -54,16 +48,17 @@ Markdown(f"```python\n{getsource(mismatch.row_errors)}```")
 # same run again, with every named value moved as rounding would move it.
 
 # %%
-Markdown(f"```python\n{getsource(tolerance.perturbing)}```")
+source(tolerance.perturbing)
 
 # %%
 noise = {kind: tolerance.measured(model, ids, kind, compare.deviations) for kind in ("exact", "bfloat16", "q8")}
-figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
+fig, axes = figure(9, 3.4)
 for kind, label in (("q8", "8-bit activations"), ("bfloat16", "bfloat16"), ("exact", "float32")):
     axes.semilogy([noise[kind][name] or np.nan for name in order], label=label, linewidth=1)
-axes.set_xticks([order.index(f"l_out-{i}") for i in range(6)], [f"l_out-{i}" for i in range(6)], fontsize=8)
+axes.set_xticks([order.index(f"l_out-{i}") for i in range(6)], [f"l_out-{i}" for i in range(6)])
 axes.set_ylabel("deviation of a correct engine")
-_ = axes.legend(frameon=False, loc="center right", fontsize=8)
+legend(axes, loc="center right")
+picture(fig, "Deviation of a correct engine from the reference, tensor by tensor: 8-bit activations most, bfloat16 less, float32 least.")
 
 # %% [markdown]
 # The tolerance of a tensor is this noise, of both engines together, times a safety factor (`tolerance.SAFETY`). A tensor that is further
@@ -103,8 +98,7 @@ found = compare.compare_with(model, right, theirs)
 print(as_text(found))
 
 # %%
-verdict.plot(found, folder / "window.png")
-Image(folder / "window.png")
+drawn(verdict.plot(found), "Deviation over tolerance of every tensor, with the window one too long; framed is kqv_out of layer 0.")
 
 # %% [markdown]
 # Blue is nearer than the tolerance allows, red is further. Everything before the framed tensor is right, and everything after it is
@@ -116,7 +110,7 @@ Image(folder / "window.png")
 # asks whether that fits. A norm that was left out, for instance, leaves a factor for each row times one for each channel:
 
 # %%
-Markdown(f"```python\n{getsource(diagnoses.missing_norm)}```")
+source(diagnoses.missing_norm)
 
 # %%
 shown = ["embedding scale rounded to bfloat16", "RoPE turns neighbours", "rope_freqs ignored", "values are keys after their norm",
@@ -126,8 +120,8 @@ for name in shown:
     with known_bugs.inject(known_bugs.BUGS[name]):
         loaded = refimpl.load(backend="reference") if known_bugs.BUGS[name].at_load else model
         wrong = compare.compare(right, record.trace(loaded, ids), {key: 2 * size for key, size in noise["exact"].items()})
-    rows.append(f"| {name} | `{wrong.first.name}` | {wrong.diagnosis.kind} | {wrong.diagnosis.text} |")
-Markdown("\n".join(["| bug | departs first | looks like | |", "|---|---|---|---|", *rows]))
+    rows.append([name, f"`{wrong.first.name}`", wrong.diagnosis.kind, wrong.diagnosis.text])
+table(["bug", "departs first", "looks like", ""], rows)
 
 # %% [markdown]
 # ## Two bugs at once
@@ -136,7 +130,7 @@ Markdown("\n".join(["| bug | departs first | looks like | |", "|---|---|---|---|
 # it computes each step from *their* values before it. A mistake then shows where it is made and nowhere else.
 
 # %%
-Markdown(f"```python\n{getsource(tolerance.replayed)}```")
+source(tolerance.replayed)
 
 # %%
 with known_bugs.inject(known_bugs.BUGS["values not normalised"]), known_bugs.inject(known_bugs.BUGS["expert scale dropped"]):
@@ -146,12 +140,10 @@ print("departing tensors, run against run:", sum(j.verdict == "departs" for j in
 print("departing steps:", ", ".join(j.name for j in steps.judged if j.verdict == "departs"))
 
 # %%
-verdict.plot(runs, folder / "runs.png")
-Image(folder / "runs.png")
+drawn(verdict.plot(runs), "Two bugs, run against run: everything after the first wrong tensor is red.")
 
 # %%
-verdict.plot(steps, folder / "steps.png")
-Image(folder / "steps.png")
+drawn(verdict.plot(steps), "Two bugs, step by step: two red columns, one for each mistake, in every layer.")
 
 # %% [markdown]
 # The upper map has one framed tensor and red after it. The lower one has two stripes: two mistakes, made in every layer.
@@ -173,3 +165,54 @@ for name in ("ffn_moe_weights-0", "ffn_moe_out-0", "ffn_moe-0", "l_out-0", "resu
 #
 # On the command line: `refimpl trace -m model.gguf -p TEXT -o right.safetensors`, then `refimpl compare right.safetensors` and one of
 # another trace, `transformers:DIRECTORY`, `llama.cpp:model.gguf`, what llama.cpp's tools printed, or a `.npz` that any engine can write.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. Backwards.** In `RoPE backwards` queries and keys turn the other way. Predict which tensor departs first, whether the first
+# position is wrong, and whether the attention's output is. Then:
+#
+# ```python
+# with known_bugs.inject(known_bugs.BUGS["RoPE backwards"]):
+#     theirs = record.trace(model, ids)
+# tolerances = {key: 2 * size for key, size in noise["exact"].items()}
+# wrong = compare.compare(right, theirs, tolerances)
+# print(wrong.first.name, wrong.diagnosis.kind, [j.name for j in wrong.judged if j.verdict == "departs"][:4])
+# print(mismatch.row_errors(right.arrays["Qcur_pos-0"], theirs.arrays["Qcur_pos-0"])[:2], f"{wrong.judged[-1].error:.1e}")
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER1
+#
+# </details>
+#
+# **2. A short prompt.** Trace the window that is one too long with 40 tokens. Predict what `compare` says. Then:
+#
+# ```python
+# with known_bugs.inject(bug):
+#     theirs = record.trace(model, ids[:40])
+# print(compare.compare_with(model, record.trace(model, ids[:40]), theirs).first)
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER2
+#
+# </details>
+#
+# **3. Smaller than noise.** `embedding scale rounded to bfloat16` moves all values by a thousandth. 8-bit activations move the final
+# logits by much more. Why is the bug found all the same? Predict the deviation of `inp_scaled` in both cases. Then:
+#
+# ```python
+# with known_bugs.inject(known_bugs.BUGS["embedding scale rounded to bfloat16"]):
+#     theirs = record.trace(model, ids)
+# deviation = compare.deviations(right, theirs)
+# [[f"{size[name]:.1e}" for size in (deviation, noise["q8"])] for name in ("inp_scaled", "result_output")]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER3
+#
+# </details>
