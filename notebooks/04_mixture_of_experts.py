@@ -219,7 +219,7 @@ table(["rows in a call", 1, 2, 3, 4, 5, 9],
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER1
+# By the formula 111.8. Neighbouring tokens need 92.4: they are about the same thing and share experts.
 #
 # </details>
 #
@@ -234,7 +234,7 @@ table(["rows in a call", 1, 2, 3, 4, 5, 9],
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER2
+# 6.5 in the first layer, where the state is nearly the embedding; 3.0 in the last, where it is about what comes next.
 #
 # </details>
 #
@@ -247,6 +247,6 @@ table(["rows in a call", 1, 2, 3, 4, 5, 9],
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER3
+# 6.1 times. All 128 experts are read, 16 times those of one row; everything else is read once as before.
 #
 # </details>

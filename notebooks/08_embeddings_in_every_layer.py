@@ -5,8 +5,8 @@
 #
 # Four things set E2B and E4B apart from the larger models: every layer has its own small embedding of each token; the upper layers have
 # no keys and values; where they save these, E2B makes the feed-forward network twice as wide; and the drafter looks at only a part of
-# the vocabulary. This notebook goes through them on a second small model, `built-in:e2b`, which has all four and was trained on the same
-# text as the first ([model card](../refimpl/tiny/README.md)).
+# the vocabulary. This notebook goes through them, the first three on a second small model, `built-in:e2b`, trained on the same text
+# as the first ([model card](../refimpl/tiny/README.md)).
 
 # %%
 import numpy as np
@@ -17,6 +17,7 @@ from refimpl.lab.compare import known_bugs
 from refimpl.lab.explain import attention_maps, cache_memory, drafting, experts, per_layer
 from refimpl.lab.explain.show import source, table, visible
 from refimpl.model import drafter, gemma4
+from refimpl.tiny import groups
 from refimpl.tiny.corpus import read_corpus
 
 model = refimpl.load("built-in:e2b", threads=1)
@@ -153,33 +154,38 @@ table(["layer", *layers], [
 source(drafter.CentroidHead, drafter.candidates)
 
 # %%
-small = refimpl.load_drafter(None, model)
-whole_head = refimpl.load_drafter(None, model, head="dense")
-head = small.weights.head
-n_group, n_each = head.token_ZV.shape
 table(["drafter of", "groups", "tokens in each", "groups looked into", "rows read", "of a whole head's"],
-      [["built-in:e2b", n_group, n_each, head.n_top, n_group + head.n_top * n_each, f"{(n_group + head.n_top * n_each) / 4096:.0%}"],
+      [["the first built-in model, below", 64, 64, 8, 64 + 8 * 64, f"{(64 + 8 * 64) / 4096:.0%}"],
        ["E2B", 2048, 128, 32, 2048 + 32 * 128, f"{(2048 + 32 * 128) / 262144:.1%}"]])
 
 # %% [markdown]
-# Groups are tokens whose rows of the head point the same way (`refimpl/tiny/training/centroids.py`). A few of them:
+# How Google made its groups is not published. Here is a way without training, on the drafter of the first built-in model: tokens whose
+# rows of the head point the same way become a group (k-means, all groups of one size), and its centroid is the mean of their rows.
 
 # %%
-counts = np.array([len({visible(model.tokenizer.decode([int(i)])) for i in group}) for group in head.token_ZV])
-for group in head.token_ZV[np.argsort(-counts, kind="stable")[:4]]:
-    print(" ".join(visible(model.tokenizer.decode([int(i)], special=True)) for i in group[:18]))
+source(groups.balanced_groups, per_layer.with_groups)
+
+# %%
+first = refimpl.load(threads=1)
+whole_head = refimpl.load_drafter(None, first)
+group_V = groups.balanced_groups(per_layer.head_rows(whole_head).float32(), 64, 20, seed=0)
+small = per_layer.with_groups(whole_head, group_V, 8)
+for name in ("if ", "self", "import ", "("):
+    group = small.weights.head.token_ZV[group_V[first.tokenizer.encode(name, bos=False)[0]]]
+    print(f"{visible(name):8}", " ".join(visible(first.tokenizer.decode([int(i)], special=True)) for i in group[:14]))
 
 # %% [markdown]
-# How often is the token that the whole head would take in a group that is looked into? The rank of its group among the scores:
+# Each line is the beginning of the group that a token is in. How often is the token that the whole head would take in a group that is
+# looked into? The rank of its group among the scores:
 
 # %% tags=["text"]
-z_TD = np.concatenate([per_layer.draft_states(model, small, ids) for ids in texts[:3]])
+z_TD = np.concatenate([per_layer.draft_states(first, small, ids) for ids in texts[:3]])
 ranks = per_layer.group_ranks(small, z_TD)
-per_layer.ranks_picture(ranks, n_group, head.n_top)
+per_layer.ranks_picture(ranks, 64, 8)
 
 # %% tags=["text"]
-prompts = [ids[:96] for ids in texts[:6]]
-runs = {name: [drafting.run(model, ids, 64, which, draft_length.FixedDraftLength(3)) for ids in prompts]
+three = draft_length.FixedDraftLength(3)
+runs = {name: [drafting.run(first, ids[:96], 64, which, three) for ids in texts[:6]]
         for name, which in (("centroid head", small), ("whole head", whole_head))}
 chances = {name: drafting.acceptance([r for run in made for r in run.rounds], 3)[0] for name, made in runs.items()}
 table(["head", "first accepted", "first two", "all three", "texts equal"],
@@ -188,3 +194,46 @@ table(["head", "first accepted", "first two", "all three", "texts equal"],
 
 # %% [markdown]
 # A token that is missed is a draft token less, and never a wrong text: the target decides.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. The wrong piece.** Let every layer read the piece of the next one, a bug that engines had. Predict whether that costs less or more
+# than having none. Then:
+#
+# ```python
+# with known_bugs.inject(known_bugs.BUGS["per-layer input of the next layer"]):
+#     shifted = per_layer.bits_per_token(model, texts)
+# round(whole, 2), round(shifted, 2), round(per_layer.bits_per_token(model, texts, per_layer.erase(erased["without any of it"])), 2)
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER1
+#
+# </details>
+#
+# **2. E4B.** In E4B 18 of 42 layers share. Predict what part of its cache that saves at 131,072 tokens. Then:
+#
+# ```python
+# _, windows, shared = cache_memory.savings(cache_memory.true_config("E4B"), 131_072, 5).values()
+# 1 - shared / windows
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER2
+#
+# </details>
+#
+# **3. Fewer groups.** The drafter looks into 8 of 64 groups. Predict how often the token is there if it looks into 1, 4 and 16. Then:
+#
+# ```python
+# [round(float((ranks < n).mean()), 2) for n in (1, 4, 8, 16)]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# ANSWER3
+#
+# </details>

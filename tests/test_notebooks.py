@@ -166,7 +166,8 @@ def test_links_of_the_pages_lead_somewhere(tmp_path):
             if there not in pages or place and place not in pages[there].ids:
                 wrong.append(f"{path.name}: {link}")
     assert not wrong and n_lines > 50
-    assert not [path.name for path, page in pages.items() if not all(page.alts)]
+    assert not [path.name for path, page in pages.items() if not all(alt and "No description" not in alt for alt in page.alts)]
+    assert sum(len(page.alts) for page in pages.values()) > 30
 
 
 @notebooks
@@ -212,6 +213,29 @@ def test_a_puzzle_is_solved_by_what_computes_the_same():
         puzzles.grade(3, "self.window + 2", "self.window +")
     with pytest.raises(ValueError, match="there are 1 to"):
         puzzles.grade(99)
+
+
+def test_bars_stand_on_zero():
+    fig, axes = show.figure(2, 2)
+    axes.bar([0, 1], [0.8, 0.9])
+    assert show.picture(fig, "two bars").data
+    axes.set_ylim(0.7, 1)
+    with pytest.raises(ValueError, match="have to stand on 0"):
+        show.picture(fig, "two bars that lie")
+
+
+def test_words_are_taken_over_without_executing(tmp_path):
+    """And links lead to where things are now. Where a code cell changed, it has to be executed."""
+    source = tmp_path / SOURCES[0].name
+    text = SOURCES[0].read_text(encoding="utf-8")
+    moved = re.sub(r"(refimpl/reference/ops.py#L)\d+", r"\g<1>9999", SOURCES[0].with_suffix(".ipynb").read_text(encoding="utf-8"))
+    source.with_suffix(".ipynb").write_text(moved, encoding="utf-8")
+    source.write_text(text.replace("This is the map.", "This is a map."), encoding="utf-8")
+    told = nbformat.writes(build.retold(source))
+    assert "This is a map." in told and "#L9999" in moved and "#L9999" not in told
+    source.write_text(text.replace('text = "for i', 'text = "for j'), encoding="utf-8")
+    with pytest.raises(ValueError, match="not what was executed"):
+        build.retold(source)
 
 
 def test_a_difference_is_seen():

@@ -9,6 +9,7 @@ from pathlib import Path
 from refimpl.extras import require
 
 NOTEBOOK = re.compile(r"\]\(([0-9][0-9]_\w+)\.ipynb\)")
+NO_WORDS = 'alt="No description has been provided for this image"'     # nbconvert does not look at what the notebook says
 # from notebooks/ to a file of the package, and maybe a line of it
 SOURCE = re.compile(r"\]\(\.\./(refimpl/[\w/.-]+)((?:#L\d+)?)\)")
 
@@ -22,19 +23,26 @@ def pages(notebooks: Mapping[str, str], sources: Sequence[str], root: Path) -> d
     import nbformat
 
     exporter, files, titles = HTMLExporter(), {}, {}
+    exporter.log.setLevel("ERROR")              # it says that words for pictures are missing, which are filled in below
     for name, text in notebooks.items():
-        linked = json.loads(text)
+        linked, words = json.loads(text), []
         for cell in linked["cells"]:
             cell["source"] = _to_pages("".join(cell["source"]))
             for output in cell.get("outputs", ()):
+                if "image/png" in output.get("data", {}):
+                    words.append(output["metadata"].get("image/png", {}).get("alt", ""))
                 if "text/markdown" in output.get("data", {}):
                     output["data"]["text/markdown"] = _to_pages("".join(output["data"]["text/markdown"]))
         titles[name] = re.search(r"^# (.+)$", "".join(linked["cells"][0]["source"]), re.MULTILINE)[1]
         page, _ = exporter.from_notebook_node(nbformat.from_dict(linked), resources={"metadata": {"name": titles[name]}})
-        files[f"{name}.html"] = page
+        files[f"{name}.html"] = "".join(part + after for part, after in zip(page.split(NO_WORDS), [*map(_alt, words), ""], strict=True))
     items = "\n".join(f'<li><a href="{name}.html">{html.escape(title)}</a></li>' for name, title in titles.items())
     files["index.html"] = _page("Notebooks of refimpl", f"<h1>Notebooks of refimpl</h1>\n<ul style='list-style: none'>\n{items}\n</ul>")
     return files | {f"source/{path}.html": _source_page(path, (root / path).read_text(encoding="utf-8")) for path in sources}
+
+
+def _alt(words: str) -> str:
+    return f'alt="{html.escape(words)}"'
 
 
 def _to_pages(markdown: str) -> str:

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from refimpl.decode.drafter import Drafter
 from refimpl.files.synth import config_of, model_tensors, recipe_type
+from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.lab.explain.show import BLUE, COLOURS, GREEN, ORANGE, RED, figure, legend, picture
 from refimpl.loading.model import Model
+from refimpl.model.drafter import CentroidHead
 from refimpl.model.tap import Look, no_tap
 from refimpl.reference.ops import softmax
 
@@ -82,13 +85,30 @@ def draft_states(model: Model, drafter: Drafter, ids: Sequence[int]) -> np.ndarr
     return np.array(found)
 
 
+def head_rows(drafter: Drafter) -> Matrix:
+    """The matrix of the drafter's head, (V, D), as in its file."""
+    info = drafter.file.tensors["token_embd.weight"]
+    return Matrix(drafter.file.raw(info.name), info.type)
+
+
+def with_groups(drafter: Drafter, group_V: np.ndarray, n_top: int) -> Drafter:
+    """The same drafter with a centroid head: groups of equal size, the centroid of each the mean of its rows."""
+    table, backend = head_rows(drafter), drafter.target.backend
+    token_ZV = np.argsort(group_V, kind="stable").reshape(group_V.max() + 1, -1)
+    centroid_ZD = np.ascontiguousarray(table.float32()[token_ZV].mean(axis=1))
+    with backend.running():
+        head = CentroidHead(backend.prepare(Matrix(centroid_ZD.view(np.uint8), "F32")), token_ZV,
+                            backend.prepare(Matrix(table.raw[token_ZV], table.type)), n_top)
+    return Drafter(drafter.file, drafter.config, replace(drafter.weights, head=head), drafter.target)
+
+
 def group_ranks(drafter: Drafter, z_TD: np.ndarray) -> np.ndarray:
     """The rank, from 0, that the group of the whole head's token has among the scores of the centroids, int (T,)."""
-    head = drafter.weights.head
-    backend, rows_ZV = drafter.target.backend, head.token_ZV
-    every_X = np.repeat(np.arange(len(rows_ZV))[None], len(z_TD), axis=0)
-    best_T = backend.matmul_chosen(z_TD, every_X, head.table_ZVD).max(axis=-1).argmax(axis=-1)
-    score_TZ = backend.matmul(z_TD, head.centroid_ZD)
+    head, backend = drafter.weights.head, drafter.target.backend
+    every_X = np.repeat(np.arange(len(head.token_ZV))[None], len(z_TD), axis=0)
+    with backend.running():
+        best_T = backend.matmul_chosen(z_TD, every_X, head.table_ZVD).max(axis=-1).argmax(axis=-1)
+        score_TZ = backend.matmul(z_TD, head.centroid_ZD)
     return (score_TZ > np.take_along_axis(score_TZ, best_T[:, None], axis=1)).sum(axis=1)
 
 

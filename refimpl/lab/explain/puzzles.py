@@ -1,5 +1,6 @@
 """Notebook 9: known bugs as puzzles. The reader gets a broken function and repairs it; `compare` is the judge."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,7 +13,7 @@ from refimpl.lab.compare.tolerance import measured
 from refimpl.lab.compare.trace import Trace
 from refimpl.lab.compare.verdict import plot
 from refimpl.lab.explain.show import drawn
-from refimpl.loading.model import Model
+from refimpl.loading.model import BUILT_IN, Model
 
 # from easy to hard, as they are numbered from 1
 PUZZLES = ("embedding not scaled", "RoPE turns neighbours", "window one too short", "values are keys after their norm",
@@ -29,7 +30,7 @@ class WrongAnswer(ValueError):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, a right trace of it with two steps of its drafter, and the noise of float32 on it."""
+    """A model, a right trace of it, and the noise of float32 on it."""
 
     model: Model
     right: Trace
@@ -37,7 +38,7 @@ class Subject:
 
     def trace(self, model: Model) -> Trace:
         """A trace of the same tokens."""
-        return trace(model, self.right.ids, drafter=refimpl.load_drafter(None, model), draft_max=2)
+        return traced(model, self.right.ids)
 
 
 @cache
@@ -45,8 +46,14 @@ def subject(on: str) -> Subject:
     """The model that shows bugs of this kind (Bug.on)."""
     model = load(on)
     ids = model.tokenizer.encode(TEXT)[:N_TOKENS]
-    right = trace(model, ids, drafter=refimpl.load_drafter(None, model), draft_max=2)
+    right = traced(model, ids)
     return Subject(model, right, {name: 2 * size for name, size in measured(model, ids, "exact", deviations).items()})
+
+
+def traced(model: Model, ids: Sequence[int]) -> Trace:
+    """A trace, of the model with experts with two steps of its drafter."""
+    drafting = {"drafter": refimpl.load_drafter(None, model), "draft_max": 2} if model.file.path == BUILT_IN else {}
+    return trace(model, ids, **drafting)
 
 
 def load(on: str) -> Model:

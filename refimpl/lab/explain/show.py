@@ -83,8 +83,12 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def picture(fig, alt: str):
-    """A figure as a PNG image, in one plain style; `alt` says in words what it shows."""
+    """A figure as a PNG image, in one plain style; `alt` says in words what it shows. Raises ValueError for bars on an axis without 0."""
     for axes in fig.axes:
+        for bars in axes.containers:
+            low, high = sorted(axes.get_xlim() if getattr(bars, "orientation", "vertical") == "horizontal" else axes.get_ylim())
+            if not low <= 0 <= high:
+                raise ValueError(f"bars on an axis from {low:g} to {high:g}; they have to stand on 0: {alt}")
         axes.set_title(axes.get_title(), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
