@@ -348,7 +348,8 @@ table(["layers", "a token has heard at most"], [[1, f"{one / 1000:.2f} s"], [12,
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER1
+# Upright it is `return`. Turned and mirrored, both are read as `yield`, a word that is not there; light on dark it reads nothing, and
+# goes on with `with with`. It has seen dark, upright letters only, and says some word for whatever looks like one.
 #
 # </details>
 #
@@ -361,12 +362,13 @@ table(["layers", "a token has heard at most"], [[1, f"{one / 1000:.2f} s"], [12,
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER2
+# `yield`, the later one, has 0.60 in the first order; in the second neither word has more than 0.01. It was trained with one picture in a
+# prompt, and two are something else for it.
 #
 # </details>
 #
-# **3. Twice the budget.** A picture of 1920 x 1080 with a budget of 280 and of 560: predict how many times the work of the tower grows in
-# E2B's shape, and how much of that is attention. Then:
+# **3. Twice the budget.** A picture of 1920 x 1080 with a budget of 280 and of 560: predict how many times the work of E2B's tower grows,
+# and how many times that of its attention alone. Then:
 #
 # ```python
 # counts = [patches.n_tokens(1080, 1920, budget) for budget in (280, 560)]
@@ -376,6 +378,6 @@ table(["layers", "a token has heard at most"], [[1, f"{one / 1000:.2f} s"], [12,
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER3
+# 2.5 times for twice the tokens (264 and 527). Attention alone grows four times, and the matrices twice.
 #
 # </details>

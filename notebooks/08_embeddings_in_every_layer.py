@@ -54,22 +54,14 @@ table(["part", "weights, billions", "in the file, GB", "a token reads, GB"],
 source(gemma4.per_layer_inputs, gemma4.per_layer_embedding)
 
 # %% [markdown]
-# Does the trained model use it? Here is how much each part of a layer adds to the state, over some modules that it was not trained on:
-
-# %% tags=["text"]
-texts = [experts.passage(model, text, 256).ids for text in read_corpus().heldout.values() if len(text) > 6000][:12]
-seen = {}
-model.prefill(texts[0], model.new_cache(), tap=seen.setdefault)
-names = {"attn_post_norm": "attention", "ffn_post_norm": "feed-forward", "per_layer_embd_out": "per-layer embedding"}
-per_layer.sizes_picture(per_layer.sizes(seen, list(names), model.config.n_layer), list(names.values()))
-
-# %% [markdown]
-# And what is lost without it: all of it, its two inputs one at a time, or one layer's.
+# Does the trained model use it? How large it is says nothing, because it passes a norm like all that a layer adds. So it is made zero
+# while the model reads modules that it was not trained on: all of it, one of its two inputs, or one layer's. What is lost:
 
 # %%
 source(per_layer.erase)
 
 # %% tags=["text"]
+texts = [experts.passage(model, text, 256).ids for text in read_corpus().heldout.values() if len(text) > 6000][:12]
 layers = range(model.config.n_layer)
 whole = per_layer.bits_per_token(model, texts)
 erased = {"without any of it": [f"per_layer_embd_out-{i}" for i in layers], "without the table": ["inp_per_layer_selected"],

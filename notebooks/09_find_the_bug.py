@@ -230,7 +230,7 @@ puzzles.heat_map(8)
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER1
+# `attn_post_norm-0`, "missing norm": a factor for each row times one for each channel.
 #
 # </details>
 #
@@ -243,7 +243,7 @@ puzzles.heat_map(8)
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER2
+# It departs at `result_output`. "None of the known kinds": there is a test for a cap left out or applied twice, not for another cap.
 #
 # </details>
 #
@@ -255,6 +255,6 @@ puzzles.heat_map(8)
 #
 # <details><summary>Answer</summary>
 #
-# ANSWER3
+# Yes: the same numbers come out.
 #
 # </details>

@@ -47,12 +47,12 @@ def plot(result: Comparison, path: str | os.PathLike | None = None):
         if place.name not in columns:
             columns.append(place.name)
         times = j.error / j.tolerance if j.tolerance else np.inf
-        cells[row, place.name] = float(np.clip(np.log10(max(times, 1e-6)), -2, 4)), j is result.first
-    order = [*dict.fromkeys(name.name for names in (*TOWERS.values(), NAMES) for name in names if name.name in columns)]
+        cells[row, place.name] = float(np.clip(np.log10(max(times, 1e-6)), -2, 6)), j is result.first
+    order = [*dict.fromkeys(name.name for names in (NAMES, *TOWERS.values()) for name in names if name.name in columns)]
     grid = np.array([[cells.get((row, column), (np.nan,))[0] for column in order] for row in rows])
     figure = Figure(figsize=(2 + 0.34 * len(order), 1.6 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(grid, cmap="RdBu_r", norm=TwoSlopeNorm(0, -2, 4), aspect="auto")
+    image = axes.imshow(grid, cmap="RdBu_r", norm=TwoSlopeNorm(0, -2, 6), aspect="auto")
     axes.set_xticks(range(len(order)), order, rotation=90, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     verdict = "the same within rounding" if result.first is None else f"departs first at {result.first.name}"

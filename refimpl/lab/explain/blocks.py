@@ -163,7 +163,8 @@ def _points(axes, table: Sequence[Row], places: Sequence[tuple[float, float]]):
     axes.figure.draw_without_rendering()
     points = [axes.transData.transform(place) * 72 / axes.figure.dpi for place in places]
     taken = [(x - 4, y - 4, 8, 8) for x, y in points]
-    for row, (x, y), (left, low) in zip(table, places, points):
+    # from top to bottom: of two points, one above the other, the upper one has the upper name
+    for row, (x, y), (left, low) in sorted(zip(table, places, points), key=lambda part: -part[2][1]):
         for dx, dy, align in ((7, -3, "left"), (-7, -3, "right"), (6, 4, "left"), (6, -10, "left"), (-6, 4, "right"), (-6, -10, "right")):
             width = 4.4 * len(row.type)
             box = (left + dx - (width if align == "right" else 0), low + dy, width, 7)

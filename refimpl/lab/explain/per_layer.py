@@ -10,7 +10,7 @@ from refimpl.decode.drafter import Drafter
 from refimpl.files.synth import config_of, model_tensors, recipe_type
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
-from refimpl.lab.explain.show import BLUE, COLOURS, GREEN, ORANGE, RED, figure, legend, picture
+from refimpl.lab.explain.show import BLUE, COLOURS, RED, figure, legend, picture
 from refimpl.loading.model import Model
 from refimpl.model.drafter import CentroidHead
 from refimpl.model.tap import Look, no_tap
@@ -49,11 +49,6 @@ def erase(names: Collection[str]) -> Look:
         if name in names:
             value[:] = 0
     return look
-
-
-def sizes(seen: dict[str, np.ndarray], names: Sequence[str], n_layer: int) -> np.ndarray:
-    """Root of the mean square of "name-i" in every layer i, over all tokens: (names, L)."""
-    return np.array([[np.sqrt(np.mean(seen[f"{name}-{i}"].astype(np.float64) ** 2)) for i in range(n_layer)] for name in names])
 
 
 def neighbours(table_VP: np.ndarray, token: int, n: int) -> list[int]:
@@ -129,17 +124,6 @@ def parts_picture(parts: dict[str, tuple[int, int, int]]):
     legend(axes, ncols=len(parts), loc="lower left", bbox_to_anchor=(-0.12, 1))
     return picture(fig, "Bytes by part: " + "; ".join(f"{part} {counts[1] / 1e9:.2f} GB in the file, {counts[2] / 1e9:.2f} read"
                                                       for part, counts in parts.items()))
-
-
-def sizes_picture(size_NL: np.ndarray, names: Sequence[str]):
-    """Bars by layer, a colour for each name."""
-    fig, axes = figure(7.5, 2.8)
-    n_layer, width = size_NL.shape[1], 0.8 / len(names)
-    for i, (name, size_L, colour) in enumerate(zip(names, size_NL, (ORANGE, RED, GREEN, BLUE))):
-        axes.bar(np.arange(n_layer) + (i - (len(names) - 1) / 2) * width, size_L, width, color=colour, label=name)
-    axes.set(xlabel="layer", ylabel="root of the mean square", xticks=range(n_layer), ylim=(0, None))
-    legend(axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names))
-    return picture(fig, "What each part adds to the state, by layer: " + ", ".join(names))
 
 
 def costs_picture(bits: dict[str, float], whole: float):
