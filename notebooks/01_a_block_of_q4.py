@@ -195,3 +195,51 @@ speed_picture(rows)
 
 # %%
 kernels_picture(rows)
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. One large weight.** In a block of 32 weights, make the largest four times as large. Predict the error of the 31 others. Then:
+#
+# ```python
+# spoilt = x[:32].copy()
+# most = np.abs(spoilt).argmax()
+# spoilt[most] *= 4
+# [float(np.sqrt(np.mean(np.delete(dequantize(quantize(b, "Q4_0"), "Q4_0") - b, most)**2))) for b in (x[:32], spoilt)]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# It grows from 0.095 to 0.32. The scale is four times as large, and so are the distances between the values; the error follows, a little
+# less, because some small weights now become exactly 0.
+#
+# </details>
+#
+# **2. One bit.** Flip the highest bit of byte 3 of the first block. Predict which weights change, and by how many times $d$. Then:
+#
+# ```python
+# flipped = block.copy()
+# flipped[3] ^= 0x80
+# change = dequantize(flipped, "Q4_0") - weights
+# np.flatnonzero(change), float(change[17] / block[:2].view("<f2")[0])
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# Only weight 17, by exactly $8d$: the upper half of byte 3 is its code, and the highest of four bits counts 8.
+#
+# </details>
+#
+# **3. Twice.** Quantize the decoded weights again. Predict whether the bytes are the same. Then:
+#
+# ```python
+# again = quantize(dequantize(stored, "Q4_0"), "Q4_0")
+# float((again.reshape(-1, 18) == stored.reshape(-1, 18)).all(axis=1).mean())
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# In every block. The largest weight is exactly $-8d$, so the rule finds the same $d$, and all others fall on their codes. Notebook 2
+# has a grid for which this is not so.
+#
+# </details>

@@ -180,3 +180,49 @@ table(["trained on", "converted", "KL, nats", "same top-1"],
 # Grids that always put their largest weight on $-8$, $-4$ or $-2$ survive the rule, because the rule finds their scale or an exact
 # fraction of it. W4A16's does not: the rule moves more than half of all weights. `refimpl inspect --grid -m FILE` shows for any file of
 # float weights which case it is.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. On its own grid.** The matrix of the built-in model, before it was shifted, is on Q4_0's grid. Predict how many weights the rule
+# for Q4_0 moves. Then:
+#
+# ```python
+# own = qat_grid.distance_of(matrix).described()
+# {key: f"{own[key]:.2%}" for key in ("on_grid", "moved_by_rule")}
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# None: it is where the rule puts it.
+#
+# </details>
+#
+# **2. Through bfloat16.** Round that matrix to bfloat16, as a release would. Does the rule find its grid then? Then:
+#
+# ```python
+# rounded = ((matrix.view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+# own = qat_grid.distance_of(rounded).described()
+# {key: f"{own[key]:.2%}" for key in ("on_grid", "moved_by_rule", "rule_rms")}
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# Yes. All blocks are found on a grid, the rule moves no weight to another code, and what is left, 0.17 %, is the rounding to bfloat16.
+# The codes of Q4_0's own training have their largest weight at $-8$; W4A16's, above, do not.
+#
+# </details>
+#
+# **3. Fewer bits still.** From the table: training on the grid won back a third of the loss at 3 bits and more than half at 2. Is that
+# the same in every seed? Predict, then read it off:
+#
+# ```python
+# {row["grid"]: [round(-d / row["rounding_costs"], 2) for d in row["difference"]] for row in found["against"]}
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# At 3 and 2 bits it is: 0.29 to 0.40, and 0.53 to 0.61. At 4 bits only W4A16's grid wins in every seed, by 0.08 to 0.31, and Q4_0's
+# seeds differ in sign. Three seeds are few; one would have told any story.
+#
+# </details>

@@ -250,3 +250,50 @@ attention_maps.look_picture(tokens, maps[5][3, new], new)
 best = int(maps[5][3, new].argmax())
 table(["token", "looks most at", "tokens back", "its weight", "the model's next token"],
       [[tokens[new], tokens[best], new - best, f"{maps[5][3, new, best]:.2f}", model.tokenizer.decode([int(logits[new].argmax())])]])
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. A wider window.** Double the window of the 31B. Predict how much larger its cache becomes at full context. Then:
+#
+# ```python
+# from dataclasses import replace
+# big = models["31B"]
+# wide = replace(big, layers=tuple(replace(layer, window=layer.window and 2 * layer.window) for layer in big.layers))
+# [sum(cache_memory.by_kind(config, config.n_ctx, 5)) / 1e9 for config in (big, wide)]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# From 22.4 to 23.3 GB, by 4 %: nearly all of it belongs to the full layers, which have no window.
+#
+# </details>
+#
+# **2. Further on.** Put the 200 positions of the test above at 1,000 to 1,199. Predict what becomes of the scores. Then:
+#
+# ```python
+# later = ops.rope_angles(np.arange(1000, 1200), frequencies["full layers: 256 pairs, base 1,000,000"])
+# moved_TS = np.einsum("TNH,SNH->TS", *(ops.rotate(np.repeat(x, 200, axis=0), *later) for x in (query_1NH, key_1NH)))
+# float(np.abs(moved_TS - score_TS).max())
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# Nothing: they differ by 0.001, the rounding of large angles in float32. Only distances count.
+#
+# </details>
+#
+# **3. Without a sink.** Leave `<bos>` away. Where does the weight go that it got from head 3 of the full layer? Predict, then:
+#
+# ```python
+# without = attention_maps.attention_maps(model, ids[1:])[5][3]
+# most = np.argsort(-without[20:].mean(axis=0))[:4]
+# float(maps[5][3, 20:, 0].mean()), {int(s): (tokens[1:][s], round(float(without[20:, s].mean()), 3)) for s in most}
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# `<bos>` had 0.42 of it. `class`, now the first token, gets nothing (it is not among the four listed): the head's sink is that one token
+# and not the first place. Its weight goes to names and pieces of names, most of all to the `St` of `Stack`.
+#
+# </details>

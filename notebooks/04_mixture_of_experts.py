@@ -206,3 +206,47 @@ table(["rows in a call", 1, 2, 3, 4, 5, 9],
 # %% [markdown]
 # As far as reading goes, a dense model verifies draft tokens for free; the 26B-A4B pays for every one. That is why drafting helps it less
 # (notebook 5).
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. Many rows.** Predict from the formula how many of the 128 experts 32 rows need, and whether neighbouring tokens need more or fewer.
+# Then:
+#
+# ```python
+# float(distinct_if_independent(128, 8, 32)), float(np.mean([experts.distinct(id_TX, 32) for id_TX in routes.id_LTX]))
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# By the formula 111.8. Neighbouring tokens need 92.4: they are about the same thing and share experts.
+#
+# </details>
+#
+# **2. The same token twice.** Take the token `self` wherever it stands. How many of its 8 experts does it share with the next `self`?
+# Predict for the first layer, which knows little but the token, and for the last. Then:
+#
+# ```python
+# tokens = np.concatenate([part.ids[1:] for part in passages])
+# at = np.flatnonzero(tokens == model.tokenizer.encode("self", bos=False)[0])
+# [round(float(np.mean([len(np.intersect1d(id_TX[a], id_TX[b])) for a, b in zip(at, at[1:])])), 1) for id_TX in routes.id_LTX[[0, 5]]]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# 6.5 in the first layer, where the state is nearly the embedding; 3.0 in the last, where it is about what comes next.
+#
+# </details>
+#
+# **3. A long prompt.** A prompt is read in calls of 512 rows. Predict how many times the bytes of one row such a call of the 26B-A4B
+# reads. Then:
+#
+# ```python
+# sum(read_bytes("26B-A4B", 512).values()) / sum(read_bytes("26B-A4B").values())
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# 6.1 times. All 128 experts are read, 16 times those of one row; everything else is read once as before.
+#
+# </details>

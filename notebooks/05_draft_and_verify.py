@@ -9,6 +9,8 @@
 # thrown away. The target here is the small model that ships with the package, the drafter the one that was trained for it.
 
 # %%
+import math
+
 import numpy as np
 
 import refimpl
@@ -16,6 +18,7 @@ from refimpl.decode import draft_length, drafter, speculative
 from refimpl.lab.explain import drafting
 from refimpl.lab.explain.show import source, table
 from refimpl.lab.explain.weight_traffic import drafter_bytes, read_bytes
+from refimpl.model import drafter as network
 
 # %% [markdown]
 # ## The loop
@@ -28,11 +31,72 @@ from refimpl.lab.explain.weight_traffic import drafter_bytes, read_bytes
 source(speculative.accept, speculative.speculative)
 
 # %% [markdown]
-# Drafting is greedy: the drafter's most probable token, then the most probable one after that. The drafter reads the keys and values of the
-# target, so it starts each round from what the target knows.
+# Drafting is greedy: the drafter's most probable token, then the most probable one after that.
 
 # %%
 source(drafter.Drafter.draft)
+
+# %% [markdown]
+# ## What the drafter is
+#
+# It is no small language model of its own. It stands on the target, and reads three things of it: the embedding of the newest token,
+# the final state of the token before, from which the target itself chose, and the keys and values of the target's last sliding
+# and last full layer. The first two, side by side, are brought to its own width; four layers with queries of their own look into the
+# target's cache; a head gives logits, and one more matrix the state for the next step. (Multi-token prediction; Gloeckle et al. 2024,
+# arXiv:2404.19737, train such heads with the model; a drafter that feeds on its own states is that of Li et al. 2024, EAGLE,
+# arXiv:2401.15077, section 3. The form here is transformers' `Gemma4AssistantForCausalLM`.)
+
+# %%
+source(network.draft_step)
+
+# %%
+model = refimpl.load(threads=1)
+small = refimpl.load_drafter(None, model)
+trunk = small.config.trunk
+n_weights = [sum(math.prod(info.shape) for info in m.file.tensors.values()) for m in (model, small)]
+table(["", "target", "drafter"],
+      [["weights", *(f"{n / 1e6:.2f} million" for n in n_weights)], ["width", model.config.n_embd, trunk.n_embd],
+       ["layers", model.config.n_layer, trunk.n_layer], ["experts", "128 in each layer", "none"],
+       ["keys and values of layers", "its own, 0 to 5", ", ".join(str(layer.kv_from) for layer in trunk.layers) + " of the target"]])
+
+# %% [markdown]
+# That makes it cheap in three ways. It has few weights, and no experts. It has no cache, and never runs over the prompt: what the target
+# knows of the text is in the keys it reads. And all its steps in a round look at the same keys, from the same position.
+#
+# ## How it was trained
+#
+# The target stays as it is, and first writes 800 texts, because what it writes is what a drafter has to predict. On these, and on the
+# library's own text, the drafter makes four steps from every position, each from its own state of the step before; so it learns to go
+# on from what it will really have. It is told the target's probabilities $P$, not the one token that came:
+#
+# $$ L = - \tfrac14 \sum_{j=0}^{3} \sum_v P_j(v) \log Q_j(v), \qquad P_j = \operatorname{softmax}(\text{logits}_j / 0.7) $$
+#
+# Dividing by 0.7 sharpens $P$, since only the most probable token is ever proposed (Hinton et al. 2015, arXiv:1503.02531, section 2,
+# divide by more than 1 for the opposite). The last fifth is on the Q4_0 grid (notebook 2). Figures and commands: the
+# [model card](../refimpl/tiny/README.md).
+
+# %%
+source("refimpl.tiny.training.train_drafter.rollout")
+
+# %% [markdown]
+# What does it need of all it reads? Six beginnings of Python code, 64 tokens after each, with one input replaced by zeros:
+
+# %%
+beginnings = [
+    '"""Read and write tables of numbers."""\n\nimport os\nimport sys\n\n',
+    'def read_lines(path, encoding="utf-8"):\n    """Return the lines of the file, without their ends."""\n',
+    'class Node:\n    def __init__(self, value, left=None, right=None):\n        self.value = value\n',
+    'class TestStack(unittest.TestCase):\n    def test_empty(self):\n        with self.assertRaises(IndexError):\n',
+    '    try:\n        data = self.sock.recv(1024)\n    except OSError as err:\n',
+    'def main():\n    parser = argparse.ArgumentParser(description=__doc__)\n']
+prompts = [model.tokenizer.encode(text) for text in beginnings]
+blinded = {"all": small, "without the newest token": drafting.Blinded(small, "embedding"),
+           "without the target's state": drafting.Blinded(small, "state"),
+           "without the target's keys and values": drafting.Blinded(small, "keys")}
+four = draft_length.FixedDraftLength(4)
+first = {name: drafting.acceptance([r for ids in prompts for r in drafting.run(model, ids, 64, which, four).rounds], 4)[0][0]
+         for name, which in blinded.items()}
+drafting.inputs_picture(first)
 
 # %% [markdown]
 # ## One text, round by round
@@ -43,8 +107,6 @@ source(drafter.Drafter.draft)
 source(drafting.run)
 
 # %%
-model = refimpl.load(threads=1)
-small = refimpl.load_drafter(None, model)
 prompt = model.tokenizer.encode('''def read_lines(path, encoding="utf-8"):
     """Return the lines of the file, without their ends."""
 ''')
@@ -90,7 +152,7 @@ drafting.authors_picture(model.tokenizer, prompt, drafted_warm)
 # %% [markdown]
 # ## How many are accepted
 #
-# Six beginnings of Python code, 64 tokens after each, greedy and at temperature 0.7, with 1 to 8 draft tokens in a round.
+# The six beginnings from above, 64 tokens after each, greedy and at temperature 0.7, with 1 to 8 draft tokens in a round.
 # `acceptance` gives $a_i$, the share of rounds in which draft tokens 1 to $i$ were all accepted, and $\alpha$, the share of accepted ones
 # among all that were judged. (The model card, `refimpl/tiny/README.md`, has the same for 120 prompts of held-out modules: other texts,
 # slightly other figures.)
@@ -99,14 +161,6 @@ drafting.authors_picture(model.tokenizer, prompt, drafted_warm)
 source(drafting.acceptance)
 
 # %%
-beginnings = [
-    '"""Read and write tables of numbers."""\n\nimport os\nimport sys\n\n',
-    'def read_lines(path, encoding="utf-8"):\n    """Return the lines of the file, without their ends."""\n',
-    'class Node:\n    def __init__(self, value, left=None, right=None):\n        self.value = value\n',
-    'class TestStack(unittest.TestCase):\n    def test_empty(self):\n        with self.assertRaises(IndexError):\n',
-    '    try:\n        data = self.sock.recv(1024)\n    except OSError as err:\n',
-    'def main():\n    parser = argparse.ArgumentParser(description=__doc__)\n']
-prompts = [model.tokenizer.encode(text) for text in beginnings]
 ways = {"greedy": {}, "temperature 0.7": warm}
 lengths = [1, 2, 3, 4, 6, 8]
 found = {way: {k: [r for ids in prompts
@@ -226,3 +280,46 @@ table(["draft tokens", *range(5), "a step of the drafter reads, of what a token 
 # The dense models gain with every draft token. In the mixture of experts each further row brings its own experts to read, and the drafter
 # is large beside what a token reads, so that a draft token must be accepted often to pay for itself. With an acceptance of 0 nothing ever
 # pays.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. Always right.** Suppose every draft token were accepted. Predict how much faster four of them would make the 26B-A4B, by its bytes.
+# Then:
+#
+# ```python
+# [round(verify["26B-A4B"][0] * rate, 2) for rate in drafting.rates(verify["26B-A4B"], drafter_bytes("26B-A4B"), (1, 1, 1, 1))]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# 1.88 times, where a dense model would get nearly 5 tokens for the price of one: five rows read more than twice the bytes of one, and the
+# drafter's four steps come on top.
+#
+# </details>
+#
+# **2. The least that pays.** How often must a single draft token of the 26B-A4B be accepted, so that it costs nothing? Predict; then
+# solve $(1 + a) / (\text{verify}(1) + \text{draft}) = 1 / \text{verify}(0)$:
+#
+# ```python
+# (verify["26B-A4B"][1] + drafter_bytes("26B-A4B")) / verify["26B-A4B"][0] - 1
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# 44 times of 100. For the dense 31B it is only the drafter's own share, a few percent.
+#
+# </details>
+#
+# **3. Hotter.** At temperature 0.7 the first draft token was accepted less often than greedily. Predict the share at 1.5. Then:
+#
+# ```python
+# hot = [r for ids in prompts for r in drafting.run(model, ids, 64, small, four, temperature=1.5, seed=1).rounds]
+# [round(way[0], 2) for way in (*chances.values(), drafting.acceptance(hot, 4)[0])]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# 0.20, after 0.67 (greedy) and 0.54 (at 0.7). The drafter proposes the most probable token, and at 1.5 the target mostly draws another one.
+#
+# </details>

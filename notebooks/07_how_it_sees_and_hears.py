@@ -336,3 +336,48 @@ table(["layers", "a token has heard at most"], [[1, f"{one / 1000:.2f} s"], [12,
 # %% [markdown]
 # A vision tower gives every patch the whole picture. The conformer gives a row half a second in a layer, a few seconds in all: what a
 # sound of half a minute means as a whole is left to the text model.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. Another side.** Turn the card upside down, mirror it, and exchange light and dark. Predict what is read. Then:
+#
+# ```python
+# [read(model, projector, np.ascontiguousarray(changed)) for changed in (card, card[::-1, ::-1], card[:, ::-1], 255 - card)]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# Upright it is `return`. Turned and mirrored, both are read as `yield`, a word that is not there; light on dark it reads nothing, and
+# goes on with `with with`. It has seen dark, upright letters only, and says some word for whatever looks like one.
+#
+# </details>
+#
+# **2. Two cards.** Put both cards behind `# `, first the one and then the other. Predict which word comes. Then:
+#
+# ```python
+# both = [["# ", Image(a, 70), Image(b, 70)] for a, b in ((card, other), (other, card))]
+# [{word: round(float(p), 2) for word, p in zip(shown[:2], seeing.next_probabilities(model, projector, parts)[first])} for parts in both]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# `yield`, the later one, has 0.60 in the first order; in the second neither word has more than 0.01. It was trained with one picture in a
+# prompt, and two are something else for it.
+#
+# </details>
+#
+# **3. Twice the budget.** A picture of 1920 x 1080 with a budget of 280 and of 560: predict how many times the work of E2B's tower grows,
+# and how many times that of its attention alone. Then:
+#
+# ```python
+# counts = [patches.n_tokens(1080, 1920, budget) for budget in (280, 560)]
+# works = [seeing.tower_work(next(iter(seeing.TOWERS.values())), 9 * n) for n in counts]
+# counts, sum(works[1]) / sum(works[0]), works[1][1] / works[0][1]
+# ```
+#
+# <details><summary>Answer</summary>
+#
+# 2.5 times for twice the tokens (264 and 527). Attention alone grows four times, and the matrices twice.
+#
+# </details>

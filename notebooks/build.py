@@ -1,4 +1,5 @@
-"""Executes the notebooks and writes them: `python notebooks/build.py [01 02 ...]`, all of them when none is named.
+"""Executes the notebooks and writes them: `python notebooks/build.py [01 02 ...]`, all of them when none is named. With `--text` only the
+words are taken over, and the lines that links name; nothing is executed.
 
 NN_name.py is the source (jupytext's percent format), NN_name.ipynb the same cells with what they showed. Nothing in an .ipynb depends on
 who wrote it or when: no times, no random cell ids, no kernel by name. It carries the SHA-256 of the sources it was executed from, and the
@@ -28,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 CELL_SECONDS = 300          # far more than any cell takes; a hang must end
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 LINE = re.compile(r"#L\d+")  # of a link to a line of source, which moves with every change above it
+LINK = re.compile(r"\[`(?P<name>[\w./]+)`\]\(\.\./(?P<path>refimpl/[\w/.-]+)#L(?P<line>\d+)\)((?P<gap>\n\n```python\n)(?P<first>[^\n]+))?")
 NEAR = 0.01                 # relative difference of printed numbers that counts as none
 
 
@@ -68,6 +70,15 @@ def digest(notebook: NotebookNode) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def with_exercises(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with a cell more for each piece of code in its exercises."""
+    exercises = notebook.cells[-1].source.partition("## Exercises")[2]
+    codes = re.findall(r"^```python\n(.*?)^```$", exercises, re.MULTILINE | re.DOTALL)
+    cells = [{"cell_type": "code", "id": f"exercise-{i}", "metadata": {}, "source": code.rstrip(), "outputs": [], "execution_count": None}
+             for i, code in enumerate(codes, 1)]
+    return nbformat.from_dict(notebook | {"cells": [*notebook.cells, *cells]})
+
+
 def execute(notebook: NotebookNode) -> NotebookNode:
     """Runs all cells in a fresh kernel of this Python, with this checkout's package. Raises CellExecutionError where a cell does."""
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
@@ -79,6 +90,35 @@ def execute(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata.language_info = {"name": "python"}
     notebook.metadata.refimpl = {"python": platform.python_version(), "sources": digest(notebook)}
     return notebook
+
+
+def retold(source: Path) -> NotebookNode:
+    """The executed notebook with the words of its source as they are now, and links to the lines where things are now. Raises ValueError
+    where a code cell changed.
+    """
+    notebook, stored = read(source), nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    codes, before = ([cell for cell in found.cells if cell.cell_type == "code"] for found in (notebook, stored))
+    if [(cell.source, cell.metadata) for cell in codes] != [(cell.source, cell.metadata) for cell in before]:
+        raise ValueError(f"{source.name}: a code cell is not what was executed; run it without --text")
+    for new, old in zip(codes, before):
+        new.outputs, new.execution_count = old.outputs, old.execution_count
+        for output in new.outputs:
+            if "text/markdown" in output.get("data", {}):
+                output.data["text/markdown"] = LINK.sub(_moved, output.data["text/markdown"])
+    notebook.metadata = stored.metadata | {"refimpl": stored.metadata.refimpl | {"sources": digest(notebook)}}
+    return nbformat.from_dict(notebook)
+
+
+def _moved(link: re.Match) -> str:
+    """A link to where its name, or the first line of the code below it, is now; as it was where that is in no place or in several."""
+    lines = (HERE.parent / link["path"]).read_text(encoding="utf-8").splitlines()
+    name = link["name"].rpartition(".")[2]
+    if name.isidentifier():
+        found = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
+    else:
+        found = [i for i, line in enumerate(lines, 1) if line.strip() == (link["first"] or "").strip()]
+    line = found[0] if len(found) == 1 else int(link["line"])
+    return f"[`{link['name']}`](../{link['path']}#L{line}){link['gap'] or ''}{link['first'] or ''}"
 
 
 def write(notebook: NotebookNode, path: Path):
@@ -135,12 +175,13 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(prog="python notebooks/build.py", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="how their file names begin: 03, or 03_attention_in_gemma4")
+    parser.add_argument("--text", action="store_true", help="only the words of the sources and the lines of links; executes nothing")
     args = parser.parse_args()
     chosen = [path for path in sources() if not args.names or any(path.stem.startswith(name) for name in args.names)]
     if not chosen:
         parser.error(f"there is no notebook {' or '.join(args.names)}; there are {', '.join(path.stem for path in sources())}")
     for path in chosen:
-        write(execute(read(path)), path.with_suffix(".ipynb"))
+        write(retold(path) if args.text else execute(read(path)), path.with_suffix(".ipynb"))
         sys.stdout.write(f"{path.with_suffix('.ipynb').name}: {path.with_suffix('.ipynb').stat().st_size / 1000:.0f} kB\n")
 
 

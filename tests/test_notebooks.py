@@ -1,16 +1,23 @@
 """Notebooks: the executed file is the source with its outputs, nothing is defined in it, and it runs now and shows the same.
 
-The two fastest are executed; the others under `-m exhaustive`. Whatever a notebook imports from the package must exist for all of them.
+The fastest are executed, with their exercises; the others under `-m exhaustive`. Whatever a notebook imports from the package must exist
+for all of them, and so must whatever their pages link to.
 """
 
 import ast
+import base64
 import importlib
 import inspect
+import io
+import json
 import os
+import re
 import sys
+from html.parser import HTMLParser
 
 import nbformat
 import pytest
+from cli import assert_one_line, run
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "notebooks"))
 import build  # noqa: E402  (a script, no package)
@@ -19,7 +26,7 @@ from refimpl.lab.explain import show  # noqa: E402
 
 SOURCES = build.sources()
 MOST_BYTES = 600_000
-FAST = ("01", "03")
+FAST = ("00", "01")
 notebooks = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
@@ -102,7 +109,133 @@ def test_it_needs_no_torch(source):
 @pytest.mark.parametrize("source", [pytest.param(source, marks=() if source.stem.startswith(FAST) else pytest.mark.exhaustive,
                                                  id=source.stem) for source in SOURCES])
 def test_it_runs_now_and_shows_what_is_stored(source):
-    assert not list(build.differences(stored(source), build.execute(build.read(source))))
+    now, before = build.execute(build.with_exercises(build.read(source))), stored(source)
+    now.cells = now.cells[:len(before.cells)]
+    assert not list(build.differences(before, now))
+
+
+@notebooks
+def test_it_ends_with_three_exercises_whose_answers_are_folded(source):
+    *_, last = build.read(source).cells
+    exercises = last.source.partition("## Exercises\n")[2]
+    assert last.cell_type == "markdown" and len(re.findall(r"^\*\*[123]\. ", exercises, re.MULTILINE)) == 3
+    assert len(re.findall(r"^<details><summary>Answer</summary>\n\n.+?\n\n</details>$", exercises, re.MULTILINE | re.DOTALL)) == 3
+    codes = build.with_exercises(build.read(source)).cells[len(build.read(source).cells):]
+    assert len(codes) == 3 and all(ast.parse(cell.source) for cell in codes)
+
+
+@notebooks
+def test_pictures_are_sharp_and_said_in_words(source):
+    from PIL import Image
+
+    for i, cell in enumerate(stored(source).cells):
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                alt = output.metadata.get("image/png", {}).get("alt", "") or output.metadata.get("alt", "")
+                assert len(alt) > 20, f"cell {i} of {source.stem}: a picture without words"
+                png = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+                assert min(png.info.get("dpi", (0,))) > 149, f"cell {i} of {source.stem}: {png.info.get('dpi')} dpi"
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.ids, self.alts = [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        of = dict(attributes)
+        self.ids |= {of["id"]} if "id" in of else set()
+        self.links += [of["href"]] if tag == "a" and "href" in of else []
+        self.alts += [of.get("alt")] if tag == "img" else []
+
+
+def test_links_of_the_pages_lead_somewhere(tmp_path):
+    code, out, err = run("notebooks", tmp_path / "pages", "--html")
+    assert code == 0 and "index.html" in out, err
+    pages = {path.resolve(): Page(path.read_text()) for path in (tmp_path / "pages").rglob("*.html")}
+    assert {f"{path.stem}.html" for path in SOURCES} | {"index.html"} <= {path.name for path in pages}
+    wrong, n_lines = [], 0
+    for path, page in pages.items():
+        for link in page.links:
+            if link.startswith("https://"):
+                continue
+            name, _, place = link.partition("#")
+            there = (path.parent / name).resolve() if name else path
+            n_lines += bool(re.fullmatch(r"L\d+", place))
+            if there not in pages or place and place not in pages[there].ids:
+                wrong.append(f"{path.name}: {link}")
+    assert not wrong and n_lines > 50
+    assert not [path.name for path, page in pages.items() if not all(alt and "No description" not in alt for alt in page.alts)]
+    assert sum(len(page.alts) for page in pages.values()) > 30
+
+
+@notebooks
+def test_links_name_what_is_there(source):
+    """A link to a line of source: the file has what the link names, or begins the code below it. (Its line may have moved a little.)"""
+    for cell in stored(source).cells:
+        for output in cell.get("outputs", []):
+            text = output.get("data", {}).get("text/markdown", "")
+            for name, path in re.findall(r"\[`([\w.]+)`\]\(\.\./(refimpl/[\w/]+\.py)#L\d+\)", text):
+                words = (build.HERE.parent / path).read_text()
+                assert re.search(rf"^\s*(def|class) {name.rpartition('.')[2]}\b", words, re.MULTILINE), f"{source.stem}: {name} in {path}"
+            for path, code in re.findall(r"\]\(\.\./(refimpl/[\w/]+\.py)#L\d+\)\n\n```python\n(.+?)\n```", text, re.DOTALL):
+                lines = {line.strip() for line in (build.HERE.parent / path).read_text().splitlines()}
+                gone = [line for line in code.splitlines() if line.strip() not in lines]
+                assert not gone, f"{source.stem} shows what {path} no longer says: {gone[0]!r}; python notebooks/build.py {source.stem[:2]}"
+
+
+def test_they_can_be_taken_along(tmp_path):
+    folder = tmp_path / "mine"
+    code, out, err = run("notebooks", folder, "--no-open")
+    assert code == 0 and f"{len(SOURCES)} notebooks" in out, err
+    for path in folder.glob("*.ipynb"):
+        text = json.dumps(json.loads(path.read_text()), ensure_ascii=False)
+        assert "](../" not in text
+        for linked in re.findall(r"\]\((source/[\w/.-]+)", text):
+            assert (folder / linked).is_file(), linked
+    (folder / "00_one_token.ipynb").write_text("mine")
+    assert_one_line(run("notebooks", folder, "--no-open"), 1, "exists; --force")
+    assert (folder / "00_one_token.ipynb").read_text() == "mine"
+    assert_one_line(run("notebooks", folder / "00_one_token.ipynb", "--no-open"), 1, "is a file")
+
+
+def test_a_puzzle_is_solved_by_what_computes_the_same():
+    from refimpl.lab.compare.known_bugs import BUGS
+    from refimpl.lab.explain import puzzles
+
+    assert all(name in BUGS for name in puzzles.PUZZLES)
+    assert "departs first at kqv_out-0" in puzzles.grade(3) and "solved" not in puzzles.grade(3, "self.window + 2", "self.window + 3")
+    assert "is solved" in puzzles.grade(3, "pos - self.window + 2", "pos + 1 - self.window")
+    with pytest.raises(puzzles.WrongAnswer, match="is 0 times"):
+        puzzles.grade(3, "no such words", "")
+    with pytest.raises(puzzles.WrongAnswer, match="does not run"):
+        puzzles.grade(3, "self.window + 2", "self.window +")
+    with pytest.raises(ValueError, match="there are 1 to"):
+        puzzles.grade(99)
+
+
+def test_bars_stand_on_zero():
+    fig, axes = show.figure(2, 2)
+    axes.bar([0, 1], [0.8, 0.9])
+    assert show.picture(fig, "two bars").data
+    axes.set_ylim(0.7, 1)
+    with pytest.raises(ValueError, match="have to stand on 0"):
+        show.picture(fig, "two bars that lie")
+
+
+def test_words_are_taken_over_without_executing(tmp_path):
+    """And links lead to where things are now. Where a code cell changed, it has to be executed."""
+    source = tmp_path / SOURCES[0].name
+    text = SOURCES[0].read_text(encoding="utf-8")
+    moved = re.sub(r"(refimpl/reference/ops.py#L)\d+", r"\g<1>9999", SOURCES[0].with_suffix(".ipynb").read_text(encoding="utf-8"))
+    source.with_suffix(".ipynb").write_text(moved, encoding="utf-8")
+    source.write_text(text.replace("This is the map.", "This is a map."), encoding="utf-8")
+    told = nbformat.writes(build.retold(source))
+    assert "This is a map." in told and "#L9999" in moved and "#L9999" not in told
+    source.write_text(text.replace('text = "for i', 'text = "for j'), encoding="utf-8")
+    with pytest.raises(ValueError, match="not what was executed"):
+        build.retold(source)
 
 
 def test_a_difference_is_seen():

@@ -13,10 +13,13 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import refimpl
 from refimpl.decode.sampling import Sampling
+from refimpl.formats.gguf import GGUFError
 from refimpl.formats.quants.codecs import dequantize, quantize
 from refimpl.loading.hf_names import gguf_name
+from refimpl.loading.hub import local
 from refimpl.loading.model import BUILT_IN
 from refimpl.tiny import corpus
+from refimpl.tiny.groups import balanced_groups
 from refimpl.tiny.ngram import NgramModel
 from refimpl.tiny.training import export, grids, network, train, train_drafter
 
@@ -30,12 +33,16 @@ def built_in():
 
 @pytest.fixture(scope="module")
 def as_transformers():
-    """transformers' model with the weights of the shipped file, which reach it through the gguf package."""
-    config = Gemma4TextConfig(**network.SHAPE)
+    return transformers_of(BUILT_IN, network.SHAPE)
+
+
+def transformers_of(path, shape):
+    """transformers' model with the weights of a shipped file, which reach it through the gguf package."""
+    config = Gemma4TextConfig(**shape)
     config._attn_implementation = config._experts_implementation = "eager"
     model = Gemma4ForCausalLM(config).eval()
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1].tolist())
-               for t in gguf.GGUFReader(BUILT_IN).tensors}
+               for t in gguf.GGUFReader(path).tensors}
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name != "lm_head.weight":
@@ -59,6 +66,38 @@ def test_shipped_file_has_the_features_of_the_26b(built_in):
     assert config.layers[5].values_are_keys and config.layers[5].head_dim == 2 * config.layers[0].head_dim
     assert {(layer.ffn.n_expert, layer.ffn.n_used) for layer in config.layers} == {(128, 8)}
     assert types == {"Q4_0", "F32"} and BUILT_IN.stat().st_size < 12e6
+
+
+def test_the_second_model_equals_transformers_and_has_the_features_of_e2b():
+    path, got = local("built-in:e2b"), {}
+    model = reference(path)
+    ids = model.tokenizer.encode(PROMPT)
+    model.logits(ids, tap=got.__setitem__)
+    for name, want in oracle(transformers_of(path, network.E2B_SHAPE), ids).items():
+        assert worst(got[name], want) < 1e-4, name
+    layers = model.config.layers
+    assert [layer.kv_from for layer in layers] == [0, 1, 2, 3, 2, 2, 2, 3] and not any(layer.values_are_keys for layer in layers)
+    assert {layer.ffn.n_ff for layer in layers if layer.has_own_kv} == {192} and {layer.ffn.n_ff for layer in layers[4:]} == {384}
+    assert model.config.n_ple == 32 and path.stat().st_size < 4e6
+    assert [model.tokenizer.encode(text) for text in (PROMPT, "<|turn>\xe8")] == [reference().tokenizer.encode(text)
+                                                                                for text in (PROMPT, "<|turn>\xe8")]
+
+
+def test_built_in_models_have_names():
+    assert local("built-in") == BUILT_IN and local("built-in", "drafter").parent == BUILT_IN.parent
+    with pytest.raises(GGUFError, match="there is built-in and"):
+        refimpl.load("built-in:e4b")
+    second = reference(local("built-in:e2b"))
+    for load, says in ((refimpl.load_drafter, "has no drafter"), (refimpl.load_projector, "has no projector")):
+        with pytest.raises(GGUFError, match=says):         # and not the first model's
+            load(None, second)
+
+
+def test_groups_of_the_vocabulary_are_of_one_size_and_near():
+    rows = np.random.default_rng(0).normal(size=(8, 16))[np.arange(64) % 8] + 0.01 * np.random.default_rng(1).normal(size=(64, 16))
+    group_V = balanced_groups(rows, 8, 20, seed=1)
+    assert (np.bincount(group_V) == 8).all()
+    assert np.mean([len(set(group_V[i::8])) == 1 for i in range(8)]) >= 0.5
 
 
 def test_all_experts_are_in_use(built_in):
@@ -203,6 +242,7 @@ def test_training_runs_the_steps_that_drafting_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(train_drafter.SoftCrossEntropy, "apply", look)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(train_drafter, "LOW", torch.float32)
     target.config._experts_implementation = "eager"
     losses, right = train_drafter.run(target, made, torch.tensor([ids]), 1)
     assert len(losses) == 4 and right.shape == (4, len(seen[0])) and len(seen[0]) == len(ids) - 5

@@ -22,10 +22,11 @@ from refimpl.cli import (  # noqa: F401  (each adds its commands to the app)
     fit,
     glass,
     judge,
-    judge_url,
     measure,
+    notebooks,
     run,
     serve,
+    trace,
     verify,
 )
 from refimpl.cli.app import Failure, abandon_output, app, errors, write

@@ -20,7 +20,7 @@ from refimpl.cli.llamacpp_options import Refused, ours
 
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 ORDER = ("generate", "chat", "serve", "fit", "inspect", "convert", "verify", "bench", "synth", "trace", "compare", "judge", "eval", "sweep",
-         "glass", "cache")
+         "glass", "notebooks", "cache")
 EXAMPLES = """\b
 Examples:
   refimpl generate -p "def main():"

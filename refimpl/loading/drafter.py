@@ -8,9 +8,9 @@ from pathlib import Path
 from refimpl.formats.gguf import GGUFError
 from refimpl.formats.source import TensorSource
 from refimpl.host import available
-from refimpl.loading.hub import local
+from refimpl.loading.hub import built_in_with, local
 from refimpl.loading.memory import MemoryRefusal, products_of, weight_bytes
-from refimpl.loading.model import BUILT_IN, Model, with_progress
+from refimpl.loading.model import Model, with_progress
 from refimpl.loading.open import open_drafter
 from refimpl.loading.prepared import InMemory, preparer
 from refimpl.model.config import warn_of_unknown_keys
@@ -19,8 +19,6 @@ from refimpl.model.drafter_config import DrafterConfig, drafter_config_from_gguf
 from refimpl.model.weights import prepare_matrices, vocabulary_size
 from refimpl.progress import Progress, silent
 
-BUILT_IN_DRAFTER = BUILT_IN.with_name("drafter.gguf")
-
 
 def read_drafter(path: str | os.PathLike | None, target: Model, head: str | int | None,
                  progress: Progress = silent) -> tuple[TensorSource, DrafterConfig, DrafterWeights]:
@@ -28,7 +26,7 @@ def read_drafter(path: str | os.PathLike | None, target: Model, head: str | int 
     n_vocab = target.config.n_vocab
     if head is not None and head not in HEADS and (type(head) is not int or not 1 <= head <= n_vocab):
         raise ValueError(f"head={head!r}: expected {', '.join(map(repr, HEADS))} or a number of tokens from 1 to {n_vocab}")
-    file = open_drafter(BUILT_IN_DRAFTER if path is None else local(path, "drafter"))
+    file = open_drafter(local(built_in_with(target.file.path) if path is None else path, "drafter"))
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
     warn_of_unknown_keys(file.metadata, file.path)

@@ -9,6 +9,8 @@ With several GGUF files and no type: Q4_0 where the repository's name says qat, 
 not leave exactly one. Drafters and image parts (mmproj, mtp, assistant, imatrix in the name) do not count, unless one is asked for or there
 is nothing else; of several projectors the BF16 one is taken, then F16. A local file whose name starts with hf: is ./hf:name.
 
+`built-in` and `built-in:e2b` are the models that ship (tiny/README.md); for a drafter and a projector, those that ship with them.
+
 Files are in huggingface_hub's own cache, shared with other programs, and its environment variables apply (HF_HOME, HF_TOKEN,
 HF_HUB_OFFLINE, HF_ENDPOINT). It resumes a download that breaks off while it runs (a stopped one starts again), and compares sizes. Whether
 the bytes are those that the repository lists is checked here, by SHA-256, once for each file.
@@ -34,6 +36,9 @@ ADDRESS = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^
                      r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+\.gguf))?)?")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?:@[^:/]+)?(?::[^/]+)?")            # owner/name[@revision][:type or file]
 SHA256 = re.compile("[0-9a-f]{64}")
+TINY = Path(__file__).parent.parent / "tiny"
+BUILT_IN_FOLDERS = {"built-in": TINY, "built-in:e2b": TINY / "e2b"}
+BUILT_IN_NAMES = {"model": "model.gguf", "drafter": "drafter.gguf", "projector": "mmproj.gguf"}
 TIMEOUT = 20                            # seconds until a server that does not answer counts as out of reach
 
 
@@ -66,10 +71,12 @@ def local(path: str | os.PathLike, role: str = "model") -> Path:
     "projector" must be named like one.
 
     Raises HubError if it cannot be downloaded; nothing incomplete or wrong stays in the cache. Raises GGUFError for a path that does not
-    exist and looks like a repository or its address.
+    exist and looks like a repository or its address, or a built-in model that there is not.
     """
     if not os.fspath(path):
         raise GGUFError("the model", None, "its name is empty")
+    if os.fspath(path).partition(":")[0] == "built-in":
+        return _built_in(os.fspath(path), role)
     if not is_remote(path):
         if meant := near_miss(path):
             raise GGUFError(path, None, f"no such file; did you mean {meant}?")
@@ -83,6 +90,20 @@ def local(path: str | os.PathLike, role: str = "model") -> Path:
     _refuse_a_full_disk(spec, listing, names)
     paths = [_fetch(spec, listing, listing.files[name]) for name in names]
     return paths[0] if names[0].lower().endswith(".gguf") else paths[names.index("config.json")].parent
+
+
+def _built_in(name: str, role: str) -> Path:
+    if name not in BUILT_IN_FOLDERS:
+        raise GGUFError(name, None, f"no such model; there is {' and '.join(BUILT_IN_FOLDERS)}")
+    file = BUILT_IN_FOLDERS[name] / BUILT_IN_NAMES[role]
+    if not file.exists():
+        raise GGUFError(name, None, f"this model has no {role}")
+    return file
+
+
+def built_in_with(model: Path) -> str:
+    """The name of the built-in model whose file this is; "built-in" for any other file."""
+    return next((name for name, folder in BUILT_IN_FOLDERS.items() if folder == model.resolve().parent), "built-in")
 
 
 def projector_of(spec: str) -> Path:

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from refimpl.progress import Advance, Progress, silent
 from refimpl.text.prompt import Encoded, Projector, Prompt, encode_prompt
 from refimpl.text.tokenizer import Tokenizer
 
-BUILT_IN = Path(__file__).parent.parent / "tiny" / "model.gguf"
+BUILT_IN = local("built-in")
 FIRST_CONTEXT = 4096                      # tokens of context that `load` checks memory for by default
 CHUNK = 512                               # rows of a prompt in one call
 MOST_ROWS = 1120                          # rows of a picture, which may have to be in one
@@ -146,7 +145,7 @@ def load(path: str | os.PathLike | None = None, *, backend: str = "kernels", ari
          weights: str = "auto", n_ctx: int | None = None, cache_disk: int = CACHE_DISK, lock: bool = False,
          progress: Progress = silent) -> Model:
     """Loads a Gemma 4 model: a GGUF file, a Hugging Face directory (safetensors, not quantized or W4A16), or `hf:owner/name`, which is
-    downloaded first (loading/hub.py). Without a path: the small model that ships.
+    downloaded first (loading/hub.py). Without a path: the small model that ships; "built-in:e2b" is the other one.
 
     backend     "kernels" (Numba, on `threads` threads, by default one for each physical core) or "reference" (NumPy, one thread)
     arithmetic  "q8": activations are quantized to 8 bits before they are multiplied with quantized weights, as in ggml (default of the

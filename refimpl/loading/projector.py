@@ -15,7 +15,7 @@ from refimpl.formats.quants.codecs import quantize
 from refimpl.formats.source import TensorSource, Unchanged
 from refimpl.host import available
 from refimpl.kernels.cores.threads import prepare
-from refimpl.loading.hub import local
+from refimpl.loading.hub import built_in_with, local
 from refimpl.loading.memory import MemoryRefusal, products_of, tower_bytes, weight_bytes
 from refimpl.loading.model import BUILT_IN, Model, with_progress
 from refimpl.loading.prepared import CACHE_DISK, InMemory, preparer
@@ -219,7 +219,7 @@ def load_projector(path: str | os.PathLike | None, target: Model | None = None, 
     if weights not in ("stored", "Q8_0"):
         raise ValueError(f"weights={weights!r}: expected 'stored' or 'Q8_0'")
     functions = _functions(target, backend, arithmetic, threads)
-    file = open_projector(BUILT_IN_PROJECTOR if path is None else local(path, "projector"))
+    file = open_projector(local(_beside(target) if path is None else path, "projector"))
     config = projector_config_from_gguf(file)
     if target is not None and config.n_out != target.config.n_embd:
         raise GGUFError(file.path, None, f"soft tokens are {config.n_out} wide, {target.name} takes {target.config.n_embd}: this projector "
@@ -258,6 +258,10 @@ def projectors_beside(path: Path | None) -> list[Path]:
     if path is None:
         return [BUILT_IN_PROJECTOR]
     return [path] if path.is_dir() else sorted(file for file in path.parent.glob("*.gguf") if "mmproj" in file.name.lower())
+
+
+def _beside(target: Model | None) -> str:
+    return "built-in" if target is None else built_in_with(target.file.path)
 
 
 def _functions(target: Model | None, backend: str | None, arithmetic: str | None, threads: int | None) -> Backend:

@@ -164,11 +164,16 @@ def changed(bug: Bug) -> str:
     return source.replace(bug.old, bug.new)
 
 
-@contextlib.contextmanager
 def inject(bug: Bug):
     """Runs with the bug in its function, which keeps its identity: whoever holds it has the bug too."""
-    function, made = bug.function, {}
-    exec(compile(changed(bug), inspect.getfile(function), "exec"), function.__globals__, made)
+    return running(bug.function, changed(bug))
+
+
+@contextlib.contextmanager
+def running(function: Callable, source: str):
+    """Runs with another source of a function, for the length of a `with` block. Raises SyntaxError before it."""
+    made = {}
+    exec(compile(source, inspect.getfile(function), "exec"), function.__globals__, made)
     kept, function.__code__ = function.__code__, made[function.__name__].__code__
     try:
         yield

@@ -152,7 +152,7 @@ def _error_against(speeds: Mapping[Row, float], label: str, corner: str, descrip
 
 
 def _points(axes, table: Sequence[Row], places: Sequence[tuple[float, float]]):
-    """A marker for every type, in its family's colour, and its name beside it where no other name is."""
+    """A marker and a name for every type in its family's colour, the name where no other name is."""
     for name, (colour, marker, types) in FAMILIES.items():
         own = [place for row, place in zip(table, places) if row.type in types]
         if own:
@@ -160,14 +160,16 @@ def _points(axes, table: Sequence[Row], places: Sequence[tuple[float, float]]):
     missing = {row.type for row in table} - {kind for _, _, types in FAMILIES.values() for kind in types}
     if missing:
         raise ValueError(f"no family for {', '.join(sorted(missing))}")
+    colours = {kind: colour for colour, _, types in FAMILIES.values() for kind in types}
     axes.figure.draw_without_rendering()
     points = [axes.transData.transform(place) * 72 / axes.figure.dpi for place in places]
     taken = [(x - 4, y - 4, 8, 8) for x, y in points]
-    for row, (x, y), (left, low) in zip(table, places, points):
+    # from top to bottom: of two points, one above the other, the upper one has the upper name
+    for row, (x, y), (left, low) in sorted(zip(table, places, points), key=lambda part: -part[2][1]):
         for dx, dy, align in ((7, -3, "left"), (-7, -3, "right"), (6, 4, "left"), (6, -10, "left"), (-6, 4, "right"), (-6, -10, "right")):
-            width = 4.4 * len(row.type)
+            width = 3.9 * len(row.type)
             box = (left + dx - (width if align == "right" else 0), low + dy, width, 7)
             if not any(a < box[0] + box[2] and box[0] < a + c and b < box[1] + box[3] and box[1] < b + d for a, b, c, d in taken):
                 break
         taken.append(box)
-        axes.annotate(row.type, (x, y), (dx, dy), textcoords="offset points", ha=align, fontsize=7)
+        axes.annotate(row.type, (x, y), (dx, dy), textcoords="offset points", ha=align, fontsize=7, color=colours[row.type])

@@ -52,7 +52,27 @@ class Stubborn:
         return [self.token] * len(self.drafter.draft(token, state_C, cache, n, min_p))
 
 
-def run(model: Model, ids: Sequence[int], n_new: int, drafter: Drafter | Stubborn | None = None,
+class Blinded:
+    """A drafter that gets zeros in place of one of its inputs: "embedding" (of the newest token), "state" (of the target), "keys"."""
+
+    def __init__(self, drafter: Drafter, without: str):
+        self.drafter, self.without, self.target, self.auto = drafter, without, drafter.target, AutoDraftLength()
+
+    def draft(self, token, state_C, cache, n: int, min_p: float = 0.0) -> list[int]:
+        """As in Drafter."""
+        return self.drafter.draft(token, state_C, cache, n, min_p, self._erase)
+
+    def _erase(self, name: str, value: np.ndarray):
+        value_name, width = name.partition(".")[2], self.target.config.n_embd
+        if value_name == "inp_xh" and self.without == "embedding":
+            value[:, :width] = 0
+        elif value_name == "inp_xh" and self.without == "state":
+            value[:, width:] = 0
+        elif value_name.startswith("kqv_out-") and self.without == "keys":
+            value[:] = 0
+
+
+def run(model: Model, ids: Sequence[int], n_new: int, drafter: Drafter | Stubborn | Blinded | None = None,
         draft_length: DraftLength | None = None, **sampling) -> Run:
     """`n_new` tokens after `ids`, with a drafter (`draft_length`: of the rounds) or without. `sampling` as in Sampling; greedy
     unless a temperature is given. Does not stop at the end of a text, so that all runs are equally long.
@@ -177,6 +197,17 @@ def authors_picture(tokenizer: Tokenizer, prompt: Sequence[int], run: Run, width
     key = ((GREEN, "accepted draft tokens"), (BLUE, "the target's own"))
     fig = text_figure(tokens, backs[:len(tokens)], inks[:len(tokens)], width, key)
     return picture(fig, "The text, coloured by who wrote it.")
+
+
+def inputs_picture(first: Mapping[str, float]):
+    """How often the first draft token is accepted, a bar for each entry."""
+    fig, axes = figure(7, 0.32 * len(first) + 0.9)
+    axes.barh(range(len(first)), list(first.values()), color=[BLUE, *[ORANGE] * (len(first) - 1)])
+    for row, share in enumerate(first.values()):
+        axes.text(share, row, f" {share:.0%}", va="center", fontsize=9)
+    axes.set(yticks=range(len(first)), yticklabels=list(first), ylim=(len(first) - 0.4, -0.6), xlim=(0, 1),
+             xlabel="rounds in which the first draft token is accepted")
+    return picture(fig, "First draft token accepted: " + "; ".join(f"{name} {share:.0%}" for name, share in first.items()))
 
 
 def acceptance_picture(curves: Mapping[str, Sequence[float]], alphas: Mapping[str, float]):

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent.parent
 # Okabe and Ito's eight colours, distinguishable with any colour vision
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK, YELLOW)
-DPI = 144
+DPI = 150
 
 
 def source(*functions: Callable | str):
@@ -33,6 +33,19 @@ def source(*functions: Callable | str):
         link = f"[`{file.as_posix()}`](../{file.as_posix()}#L{max(1, first)})"
         parts.append(f"{link}\n\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```")
     return Markdown("\n\n".join(parts))
+
+
+def deeper(notebook: str, *functions: Callable | str):
+    """Where a station is explained: a notebook by its file name ("" for none), and lines of source. As Markdown."""
+    Markdown = require("IPython.display", "notebooks").Markdown
+
+    links = [f"[notebook {int(notebook[:2])}]({notebook}.ipynb)"] if notebook else []
+    for function in functions:
+        file, _, first = _read_source(function) if isinstance(function, str) else _source_of(function)
+        name = function.rpartition(".")[2] if isinstance(function, str) else function.__qualname__
+        file = file.relative_to(PACKAGE.parent).as_posix()
+        links.append(f"[`{name}`](../{file}#L{max(1, first)}) in `{file}`")
+    return Markdown("*Deeper:* " + "; ".join(links))
 
 
 def _source_of(function: Callable) -> tuple[Path, list[str], int]:
@@ -70,19 +83,28 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def picture(fig, alt: str):
-    """A figure as a PNG image, in one plain style; `alt` says in words what it shows."""
-    Shown = require("IPython.display", "notebooks").Image
-    from PIL import Image
-
+    """A figure as a PNG image, in one plain style; `alt` says in words what it shows. Raises ValueError for bars on an axis without 0."""
     for axes in fig.axes:
+        for bars in axes.containers:
+            low, high = sorted(axes.get_xlim() if getattr(bars, "orientation", "vertical") == "horizontal" else axes.get_ylim())
+            if not low <= 0 <= high:
+                raise ValueError(f"bars on an axis from {low:g} to {high:g}; they have to stand on 0: {alt}")
         axes.set_title(axes.get_title(), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         for axis in (axes.xaxis, axes.yaxis):
             axis.label.set_fontsize(9)
-    drawn, out = io.BytesIO(), io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=DPI)
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)     # a third of the bytes
+    return drawn(fig, alt)
+
+
+def drawn(fig, alt: str):
+    """A figure as it is, as a PNG image in 256 colours, a third of the bytes; `alt` as in `picture`."""
+    Shown = require("IPython.display", "notebooks").Image
+    from PIL import Image
+
+    png, out = io.BytesIO(), io.BytesIO()
+    fig.savefig(png, format="png", dpi=DPI)
+    Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True, dpi=(DPI, DPI))
     return Shown(out.getvalue(), format="png", alt=alt)
 
 

@@ -25,6 +25,8 @@ from refimpl.tiny import corpus
 from refimpl.tiny.training import vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+MODEL_NAMES = {     # attention_k_eq_v -> what the file calls itself, and of what
+    True: ("refimpl tiny python", "A Gemma 4 MoE"), False: ("refimpl tiny python e2b", "A Gemma 4 E2B")}
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 
 
@@ -65,8 +67,8 @@ def export(run: Path, target: Path):
 
     state = {name: value.numpy() for name, value in torch.load(run / "model.pt", weights_only=True).items()}
     config = json.loads((run / "config.json").read_text())
-    about = about_file("refimpl tiny python", "A Gemma 4 MoE in miniature, trained on the Python standard library's source. "
-                       "Writes Python-like text.") | {
+    name, kind = MODEL_NAMES[config["attention_k_eq_v"]]
+    about = about_file(name, f"{kind} in miniature, trained on the Python standard library's source. Writes Python-like text.") | {
         # no top-k or top-p: without the tail a model of this size gets into loops (8 of 48 texts; none with it)
         "general.sampling.temp": 0.7, "general.sampling.top_k": 0, "general.sampling.top_p": 1.0,
     }
@@ -76,7 +78,7 @@ def export(run: Path, target: Path):
 
 
 def export_drafter(run: Path, target: Path):
-    """Writes the drafter of a training run (its `drafter.pt` and `config.json`) to `target`, with the built-in model's vocabulary."""
+    """Writes the drafter of a training run (its `drafter.pt` and `config.json`) to `target`, with the built-in models' vocabulary."""
     import torch
 
     from refimpl.formats.gguf import open_gguf
@@ -84,8 +86,8 @@ def export_drafter(run: Path, target: Path):
 
     state = {name: value.numpy() for name, value in torch.load(run / "drafter.pt", weights_only=True).items()}
     config = json.loads((run / "config.json").read_text())
-    about = about_file("refimpl tiny python drafter", "Drafts for the refimpl tiny python model (multi-token prediction).",
-                       ", and texts of the target")
+    of, _ = MODEL_NAMES[config["text_config"]["attention_k_eq_v"]]
+    about = about_file(f"{of} drafter", f"Drafts for the {of} model (multi-token prediction).", ", and texts of the target")
     vocabulary_keys = {key: value for key, value in open_gguf(BUILT_IN).metadata.items() if key.startswith("tokenizer.ggml.")}
     write_gguf(target, drafter_metadata(config) | about | vocabulary_keys,
                gguf_tensors(config["text_config"], state, lambda name, shape: "Q4_0"))

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.integrations.moe import ExpertsInterface
 
 from refimpl.tiny.training import vocabulary
+from refimpl.tiny.training.precision import LOW, autocast
 
 SHAPE = dict(
     vocab_size=vocabulary.SIZE, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
@@ -17,6 +18,12 @@ SHAPE = dict(
     hidden_size_per_layer_input=0, vocab_size_per_layer_input=vocabulary.SIZE, enable_moe_block=True, num_experts=128,
     top_k_experts=8, moe_intermediate_size=32, final_logit_softcapping=30.0, max_position_embeddings=4096,
     pad_token_id=vocabulary.PAD, eos_token_id=vocabulary.EOS, bos_token_id=vocabulary.BOS, tie_word_embeddings=True)
+
+E2B_SHAPE = SHAPE | dict(
+    num_hidden_layers=8, layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2, num_key_value_heads=1,
+    num_global_key_value_heads=None, attention_k_eq_v=False, num_kv_shared_layers=4, intermediate_size=192, use_double_wide_mlp=True,
+    hidden_size_per_layer_input=32, enable_moe_block=False, num_experts=None, top_k_experts=None, moe_intermediate_size=None)
+SHAPES = {"26B-A4B": SHAPE, "E2B": E2B_SHAPE}       # what the files that ship are miniatures of
 
 NO_MASKS = {"full_attention": None, "sliding_attention": None}      # block_attention masks by itself
 
@@ -86,15 +93,15 @@ class CappedCrossEntropy(torch.autograd.Function):
         """The loss; also its gradients, while the logits are in memory."""
         grad_x, grad_w = torch.empty_like(x_TD), torch.zeros_like(w_VD)
         total, n, size = 0.0, x_TD.shape[0], 512
-        w_low = w_VD.bfloat16()
+        w_low = w_VD.to(LOW)
         for lo in range(0, n, size):
-            x, target = x_TD[lo:lo + size].bfloat16(), target_T[lo:lo + size]
+            x, target = x_TD[lo:lo + size].to(LOW), target_T[lo:lo + size]
             y = torch.tanh((x @ w_low.T).float().div_(cap))
             grad = (y * cap).log_softmax(-1)
             total += -grad.gather(1, target[:, None]).sum()
             grad = grad.exp_()
             grad[torch.arange(len(target)), target] -= 1.0
-            grad = grad.mul_(1.0 - y.square_()).div_(n).bfloat16()
+            grad = grad.mul_(1.0 - y.square_()).div_(n).to(LOW)
             grad_x[lo:lo + size] = (grad @ w_low).float()
             grad_w += (grad.T @ x).float()
         ctx.save_for_backward(grad_x, grad_w)
@@ -118,15 +125,17 @@ def router_losses(router_probabilities: list[torch.Tensor], n_used: int) -> torc
     return total / len(router_probabilities)
 
 
-def build_model(seed: int) -> Gemma4ForCausalLM:
+def build_model(seed: int, shape: dict[str, object] = SHAPE) -> Gemma4ForCausalLM:
     """A new model. Attention has no 1/sqrt(H) and the router an extra 1/sqrt(D); the initial weights make up for both."""
     torch.manual_seed(seed)
-    config = Gemma4TextConfig(**SHAPE)
+    config = Gemma4TextConfig(**shape)
     config._attn_implementation, config._experts_implementation = "refimpl_block", "refimpl_grouped"
     model = Gemma4ForCausalLM(config)
     for name, p in model.named_parameters():
         if name.endswith("embed_tokens.weight"):
             torch.nn.init.normal_(p, std=config.hidden_size ** -0.5)
+        elif name.endswith("embed_tokens_per_layer.weight"):
+            torch.nn.init.normal_(p, std=config.hidden_size_per_layer_input ** -0.5)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             torch.nn.init.constant_(p, p.shape[0] ** -0.25)
         elif "router.proj" in name:
@@ -138,7 +147,7 @@ def build_model(seed: int) -> Gemma4ForCausalLM:
 
 def loss_of(model, ids_BT: torch.Tensor, target_BT: torch.Tensor, with_router: bool):
     """(next-token loss in nats, router losses) of a batch."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         out = model.model(input_ids=ids_BT, attention_mask=NO_MASKS, use_cache=False, output_router_logits=with_router)
     x_TD = out.last_hidden_state.float().reshape(-1, out.last_hidden_state.shape[-1])
     nats = CappedCrossEntropy.apply(x_TD, model.model.embed_tokens.weight, target_BT.reshape(-1),

@@ -2,10 +2,14 @@
 
 import torch
 
+from refimpl.tiny.training.precision import LOW
+
+OF_LAYERS = ("per_layer_model_projection.weight", "per_layer_input_gate.weight", "per_layer_projection.weight")
+
 
 def orthogonalised(g: torch.Tensor) -> torch.Tensor:
     """Newton-Schulz iteration: moves the singular values of each matrix of a batch (..., rows <= cols) towards 1."""
-    x = g.bfloat16()
+    x = g.to(LOW)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
@@ -50,9 +54,9 @@ class Optimiser:
 
 def is_matrix(name: str) -> bool:
     """Does Muon train it? Projections and experts; not the embedding (also the head), the router or vectors."""
-    return name.endswith(("proj.weight", "gate_up_proj", "down_proj")) and "router" not in name
+    return name.endswith(("proj.weight", "gate_up_proj", "down_proj", *OF_LAYERS)) and "router" not in name
 
 
 def is_quantized(name: str) -> bool:
     """Is it Q4_0 in the file? All matrices but the router's."""
-    return is_matrix(name) or name.endswith("embed_tokens.weight")
+    return is_matrix(name) or name.endswith(("embed_tokens.weight", "embed_tokens_per_layer.weight"))

@@ -2,7 +2,7 @@
 
 A run can be stopped at any time; the same command resumes it from its last saved state.
 
-The model is transformers' own `Gemma4ForCausalLM` in the shape of the 26B-A4B, in miniature. The last part of the training is
+The model is transformers' own `Gemma4ForCausalLM` in the shape of the 26B-A4B, or of E2B, in miniature. The last part of the training is
 quantization-aware: every matrix is rounded to the Q4_0 grid before the forward pass, and the gradient updates the unrounded
 weights (a straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), so the file loses nothing.
 
@@ -26,11 +26,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from refimpl.formats.gguf import open_gguf
+from refimpl.formats.matrix import Matrix
 from refimpl.tiny import corpus
 from refimpl.tiny.training import vocabulary
 from refimpl.tiny.training.grids import Q4_0, on_grid
-from refimpl.tiny.training.network import NO_MASKS, SHAPE, build_model, loss_of
+from refimpl.tiny.training.network import NO_MASKS, SHAPES, build_model, loss_of
 from refimpl.tiny.training.optimiser import Optimiser, is_quantized
+from refimpl.tiny.training.precision import autocast
 
 WINDOW = 512                  # tokens in a training sequence
 BALANCE, Z = 0.01, 1e-4       # weights of the load-balancing and router-logit losses (Fedus et al. 2021; Zoph et al. 2022)
@@ -78,9 +81,9 @@ def mean_nats(model, files: list[np.ndarray], max_windows: int | None = None) ->
         while end < len(ids) and (max_windows is None or n_windows < max_windows):
             hi = min(lo + WINDOW, len(ids) - 1)
             x, y = ids[lo:hi], ids[lo + 1:hi + 1]
-            pad = -len(x) % SHAPE["sliding_window"]
+            pad = -len(x) % model.config.sliding_window
             x = torch.from_numpy(np.pad(x, (0, pad)))[None]
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with autocast():
                 hidden = model.model(input_ids=x, attention_mask=NO_MASKS, use_cache=False).last_hidden_state[0, :len(y)]
             cap = model.config.final_logit_softcapping
             logits = torch.tanh(hidden.float() @ model.model.embed_tokens.weight.T / cap) * cap
@@ -99,16 +102,25 @@ def schedule(step: int, steps: int, decay: float) -> float:
     return min((step + 1) / 100, 1.0, (steps - step) / (steps * decay))
 
 
-def backward(model, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Backpropagates a batch, adding to the gradients. Returns (next-token loss in nats, router losses)."""
-    nats, balance = loss_of(model, ids_BT, target_BT, with_router=True)
-    (nats + BALANCE * balance).backward()
+def backward(model, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Backpropagates a batch, adding to the gradients. Returns (next-token loss in nats, router losses, None without a router)."""
+    has_router = model.config.enable_moe_block
+    nats, balance = loss_of(model, ids_BT, target_BT, with_router=has_router)
+    (nats + BALANCE * balance if has_router else nats).backward()
     return nats, balance
 
 
 def clip(flat_grad: torch.Tensor):
     """Scales all gradients to a norm of at most 1."""
     flat_grad *= min(1.0, 1.0 / (flat_grad.norm().item() + 1e-6))
+
+
+def start_with_embedding(model, path: str):
+    """Replaces the embedding, which is the head too, by that of a GGUF file with the same vocabulary and width."""
+    file = open_gguf(path)
+    w_VD = Matrix(file.raw("token_embd.weight"), file.tensors["token_embd.weight"].type).float32()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.from_numpy(w_VD))
 
 
 def flatten(model, n_owners: int):
@@ -145,7 +157,9 @@ def worker(rank: int, args: argparse.Namespace, tokenizer_json: str):
     windows = Windows.of(tokenizer, text)
     validation = encode_parts(tokenizer, text.validation)
 
-    model = build_model(args.seed)
+    model = build_model(args.seed, SHAPES[args.shape])
+    if args.embedding:
+        start_with_embedding(model, args.embedding)
     flat, flat_grad, parts = flatten(model, args.workers)
     mine = parts[rank][0]
     optimiser = Optimiser(mine, args.muon_lr, args.adam_lr)
@@ -183,8 +197,9 @@ def worker(rank: int, args: argparse.Namespace, tokenizer_json: str):
             torch.save({"flat": flat, "state": optimiser.state, "step": step}, f"{state_file}.tmp")
             os.replace(f"{state_file}.tmp", state_file)
         if rank == 0 and (step % 20 == 0 or last):
-            record = {"step": step, "train_nats": round(ema, 4), "balance": round(balance.item(), 3), "grid": grid,
-                      "seconds": round(time.time() - began, 1)}
+            record = {"step": step, "train_nats": round(ema, 4), "grid": grid, "seconds": round(time.time() - began, 1)}
+            if balance is not None:
+                record["balance"] = round(balance.item(), 3)
             if step % args.evaluate_every == 0 or last:
                 record["validation_nats"] = round(mean_nats(model, validation, None if last else 60)[0], 4)
             log.write(json.dumps(record) + "\n")
@@ -228,6 +243,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.training.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="tiny-run", help="folder for the state, the log and the result; an existing one is resumed")
+    parser.add_argument("--shape", choices=list(SHAPES), default="26B-A4B", help="the model that this is a miniature of")
+    parser.add_argument("--embedding", metavar="GGUF", help="a model of the same vocabulary and width; its embedding is the first one here")
     parser.add_argument("--steps", type=int, default=3700)
     parser.add_argument("--batch", type=int, default=16, help=f"sequences of {WINDOW} tokens in a step")
     parser.add_argument("--workers", type=int, default=2, help="processes with one thread each")

@@ -1,6 +1,6 @@
 """Trains the drafter that ships: `python -m refimpl.tiny.training.train_drafter` repeats it from scratch (needs the `train` extra).
 
-The target, the built-in model, is not changed. It first writes texts of its own, because these are what a drafter has to predict; half of
+The target, a built-in model, is not changed. It first writes texts of its own, because these are what a drafter has to predict; half of
 the training is on them, half on the library's text. A drafter at position p has the target's state of p - 1, the token at p, and the
 target's keys and values of 0..p - 1. It predicts the next token, and three more, each from its own state of the step before: the loss
 covers all four steps, so it learns to continue from its own states.
@@ -28,13 +28,16 @@ from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemm
 from refimpl.formats.gguf import open_gguf
 from refimpl.formats.matrix import Matrix
 from refimpl.loading.hf_names import gguf_name
+from refimpl.loading.hub import local
 from refimpl.tiny.corpus import read_corpus
 from refimpl.tiny.training import vocabulary
 from refimpl.tiny.training.grids import Q4_0, on_grid
-from refimpl.tiny.training.network import NO_MASKS, SHAPE, build_model
+from refimpl.tiny.training.network import NO_MASKS, SHAPES, build_model
 from refimpl.tiny.training.optimiser import Optimiser
+from refimpl.tiny.training.precision import LOW, autocast
 from refimpl.tiny.training.train import schedule
 
+OF = {"built-in": "26B-A4B", "built-in:e2b": "E2B"}      # target -> its shape
 WIDTH, N_FF, STEPS = 96, 192, 4
 WINDOW, PROMPT = 512, 96      # tokens in a window, and in the prompt at the start of the target's own texts
 SHARP = 0.7                   # temperature of the labels: sharper, because a drafter proposes the most probable token
@@ -43,13 +46,13 @@ TEMPERATURE = 0.7             # of the target's own texts
 
 # ---- the target's own texts
 
-def some_texts(task: tuple[int, list[np.ndarray], int]) -> np.ndarray:
+def some_texts(task: tuple[str, int, list[np.ndarray], int]) -> np.ndarray:
     """The share of one process: int64 (n, WINDOW), the target's continuations of random prompts from `files`."""
     import refimpl
 
-    seed, files, n = task
+    name, seed, files, n = task
     rng = np.random.default_rng([seed, 1])
-    model, rows = refimpl.load(threads=1), []
+    model, rows = refimpl.load(name, threads=1), []
     while len(rows) < n:
         ids = files[rng.integers(len(files))]
         if len(ids) < PROMPT + 1:
@@ -63,11 +66,11 @@ def some_texts(task: tuple[int, list[np.ndarray], int]) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
-def write_texts(path: Path, files: list[np.ndarray], n: int, seed: int):
-    """Writes n texts to `path`, int64 (n, WINDOW), unless the file exists."""
+def write_texts(path: Path, name: str, files: list[np.ndarray], n: int, seed: int):
+    """Writes n texts of the model `name` to `path`, int64 (n, WINDOW), unless the file exists."""
     if path.exists():
         return
-    shares = [(seed + i, files, n // 2 + (i < n % 2)) for i in range(2)]
+    shares = [(name, seed + i, files, n // 2 + (i < n % 2)) for i in range(2)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         np.save(path.with_suffix(".tmp.npy"), np.concatenate(pool.map(some_texts, shares)))
     os.replace(path.with_suffix(".tmp.npy"), path)
@@ -75,12 +78,10 @@ def write_texts(path: Path, files: list[np.ndarray], n: int, seed: int):
 
 # ---- the networks
 
-def load_target(path: str | None = None):
-    """The built-in model in transformers' classes, with the weights of the file."""
-    from refimpl.loading.model import BUILT_IN
-
-    file = open_gguf(BUILT_IN if path is None else path)
-    model = build_model(0)
+def load_target(name: str = "built-in"):
+    """A built-in model in transformers' classes, with the weights of the file."""
+    file = open_gguf(local(name))
+    model = build_model(0, SHAPES[OF[name]])
     scalars = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
     with torch.no_grad():
         for theirs, value in [*model.named_parameters(), *scalars]:
@@ -89,15 +90,17 @@ def load_target(path: str | None = None):
     return model.eval().requires_grad_(False)
 
 
-def build_drafter(target, seed: int) -> Gemma4AssistantForCausalLM:
-    """A new drafter. Its head starts as the target's, projected on its WIDTH largest singular directions, and so do the projections."""
+def build_drafter(target, seed: int, shape: dict[str, object] = SHAPES["26B-A4B"]) -> Gemma4AssistantForCausalLM:
+    """A new drafter for a target of this shape. Its head starts as the target's, projected on its WIDTH largest singular directions, and
+    so do the projections.
+    """
     torch.manual_seed(seed)
-    text = Gemma4TextConfig(**SHAPE | dict(
+    text = Gemma4TextConfig(**shape | dict(
         hidden_size=WIDTH, intermediate_size=N_FF, num_hidden_layers=4, layer_types=["sliding_attention"] * 3 + ["full_attention"],
         enable_moe_block=False, num_experts=None, top_k_experts=None, moe_intermediate_size=None, num_kv_shared_layers=4,
-        vocab_size_per_layer_input=0, final_logit_softcapping=None))
+        hidden_size_per_layer_input=0, use_double_wide_mlp=False, vocab_size_per_layer_input=0, final_logit_softcapping=None))
     drafter = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(
-        text_config=text, backbone_hidden_size=SHAPE["hidden_size"], use_ordered_embeddings=False))
+        text_config=text, backbone_hidden_size=shape["hidden_size"], use_ordered_embeddings=False))
     embedding = target.model.embed_tokens.weight.detach()
     directions = torch.linalg.svd(embedding, full_matrices=False).Vh[:WIDTH]                    # (WIDTH, H)
     for name, p in drafter.named_parameters():
@@ -131,13 +134,13 @@ class SoftCrossEntropy(torch.autograd.Function):
     def forward(ctx, z_TD, w_VD, p_TV):
         """The loss and the most probable tokens; also the gradients, while the logits are in memory."""
         grad_z, grad_w, n, total, best = torch.empty_like(z_TD), torch.zeros_like(w_VD), len(z_TD), 0.0, []
-        w_low = w_VD.bfloat16()
+        w_low = w_VD.to(LOW)
         for lo in range(0, n, 512):
-            z, p = z_TD[lo:lo + 512].bfloat16(), p_TV[lo:lo + 512].float()
+            z, p = z_TD[lo:lo + 512].to(LOW), p_TV[lo:lo + 512].float()
             log_q = (z @ w_low.T).float().log_softmax(-1)
             best.append(log_q.argmax(-1))
             total -= (p * log_q).sum()
-            grad = log_q.exp_().sub_(p).div_(n).bfloat16()
+            grad = log_q.exp_().sub_(p).div_(n).to(LOW)
             grad_z[lo:lo + 512] = (grad @ w_low).float()
             grad_w += (grad.T @ z).float()
         ctx.save_for_backward(grad_z, grad_w)
@@ -152,32 +155,39 @@ class SoftCrossEntropy(torch.autograd.Function):
         return grad * grad_z, grad * grad_w, None
 
 
-def run(target, drafter, ids_BT: torch.Tensor, from_position: int):
-    """(losses of the steps, bool (steps, rows): is the prediction the next token of the text) for positions from `from_position` on."""
+def rollout(target, drafter, ids_BT: torch.Tensor, from_position: int):
+    """The steps of a round at all positions from `from_position` on: (normed states z, the target's probabilities, the next tokens)."""
     # queries at 1..n; the last prediction of the last one needs a token to compare with
-    window, n = SHAPE["sliding_window"], ids_BT.shape[1] - STEPS - 1
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    window, n = target.config.sliding_window, ids_BT.shape[1] - STEPS - 1
+    with torch.no_grad(), autocast():
         out = target.model(input_ids=ids_BT, attention_mask=NO_MASKS, use_cache=False, return_shared_kv_states=True)
         state_BTH, embedded_BTH = out.last_hidden_state.float(), target.model.embed_tokens(ids_BT)
         cap = target.config.final_logit_softcapping
         logit = torch.tanh((state_BTH @ target.model.embed_tokens.weight.T).float() / cap) * (cap / SHARP)
         p_BTV = logit.softmax(-1).bfloat16()
         # in the type of the queries
-        shared = {kind: tuple(x.bfloat16() for x in out.shared_kv_states[kind]) for kind in ("full_attention", "sliding_attention")}
+        shared = {kind: tuple(x.to(LOW) for x in out.shared_kv_states[kind]) for kind in ("full_attention", "sliding_attention")}
     mask, position = masks(n, ids_BT.shape[1], window), torch.arange(1, n + 1)[None]
-    mask = {kind: m.bfloat16() for kind, m in mask.items()}
+    mask = {kind: m.to(LOW) for kind, m in mask.items()}
     kept = slice(from_position - 1, n)
-    state, losses, right = state_BTH[:, :n], [], []
+    state = state_BTH[:, :n]
     for j in range(STEPS):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             y = drafter.pre_projection(torch.cat([embedded_BTH[:, 1 + j:1 + j + n], state], -1))
             z = drafter.model(inputs_embeds=y, attention_mask=mask, position_ids=position, shared_kv_states=shared,
                               use_cache=False).last_hidden_state.float()
             state = drafter.post_projection(z).float()
         p = p_BTV[:, 1 + j:1 + j + n][:, kept]
-        loss, best = SoftCrossEntropy.apply(z[:, kept].reshape(-1, WIDTH), drafter.model.embed_tokens.weight, p.reshape(-1, p.shape[-1]))
+        yield z[:, kept].reshape(-1, WIDTH), p.reshape(-1, p.shape[-1]), ids_BT[:, 2 + j:2 + j + n][:, kept].reshape(-1)
+
+
+def run(target, drafter, ids_BT: torch.Tensor, from_position: int):
+    """(losses of the steps, bool (steps, rows): is the prediction the next token of the text) for positions from `from_position` on."""
+    losses, right = [], []
+    for z_TD, p_TV, next_T in rollout(target, drafter, ids_BT, from_position):
+        loss, best = SoftCrossEntropy.apply(z_TD, drafter.model.embed_tokens.weight, p_TV)
         losses.append(loss)
-        right.append(best == ids_BT[:, 2 + j:2 + j + n][:, kept].reshape(-1))
+        right.append(best == next_T)
     return losses, torch.stack(right)
 
 
@@ -196,8 +206,8 @@ def worker(rank: int, args: argparse.Namespace):
     dist.init_process_group("gloo", init_method=f"file://{args.out}/rendezvous", rank=rank, world_size=2)
     out = Path(args.out)
     library, own, watched = np.load(out / "library.npy"), np.load(out / "own.npy"), np.load(out / "watched.npy")
-    target = load_target()
-    drafter = build_drafter(target, args.seed)
+    target = load_target(args.target)
+    drafter = build_drafter(target, args.seed, SHAPES[OF[args.target]])
     named = list(drafter.named_parameters())
     optimiser = Optimiser(named, args.muon_lr, args.adam_lr)
     matrices = [p for _, p in named if p.ndim == 2]
@@ -244,6 +254,7 @@ def main(argv: list[str] | None = None):
     """Trains the drafter in `--out`, or continues."""
     parser = argparse.ArgumentParser(prog="python -m refimpl.tiny.training.train_drafter", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="drafter-run", help="folder for the texts, the state, the log and the result")
+    parser.add_argument("--target", choices=list(OF), default="built-in")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {WINDOW} tokens in a step")
     parser.add_argument("--texts", type=int, default=800, help="windows that the target writes first")
@@ -264,8 +275,8 @@ def main(argv: list[str] | None = None):
     text, tokenizer = read_corpus(), refimpl.load(backend="reference").tokenizer
     encode = [[np.array(tokenizer.encode(t)) for t in part.values()] for part in (text.library, text.validation)]
     np.save(out / "library.npy", np.concatenate(encode[0]))
-    write_texts(out / "own.npy", encode[0], args.texts, args.seed)
-    write_texts(out / "watched.npy", encode[1], args.watched, args.seed + 1000)
+    write_texts(out / "own.npy", args.target, encode[0], args.texts, args.seed)
+    write_texts(out / "watched.npy", args.target, encode[1], args.watched, args.seed + 1000)
     torch.multiprocessing.spawn(worker, (args,), nprocs=2)
 
 

@@ -10,7 +10,7 @@ from refimpl.lab.compare.judgement import SAME, Comparison, Judgement
 from refimpl.lab.compare.names import NAMES, TOWERS, place_of
 from refimpl.lab.compare.reports.likely import likely
 
-LEAST, MOST = -2, 4         # log10 of deviation / tolerance, as colours show it
+LEAST, MOST = -2, 6         # log10 of deviation / tolerance, as colours show it
 
 
 def figures(result: Comparison) -> dict[str, object]:
