@@ -21,7 +21,7 @@ from refimpl.lab.evaluate.sweep import Sweep, sweep
 from refimpl.lab.evaluate.work import Workers
 from refimpl.progress import silent
 
-TEXT = "def walk(top, names): yield the path of the name and then of the other\n" * 3
+TEXT = "def walk(top, names): yield the path of the name and then of the other\n" * 2
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def test_three_processes_one_of_them_killed_give_the_same_bits(ple, text, tmp_pa
     def killing(what, total, unit=1):
         def step(n):
             done.append(n)
-            if len(done) == 8:                                  # the first call is for what was done before
+            if len(done) == 6:                                  # the first call is for what was done before
                 os.kill(next(iter(pids.values())), signal.SIGKILL)
         yield step
     many = evaluate(side, [text], against=replace(side, arithmetic="q8"), output=tmp_path / "many.parquet", n_ctx=16, stride=6,
                     cluster=address, progress=lambda what, *rest: (killing if what == "tokens" else silent)(what, *rest))
-    assert one["windows"] > 30 and len(done) == one["windows"] + 1 and sum(done) == one["tokens"], "the others took its windows, once each"
+    assert one["windows"] > 15 and len(done) == one["windows"] + 1 and sum(done) == one["tokens"], "the others took its windows, once each"
     assert many | {"output": ""} == one | {"output": ""} and one["comparison"]["kl_low"] > 0
     (_, _, alone), (about, _, shared) = (read_windows(tmp_path / f"{name}.parquet") for name in ("one", "many"))
     for a, b in zip(alone, shared):

@@ -16,7 +16,8 @@ from refimpl.model import config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", "CHANGELOG.md", "NOTICE.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md", "tests/README.md",
-             "refimpl/tiny/README.md", "refimpl/kernels/README.md", "refimpl/lab/bench/README.md", "refimpl/serve/README.md"]
+             "refimpl/tiny/README.md", "refimpl/kernels/README.md", "refimpl/lab/bench/README.md", "refimpl/lab/evaluate/README.md",
+             "refimpl/serve/README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
