@@ -1,4 +1,4 @@
-"""Evaluations and sweeps on three processes, of which one is killed: the same figures, to the last bit, and one line for what goes wrong."""
+"""Evaluations and sweeps on three processes, one of them killed: the same figures, to the last bit, and one line for what goes wrong."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from refimpl.lab.evaluate.sweep import Sweep, sweep
 from refimpl.lab.evaluate.work import Workers
 from refimpl.progress import silent
 
-TEXT = "def walk(top, names): yield the path of the name and then of the other\n" * 3
+TEXT = "def walk(top, names): yield the path of the name and then of the other\n" * 2
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def test_three_processes_one_of_them_killed_give_the_same_bits(ple, text, tmp_pa
     def killing(what, total, unit=1):
         def step(n):
             done.append(n)
-            if len(done) == 8:                                  # the first call is for what was done before
+            if len(done) == 6:                                  # the first call is for what was done before
                 os.kill(next(iter(pids.values())), signal.SIGKILL)
         yield step
     many = evaluate(side, [text], against=replace(side, arithmetic="q8"), output=tmp_path / "many.parquet", n_ctx=16, stride=6,
                     cluster=address, progress=lambda what, *rest: (killing if what == "tokens" else silent)(what, *rest))
-    assert one["windows"] > 30 and len(done) == one["windows"] + 1 and sum(done) == one["tokens"], "the others took its windows, once each"
+    assert one["windows"] > 15 and len(done) == one["windows"] + 1 and sum(done) == one["tokens"], "the others took its windows, once each"
     assert many | {"output": ""} == one | {"output": ""} and one["comparison"]["kl_low"] > 0
     (_, _, alone), (about, _, shared) = (read_windows(tmp_path / f"{name}.parquet") for name in ("one", "many"))
     for a, b in zip(alone, shared):
@@ -64,10 +64,10 @@ def test_three_processes_one_of_them_killed_give_the_same_bits(ple, text, tmp_pa
     assert len(tokens) == one["tokens"] and tokens.nll.mean() == pytest.approx(one["nll"])
 
 
-def test_a_sweep_is_one_table_and_goes_on_where_it_was(ple, text, tmp_path, address):
-    """Of two types, one of which fails at first: its row says why, the other's is there, and the next call does only what is missing."""
+def test_a_sweep_is_one_table_that_pandas_reads(ple, text, tmp_path, address):
+    """Of two types of `convert`, against what they were made from; on three processes as in one."""
     output = tmp_path / "table.parquet"
-    plan = Sweep([str(ple[0].path)], [text], ["Q8_0", "F16"], ["reference"], None, Cutting(n_ctx=16))
+    plan = Sweep([str(ple[0].path)], [text], ["Q8_0", "F16"], ["reference"], None, Cutting(n_ctx=16, n_windows=4))
     first = sweep(plan, output, Workers(address))
     assert [row["error"] for row in first["rows"]] == [None, None] and not output.with_name("table.parquet.parts").exists()
     table = pandas.read_parquet(output)
@@ -90,7 +90,7 @@ def test_what_fails_leaves_the_rest_of_a_sweep_alone(ple, moe, text, tmp_path, m
             raise ValueError(f"{side.path}: is too large")
         return original(side, *rest)
     monkeypatch.setattr(measure, "opened", opened)
-    args = ("sweep", ple[0].path, moe[0].path, "-f", text, "--engines", "reference", "-c", 16, "-o", output)
+    args = ("sweep", ple[0].path, moe[0].path, "-f", text, "--engines", "reference", "-c", 16, "--chunks", 4, "-o", output)
     status, out, err = cli.run(*args)
     assert status == 1 and err == f"refimpl: {moe[0].path}: is too large\n" and "failed" in out and "perplexity" in out
     assert pandas.read_parquet(output).error.fillna("").tolist() == ["", f"{moe[0].path}: is too large"]
@@ -135,7 +135,8 @@ def test_a_worker_without_the_file_or_with_another_one(ple, tmp_path):
 
 def test_the_command_line(text, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    for status, says, args in ((2, "-f FILE", ()), (1, "no text", ("-f", text, "-f", tmp_path / "empty.txt")), (2, "--jobs", ("-f", text, "-j", 2, "--cluster", "x")),
-                               (1, "unknown type 'Q9'", ("-f", text, "--types", "q9")), (1, "no such file", ("x.gguf", "-f", text)),
-                               (1, "choose from kernels", ("-f", text, "--engines", "x"))):
+    for status, says, args in (
+            (2, "-f FILE", ()), (1, "no text", ("-f", text, "-f", tmp_path / "empty.txt")),
+            (2, "--jobs", ("-f", text, "-j", 2, "--cluster", "x")), (1, "unknown type 'Q9'", ("-f", text, "--types", "q9")),
+            (1, "no such file", ("x.gguf", "-f", text)), (1, "choose from kernels", ("-f", text, "--engines", "x"))):
         cli.assert_one_line(cli.run("sweep", *args), status, says)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", "CHANGELOG.md", "NOTICE.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md", "tests/README.md",
              "refimpl/tiny/README.md", "refimpl/kernels/README.md", "refimpl/lab/bench/README.md", "refimpl/lab/compare/README.md",
-             "refimpl/lab/judge/README.md", "refimpl/serve/README.md"]
+             "refimpl/lab/evaluate/README.md", "refimpl/lab/judge/README.md", "refimpl/serve/README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -153,14 +153,16 @@ def _check(client, name: str):
 @contextlib.contextmanager
 def _quiet():
     """Dask's own messages are not for whoever waits for a result."""
-    log = logging.getLogger("distributed")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
+    logs = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]
+    before = [log.level for log in logs]
     try:
+        for log in logs:                            # each has a level and a handler of its own
+            log.setLevel(logging.CRITICAL)
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before):
+            log.setLevel(level)
 
 
 # ---- inside of a process
