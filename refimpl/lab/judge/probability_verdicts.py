@@ -107,13 +107,20 @@ def _judged(question: str, known: Sequence[Position], name: str) -> Verdict:
 
 
 def _alone(positions: Sequence[Position]) -> dict[str, float]:
-    """Prompts whose own level is far off: name -> level, by the larger of their own rounding and that of all."""
-    usual, found = rounding(positions), {}
+    """Prompts that are far off by themselves: name -> lower quartile of their distances over the larger of their own rounding and the
+    largest tenth of all: experts that changed places early in a prompt show at all positions after it.
+    """
+    usual, found = float(np.quantile([p.rounding for p in positions], 0.9)), {}
     for name in {p.asked.name: None for p in positions}:
         own = [p for p in positions if p.asked.name == name]
-        if len(own) >= LEAST // 2 and (size := distance(own) / max(rounding(own), usual)) > ALONE:
+        if len(own) >= LEAST // 2 and (size := lower_quartile(own) / max(rounding(own), usual)) > ALONE:
             found[name] = size
     return found
+
+
+def lower_quartile(positions: Sequence[Position]) -> float:
+    """Of the distances."""
+    return float(np.quantile([p.distance for p in positions], 0.25))
 
 
 def looks_like(positions: Sequence[Position]) -> tuple[str, str]:
