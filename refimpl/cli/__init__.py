@@ -13,23 +13,9 @@ from typing import Annotated
 
 import typer
 
-from refimpl.cli import (  # noqa: F401  (each adds its commands to the app)
-    cache,
-    chat,
-    compare,
-    evaluate,
-    files,
-    fit,
-    glass,
-    judge,
-    measure,
-    notebooks,
-    run,
-    serve,
-    trace,
-    verify,
-)
+from refimpl.cli import cache, chat, files, glass, notebooks, run, serve  # noqa: F401  (each adds its commands to the app)
 from refimpl.cli.app import Failure, abandon_output, app, errors, write
+from refimpl.cli.lab import compare, evaluate, fit, judge, measure, trace, verify  # noqa: F401
 
 
 @app.callback(invoke_without_command=True)

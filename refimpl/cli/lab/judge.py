@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from refimpl.cli.app import MODEL, Json, Threads, announce_compiling, app, bar, errors, fetched, write
-from refimpl.cli.compare import exits_3
+from refimpl.cli.lab.compare import exits_3
 
 Key = Annotated[str | None, typer.Option("--api-key", envvar="REFIMPL_API_KEY", show_default=False, help="the endpoint's")]
 
