@@ -166,7 +166,7 @@ def test_kernels_need_no_writable_folder():
 def test_help_is_a_command_and_an_unknown_one_is_answered_with_those_there_are():
     assert run("help") == run("--help")
     assert run("help", "cache")[1].startswith("Usage: refimpl cache")
-    assert_one_line(run("brew"), 2, "no command 'brew'", "generate, chat, serve, inspect")
+    assert_one_line(run("brew"), 2, "no command 'brew'", "generate, chat, serve, fit, inspect")
     assert_one_line(run("help", "brew"), 2, "no command 'brew'")
 
 

@@ -74,8 +74,9 @@ def test_near_misses_of_names():
 
 def test_help_and_version():
     status, out, err = run("-h")
-    names = [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.startswith("  ") and line.strip()][:13]
-    assert status == 0 and names == "generate chat serve fit inspect convert verify bench synth trace compare eval cache".split()
+    names = [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.startswith("  ") and line.strip()][:17]
+    assert status == 0 and names == ("generate chat serve fit inspect convert verify bench synth trace compare judge eval sweep glass "
+                                     "notebooks cache").split()
     assert 'refimpl generate -p "def main():"' in out and "refimpl chat hf:" in out and "..." not in out.partition("Commands:")[2]
     assert "--install-completion" in out
     assert run("-V")[1] == run("--version")[1]

@@ -40,6 +40,7 @@ def test_servers_that_do_not_answer(engine, words):
 @pytest.mark.parametrize("more, status, words", [
     (["--server", "http://127.0.0.1:9", "-r", 1], 1, "refused"), (["--server", "localhost:8080"], 1, "no address"),
     (["--server", "http://127.0.0.1:9", "--streams", "1,x"], 1, "--streams 1,x"), (["--server", "http://127.0.0.1:9", "-n", 1], 2, "-n of"),
+    (["--server", "http://127.0.0.1:9", "--streams", "0"], 2, "--streams of at least 1"),
     (["--server", "http://127.0.0.1:9", "--kernels"], 2, "--kernels")])
 def test_odd_arguments(more, status, words):
     assert_one_line(run("bench", *more), status, words)

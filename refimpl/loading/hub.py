@@ -96,7 +96,7 @@ def _built_in(name: str, role: str) -> Path:
     if name not in BUILT_IN_FOLDERS:
         raise GGUFError(name, None, f"no such model; there is {' and '.join(BUILT_IN_FOLDERS)}")
     file = BUILT_IN_FOLDERS[name] / BUILT_IN_NAMES[role]
-    if not file.exists():
+    if role != "model" and not file.exists():
         raise GGUFError(name, None, f"this model has no {role}")
     return file
 

@@ -27,7 +27,9 @@ def judge(
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, max=86400, help="seconds for one answer")] = 300,
     api_key: Key = None, threads: Threads = None, as_json: Json = False,
 ):
-    """Judge any engine over HTTP: are its template, token ids and probabilities those of this file?
+    """Judge any engine over HTTP.
+
+    Are its template, token ids and probabilities those of this file?
 
     Exit status 0: nothing departs; 1: something does; 3: could not be judged. How: refimpl/lab/judge/README.md.
     """

@@ -116,18 +116,16 @@ def _bench_servers(urls: list[str], streams: str, n_prompt: int, n_new: int, rep
     from refimpl.cli.show.bench import servers_text
     from refimpl.lab.bench.servers_bench import Plan, servers_bench
 
-    if not n_prompt or n_new < 2:
-        raise typer.BadParameter("--server: -p of at least 1, -n of at least 2")
-    plan = Plan(tuple(_numbers("--streams", streams)), n_prompt, n_new, repetitions)
+    numbers = _numbers("--streams", streams)
+    if not n_prompt or n_new < 2 or min(numbers) < 1:
+        raise typer.BadParameter("--server: -p and --streams of at least 1, -n of at least 2")
+    plan = Plan(tuple(numbers), n_prompt, n_new, repetitions)
     result = servers_bench(urls, plan, progress=bar)
     write((json.dumps(result) if as_json else servers_text(result)) + "\n")
 
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        found = [int(n) for n in text.split(",")]
+        return [int(n) for n in text.split(",")]
     except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise Failure(f"{option} {text}: expected numbers with commas between them, 1,512")
-    return found
+        raise Failure(f"{option} {text}: expected numbers with commas between them, 1,512") from None

@@ -9,9 +9,9 @@ from refimpl.extras import require
 from refimpl.lab.compare.compare import Comparison, compare, deviations
 from refimpl.lab.compare.known_bugs import BUGS, MOE, Bug, changed, running
 from refimpl.lab.compare.record import trace
+from refimpl.lab.compare.reports.heat_map import plot
 from refimpl.lab.compare.tolerance import measured
 from refimpl.lab.compare.trace import Trace
-from refimpl.lab.compare.verdict import plot
 from refimpl.lab.explain.show import drawn
 from refimpl.loading.model import BUILT_IN, Model
 

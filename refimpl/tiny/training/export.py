@@ -100,7 +100,8 @@ def export_projector(run: Path, target: Path):
     from refimpl.tiny.training.network import SHAPE
     from refimpl.tiny.training.train_projector import VISION
 
-    config = {"model_type": "gemma4", "text_config": {"hidden_size": SHAPE["hidden_size"]}, "vision_config": VISION}
+    config = {"model_type": "gemma4", "vision_config": VISION,
+              "text_config": {"hidden_size": SHAPE["hidden_size"], "use_bidirectional_attention": "vision"}}
     about = about_file("refimpl tiny python projector", "Reads pictures of 48 words for the refimpl tiny python model.")
     tensors = []
     for theirs, value in torch.load(run / "projector.pt", weights_only=True).items():
