@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import secrets
 import statistics
 import time
 import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -26,7 +27,7 @@ FIRST_ID = 300          # ids below are bytes and special tokens
 @dataclass(frozen=True)
 class Plan:
     """What every round asks: `streams` clients at once, for each number of them, each with `n_prompt` tokens of its own and `n_new` new
-    ones. Ids are drawn below `n_ids`.
+    ones. Ids are drawn below `n_ids`, others in every run, as a server may remember those of an earlier one.
     """
 
     streams: tuple[int, ...] = (1, 4)
@@ -34,7 +35,7 @@ class Plan:
     n_new: int = 48
     repetitions: int = 3
     n_ids: int = 1024
-    seed: int = 0
+    seed: int = field(default_factory=lambda: secrets.randbits(32))
 
 
 @dataclass(frozen=True)
