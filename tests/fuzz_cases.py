@@ -402,24 +402,31 @@ def change_json(stream, value):
 # The promise -------------------------------------------------------------------------------------------------------------------
 
 
+def loaded(path: Path, backend: str, load, refusals):
+    """(what `load` gives, ""), or (None, how far it came): the container is opened first. `refusals`: what loading may raise."""
+    try:
+        with open_gguf(path) as file:
+            for name in file.tensors:
+                file.raw(name)[..., :1].sum()
+    except GGUFError as error:
+        return None, refused(error, path, "container")
+    try:
+        return load(), ""
+    except refusals as error:
+        return None, refused(error, path, "load")
+    except ValueError as error:                             # what only the kernels cannot do
+        if backend == "kernels" and "reference" in str(error):
+            return None, refused(error, path, "load")
+        raise
+
+
 def run_gguf(path: Path, backend: str = "reference") -> str:
     """Opens, loads, encodes, decodes and computes; says how far it came. Raises anything but what is promised."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        try:
-            with open_gguf(path) as file:
-                for name in file.tensors:
-                    file.raw(name)[..., :1].sum()
-        except GGUFError as error:
-            return refused(error, path, "container")
-        try:
-            found = refimpl.load(path, backend=backend)
-        except (GGUFError, TokenizerError) as error:
-            return refused(error, path, "load")
-        except ValueError as error:                             # what only the kernels cannot do
-            if backend == "kernels" and "reference" in str(error):
-                return refused(error, path, "load")
-            raise
+        found, how = loaded(path, backend, lambda: refimpl.load(path, backend=backend), (GGUFError, TokenizerError))
+        if found is None:
+            return how
         ids = found.tokenizer.encode("the hat\n\U0001f642 <bos><|x|><td>", special=True)
         found.tokenizer.decode(ids)
         ids = [i for i in ids if i < found.config.n_vocab][:min(3, found.config.n_ctx)]
@@ -434,20 +441,9 @@ def run_projector(path: Path, backend: str = "reference") -> str:
     """The same for a projector: a picture of one soft token and a short sound."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        try:
-            with open_gguf(path) as file:
-                for name in file.tensors:
-                    file.raw(name)[..., :1].sum()
-        except GGUFError as error:
-            return refused(error, path, "container")
-        try:
-            found = refimpl.load_projector(path, backend=backend, cache_disk=0)
-        except GGUFError as error:
-            return refused(error, path, "load")
-        except ValueError as error:                             # what only the kernels cannot do
-            if backend == "kernels" and "reference" in str(error):
-                return refused(error, path, "load")
-            raise
+        found, how = loaded(path, backend, lambda: refimpl.load_projector(path, backend=backend, cache_disk=0), GGUFError)
+        if found is None:
+            return how
         if found.sees:
             side, n = found.squares
             y, x = np.divmod(np.arange(n * n), n)

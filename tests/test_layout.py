@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "refimpl"
 # from the ground up; a room may import those before it and itself. The longest name that fits is a module's room
 ROOMS = ["host", "progress", "extras", "formats.quants", "formats", "media", "reference", "kernels.cores", "kernels.machine", "kernels",
-         "model", "model.towers", "text", "loading", "decode", "files", "lab.llamacpp", "lab.engines", "lab.failures", "lab.cluster",
-         "lab.bench", "lab.evaluate", "lab.compare", "lab.judge", "lab.explain", "lab.glass", "serve", "cli", "tiny",
-         "tiny.training"]
+         "model", "model.towers", "text", "loading", "decode", "files", "lab.llamacpp", "lab.engines", "lab.address",
+         "lab.failures", "lab.cluster", "lab.bench", "lab.evaluate", "lab.compare", "lab.judge", "lab.explain", "lab.glass", "serve",
+         "cli", "tiny", "tiny.training"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted(Path(__file__).parent.glob("*.py"))
 FOLDERS = sorted({path.parent for path in FILES})

@@ -61,18 +61,14 @@ def complain(e: Exception, as_json: bool = False) -> int:
 
     An unexpected error keeps its traceback.
     """
-    from refimpl.formats.gguf import GGUFError
+    from refimpl.lab.failures import FAILURES, line_of
     from refimpl.model.cache import ContextFull
 
     usage_error = typer.BadParameter.__base__       # typer carries a copy of click or uses the installed one, by its version
     if isinstance(e, usage_error):
         text = e.format_message().removeprefix("Invalid value: ")       # without an option's name it says nothing
-    elif isinstance(e, OSError) and e.filename is not None:
-        text = f"{e.filename}: {e.strerror}"
-    elif isinstance(e, (GGUFError, ContextFull, Failure, ValueError, OSError)):
-        text = " ".join(str(e).split())
-    elif isinstance(e, MemoryError):
-        text = "not enough memory"
+    elif isinstance(e, (*FAILURES, ContextFull, Failure)):
+        text = line_of(e)
     else:
         raise e
     errors.print(f"refimpl: {text}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import secrets
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from refimpl.lab.address import Address
 from refimpl.progress import Progress, silent
 
 TIMEOUT = 600           # seconds without a byte
@@ -25,31 +25,18 @@ class ServerError(ValueError):
 
 @dataclass(frozen=True)
 class Server:
-    """Where it is."""
+    """Where it is, and the key that it asks for."""
 
-    host: str
-    port: int
-    path: str
-    tls: bool
+    address: Address
     api_key: str | None
-
-    @classmethod
-    def at(cls, url: str, api_key: str | None) -> Server:
-        """`url`: http://127.0.0.1:8080, with or without /v1. Raises ValueError."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no address of a server: expected http://127.0.0.1:8080")
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        return cls(parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1"), parts.scheme == "https", api_key)
 
     def ask(self, fields: Mapping[str, object], leave_after: int | None = None) -> dict[str, object] | None:
         """The answer to a completion; None where `leave_after` bytes were read of it and the rest is not wanted. Raises ServerError."""
-        make = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
-        connection = make(self.host, self.port, timeout=TIMEOUT)
+        connection = self.address.connection(TIMEOUT)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})
-        where = f"{self.host}:{self.port}{self.path}/v1/completions"
+        where = self.address.where("/v1/completions")
         try:
-            connection.request("POST", f"{self.path}/v1/completions", json.dumps(fields), headers)
+            connection.request("POST", f"{self.address.path}/v1/completions", json.dumps(fields), headers)
             response = connection.getresponse()
             body = response.read(leave_after)
         except (OSError, http.client.HTTPException) as error:
@@ -75,7 +62,7 @@ def check_server(url: str, *, n: int = 8, model: str | None = None, api_key: str
     Returns {"ok", "url", "questions", "tokens", "differ": {way: questions that differ}, "first": the first difference or None}. Raises
     ServerError, and ValueError for an address that is none.
     """
-    server, nonce, rng = Server.at(url, api_key), secrets.token_hex(4), np.random.default_rng()
+    server, nonce, rng = Server(Address.of(url), api_key), secrets.token_hex(4), np.random.default_rng()
     asked_of = {} if model is None else {"model": model}
     asked = [_question(nonce, i) | asked_of for i in range(n)]
     with progress("answers", 3 * n) as advance:

@@ -58,12 +58,11 @@ def check_memory(path: Path, threads: int | None = None) -> tuple[int, int]:
     N_WORDS short words and writes N_NEW tokens. Raises ValueError where the process fails, or the system does not say.
     """
     words = " ".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), N_WORDS))
-    command = [sys.executable, "-m", "refimpl", "generate", "-m", str(path), "-f", "-", "-n", str(N_NEW), "--temp", "0", "--json",
-               "--cache-disk", "0", *(["-t", str(threads)] if threads else [])]
     with tempfile.TemporaryDirectory() as folder:
         prompt = Path(folder) / "prompt.txt"
         prompt.write_text(words, encoding="utf-8")
-        command[command.index("-")] = str(prompt)
+        command = [sys.executable, "-m", "refimpl", "generate", "-m", str(path), "-f", str(prompt), "-n", str(N_NEW), "--temp", "0",
+                   "--json", "--cache-disk", "0", *(["-t", str(threads)] if threads else [])]
         with open(Path(folder) / "said", "w+b") as said:
             running = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONSAFEPATH": "1"})
             try:

@@ -11,13 +11,13 @@ import json
 import secrets
 import statistics
 import time
-import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from refimpl.lab.address import Address
 from refimpl.progress import Progress, silent
 
 TIMEOUT = 600           # seconds without a byte
@@ -86,15 +86,12 @@ def ask(url: str, prompt: Sequence[int], n_new: int, began: float) -> Answer:
     """One streamed answer of `n_new` tokens. Sampled: a random model's greedy text goes round in circles, and repeats are drafted. Raises
     ValueError, one line.
     """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"{url!r} is no address of a server: expected http://127.0.0.1:8080")
-    path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
+    address = Address.of(url)
     fields = {"prompt": list(prompt), "max_tokens": n_new, "temperature": 1.0, "top_k": 40, "seed": 1, "stream": True}
-    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=TIMEOUT)
+    connection = address.connection(TIMEOUT)
     times = []
     try:
-        connection.request("POST", path, json.dumps(fields), {"Content-Type": "application/json"})
+        connection.request("POST", f"{address.path}/v1/completions", json.dumps(fields), {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != 200:
             raise ValueError(f"{url}: status {response.status}: {response.read(300).decode(errors='replace')}")

@@ -8,9 +8,10 @@ import json
 import socket
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from refimpl.lab.address import Address
 
 MAX_BYTES = 64 << 20            # of an answer; twenty probabilities of a token take 2 kB
 CONNECT_SECONDS = 10
@@ -44,15 +45,7 @@ class Http:
 
     def __post_init__(self):
         """Raises ValueError for an address that is none."""
-        try:
-            parts = urllib.parse.urlsplit(self.url)
-            self._port = parts.port
-        except ValueError as error:
-            raise ValueError(f"{self.url!r} is no address: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or not self.url.isprintable() or " " in self.url:
-            raise ValueError(f"{self.url!r} is no address of an endpoint: expected http://127.0.0.1:8080")
-        self._host, self._tls = parts.hostname, parts.scheme == "https"
-        self._path = parts.path.rstrip("/").removesuffix("/v1")
+        self._address = Address.of(self.url, "an endpoint")
 
     def get(self, path: str) -> object:
         """What a GET answers, as JSON. Raises EndpointError."""
@@ -69,11 +62,11 @@ class Http:
                 return self._json(path, status, headers, content)
             if n + 1 < MAX_TRIES:
                 self.pause(_seconds(headers.get("Retry-After"), 2.0 ** n))
-        raise EndpointError(f"{self._where(path)}: busy: status {status} {MAX_TRIES} times in a row{_said(content)}", status, fatal=True)
+        raise EndpointError(f"{self._address.where(path)}: busy: status {status} {MAX_TRIES} times in a row{_said(content)}", status,
+                            fatal=True)
 
     def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
-        make = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
-        connection = make(self._host, self._port, timeout=min(CONNECT_SECONDS, self.timeout))
+        connection = self._address.connection(min(CONNECT_SECONDS, self.timeout))
         headers = {"Accept-Encoding": "identity"} | ({"Content-Type": "application/json"} if body else {})
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -90,7 +83,7 @@ class Http:
             timer.daemon = True
             timer.start()
             try:
-                connection.request(method, f"{self._path}{path}", body, headers)
+                connection.request(method, f"{self._address.path}{path}", body, headers)
                 response = connection.getresponse()
                 content = response.read(MAX_BYTES + 1)
                 if len(content) <= MAX_BYTES and response.length:
@@ -100,13 +93,14 @@ class Http:
         except (OSError, http.client.HTTPException, ValueError) as error:
             late_too = late.is_set() or isinstance(error, TimeoutError)
             cut_short = isinstance(error, http.client.IncompleteRead) and not late_too
-            raise EndpointError(f"{self._where(path)}: {self._in_words(error, late_too)}", fatal=not cut_short) from None
+            raise EndpointError(f"{self._address.where(path)}: {self._in_words(error, late_too)}", fatal=not cut_short) from None
         finally:
             connection.close()
         if late.is_set():
-            raise EndpointError(f"{self._where(path)}: {self._in_words(None, True)}", fatal=True)
+            raise EndpointError(f"{self._address.where(path)}: {self._in_words(None, True)}", fatal=True)
         if len(content) > MAX_BYTES:
-            raise EndpointError(f"{self._where(path)}: the answer has more than {MAX_BYTES >> 20} MiB; the rest was not read", fatal=True)
+            raise EndpointError(f"{self._address.where(path)}: the answer has more than {MAX_BYTES >> 20} MiB; the rest was not read",
+                                fatal=True)
         return response.status, response.headers, content
 
     def _in_words(self, error: Exception | None, late: bool) -> str:
@@ -123,7 +117,7 @@ class Http:
         return " ".join(str(error).split())[:SAID] or type(error).__name__
 
     def _json(self, path: str, status: int, headers: Mapping[str, str], content: bytes) -> object:
-        where = self._where(path)
+        where = self._address.where(path)
         if 300 <= status < 400:
             raise EndpointError(f"{where}: it redirects to {headers.get('Location', 'nowhere')[:SAID]!r}, which is not followed; give the "
                                 "address that answers", status, fatal=True)
@@ -133,9 +127,6 @@ class Http:
             return json.loads(content)
         except (ValueError, RecursionError):
             raise EndpointError(f"{where}: the answer is no JSON: {content[:60]!r}") from None
-
-    def _where(self, path: str) -> str:
-        return f"{self._host}:{self._port or (443 if self._tls else 80)}{self._path}{path}"
 
 
 def _seconds(retry_after: str | None, otherwise: float) -> float:
