@@ -1,6 +1,8 @@
 """The command line as a user meets it: its output, its complaints, its exit status."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from cli import ROOT, assert_one_line, process, run
 from shapes import random_model, write_model
 
 import refimpl
+from refimpl.cli.app import replacing
 from refimpl.formats.gguf_writer import write_gguf
 
 
@@ -127,6 +130,15 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(tmp_path):
     done = subprocess.run(["bash", "-c", limited], capture_output=True, cwd=ROOT, timeout=120)
     assert done.returncode == 1 and done.stderr.decode().startswith(f"refimpl: {tmp_path / 'x.gguf'}: ") and done.stderr.count(b"\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_cannot_be_written_is_called_by_the_name_that_was_asked_for(tmp_path, named):
+    path = tmp_path / "page.html"
+    with pytest.raises(OSError, match="No space left") as raised, replacing(path) as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(temporary)] if named else []))
+    assert raised.value.filename == str(path) and not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_keeps_what_was_said():

@@ -130,11 +130,17 @@ def abandon_output():
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """Yields a temporary path beside `path`; it is renamed to `path` if the block succeeds, else removed."""
+    """Yields a temporary path beside `path`; it is renamed to `path` if the block succeeds, else removed. What the system refuses to write
+    there (a full disk) names `path`.
+    """
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")          # same suffix, which may select the format
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        if e.strerror and e.filename in (None, str(temporary)):
+            raise OSError(e.errno, e.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
