@@ -6,10 +6,12 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 from serving import on_a_port
 
 from refimpl.decode.prefixes import Prefixes
-from refimpl.lab.judge.http import Http
+from refimpl.lab.evaluate.divergence import keep
+from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.serve.engine import Engine
 from refimpl.serve.scheduler import Scheduler
 
@@ -102,3 +104,58 @@ class Between(Http):
         return self.change(path, fields, super().post(path, asked))
 
 
+
+
+class LlamaServer(Http):
+    """llama-server as far as it continues ids: a token after which the text ends inside of a character is not listed, and its bytes are
+    those of the next one. `native`: has it /completion, which tells all ids?
+    """
+
+    def __init__(self, model, native):
+        super().__init__("http://127.0.0.1:1")
+        self.model, self.native = model, native
+
+    def get(self, path):
+        if path == "/v1/models":
+            return {"data": [{"id": "m", "owned_by": "llamacpp"}]}
+        raise EndpointError("status 404: no", 404)
+
+    def post(self, path, fields):
+        if path != ("/completion" if self.native else "/v1/completions"):
+            raise EndpointError("status 404: no", 404)
+        ids, n_top = fields["prompt"], fields["n_probs" if self.native else "logprobs"]
+        chosen, listed, text = self.continued(ids, fields["n_predict" if self.native else "max_tokens"], n_top, fields["seed"])
+        if self.native:
+            return {"content": text, "tokens": chosen, "completion_probabilities": listed, "tokens_evaluated": len(ids)}
+        usage = {"completion_tokens": len(chosen), "prompt_tokens": len(ids)}
+        return {"choices": [{"text": text, "logprobs": {"content": listed}, "finish_reason": "length"}], "usage": usage}
+
+    def continued(self, ids, n_new, n_top, seed):
+        random, cache, spelled, sent = np.random.default_rng(seed), self.model.new_cache(len(ids) + n_new), b"", 0
+        state_TD, chosen, listed = self.model.prefill(ids, cache), [], []
+        for _ in range(n_new):
+            logit_V = self.model.head(state_TD[-1:])[0]
+            kept, n_vocab = keep(logit_V, n_top), self.model.config.n_vocab
+            p_V = np.exp(logit_V.astype(np.float64) - kept.log_sum)
+            chosen.append(int(random.choice(n_vocab, p=p_V / p_V.sum())))
+            spelled += self.bytes_of(chosen[-1])
+            if not ends_inside(spelled):
+                top = [self.named(i, logit - kept.log_sum, self.bytes_of(i)) for i, logit in zip(kept.id_K.tolist(), kept.logit_K.tolist())]
+                own = logit_V[chosen[-1]] - kept.log_sum
+                listed.append(self.named(chosen[-1], own, spelled[sent:]) | {"top_logprobs": top})
+                sent = len(spelled)
+            state_TD = self.model.prefill(chosen[-1:], cache)
+        return chosen, listed, spelled.decode(errors="replace")
+
+    def bytes_of(self, i):
+        return b"" if i < 5 else self.model.tokenizer.bytes_of(i)
+
+    def named(self, i, logprob, spelled):
+        return {"id": i, "logprob": min(0.0, float(logprob)), "token": spelled.decode(errors="replace"), "bytes": list(spelled)}
+
+
+def ends_inside(spelled):
+    """Does a character begin at the end of these bytes that is not whole?"""
+    def n_bytes(first):
+        return 2 if 0xC0 <= first < 0xE0 else 3 if 0xE0 <= first < 0xF0 else 4 if 0xF0 <= first < 0xF8 else 1
+    return any(n < n_bytes(byte) for n, byte in enumerate(reversed(spelled[-4:]), 1))

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from cli import assert_one_line, run
-from endpoints import Between, playing, raw, served
+from endpoints import Between, LlamaServer, playing, raw, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import random_model, reference, write_model
@@ -16,7 +16,7 @@ import refimpl
 from refimpl.lab.compare.known_bugs import BUGS, MOE, PLE, inject
 from refimpl.lab.evaluate.divergence import divergence, log_sum_exp, most_probable
 from refimpl.lab.judge import ask
-from refimpl.lab.judge.answers import steps_of
+from refimpl.lab.judge.answers import Listed, Step, in_place, steps_of
 from refimpl.lab.judge.ask import prompts
 from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.http import EndpointError, Http
@@ -171,6 +171,28 @@ def test_vllms_tokens_are_known_by_their_ids():
              "top_logprobs": [{"token_id:7": -0.5, "token_id:3": -2}, {"token_id:9": -1.0}]}
     first, second = steps_of(older, "here")
     assert (first.chosen.id, [token.id for token in first.top], second.chosen.id) == (7, [7, 3], 9)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_tokens_that_are_not_listed_are_no_departure(native, tmp_path, few):
+    """A random model writes half of its text in bytes, and llama-server lists no token that ends inside of a character."""
+    model = refimpl.load(write_model(tmp_path / "m.gguf", random_model("12B", seed=1), "Q4_0"), arithmetic="exact", threads=1)
+    found = judged(LlamaServer(model, native), model, ("probabilities", "again"))
+    assert answers(found) == {"probabilities": RIGHT, "again": RIGHT}, [v.evidence for v in found.verdicts]
+    assert found.verdicts[0].figures["level"] < 0.1 and found.verdicts[0].figures["listed"] == (100 if native else 20)
+    assert native != any("leave out tokens" in note for note in found.notes)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())
+def test_listed_tokens_are_put_where_they_must_stand(ids, data):
+    left = data.draw(st.lists(st.integers(0, len(ids) - 1), unique=True).map(sorted))
+    listed = [Step(Listed(b"", -1.0, ids[n]), (Listed(b"", -n - 1.0, 0),)) for n in left]
+    placed = in_place(ids, listed, "here")
+    assert [step.chosen.id for step in placed] == ids
+    assert all(step.top == (Listed(b"", -n - 1.0, 0),) for n, step in enumerate(placed) if step.top)
+    assert len(left) < len(ids) or all(step.top for step in placed)
+    with pytest.raises(EndpointError, match="not those of the answer"):
+        in_place(ids, [*listed, Step(Listed(b"", -1.0, 6), ())], "here")
 
 
 # ---- engines that are wrong

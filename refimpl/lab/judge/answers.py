@@ -5,14 +5,18 @@
                                 llama-server's completions too, and with the "id" of every token
     vLLM                        "token_id:123" as a token's text, where return_tokens_as_token_ids was asked for
     ollama's /api/generate      logprobs: [{token, bytes, logprob, top_logprobs: [...]}, ...]
+    llama-server's /completion  completion_probabilities: [{id, bytes, logprob, top_logprobs: [...]}, ...], and all ids of the answer: tokens
+
+llama-server lists no token after which the text ends inside of a character (process_token in its server-context.cpp): the next token that
+it lists has the bytes of those before it as well. Only /completion says which they were.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from refimpl.lab.judge.http import EndpointError
 
@@ -31,7 +35,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Step:
-    """A token of the answer: the chosen one, and the most probable ones, the most probable first."""
+    """A token of the answer: the chosen one, and the most probable ones, the most probable first; none where they are not listed."""
 
     chosen: Listed
     top: tuple[Listed, ...]
@@ -39,17 +43,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: text, tokens with probabilities (none where the endpoint gives none), tokens of the prompt that it counted and reused."""
+    """An answer: text, tokens with probabilities (none where the endpoint gives none), tokens of the prompt that it counted and reused.
+    `n_missing`: tokens that were counted and are not among `steps`.
+    """
 
     text: str
     steps: tuple[Step, ...]
     n_prompt: int | None
     n_cached: int | None
+    n_missing: int = 0
 
     @property
     def n_top(self) -> int:
-        """How many probabilities it has at every position."""
-        return min((len(step.top) for step in self.steps), default=0)
+        """How many probabilities it has at every position that has any."""
+        return min((len(step.top) for step in self.steps if step.top), default=0)
 
 
 def answer_of(body: object, where: str) -> Answer:
@@ -64,7 +71,9 @@ def answer_of(body: object, where: str) -> Answer:
     usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    return Answer(text, steps_of(choice.get("logprobs"), where), _count(usage.get("prompt_tokens")), _count(cached))
+    steps = steps_of(choice.get("logprobs"), where)
+    return Answer(text, steps, _count(usage.get("prompt_tokens")), _count(cached),
+                  _missing(steps, usage.get("completion_tokens"), choice.get("finish_reason")))
 
 
 def generated_of(body: object, where: str) -> Answer:
@@ -72,7 +81,52 @@ def generated_of(body: object, where: str) -> Answer:
     body = _mapping(body, where)
     if not isinstance(body.get("response"), str):
         raise EndpointError(f"{where}: the answer has no response: {str(body)[:80]!r}")
-    return Answer(body["response"], steps_of(body.get("logprobs"), where), _count(body.get("prompt_eval_count")), None)
+    steps = steps_of(body.get("logprobs"), where)
+    return Answer(body["response"], steps, _count(body.get("prompt_eval_count")), None,
+                  _missing(steps, body.get("eval_count"), body.get("done_reason")))
+
+
+def native_of(body: object, where: str) -> Answer:
+    """Reads an answer of llama-server's /completion, asked for with return_tokens. Raises EndpointError."""
+    body = _mapping(body, where)
+    ids, text = body.get("tokens"), body.get("content")
+    if not isinstance(text, str) or not isinstance(ids, list) or not all(_count(i) is not None for i in ids):
+        raise EndpointError(f"{where}: the answer has no content, or no tokens: {str(body)[:80]!r}")
+    timings = body.get("timings") if isinstance(body.get("timings"), Mapping) else {}
+    steps = in_place(ids, steps_of(body.get("completion_probabilities"), where), where)
+    return Answer(text, steps, _count(body.get("tokens_evaluated")), _count(timings.get("cache_n")))
+
+
+def in_place(ids: Sequence[int], listed: Sequence[Step], where: str) -> tuple[Step, ...]:
+    """A step for each of `ids`, with the probabilities of `listed`, in which some of them are missing. Where a listed one may stand in
+    several places it is left out. Raises EndpointError where the ids of `listed` are not among `ids`, in this order.
+    """
+    chosen = [step.chosen.id for step in listed]
+    first = _places(ids, chosen)
+    last = [len(ids) - 1 - at for at in reversed(_places(ids[::-1], chosen[::-1]))]
+    if len(first) < len(chosen):
+        raise EndpointError(f"{where}: the tokens that have probabilities are not those of the answer")
+    steps = [Step(Listed(b"", math.nan, i), ()) for i in ids]
+    for at, other, step in zip(first, last, listed):
+        if at == other:
+            steps[at] = replace(step, chosen=replace(step.chosen, bytes=b""))
+    return tuple(steps)
+
+
+def _places(ids: Sequence[int], chosen: Sequence[int | None]) -> list[int]:
+    """The first place in `ids` of each of `chosen` behind the one before it; fewer where there is none."""
+    found = []
+    for i in chosen:
+        try:
+            found.append(ids.index(i, found[-1] + 1 if found else 0))
+        except ValueError:
+            break
+    return found
+
+
+def _missing(steps: Sequence[Step], counted: object, ending: object) -> int:
+    """How many of the tokens that are counted have no step. The end that a model writes need not be listed."""
+    return max(0, (_count(counted) or 0) - len(steps) - (ending != "length")) if steps else 0
 
 
 def steps_of(logprobs: object, where: str) -> tuple[Step, ...]:

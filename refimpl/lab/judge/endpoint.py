@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from refimpl.lab.judge.answers import Answer, answer_of, generated_of
+from refimpl.lab.judge.answers import Answer, answer_of, generated_of, native_of
 from refimpl.lab.judge.http import EndpointError, Http
 
 TOPS = (20, 5)                  # how many probabilities a position are asked for; OpenAI's completions allow 5
-COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/api/generate"
+NATIVE_TOP = 100                # and in llama-server's own form, which allows any number
+COMPLETIONS, CHAT, GENERATE, NATIVE = "/v1/completions", "/v1/chat/completions", "/api/generate", "/completion"
+N_PROBE = 4                     # tokens of the answer that tells what is there
 RAW = {"top_p": 1.0}            # nothing but temperature 1 between the logits and the choice
 MORE = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}        # what engines beyond OpenAI's API add to it by default
 
@@ -18,14 +20,15 @@ MORE = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}        # what engines b
 class Endpoint:
     """`engine`: what it says it is. `n_top`: probabilities a position in completions (0: none), `chat_top`: in chats (None: no chats).
 
-    `takes_ids`: does it take token ids as a prompt? `completes`: does it continue a text at all? `more`: fields beyond OpenAI's that it may
-    be sent. `why`: what it says about "completions" or "chat" where it has none.
+    `form`: the path at which it continues a text, if `completes`. `takes_ids`: does it take token ids as a prompt? `more`: fields beyond
+    OpenAI's that it may be sent. `why`: what it says about "completions" or "chat" where it has none.
     """
 
     http: Http
     model: str | None = None
     engine: str = "unknown engine"
     n_ctx: int | None = None
+    form: str = COMPLETIONS
     takes_ids: bool = False
     completes: bool = False
     n_top: int = 0
@@ -40,18 +43,22 @@ class Endpoint:
 
     def complete(self, prompt: str | Sequence[int], n_new: int, *, seed: int = 0, temperature: float = 1.0, cold: bool = False) -> Answer:
         """Continues a text or ids by `n_new` tokens. `cold`: an engine that can be asked to forget, does. Raises EndpointError."""
-        if self.engine.startswith("ollama"):
+        prompt = prompt if isinstance(prompt, str) else [int(i) for i in prompt]
+        if self.form == GENERATE:
             options = {"temperature": temperature, "seed": seed, "num_predict": n_new, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
                        "repeat_penalty": 1.0}
             fields = {"model": self.model, "prompt": prompt, "raw": True, "stream": False, "options": options}
             more = {"logprobs": True, "top_logprobs": self.n_top} if self.n_top else {}
             return generated_of(self.http.post(GENERATE, fields | more), GENERATE)
-        fields = {"prompt": prompt if isinstance(prompt, str) else [int(i) for i in prompt], "max_tokens": n_new,
-                  "temperature": temperature, "seed": seed, **RAW, **self.more}
-        if self.n_top:
-            fields["logprobs"] = self.n_top
+        fields = {"prompt": prompt, "temperature": temperature, "seed": seed, **RAW, **self.more}
         if cold and self.engine.startswith("llama-server"):
             fields["cache_prompt"] = False
+        if self.form == NATIVE:
+            fields |= {"n_predict": n_new, "n_probs": self.n_top, "return_tokens": True, "post_sampling_probs": False}
+            return native_of(self.http.post(NATIVE, self._named(fields)), NATIVE)
+        fields["max_tokens"] = n_new
+        if self.n_top:
+            fields["logprobs"] = self.n_top
         if self.engine.startswith("vLLM"):
             fields["return_tokens_as_token_ids"] = True
         return answer_of(self.http.post(COMPLETIONS, self._named(fields)), COMPLETIONS)
@@ -104,6 +111,7 @@ def explore(http: Http, model: str | None, probe: Sequence[int], text: str) -> E
     end = Endpoint(http, model)
     _introduced(end)
     if end.engine.startswith("ollama"):
+        end.form = GENERATE
         _choose(end, "n_top", (20, 0), (text,), "completions")
     else:
         _completions(end, probe, text)
@@ -137,7 +145,15 @@ def _introduced(end: Endpoint):
 
 
 def _completions(end: Endpoint, probe: Sequence[int], text: str):
-    """Which form of /v1/completions is taken: ids before text, many probabilities before few."""
+    """Which form is taken: llama-server's own, which tells all ids of an answer, before /v1/completions, ids before text, many
+    probabilities before few.
+    """
+    if end.engine.startswith("llama-server"):
+        end.form = NATIVE
+        _choose(end, "n_top", (NATIVE_TOP,), (list(probe),), "completions")
+        if end.completes and end.n_top:
+            return
+        end.form, end.completes = COMPLETIONS, False
     _choose(end, "n_top", (*TOPS, 0), (list(probe), text), "completions")
 
 
@@ -146,7 +162,7 @@ def _choose(end: Endpoint, name: str, tops: Sequence[int], prompts: Sequence[str
         for prompt in prompts:
             setattr(end, name, n_top)
             try:
-                answer = _with_tokens(lambda seed, prompt=prompt: end.complete(prompt, 2, seed=seed))
+                answer = _with_tokens(lambda seed, prompt=prompt: end.complete(prompt, N_PROBE, seed=seed))
             except EndpointError as error:
                 end.why[what] = str(error)
                 if error.fatal:
@@ -164,7 +180,7 @@ def _chats(end: Endpoint):
     for n_top in (*TOPS, 0):
         end.chat_top = n_top
         try:
-            answer = _with_tokens(lambda seed: end.chat([{"role": "user", "content": "x"}], 2, seed=seed))
+            answer = _with_tokens(lambda seed: end.chat([{"role": "user", "content": "x"}], N_PROBE, seed=seed))
         except EndpointError as error:
             end.chat_top, end.why["chat"] = None, str(error)
             if error.fatal:
@@ -178,10 +194,10 @@ def _chats(end: Endpoint):
 
 
 def _with_tokens(ask: Callable[[int], Answer]) -> Answer:
-    """The first answer that has tokens: an answer that ends at once lists none."""
+    """The first answer that has probabilities: one that ends at once lists none."""
     for seed in range(3):
         answer = ask(seed)
-        if answer.steps:
+        if answer.n_top:
             break
     return answer
 

@@ -87,7 +87,14 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
     asked = [question for question in QUESTIONS if question in questions and (question != "sampling" or not end.gives_probabilities)]
     result = [_explained(made[question](), found, yardstick, vocabulary) for question in asked]
     return Judgement(end.http.url, end.engine, end.model, arithmetic, kv_type, result,
-                     [*(f"{name}: not asked, {why}" for name, why in found.not_rendered.items()), *found.failed])
+                     [*(f"{name}: not asked, {why}" for name, why in found.not_rendered.items()), *found.failed,
+                      *_left_out(found, vocabulary)])
+
+
+def _left_out(found: Answers, vocabulary: Vocabulary) -> list[str]:
+    """Answers that do not list all of their tokens, in words."""
+    n = sum(len(vocabulary.known(asked.answer)) < len(asked.answer.steps) for asked in found.asked)
+    return [f"{n} of {len(found.asked)} answers leave out tokens that they count; what may follow one is not judged"] if n else []
 
 
 def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabulary: Vocabulary) -> Verdict:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from refimpl.lab.evaluate.divergence import keep, log_sum_exp
+from refimpl.lab.judge.answers import Step
 from refimpl.lab.judge.ask import Asked
 from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.vocabulary import Vocabulary
@@ -45,35 +46,60 @@ class Position:
 
 def measure(asked: Sequence[Asked], yardstick: Yardstick, vocabulary: Vocabulary, progress: Progress = silent) -> list[Position]:
     """All positions with probabilities. Answers of the same tokens are computed once."""
-    tokens = defaultdict(list)
+    same, found = defaultdict(list), []
     for each in asked:
-        n_steps = next((n for n, step in enumerate(each.answer.steps) if not step.top), len(each.answer.steps))
-        if n_steps:
-            chosen, unsure = vocabulary.chosen(each.answer.steps, n_steps - 1)
-            tokens[(*each.ids, *chosen), len(each.ids) - 1].append((each, unsure))
-    found = []
-    with progress("answers computed", len(tokens)) as advance:
-        for (ids, first), same in tokens.items():
-            exact_RV, rounded = yardstick.exact(ids, first), yardstick.rounded(ids, first)
-            for each, unsure in same:
-                found += _positions(each, ids, unsure, exact_RV, rounded, vocabulary)
+        if (read := _read(each, vocabulary)) is not None:
+            same[read.ids].append(read)
+    with progress("answers computed", len(same)) as advance:
+        for reads in same.values():
+            found += measured(reads, yardstick, vocabulary)
             advance(1)
     return found
 
 
-def _positions(asked: Asked, ids: Sequence[int], unsure: Sequence[int], exact_RV: np.ndarray, rounded: Sequence[np.ndarray],
-               vocabulary: Vocabulary) -> list[Position]:
-    first, found = len(asked.ids) - 1, []
-    for n, (logit_V, step) in enumerate(zip(exact_RV, asked.answer.steps)):
-        log_p_V = logit_V.astype(np.float64) - log_sum_exp(logit_V)
-        id_K, logprob_K, whole = vocabulary.listing(step.top, log_p_V)
-        if len(id_K):
-            low, high = listed_bounds(id_K, logprob_K, logit_V, whole)
-            noise = tuple(_seen_alike(run_RV[n], len(id_K), logit_V) for run_RV in rounded)
-            found.append(Position(asked, first + n, n, low, high, noise, as_line(logprob_K, log_p_V[id_K]), len(id_K),
-                                  int(np.argmax(log_p_V)) == int(id_K[0])))
-        if n in unsure and not vocabulary.is_sure(step, ids[first + 1 + n], log_p_V):
-            break                   # what follows was perhaps computed from another token
+@dataclass(frozen=True)
+class Read:
+    """An answer by its tokens: `ids`, of prompt and answer, as far as they are seen by a position with probabilities. `steps`: those that
+    have them, by their number. `unsure`: numbers of the tokens that may be other ones.
+    """
+
+    asked: Asked
+    ids: tuple[int, ...]
+    steps: Mapping[int, Step]
+    unsure: Sequence[int]
+
+    def at(self, n: int) -> int:
+        """The position that gives token `n` of the answer."""
+        return len(self.asked.ids) - 1 + n
+
+
+def _read(asked: Asked, vocabulary: Vocabulary) -> Read | None:
+    steps = vocabulary.known(asked.answer)
+    steps = steps[:next((n for n, step in enumerate(steps) if not step.top and step.chosen.id is None), len(steps))]
+    last = max((n for n, step in enumerate(steps) if step.top), default=None)
+    if last is None:
+        return None
+    chosen, unsure = vocabulary.chosen(steps, last)
+    return Read(asked, (*asked.ids, *chosen), {n: step for n, step in enumerate(steps[:len(chosen) + 1]) if step.top}, unsure)
+
+
+def measured(reads: Sequence[Read], yardstick: Yardstick, vocabulary: Vocabulary) -> list[Position]:
+    """The positions of answers that have the same tokens."""
+    ids, at = reads[0].ids, sorted({read.at(n) for read in reads for n in read.steps})
+    exact_RV, rounded, found = yardstick.exact(ids, at), yardstick.rounded(ids, at), []
+    row = {position: r for r, position in enumerate(at)}
+    for read in reads:
+        for n, step in read.steps.items():
+            here = row[read.at(n)]
+            log_p_V = exact_RV[here].astype(np.float64) - log_sum_exp(exact_RV[here])
+            id_K, logprob_K, whole = vocabulary.listing(step.top, log_p_V)
+            if len(id_K):
+                low, high = listed_bounds(id_K, logprob_K, exact_RV[here], whole)
+                noise = tuple(_seen_alike(run_RV[here], len(id_K), exact_RV[here]) for run_RV in rounded)
+                found.append(Position(read.asked, read.at(n), n, low, high, noise, as_line(logprob_K, log_p_V[id_K]), len(id_K),
+                                      int(np.argmax(log_p_V)) == int(id_K[0])))
+            if n in read.unsure and not vocabulary.is_sure(step, ids[read.at(n) + 1], log_p_V):
+                break                   # what follows was perhaps computed from another token
     return found
 
 

@@ -62,8 +62,8 @@ def sampling(end: Endpoint, found: Answers, yardstick: Yardstick) -> Verdict:
         return Verdict("sampling", UNKNOWN, reason(end, found, "completions", (found.failed or ["nothing was drawn"])[-1]))
     stakes = {}
     for asked, texts in draws:
-        first = len(asked.ids) - 1
-        stake = stake_of(yardstick.exact(asked.ids, first)[0], [rows_RV[0] for rows_RV in yardstick.rounded(asked.ids, first)],
+        last = [len(asked.ids) - 1]
+        stake = stake_of(yardstick.exact(asked.ids, last)[0], [rows_RV[0] for rows_RV in yardstick.rounded(asked.ids, last)],
                          texts_of(yardstick.model.tokenizer, stripped=asked.chat))
         for text in texts:
             stake.draw(text)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refimpl.lab.judge.answers import Listed, Step
+from refimpl.lab.judge.answers import Answer, Listed, Step
 from refimpl.text.tokenizer import Tokenizer
 
 SURE = 0.999        # of the probability of all tokens with a text, that one of them has, so that the text stands for it
@@ -34,6 +34,18 @@ class Vocabulary:
         if "\ufffd" in token.bytes.decode(errors="replace"):       # a part of a character, perhaps with others before it
             return False
         return not 0 <= token.id < self.tokenizer.n_vocab or self.tokenizer.bytes_of(token.id) != token.bytes
+
+    def known(self, answer: Answer) -> Sequence[Step]:
+        """The steps before which every token is known: all, unless the endpoint leaves tokens out of its list."""
+        if all(step.chosen.id is not None for step in answer.steps):
+            gap = next((n for n, step in enumerate(answer.steps) if self._follows_others(step.chosen)), len(answer.steps))
+            return answer.steps[:gap]
+        return () if answer.n_missing else answer.steps
+
+    def _follows_others(self, token: Listed) -> bool:
+        """Does its text have more before it than its id has?"""
+        own = self.tokenizer.bytes_of(token.id) if 0 <= token.id < self.tokenizer.n_vocab else b""
+        return bool(own) and len(token.bytes) > len(own) and token.bytes.endswith(own) and not token.bytes.startswith(b"token_id:")
 
     def chosen(self, steps: Sequence[Step], before_ids: int) -> tuple[list[int], list[int]]:
         """(ids of the chosen tokens up to the first that is not known, indices of those that may be another one). Where several tokens

@@ -48,16 +48,16 @@ class Yardstick:
         self.model, self.arithmetic, self.kv_type = model, arithmetic, kv_type
         self._rounding = in_q8(model) if arithmetic == "q8" else model
 
-    def exact(self, ids: Sequence[int], first: int) -> np.ndarray:
-        """Logits at positions first, first + 1, ... of `ids`, float32 (R, V)."""
-        return _rows(self.model, ids, first, no_tap)
+    def exact(self, ids: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+        """Logits at `positions` of `ids`, float32 (R, V)."""
+        return _rows(self.model, ids, positions, no_tap)
 
-    def rounded(self, ids: Sequence[int], first: int) -> list[np.ndarray]:
+    def rounded(self, ids: Sequence[int], positions: Sequence[int]) -> list[np.ndarray]:
         """The same of every run that rounds."""
-        return [_rows(self._rounding, ids, first, both(stored_as(self.kv_type), perturbing(ROUNDOFF[self.arithmetic], seed)))
+        return [_rows(self._rounding, ids, positions, both(stored_as(self.kv_type), perturbing(ROUNDOFF[self.arithmetic], seed)))
                 for seed in SEEDS]
 
 
-def _rows(model: Model, ids: Sequence[int], first: int, tap: Look) -> np.ndarray:
+def _rows(model: Model, ids: Sequence[int], positions: Sequence[int], tap: Look) -> np.ndarray:
     cache = model.new_cache(len(ids))
-    return model.head(model.prefill(ids, cache, tap)[first:])
+    return model.head(model.prefill(ids, cache, tap)[list(positions)])
