@@ -10,15 +10,20 @@ from types import SimpleNamespace
 import cli
 import pandas
 import pytest
+from endpoints import LlamaServer
+from shapes import random_model, write_model
 
 from refimpl.lab import cluster as module
 from refimpl.lab.cluster import Cluster, ClusterError, connected
+from refimpl.lab.compare import tolerance
 from refimpl.lab.evaluate.evaluate import evaluate
 from refimpl.lab.evaluate.evaluation import Cutting
 from refimpl.lab.evaluate.logit_sources import identified, located, side_of
 from refimpl.lab.evaluate.run_files import read_windows
 from refimpl.lab.evaluate.sweep import Sweep, sweep
 from refimpl.lab.evaluate.work import Workers
+from refimpl.lab.judge.judge import collect, judge
+from refimpl.lab.judge.work import team
 from refimpl.progress import silent
 
 TEXT = "def walk(top, names): yield the path of the name and then of the other\n" * 2
@@ -62,6 +67,16 @@ def test_three_processes_one_of_them_killed_give_the_same_bits(ple, text, tmp_pa
     assert about["sha256"] and json.loads(shared[0].machine)["versions"]["numpy"] and not list(tmp_path.glob("*.parts"))
     tokens = pandas.read_parquet(tmp_path / "many.parquet", columns=["document", "token", "nll"]).explode(["token", "nll"])
     assert len(tokens) == one["tokens"] and tokens.nll.mean() == pytest.approx(one["nll"])
+
+
+def test_a_judgement_is_the_same_by_three_processes(tmp_path, address):
+    path = write_model(tmp_path / "m.gguf", random_model("12B", seed=2), "Q4_0")
+    model = tolerance.judge(path)
+    end, found = collect(LlamaServer(model, native=True), model, questions=("probabilities", "window"))
+    with team(Workers(address), str(path)) as compute:
+        shared = judge(end, found, model, compute=compute)
+    alone = judge(end, found, model)
+    assert shared.figures() == alone.figures() and alone.verdicts[2].figures["positions"] > 100
 
 
 def test_a_sweep_is_one_table_that_pandas_reads(ple, text, tmp_path, address):

@@ -59,7 +59,7 @@ def evaluate(
     if against is not None and base is not None:
         raise typer.BadParameter("--against and --base: give one of them")
     _check_windows(ctx, stride, count)
-    _check_workers(cluster, jobs)
+    check_workers(cluster, jobs)
     if base is not None and (raw or stride is not None):
         raise typer.BadParameter("--base sets the windows: no --raw, --stride")
     if output is not None:
@@ -101,7 +101,7 @@ def sweep(
     if not file:
         raise typer.BadParameter("give the text with -f FILE")
     _check_windows(ctx, stride, count)
-    _check_workers(cluster, jobs)
+    check_workers(cluster, jobs)
     if output is not None:
         refuse_overwriting(output, force)
     kinds = [kind for kind in output_types() if kind != "auto"] if types == "all" else _words(types)
@@ -130,6 +130,7 @@ def _check_windows(ctx: int, stride: int | None, count: str):
         raise typer.BadParameter("--stride is at most --ctx-size, and not for --count second-half, whose windows do not overlap")
 
 
-def _check_workers(cluster: str, jobs: int):
+def check_workers(cluster: str, jobs: int):
+    """Raises BadParameter for both."""
     if cluster != "local" and jobs > 1:
         raise typer.BadParameter("--jobs is for --cluster local; a scheduler has as many workers as were started")

@@ -7,6 +7,7 @@ import typer
 
 from refimpl.cli.app import MODEL, Json, Threads, announce_compiling, app, bar, errors, fetched, write
 from refimpl.cli.lab.compare import exits_3
+from refimpl.cli.lab.evaluate import Cluster, Jobs, check_workers
 
 Key = Annotated[str | None, typer.Option("--api-key", envvar="REFIMPL_API_KEY", show_default=False, help="the endpoint's")]
 
@@ -25,7 +26,7 @@ def judge(
                                             "template,ids,probabilities,chat,window,again,company,sampling)")] = None,
     long: Annotated[bool, typer.Option("--long", help="also a text of 33,000 tokens, where model and endpoint have room for it")] = False,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, max=86400, help="seconds for one answer")] = 300,
-    api_key: Key = None, threads: Threads = None, as_json: Json = False,
+    jobs: Jobs = 1, cluster: Cluster = "local", api_key: Key = None, threads: Threads = None, as_json: Json = False,
 ):
     """Judge any engine over HTTP.
 
@@ -35,9 +36,11 @@ def judge(
     """
     from refimpl.cli.show.judge import as_text
     from refimpl.lab.compare import tolerance
+    from refimpl.lab.evaluate.work import Workers
     from refimpl.lab.judge.http import Http
     from refimpl.lab.judge.judge import QUESTIONS, collect
     from refimpl.lab.judge.judge import judge as judged
+    from refimpl.lab.judge.work import team
     from refimpl.lab.judge.yardstick import ARITHMETICS, KV_TYPES
 
     questions = QUESTIONS if ask is None else tuple(word.strip() for word in ask.split(","))
@@ -45,6 +48,7 @@ def judge(
             + ([] if arithmetic is None else [("--arithmetic", arithmetic, ARITHMETICS)]):
         if value not in known:
             raise typer.BadParameter(f"{option} {value}: choose from {', '.join(known)}")
+    check_workers(cluster, jobs)
     try:
         http = Http(url, api_key, timeout)
     except ValueError as error:
@@ -54,8 +58,9 @@ def judge(
         m = tolerance.judge(fetched(file), threads=threads, progress=bar)
         for note in (*m.notes, *m.tokenizer.warnings):
             errors.print(f"note: {note}")
-        end, found = collect(http, m, name=model, questions=questions, long=long, progress=bar)
-        result = judged(end, found, m, arithmetic=arithmetic, kv_type=kv, questions=questions, progress=bar)
+        with team(Workers(cluster, jobs, threads), file) as compute:
+            end, found = collect(http, m, name=model, questions=questions, long=long, progress=bar)
+            result = judged(end, found, m, arithmetic=arithmetic, kv_type=kv, questions=questions, compute=compute, progress=bar)
     write((json.dumps(result.figures()) if as_json else as_text(result)) + "\n")
     if result.status:
         raise typer.Exit(result.status)

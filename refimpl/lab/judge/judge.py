@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from refimpl.lab.judge.ask import OTHERS, Answers, ask_all
 from refimpl.lab.judge.endpoint import Endpoint, explore
 from refimpl.lab.judge.http import Http
-from refimpl.lab.judge.measure import measure
 from refimpl.lab.judge.probability_verdicts import chat_probabilities, of_texts, probabilities, window
 from refimpl.lab.judge.repeat_verdicts import again, company
 from refimpl.lab.judge.sampling import sampling
 from refimpl.lab.judge.text_verdicts import ids, other_tokens, template
 from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, Verdict, level
 from refimpl.lab.judge.vocabulary import Vocabulary
+from refimpl.lab.judge.work import Compute, here, measure
 from refimpl.lab.judge.yardstick import Yardstick
 from refimpl.loading.model import Model
 from refimpl.progress import Progress, silent
@@ -64,14 +64,15 @@ def arithmetic_of(end: Endpoint) -> str:
 
 
 def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None = None, kv_type: str = "f16",
-          questions: Sequence[str] = QUESTIONS, progress: Progress = silent) -> Judgement:
+          questions: Sequence[str] = QUESTIONS, compute: Compute = here, progress: Progress = silent) -> Judgement:
     """The verdicts on answers of `collect`. `model` in exact arithmetic (lab.compare.tolerance.judge); `arithmetic`: the endpoint's, None
-    for what `arithmetic_of` says; `kv_type`: of its keys and values.
+    for what `arithmetic_of` says; `kv_type`: of its keys and values; `compute`: who computes what they are compared with (`work.team`).
     """
     arithmetic = arithmetic or arithmetic_of(end)
     yardstick, vocabulary, tokenizer = Yardstick(model, arithmetic, kv_type), Vocabulary(model.tokenizer), model.tokenizer
     others = other_tokens(found.asked, vocabulary)
-    positions = measure([asked for asked in found.asked if asked.way != OTHERS], yardstick, vocabulary, progress)
+    positions = measure([asked for asked in found.asked if asked.way != OTHERS], yardstick, vocabulary, compute,
+                        progress)
     windows = {layer.window for layer in model.config.layers if layer.window is not None}
     name = arithmetic + ("" if kv_type == "f16" else f" with keys and values in {kv_type}")
     made = {
@@ -85,7 +86,7 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
         "sampling": lambda: sampling(end, found, yardstick),
     }
     asked = [question for question in QUESTIONS if question in questions and (question != "sampling" or not end.gives_probabilities)]
-    result = [_explained(made[question](), found, yardstick, vocabulary) for question in asked]
+    result = [_explained(made[question](), found, yardstick, vocabulary, compute) for question in asked]
     return Judgement(end.http.url, end.engine, end.model, arithmetic, kv_type, result,
                      [*(f"{name}: not asked, {why}" for name, why in found.not_rendered.items()), *found.failed,
                       *_left_out(found, vocabulary)])
@@ -97,7 +98,7 @@ def _left_out(found: Answers, vocabulary: Vocabulary) -> list[str]:
     return [f"{n} of {len(found.asked)} answers leave out tokens that they count; what may follow one is not judged"] if n else []
 
 
-def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabulary: Vocabulary) -> Verdict:
+def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabulary: Vocabulary, compute: Compute) -> Verdict:
     """A departure of probabilities that resembles nothing else, and which other rounding would explain it."""
     if verdict.question != "probabilities" or verdict.figures.get("looks_like") != "":
         return verdict
@@ -105,7 +106,7 @@ def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabular
     for arithmetic, kv_type in ROUNDINGS:
         if (arithmetic, kv_type) == (yardstick.arithmetic, yardstick.kv_type):
             continue
-        positions = of_texts(measure(few, Yardstick(yardstick.model, arithmetic, kv_type), vocabulary))
+        positions = of_texts(measure(few, Yardstick(yardstick.model, arithmetic, kv_type), vocabulary, compute))
         if level(positions) <= LIMIT:
             how = f"--arithmetic {arithmetic}" if kv_type == "f16" else f"--arithmetic {arithmetic} --kv {kv_type}"
             return replace(verdict, evidence=f"{verdict.evidence}; the rounding of {how} would explain it",

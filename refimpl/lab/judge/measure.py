@@ -14,7 +14,6 @@ from refimpl.lab.judge.ask import Asked
 from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.vocabulary import Vocabulary
 from refimpl.lab.judge.yardstick import Yardstick
-from refimpl.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,13 @@ class Position:
         return (2 * float(np.mean(self.noise))) ** 0.5
 
 
-def measure(asked: Sequence[Asked], yardstick: Yardstick, vocabulary: Vocabulary, progress: Progress = silent) -> list[Position]:
-    """All positions with probabilities. Answers of the same tokens are computed once."""
-    same, found = defaultdict(list), []
+def together(asked: Sequence[Asked], vocabulary: Vocabulary) -> list[list[Read]]:
+    """The answers that have probabilities, those of the same tokens together: they are computed once."""
+    same = defaultdict(list)
     for each in asked:
         if (read := _read(each, vocabulary)) is not None:
             same[read.ids].append(read)
-    with progress("answers computed", len(same)) as advance:
-        for reads in same.values():
-            found += measured(reads, yardstick, vocabulary)
-            advance(1)
-    return found
+    return list(same.values())
 
 
 @dataclass(frozen=True)
