@@ -106,14 +106,83 @@ class Between(Http):
 
 
 
-class LlamaServer(Http):
+class Continuing(Http):
+    """An engine that continues ids with `model`, without a server."""
+
+    def __init__(self, model):
+        super().__init__("http://127.0.0.1:1")
+        self.model = model
+
+    def continued(self, ids, n_new, n_top, seed):
+        """Of every new token (id, its log-probability, [(id, log-probability) of the most probable])."""
+        random, cache = np.random.default_rng(seed), self.model.new_cache(len(ids) + n_new)
+        state_TD = self.model.prefill(ids, cache)
+        for _ in range(n_new):
+            top, logprob_V = self.most_probable(state_TD[-1:], n_top)
+            p_V = np.exp(logprob_V)
+            i = int(random.choice(len(p_V), p=p_V / p_V.sum()))
+            yield i, float(logprob_V[i]), top
+            state_TD = self.model.prefill([i], cache)
+
+    def most_probable(self, state_1D, n_top):
+        logit_V = self.model.head(state_1D)[0]
+        kept = keep(logit_V, n_top)
+        logprob_V = np.minimum(logit_V.astype(np.float64) - kept.log_sum, 0)
+        return [(i, float(logprob_V[i])) for i in kept.id_K.tolist()], logprob_V
+
+
+class VLLM(Continuing):
+    """vLLM as its documents describe it: tokens by their ids, the chosen one listed whatever its rank, the prompt's own with
+    `prompt_logprobs`. `echo`: an engine without a name instead, which names tokens by text and repeats the prompt.
+    """
+
+    def __init__(self, model, echo=False):
+        super().__init__(model)
+        self.echo = echo
+
+    def get(self, path):
+        found = {"/v1/models": {"data": [{"id": "m", "max_model_len": 512} | ({} if self.echo else {"owned_by": "vllm"})]},
+                 "/version": {"version": "0.20"}}
+        return found[path]
+
+    def post(self, path, fields):
+        if path != "/v1/completions" or ("prompt_logprobs" if self.echo else "echo") in fields:
+            raise EndpointError("status 400: no", 400)
+        ids, n_top = fields["prompt"], fields["logprobs"]
+        steps = list(self.continued(ids, fields["max_tokens"], n_top, fields["seed"]))
+        usage, choice = {"completion_tokens": len(steps), "prompt_tokens": len(ids)}, {"text": "?", "finish_reason": "length"}
+        if n_own := n_top if fields.get("echo") else fields.get("prompt_logprobs", 0):
+            own = [(ids[0], None, None), *self.own(ids, n_own)]
+            if self.echo:
+                steps = [*own, *steps]
+            else:
+                choice["prompt_logprobs"] = [top and self.ranked(i, logprob, top) for i, logprob, top in own]
+        choice["logprobs"] = {"tokens": [self.name(i) for i, _, _ in steps], "token_logprobs": [logprob for _, logprob, _ in steps],
+                              "top_logprobs": [top and {self.name(t): p for t, p in [(i, logprob), *top]} for i, logprob, top in steps]}
+        return {"choices": [choice], "usage": usage}
+
+    def own(self, ids, n_top):
+        state_TD = self.model.prefill(ids, self.model.new_cache(len(ids)))
+        for n, i in enumerate(ids[1:]):
+            top, logprob_V = self.most_probable(state_TD[n:n + 1], n_top)
+            yield i, float(logprob_V[i]), top
+
+    def ranked(self, i, logprob, top):
+        ranks = {t: (p, n) for n, (t, p) in enumerate(top, 1)}
+        return {str(t): {"logprob": p, "rank": n, "decoded_token": "?"} for t, (p, n) in ({i: (logprob, 250)} | ranks).items()}
+
+    def name(self, i):
+        return self.model.tokenizer.decode([i], special=True) if self.echo else f"token_id:{i}"
+
+
+class LlamaServer(Continuing):
     """llama-server as far as it continues ids: a token after which the text ends inside of a character is not listed, and its bytes are
     those of the next one. `native`: has it /completion, which tells all ids?
     """
 
     def __init__(self, model, native):
-        super().__init__("http://127.0.0.1:1")
-        self.model, self.native = model, native
+        super().__init__(model)
+        self.native = native
 
     def get(self, path):
         if path == "/v1/models":
@@ -124,34 +193,25 @@ class LlamaServer(Http):
         if path != ("/completion" if self.native else "/v1/completions"):
             raise EndpointError("status 404: no", 404)
         ids, n_top = fields["prompt"], fields["n_probs" if self.native else "logprobs"]
-        chosen, listed, text = self.continued(ids, fields["n_predict" if self.native else "max_tokens"], n_top, fields["seed"])
+        n_new, spelled, sent, chosen, listed = fields["n_predict" if self.native else "max_tokens"], b"", 0, [], []
+        for i, logprob, top in self.continued(ids, n_new, n_top, fields["seed"]):
+            chosen.append(i)
+            spelled += self.bytes_of(i)
+            if not ends_inside(spelled):
+                probable = [self.named(t, p, self.bytes_of(t)) for t, p in top]
+                listed.append(self.named(i, logprob, spelled[sent:]) | {"top_logprobs": probable})
+                sent = len(spelled)
+        text = spelled.decode(errors="replace")
         if self.native:
             return {"content": text, "tokens": chosen, "completion_probabilities": listed, "tokens_evaluated": len(ids)}
         usage = {"completion_tokens": len(chosen), "prompt_tokens": len(ids)}
         return {"choices": [{"text": text, "logprobs": {"content": listed}, "finish_reason": "length"}], "usage": usage}
 
-    def continued(self, ids, n_new, n_top, seed):
-        random, cache, spelled, sent = np.random.default_rng(seed), self.model.new_cache(len(ids) + n_new), b"", 0
-        state_TD, chosen, listed = self.model.prefill(ids, cache), [], []
-        for _ in range(n_new):
-            logit_V = self.model.head(state_TD[-1:])[0]
-            kept, n_vocab = keep(logit_V, n_top), self.model.config.n_vocab
-            p_V = np.exp(logit_V.astype(np.float64) - kept.log_sum)
-            chosen.append(int(random.choice(n_vocab, p=p_V / p_V.sum())))
-            spelled += self.bytes_of(chosen[-1])
-            if not ends_inside(spelled):
-                top = [self.named(i, logit - kept.log_sum, self.bytes_of(i)) for i, logit in zip(kept.id_K.tolist(), kept.logit_K.tolist())]
-                own = logit_V[chosen[-1]] - kept.log_sum
-                listed.append(self.named(chosen[-1], own, spelled[sent:]) | {"top_logprobs": top})
-                sent = len(spelled)
-            state_TD = self.model.prefill(chosen[-1:], cache)
-        return chosen, listed, spelled.decode(errors="replace")
-
     def bytes_of(self, i):
         return b"" if i < 5 else self.model.tokenizer.bytes_of(i)
 
     def named(self, i, logprob, spelled):
-        return {"id": i, "logprob": min(0.0, float(logprob)), "token": spelled.decode(errors="replace"), "bytes": list(spelled)}
+        return {"id": i, "logprob": logprob, "token": spelled.decode(errors="replace"), "bytes": list(spelled)}
 
 
 def ends_inside(spelled):

@@ -40,10 +40,11 @@ SAID = {                    # the wrong settings: what a file would have to say 
     "soft cap 60": "gemma4.final_logit_softcapping=float:60", "epsilon 1e-2": "gemma4.attention.layer_norm_rms_epsilon=float:0.01",
 }
 OTHER_SETTINGS = {"keys and values in 4 bits": ["-ctk", "q4_0", "-ctv", "q4_0"]}
-LINES = ["He counted {n} geese over the reservoir before the rain came back.\n", "let total_{n} = items.iter().map(|x| x.price * {n}).sum();\n",
-         "SELECT name, {n} AS rank FROM towns WHERE height > {n}00 ORDER BY name;\n", "{n}) Le facteur passait vers {n} heures, sans dire un mot.\n",
-         "<li class=\"row-{n}\"><a href=\"/page/{n}\">no. {n}</a></li>\n", "Theorem {n}. Every such map has a fixed point; see (1.{n}).\n",
-         "if __name__ == '__main__':\n    main({n})\n", "\t{n}\tmolto allegro, poi più lento\n", "Прошло {n} дней, а письма всё не было.\n"]
+LINES = [
+    "He counted {n} geese over the reservoir before the rain came back.\n", "let total_{n} = items.iter().map(|x| x.price * {n}).sum();\n",
+    "SELECT name, {n} AS rank FROM towns WHERE height > {n}00 ORDER BY name;\n", "{n}) Le facteur passait vers {n} heures, sans un mot.\n",
+    "<li class=\"row-{n}\"><a href=\"/page/{n}\">no. {n}</a></li>\n", "Theorem {n}. Every such map has a fixed point; see (1.{n}).\n",
+    "if __name__ == '__main__':\n    main({n})\n", "\t{n}\tmolto allegro, poi più lento\n", "Прошло {n} дней, а письма всё не было.\n"]
 
 
 def texts(seed):

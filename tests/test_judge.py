@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from cli import assert_one_line, run
-from endpoints import Between, LlamaServer, playing, raw, served
+from endpoints import VLLM, Between, LlamaServer, playing, raw, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import random_model, reference, write_model
@@ -193,6 +193,20 @@ def test_listed_tokens_are_put_where_they_must_stand(ids, data):
     assert len(left) < len(ids) or all(step.top for step in placed)
     with pytest.raises(EndpointError, match="not those of the answer"):
         in_place(ids, [*listed, Step(Listed(b"", -1.0, 6), ())], "here")
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_probabilities_of_a_prompts_own_tokens_are_judged(echo, tmp_path, few):
+    """Many positions for a request; the same engine with a longer window departs by them."""
+    made = random_model("12B", seed=3)
+    paths = [write_model(tmp_path / f"{n}.gguf", made, extra={"gemma4.attention.sliding_window": n}) for n in (7, 9)]
+    model = refimpl.load(paths[0], arithmetic="exact", threads=1)
+    for path, expected in zip(paths, (RIGHT, DEPARTS)):
+        end, found = collect(VLLM(refimpl.load(path, arithmetic="exact", threads=1), echo), model, questions=("probabilities",))
+        judgement = judge(end, found, model, questions=("probabilities",), arithmetic="float32")
+        figures = judgement.verdicts[0].figures
+        assert judgement.verdicts[0].answer == expected and figures["positions"] > 250, judgement.verdicts[0]
+        assert echo or end.prompt_top == figures["listed"] == 20, "texts of tokens are the same for many, ids are not"
 
 
 # ---- engines that are wrong

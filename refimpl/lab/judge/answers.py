@@ -3,12 +3,12 @@
     OpenAI's completions        choices[0].logprobs: {tokens, token_logprobs, top_logprobs: [{text: logprob}, ...]}
     OpenAI's chat               choices[0].logprobs.content: [{token, bytes, logprob, top_logprobs: [{token, bytes, logprob}, ...]}, ...];
                                 llama-server's completions too, and with the "id" of every token
-    vLLM                        "token_id:123" as a token's text, where return_tokens_as_token_ids was asked for
+    vLLM                        "token_id:123" as a token's text, where that was asked for (return_tokens_as_token_ids)
     ollama's /api/generate      logprobs: [{token, bytes, logprob, top_logprobs: [...]}, ...]
-    llama-server's /completion  completion_probabilities: [{id, bytes, logprob, top_logprobs: [...]}, ...], and all ids of the answer: tokens
+    llama-server's /completion  completion_probabilities: [{id, bytes, logprob, top_logprobs: [...]}, ...]; tokens: all ids of the answer
 
-llama-server lists no token after which the text ends inside of a character (process_token in its server-context.cpp): the next token that
-it lists has the bytes of those before it as well. Only /completion says which they were.
+llama-server lists no token after which the text ends inside of a character (process_token in its server-context.cpp): the next token
+that it lists has the bytes of those before it as well. Only /completion says which they were.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Step:
 @dataclass(frozen=True)
 class Answer:
     """An answer: text, tokens with probabilities (none where the endpoint gives none), tokens of the prompt that it counted and reused.
-    `n_missing`: tokens that were counted and are not among `steps`.
+    `n_missing`: tokens that were counted and are not among `steps`. `prompt`: the tokens of the prompt from its second on, where they were
+    asked for (prompt_answers.py).
     """
 
     text: str
@@ -52,6 +53,7 @@ class Answer:
     n_prompt: int | None
     n_cached: int | None
     n_missing: int = 0
+    prompt: tuple[Step, ...] = ()
 
     @property
     def n_top(self) -> int:
@@ -59,9 +61,11 @@ class Answer:
         return min((len(step.top) for step in self.steps if step.top), default=0)
 
 
-def answer_of(body: object, where: str) -> Answer:
-    """Reads a whole answer of /v1/completions or /v1/chat/completions. Raises EndpointError where it is none."""
-    choice = _first(_mapping(body, where).get("choices"), where)
+def answer_of(body: object, where: str, n_top: int) -> Answer:
+    """Reads a whole answer of /v1/completions or /v1/chat/completions. `n_top`: how many probabilities were asked for; vLLM adds that of
+    the chosen token. Raises EndpointError where it is none.
+    """
+    choice = first_choice(mapping(body, where).get("choices"), where)
     message = choice.get("message")
     text = message.get("content") if isinstance(message, Mapping) else choice.get("text")
     if text is None and isinstance(message, Mapping):
@@ -71,30 +75,30 @@ def answer_of(body: object, where: str) -> Answer:
     usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    steps = steps_of(choice.get("logprobs"), where)
-    return Answer(text, steps, _count(usage.get("prompt_tokens")), _count(cached),
+    steps = steps_of(choice.get("logprobs"), where, n_top)
+    return Answer(text, steps, count_of(usage.get("prompt_tokens")), count_of(cached),
                   _missing(steps, usage.get("completion_tokens"), choice.get("finish_reason")))
 
 
 def generated_of(body: object, where: str) -> Answer:
     """Reads an answer of ollama's /api/generate. Raises EndpointError."""
-    body = _mapping(body, where)
+    body = mapping(body, where)
     if not isinstance(body.get("response"), str):
         raise EndpointError(f"{where}: the answer has no response: {str(body)[:80]!r}")
     steps = steps_of(body.get("logprobs"), where)
-    return Answer(body["response"], steps, _count(body.get("prompt_eval_count")), None,
+    return Answer(body["response"], steps, count_of(body.get("prompt_eval_count")), None,
                   _missing(steps, body.get("eval_count"), body.get("done_reason")))
 
 
 def native_of(body: object, where: str) -> Answer:
     """Reads an answer of llama-server's /completion, asked for with return_tokens. Raises EndpointError."""
-    body = _mapping(body, where)
+    body = mapping(body, where)
     ids, text = body.get("tokens"), body.get("content")
-    if not isinstance(text, str) or not isinstance(ids, list) or not all(_count(i) is not None for i in ids):
+    if not isinstance(text, str) or not isinstance(ids, list) or not all(count_of(i) is not None for i in ids):
         raise EndpointError(f"{where}: the answer has no content, or no tokens: {str(body)[:80]!r}")
     timings = body.get("timings") if isinstance(body.get("timings"), Mapping) else {}
     steps = in_place(ids, steps_of(body.get("completion_probabilities"), where), where)
-    return Answer(text, steps, _count(body.get("tokens_evaluated")), _count(timings.get("cache_n")))
+    return Answer(text, steps, count_of(body.get("tokens_evaluated")), count_of(timings.get("cache_n")))
 
 
 def in_place(ids: Sequence[int], listed: Sequence[Step], where: str) -> tuple[Step, ...]:
@@ -126,19 +130,22 @@ def _places(ids: Sequence[int], chosen: Sequence[int | None]) -> list[int]:
 
 def _missing(steps: Sequence[Step], counted: object, ending: object) -> int:
     """How many of the tokens that are counted have no step. The end that a model writes need not be listed."""
-    return max(0, (_count(counted) or 0) - len(steps) - (ending != "length")) if steps else 0
+    return max(0, (count_of(counted) or 0) - len(steps) - (ending != "length")) if steps else 0
 
 
-def steps_of(logprobs: object, where: str) -> tuple[Step, ...]:
-    """The tokens of any of the forms above; () where there are none. Raises EndpointError for what is no probability."""
+def steps_of(logprobs: object, where: str, n_top: int | None = None) -> tuple[Step, ...]:
+    """The tokens of any of the forms above, at most `n_top` of the most probable at each; () where there are none. Raises EndpointError for
+    what is no probability.
+    """
     if logprobs is None:
         return ()
     if isinstance(logprobs, Mapping) and "content" in logprobs:
         logprobs = logprobs["content"] or []
     if isinstance(logprobs, list):
-        steps = [_step(_mapping(entry, where), where) for entry in logprobs]
+        steps = [_step(mapping(entry, where), where) for entry in logprobs]
     else:
-        steps = _older(_mapping(logprobs, where), where)
+        steps = _older(mapping(logprobs, where), where)
+    steps = [replace(step, top=step.top[:n_top]) for step in steps]
     for n, step in enumerate(steps):
         if (mass := sum(math.exp(token.logprob) for token in step.top)) > 1 + ROUNDED:
             raise EndpointError(f"{where}: the probabilities at token {n} of the answer add up to {mass:.4g}: they are none")
@@ -147,8 +154,8 @@ def steps_of(logprobs: object, where: str) -> tuple[Step, ...]:
 
 def _step(entry: Mapping[str, object], where: str) -> Step:
     listed = entry.get("top_logprobs")
-    top = [_listed(_mapping(each, where), where) for each in listed] if isinstance(listed, list) else []
-    return Step(_listed(entry, where), _sorted(top))
+    top = [_listed(mapping(each, where), where) for each in listed] if isinstance(listed, list) else []
+    return Step(_listed(entry, where), most_first(top))
 
 
 def _older(logprobs: Mapping[str, object], where: str) -> list[Step]:
@@ -158,24 +165,25 @@ def _older(logprobs: Mapping[str, object], where: str) -> list[Step]:
     tops = tops if isinstance(tops, list) and len(tops) == len(tokens) else [None] * len(tokens)
     steps = []
     for token, logprob, top in zip(tokens, chosen, tops):
-        listed = [_named(text, value, where) for text, value in top.items()] if isinstance(top, Mapping) else []
-        steps.append(Step(_named(token, logprob, where), _sorted(listed)))
+        listed = [named(text, value, where) for text, value in top.items()] if isinstance(top, Mapping) else []
+        steps.append(Step(named(token, logprob, where), most_first(listed)))
     return steps
 
 
-def _sorted(top: list[Listed]) -> tuple[Listed, ...]:
+def most_first(top: Sequence[Listed]) -> tuple[Listed, ...]:
+    """The most probable first, without what an engine writes for "not at all"."""
     return tuple(sorted((token for token in top if token.logprob > NOWHERE), key=lambda token: -token.logprob))
 
 
 def _listed(entry: Mapping[str, object], where: str) -> Listed:
     raw, i = entry.get("bytes"), entry.get("id")
-    found = _named(entry.get("token"), entry.get("logprob"), where)
+    found = named(entry.get("token"), entry.get("logprob"), where)
     if isinstance(raw, list) and all(isinstance(b, int) and 0 <= b < 256 for b in raw):
         found = Listed(bytes(raw), found.logprob, found.id)
     return Listed(found.bytes, found.logprob, i) if isinstance(i, int) and not isinstance(i, bool) else found
 
 
-def _named(token: object, logprob: object, where: str) -> Listed:
+def named(token: object, logprob: object, where: str) -> Listed:
     """A token by its text."""
     if not isinstance(token, str):
         raise EndpointError(f"{where}: a token without a text: {str(token)[:40]!r}")
@@ -185,17 +193,20 @@ def _named(token: object, logprob: object, where: str) -> Listed:
     return Listed(token.encode(errors="replace"), min(float(logprob), 0.0), int(match[1]) if match else None)
 
 
-def _mapping(value: object, where: str) -> Mapping[str, object]:
+def mapping(value: object, where: str) -> Mapping[str, object]:
+    """An object of JSON. Raises EndpointError."""
     if not isinstance(value, Mapping):
         raise EndpointError(f"{where}: an object was expected, not {str(value)[:60]!r}")
     return value
 
 
-def _first(choices: object, where: str) -> Mapping[str, object]:
+def first_choice(choices: object, where: str) -> Mapping[str, object]:
+    """The first of an answer's choices. Raises EndpointError."""
     if not isinstance(choices, list) or not choices:
         raise EndpointError(f"{where}: the answer has no choices: {str(choices)[:60]!r}")
-    return _mapping(choices[0], where)
+    return mapping(choices[0], where)
 
 
-def _count(value: object) -> int | None:
+def count_of(value: object) -> int | None:
+    """A number of tokens, None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

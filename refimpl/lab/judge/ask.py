@@ -6,10 +6,12 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from refimpl.lab.judge.answers import Answer
+import numpy as np
+
+from refimpl.lab.judge.answers import Answer, Step
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.http import EndpointError
 from refimpl.loading.model import Model
@@ -19,6 +21,7 @@ from refimpl.text.prompt import encode_messages
 
 DATA = Path(__file__).with_name("prompts.json")
 N_NEW, N_CHAT = 12, 6               # tokens of an answer
+N_OWN = 48                          # of the prompt's own tokens that are judged, where their probabilities are given
 N_TWICE = 6                         # prompts that are asked again, and beside others
 N_PROMPTS, N_DRAWS = 4, 64          # prompts whose first token is drawn, and how often
 LONG = 33_000                       # tokens of the long prompt (--long)
@@ -28,7 +31,9 @@ OTHERS = "one of the others"
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer. `ids`: the prompt by our tokenizer and template; `way`: in which circumstances it was asked; `chat`: by messages?"""
+    """One answer. `ids`: the prompt by our tokenizer and template, or its first token where the others have probabilities as the answer
+    has; `way`: in which circumstances it was asked; `chat`: by messages?
+    """
 
     name: str
     ids: list[int]
@@ -205,9 +210,13 @@ class Asking:
         if not self.end.takes_ids:
             prompt = self.tokenizer.decode(ids) if text is None else text
         temperature = 1.0 if self.end.n_top else 0.0            # without probabilities texts are compared, which are to be the same
-        answer = self._try(f"{name} ({way})", lambda: self.end.complete(prompt, N_NEW, seed=len(ids), temperature=temperature, cold=cold))
+        whole = way == FIRST and len(ids) < LONG
+        answer = self._try(f"{name} ({way})", lambda: self.end.complete(prompt, N_NEW, seed=len(ids), temperature=temperature, cold=cold,
+                                                                        whole=whole))
         if answer is not None:
             ids = ids if self.end.takes_ids else self._as_counted(prompt, answer.n_prompt)
+        if answer is not None and answer.prompt:
+            ids, answer = ids[:1], replace(answer, steps=(*_thinned(answer.prompt), *answer.steps))
         if answer is not None and ids:
             self.found.asked.append(Asked(name, ids, answer, way, by_ids=self.end.takes_ids))
 
@@ -232,6 +241,12 @@ class Asking:
             return None
         finally:
             self.advance(1)
+
+
+def _thinned(steps: Sequence[Step]) -> list[Step]:
+    """The same tokens, N_OWN of them with their probabilities."""
+    kept = {round(n) for n in np.linspace(0, len(steps) - 1, min(N_OWN, len(steps)))}
+    return [step if n in kept else replace(step, top=()) for n, step in enumerate(steps)]
 
 
 def prompts() -> dict[str, dict]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from refimpl.lab.judge.answers import Answer, answer_of, generated_of, native_of
 from refimpl.lab.judge.http import EndpointError, Http
+from refimpl.lab.judge.prompt_answers import prompt_steps, without_echo
 
 TOPS = (20, 5)                  # how many probabilities a position are asked for; OpenAI's completions allow 5
 NATIVE_TOP = 100                # and in llama-server's own form, which allows any number
@@ -18,7 +19,8 @@ MORE = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}        # what engines b
 
 @dataclass
 class Endpoint:
-    """`engine`: what it says it is. `n_top`: probabilities a position in completions (0: none), `chat_top`: in chats (None: no chats).
+    """`engine`: what it says it is. `n_top`: probabilities a position in completions (0: none), `chat_top`: in chats (None: no chats),
+    `prompt_top`: of the prompt's own tokens.
 
     `form`: the path at which it continues a text, if `completes`. `takes_ids`: does it take token ids as a prompt? `more`: fields beyond
     OpenAI's that it may be sent. `why`: what it says about "completions" or "chat" where it has none.
@@ -33,6 +35,7 @@ class Endpoint:
     completes: bool = False
     n_top: int = 0
     chat_top: int | None = None
+    prompt_top: int = 0
     more: Mapping[str, object] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
 
@@ -41,8 +44,11 @@ class Endpoint:
         """Anywhere?"""
         return bool(self.n_top or self.chat_top)
 
-    def complete(self, prompt: str | Sequence[int], n_new: int, *, seed: int = 0, temperature: float = 1.0, cold: bool = False) -> Answer:
-        """Continues a text or ids by `n_new` tokens. `cold`: an engine that can be asked to forget, does. Raises EndpointError."""
+    def complete(self, prompt: str | Sequence[int], n_new: int, *, seed: int = 0, temperature: float = 1.0, cold: bool = False,
+                 whole: bool = False) -> Answer:
+        """Continues a text or ids by `n_new` tokens. `cold`: an engine that can be asked to forget, does; `whole`: one that gives
+        probabilities of the prompt's own ids, does. Raises EndpointError.
+        """
         prompt = prompt if isinstance(prompt, str) else [int(i) for i in prompt]
         if self.form == GENERATE:
             options = {"temperature": temperature, "seed": seed, "num_predict": n_new, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
@@ -59,9 +65,17 @@ class Endpoint:
         fields["max_tokens"] = n_new
         if self.n_top:
             fields["logprobs"] = self.n_top
+        whole = whole and self.prompt_top > 0
         if self.engine.startswith("vLLM"):
-            fields["return_tokens_as_token_ids"] = True
-        return answer_of(self.http.post(COMPLETIONS, self._named(fields)), COMPLETIONS)
+            fields |= {"return_tokens_as_token_ids": True} | ({"prompt_logprobs": self.prompt_top} if whole else {})
+        elif whole:
+            fields["echo"] = True
+        body, before = self.http.post(COMPLETIONS, self._named(fields)), ()
+        if whole and "echo" in fields:
+            body, before = without_echo(body, prompt, self.n_top, COMPLETIONS)
+        elif whole:
+            before = prompt_steps(body, prompt, self.prompt_top, COMPLETIONS)
+        return replace(answer_of(body, COMPLETIONS, self.n_top), prompt=before)
 
     def chat(self, messages: Sequence[Mapping[str, object]], n_new: int, *, tools: Sequence[Mapping] = (), thinking: bool = False,
              seed: int = 0) -> Answer:
@@ -75,7 +89,7 @@ class Endpoint:
             fields |= {"logprobs": True, "top_logprobs": self.chat_top}
         if self.engine.startswith("vLLM"):
             fields["return_tokens_as_token_ids"] = True
-        return answer_of(self.http.post(CHAT, self._named(fields)), CHAT)
+        return answer_of(self.http.post(CHAT, self._named(fields)), CHAT, self.chat_top or 0)
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text, <bos> in front; control tokens in it count as such. Raises EndpointError."""
@@ -155,6 +169,15 @@ def _completions(end: Endpoint, probe: Sequence[int], text: str):
             return
         end.form, end.completes = COMPLETIONS, False
     _choose(end, "n_top", (*TOPS, 0), (list(probe), text), "completions")
+    if end.takes_ids and end.n_top and not end.engine.startswith(("llama-server", "refimpl")):        # which have none of the prompt
+        end.prompt_top = end.n_top
+        try:
+            answer = end.complete(list(probe), 1, whole=True)
+            end.prompt_top = min(len(step.top) for step in answer.prompt)
+        except EndpointError as error:
+            if error.fatal:
+                raise
+            end.prompt_top = 0
 
 
 def _choose(end: Endpoint, name: str, tops: Sequence[int], prompts: Sequence[str | list[int]], what: str):

@@ -35,7 +35,8 @@ def team(workers: Workers, file: str | None) -> Iterator[Compute]:
 
     side = identified(side_of("kernels", "exact", file), hashed=not workers.near, near=workers.near)
     with connected(workers.cluster, workers.jobs, workers.threads or max(1, default_threads() // workers.jobs)) as cluster:
-        def elsewhere(tasks: Sequence[Sequence[Read]], yardstick: Yardstick, vocabulary: Vocabulary) -> Iterator[tuple[int, list[Position]]]:
+        def elsewhere(tasks: Sequence[Sequence[Read]], yardstick: Yardstick,
+                      vocabulary: Vocabulary) -> Iterator[tuple[int, list[Position]]]:
             given = (side, yardstick.arithmetic, yardstick.kv_type)
             for n, result in cluster.each(measured_there, ((n, (*given, reads)) for n, reads in enumerate(tasks))):
                 if isinstance(result, Failed):
