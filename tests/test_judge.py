@@ -16,13 +16,15 @@ import refimpl
 from refimpl.lab.compare.known_bugs import BUGS, MOE, PLE, inject
 from refimpl.lab.evaluate.divergence import divergence, log_sum_exp, most_probable
 from refimpl.lab.judge import ask
-from refimpl.lab.judge.answers import Listed, Step, in_place, steps_of
-from refimpl.lab.judge.ask import prompts
+from refimpl.lab.judge.answers import Answer, Listed, Step, in_place, steps_of
+from refimpl.lab.judge.ask import Asked, prompts
 from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
+from refimpl.lab.judge.measure import Position
+from refimpl.lab.judge.probability_verdicts import window
 from refimpl.lab.judge.sampling import FALSE_ALARMS, stake_of
-from refimpl.lab.judge.verdict import DEPARTS, RIGHT, UNKNOWN
+from refimpl.lab.judge.verdict import DEPARTS, RIGHT, UNKNOWN, rises
 from refimpl.text.templates import GEMMA4_TEMPLATE
 
 QUICK = ("template", "ids", "probabilities", "chat", "window")
@@ -110,6 +112,16 @@ def test_draws_of_the_right_distribution_alarm_nobody_and_others_do():
     assert sum(log > math.log(1000) for log in stakes(p_V, 400)) <= 3
     cut_V = np.where(p_V >= np.sort(p_V)[-3], p_V, 0)
     assert all(log > math.log(1 / FALSE_ALARMS) for log in (sum(stakes(cut_V / cut_V.sum(), 4)) for _ in range(20)))
+
+
+def test_positions_of_few_prompts_that_happen_to_be_near_are_no_window():
+    """A right mixture of experts: by the rank-sum test, which takes positions for independent, its level rises by 6 deviations."""
+    def at(place, ratios):
+        asked = Asked("text", [2], Answer("", (), 1, 0))
+        return [Position(asked, place, 0, ratio**2 / 2, math.inf, (0.5,), (1.0, 0.0, 0.0), 20, True) for ratio in ratios]
+    before, after = at(5, [0.3] * 15 + [1.05] * 7), at(50, [1.0] * 40 + [1.4] * 92)
+    assert rises(before, after) and window(before + after, {32}).answer == RIGHT
+    assert window(at(5, [0.3] * 22) + after, {32}).answer == DEPARTS
 
 
 # ---- engines that are right
@@ -246,14 +258,14 @@ def other_template(path, fields):
     return fields
 
 
-def second_time():
-    """A cache that loses the latest three tokens."""
+def second_time(n=None):
+    """A cache that loses the latest three tokens; `n`: only of prompts of so many."""
     seen = set()
 
     def ask(path, fields):
         if path == "/v1/completions" and isinstance(fields["prompt"], list):
             key = tuple(fields["prompt"])
-            if key in seen:
+            if key in seen and len(key) == (n or len(key)):
                 fields["prompt"] = fields["prompt"][:-3]
             seen.add(key)
         return fields
@@ -282,8 +294,9 @@ def test_what_an_endpoint_does_to_our_answers_is_named(name, server, exact, few)
     assert said in evidence(found, question) and found.status == 1
 
 
-def test_a_cache_that_gives_back_other_tokens_shows_the_second_time(server, exact, few):
-    found = judged(Between(server, ask=second_time()), exact, ("probabilities", "again"))
+@pytest.mark.parametrize("n", [None, 33])
+def test_a_cache_that_gives_back_other_tokens_shows_the_second_time(n, server, exact, few):
+    found = judged(Between(server, ask=second_time(n)), exact, ("probabilities", "again"))
     assert answers(found) == {"probabilities": RIGHT, "again": DEPARTS}
     assert "what it kept is not what it computed" in evidence(found, "again")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from refimpl.lab.judge.verdict import (
     RIGHT,
     UNKNOWN,
     Verdict,
+    apart,
     distance,
     level,
     reason,
@@ -26,7 +28,7 @@ from refimpl.lab.judge.verdict import (
 )
 from refimpl.text.tokenizer import Tokenizer
 
-ALONE = 10                  # level of a single prompt that is far off where the others are not
+ALONE = 5                   # level of a single prompt that is far off where the others are not
 OTHER_MODEL = 0.5           # nats of KL, and share of same most probable tokens, beyond which it is hardly this model
 
 
@@ -69,7 +71,7 @@ def window(positions: Sequence[Position], windows: set[int]) -> Verdict:
     said = f"{levels[0]:.2g} of rounding before {length} tokens, {levels[1]:.2g} after"
     basis = f"{len(before)} positions before, {len(after)} after"
     figures = {"length": length, "before": levels[0], "after": levels[1]}
-    if rises(before, after):
+    if rises(before, after) and apart(before, after):
         usual = max(rounding(known), 3 * float(np.quantile([p.distance for p in before], 0.9)))
         first = min((p.at for p in after if p.distance > usual), default=length - 1)
         return Verdict("window", DEPARTS, f"{said}: not the latest {length} keys are seen; first clearly at position {first}", basis,
@@ -111,11 +113,18 @@ def _alone(positions: Sequence[Position]) -> dict[str, float]:
     largest tenth of all: experts that changed places early in a prompt show at all positions after it.
     """
     usual, found = float(np.quantile([p.rounding for p in positions], 0.9)), {}
-    for name in {p.asked.name: None for p in positions}:
-        own = [p for p in positions if p.asked.name == name]
-        if len(own) >= LEAST // 2 and (size := lower_quartile(own) / max(rounding(own), usual)) > ALONE:
+    for name, own in by_prompt(positions).items():
+        if (size := lower_quartile(own) / max(rounding(own), usual)) > ALONE:
             found[name] = size
     return found
+
+
+def by_prompt(positions: Sequence[Position]) -> dict[str, list[Position]]:
+    """Those of each prompt that has enough of them to be judged by itself."""
+    found = defaultdict(list)
+    for p in positions:
+        found[p.asked.name].append(p)
+    return {name: own for name, own in found.items() if len(own) >= LEAST // 2}
 
 
 def lower_quartile(positions: Sequence[Position]) -> float:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from refimpl.lab.judge.answers import Answer
 from refimpl.lab.judge.ask import AGAIN, NEW, SHARED, TOGETHER, Answers
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
-from refimpl.lab.judge.probability_verdicts import of_texts
-from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, level, reason, rises, surely_above
+from refimpl.lab.judge.probability_verdicts import by_prompt, lower_quartile, of_texts
+from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, level, reason, rises, rounding, surely_above
+
+WORSE = 2.0         # by how much a single prompt is farther away than it was, and than rounding moves the worst tenth of all positions
 
 
 def again(end: Endpoint, found: Answers, positions: Sequence[Position]) -> Verdict:
@@ -42,6 +46,12 @@ def _same(question: str, end: Endpoint, found: Answers, positions: Sequence[Posi
         way = max(far, key=far.get)
         return Verdict(question, DEPARTS, f"{mistake}: {way} {far[way]:.3g} of rounding, at first {at_first:.2g}; {len(differ)} of {n} "
                        "answers differ", basis, figures)
+    worse = {way: _worse(once, there) for way, there in of_way.items()}
+    if any(worse.values()):
+        way = max(worse, key=lambda way: max(worse[way].values(), default=0.0))
+        name = max(worse[way], key=worse[way].get)
+        return Verdict(question, DEPARTS, f"{mistake}: {way} {name!r} is {worse[way][name]:.3g} times as far away as at first, and as "
+                       f"rounding moves anything; {len(differ)} of {n} answers differ", basis, figures | {"worse": worse})
     if differ and by_probability:
         size = "within rounding" if at_first <= LIMIT else "from probabilities that depart at first already"
         return Verdict(question, DEPARTS, f"{len(differ)} of {n} answers have other bits, {size}: log-probabilities differ by up to "
@@ -51,6 +61,21 @@ def _same(question: str, end: Endpoint, found: Answers, positions: Sequence[Posi
     drawn = sum(other for _, _, other in compared.values())
     note = f"; in {drawn} of them another token is drawn: the seed is not kept to" if drawn else ""
     return Verdict(question, RIGHT, f"{n} of {n} answers are the same{note}", basis, figures)
+
+
+def _worse(once: Sequence[Position], later: Sequence[Position]) -> dict[str, float]:
+    """Prompts that are far off by themselves, though they were not at first: name -> lower quartile of their distances over the upper one
+    at first, or over rounding where that is more.
+    """
+    if not once:
+        return {}
+    usual, first, found = float(np.quantile([p.rounding for p in once], 0.9)), by_prompt(once), {}
+    for name, own in by_prompt(later).items():
+        if name in first:
+            size = lower_quartile(own) / max(rounding(own), usual, float(np.quantile([p.distance for p in first[name]], 0.75)))
+            if size > WORSE:
+                found[name] = size
+    return found
 
 
 def compared_steps(a: Answer, b: Answer) -> tuple[bool, float, bool]:

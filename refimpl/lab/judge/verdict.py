@@ -70,6 +70,13 @@ def rises(before: Sequence[Position], after: Sequence[Position]) -> bool:
     return level(after) >= max(RISEN, STEP * level(before)) and _rank_sum(_ratios(before), _ratios(after)) > STEP_Z
 
 
+def apart(before: Sequence[Position], after: Sequence[Position]) -> bool:
+    """Do three quarters of `after` lie above three quarters of `before`, in their own rounding? The rank-sum test takes positions for
+    independent, but those of one prompt are not, and before the window's length there are few prompts.
+    """
+    return float(np.quantile(_ratios(after), 0.25)) > float(np.quantile(_ratios(before), 0.75))
+
+
 def _ratios(positions: Sequence[Position]) -> list[float]:
     return [max(p.distance, FLOOR) / max(p.rounding, FLOOR) for p in positions]
 
