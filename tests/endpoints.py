@@ -17,9 +17,9 @@ from refimpl.serve.scheduler import Scheduler
 
 
 @contextlib.contextmanager
-def served(model, n_ctx=1024, **settings):
+def served(model, n_ctx=1024, projector=None, **settings):
     """The address of our server with this model."""
-    engine = Engine(Scheduler(model, Prefixes(model, 1 << 28), n_ctx, most_running=6))
+    engine = Engine(Scheduler(model, Prefixes(model, 1 << 28), n_ctx, most_running=6), projector)
     try:
         with on_a_port(engine, **settings) as (url, _):
             yield url

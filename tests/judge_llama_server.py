@@ -83,7 +83,7 @@ def main():
                     print(f"    {verdict.question:14} {verdict.answer:12} {verdict.evidence} ({verdict.basis})", flush=True)
                 print(*(f"    note: {note}" for note in result.notes), sep="\n", flush=True)
                 rows.append((name, options, *(_cell(verdict) for verdict in result.verdicts)))
-    print("\n| model | llama-server |", " | ".join(QUESTIONS[:-1]), "|")
+    print("\n| model | llama-server |", " | ".join(QUESTIONS[:-2]), "|")
     for row in rows:
         print("|", " | ".join(row), "|")
 

@@ -1,10 +1,13 @@
 """`refimpl judge`: bounds, the test of draws, what is said of engines that are right, wrong, or no engines at all."""
 
+import base64
+import io
 import json
 import math
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 from cli import assert_one_line, run
 from endpoints import VLLM, Between, LlamaServer, playing, raw, served
@@ -22,6 +25,7 @@ from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
 from refimpl.lab.judge.measure import Position
+from refimpl.lab.judge.pictures import data_url
 from refimpl.lab.judge.probability_verdicts import window
 from refimpl.lab.judge.sampling import FALSE_ALARMS, stake_of
 from refimpl.lab.judge.verdict import DEPARTS, RIGHT, UNKNOWN, rises
@@ -128,7 +132,7 @@ def test_positions_of_few_prompts_that_happen_to_be_near_are_no_window():
 
 def test_our_own_server_is_right_on_every_question(server, exact, few):
     found = judged(Http(server), exact, QUESTIONS)
-    assert answers(found) == dict.fromkeys(QUESTIONS[:-1], RIGHT), [v.evidence for v in found.verdicts]
+    assert answers(found) == dict.fromkeys(QUESTIONS[:-2], RIGHT), [v.evidence for v in found.verdicts]
     assert found.status == 0 and found.engine == "refimpl" and found.arithmetic == "q8"
 
 
@@ -219,6 +223,23 @@ def test_probabilities_of_a_prompts_own_tokens_are_judged(echo, tmp_path, few):
         figures = judgement.verdicts[0].figures
         assert judgement.verdicts[0].answer == expected and figures["positions"] > 250, judgement.verdicts[0]
         assert echo or end.prompt_top == figures["listed"] == 20, "texts of tokens are the same for many, ids are not"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_pictures_are_sent_where_there_is_a_projector(right, exact):
+    """Wrong: red and blue are exchanged on the way."""
+    def bgr(path, fields):
+        content = fields["messages"][0]["content"] if path == "/v1/chat/completions" else "text"
+        if not right and isinstance(content, list):
+            url = content[0]["image_url"]["url"].partition(",")[2]
+            rgb_HWC = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(url))))
+            content[0]["image_url"]["url"] = data_url(rgb_HWC[:, :, ::-1])
+        return fields
+    model = refimpl.load(threads=1)
+    with served(model, projector=refimpl.load_projector(None, model)) as url:
+        end, found = collect(Between(url, ask=bgr), exact, questions=("picture",), projector=refimpl.load_projector(None, exact))
+        judgement = judge(end, found, exact)
+    assert answers(judgement)["picture"] == (RIGHT if right else DEPARTS), judgement.verdicts
 
 
 # ---- engines that are wrong

@@ -26,6 +26,8 @@ def judge(
                                             "template,ids,probabilities,chat,window,again,company,sampling)")] = None,
     long: Annotated[bool, typer.Option("--long", help="also a text of 33,000 tokens, where model and endpoint have room for it")] = False,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, max=86400, help="seconds for one answer")] = 300,
+    mmproj: Annotated[str | None, typer.Option("--mmproj", "-mm", metavar="FILE", show_default=False, help="send pictures too; the "
+                                              "projector that the endpoint has: GGUF file, directory or hf:..., or built-in")] = None,
     jobs: Jobs = 1, cluster: Cluster = "local", api_key: Key = None, threads: Threads = None, as_json: Json = False,
 ):
     """Judge any engine over HTTP.
@@ -42,6 +44,7 @@ def judge(
     from refimpl.lab.judge.judge import judge as judged
     from refimpl.lab.judge.work import team
     from refimpl.lab.judge.yardstick import ARITHMETICS, KV_TYPES
+    from refimpl.loading.projector import load_projector
 
     questions = QUESTIONS if ask is None else tuple(word.strip() for word in ask.split(","))
     for option, value, known in [("--ask", word, QUESTIONS) for word in questions] + [("--kv", kv, KV_TYPES)] \
@@ -58,8 +61,9 @@ def judge(
         m = tolerance.judge(fetched(file), threads=threads, progress=bar)
         for note in (*m.notes, *m.tokenizer.warnings):
             errors.print(f"note: {note}")
+        projector = None if mmproj is None else load_projector(mmproj, m, progress=bar)
         with team(Workers(cluster, jobs, threads), file) as compute:
-            end, found = collect(http, m, name=model, questions=questions, long=long, progress=bar)
+            end, found = collect(http, m, name=model, questions=questions, long=long, projector=projector, progress=bar)
             result = judged(end, found, m, arithmetic=arithmetic, kv_type=kv, questions=questions, compute=compute, progress=bar)
     write((json.dumps(result.figures()) if as_json else as_text(result)) + "\n")
     if result.status:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from refimpl.lab.compare.towers.inputs import TowerInput
 from refimpl.lab.judge.answers import Answer, Step
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.http import EndpointError
 from refimpl.loading.model import Model
-from refimpl.progress import Advance, Progress, silent
+from refimpl.progress import Advance
 from refimpl.text.chat import ChatError
 from refimpl.text.prompt import encode_messages
 
@@ -26,13 +27,13 @@ N_TWICE = 6                         # prompts that are asked again, and beside o
 N_PROMPTS, N_DRAWS = 4, 64          # prompts whose first token is drawn, and how often
 LONG = 33_000                       # tokens of the long prompt (--long)
 FIRST, NEW, AGAIN, SHARED, TOGETHER = "at first", "new", "again", "after one that begins alike", "beside others"
-OTHERS = "one of the others"
+OTHERS, PICTURE = "one of the others", "with a picture"
 
 
 @dataclass(frozen=True)
 class Asked:
     """One answer. `ids`: the prompt by our tokenizer and template, or its first token where the others have probabilities as the answer
-    has; `way`: in which circumstances it was asked; `chat`: by messages?
+    has; `way`: in which circumstances it was asked; `chat`: by messages? `media`: pictures in it, whose tokens are -1, -2, ...
     """
 
     name: str
@@ -41,6 +42,7 @@ class Asked:
     way: str = FIRST
     chat: bool = False
     by_ids: bool = False
+    media: tuple[TowerInput, ...] = ()
 
 
 @dataclass
@@ -97,14 +99,14 @@ class Asking:
     def tokenizer_and_template(self):
         """/tokenize and /apply-template, where they are."""
         for name, text in self.data["texts"].items():
-            theirs = self._try(f"/tokenize of {name}", lambda text=text: self.end.tokenize(text))
+            theirs = self.tried(f"/tokenize of {name}", lambda text=text: self.end.tokenize(text))
             if theirs is None:
                 break
             self.found.ids[name] = self.tokenizer.encode(text, special=True), theirs
         if not self.found.ids:
             self._count_tokens()
         for name, ids, conversation in self.conversations():
-            theirs = self._try(f"/apply-template of {name}", lambda c=conversation: self.end.render(
+            theirs = self.tried(f"/apply-template of {name}", lambda c=conversation: self.end.render(
                 c["messages"], tools=c.get("tools", ()), thinking=c.get("thinking", False)))
             if theirs is None:
                 break
@@ -113,7 +115,7 @@ class Asking:
     def _count_tokens(self):
         """How many tokens the texts have there, by what an answer says of its prompt."""
         for name, text in self.data["texts"].items():
-            answer = self._try(f"tokens of {name}", lambda text=text: self.end.complete(text, 1)) if self.end.completes else None
+            answer = self.tried(f"tokens of {name}", lambda text=text: self.end.complete(text, 1)) if self.end.completes else None
             if answer is not None and answer.n_prompt is not None:
                 ours = tuple(len(self.tokenizer.encode(text, special=special)) for special in (False, True))
                 self.found.counts[name] = ours, answer.n_prompt
@@ -141,7 +143,7 @@ class Asking:
     def chats(self):
         """Conversations."""
         for name, ids, c in self.conversations():
-            answer = self._try(f"chat {name}", lambda c=c: self.end.chat(c["messages"], N_CHAT, tools=c.get("tools", ()),
+            answer = self.tried(f"chat {name}", lambda c=c: self.end.chat(c["messages"], N_CHAT, tools=c.get("tools", ()),
                                                                           thinking=c.get("thinking", False)))
             if answer is not None:
                 self.found.asked.append(Asked(name, ids, answer, chat=True))
@@ -171,7 +173,7 @@ class Asking:
         for asked in self.found.asked[:N_PROMPTS]:
             texts = []
             for seed in range(N_DRAWS):
-                answer = self._try(f"draws of {asked.name}", lambda asked=asked, seed=seed: self._draw(asked, seed))
+                answer = self.tried(f"draws of {asked.name}", lambda asked=asked, seed=seed: self._draw(asked, seed))
                 if answer is None:
                     break
                 texts.append(answer.text.strip() if asked.chat else answer.text)
@@ -211,7 +213,7 @@ class Asking:
             prompt = self.tokenizer.decode(ids) if text is None else text
         temperature = 1.0 if self.end.n_top else 0.0            # without probabilities texts are compared, which are to be the same
         whole = way == FIRST and len(ids) < LONG
-        answer = self._try(f"{name} ({way})", lambda: self.end.complete(prompt, N_NEW, seed=len(ids), temperature=temperature, cold=cold,
+        answer = self.tried(f"{name} ({way})", lambda: self.end.complete(prompt, N_NEW, seed=len(ids), temperature=temperature, cold=cold,
                                                                         whole=whole))
         if answer is not None:
             ids = ids if self.end.takes_ids else self._as_counted(prompt, answer.n_prompt)
@@ -227,7 +229,7 @@ class Asking:
             return plain if n_prompt in (None, len(plain)) else []
         return next((ids for ids in (marked, plain) if len(ids) == n_prompt), [])
 
-    def _try(self, what: str, ask: Callable[[], object]):
+    def tried(self, what: str, ask: Callable[[], object]):
         """The answer, or None where there is none: why is written down, once for each kind of reason."""
         if self.found.stopped:
             return None
@@ -252,23 +254,3 @@ def _thinned(steps: Sequence[Step]) -> list[Step]:
 def prompts() -> dict[str, dict]:
     """The data."""
     return json.loads(DATA.read_text())
-
-
-def ask_all(end: Endpoint, model: Model, *, long: bool = False, questions: Sequence[str], progress: Progress = silent) -> Answers:
-    """Asks everything that these questions need."""
-    asking = Asking(end, model, lambda n: None)
-    with progress("requests", asking.n_requests()) as advance:
-        asking.advance = advance
-        if {"probabilities", "window", "sampling"} & set(questions):
-            asking.texts()
-        if {"template", "ids"} & set(questions):
-            asking.tokenizer_and_template()
-        if {"template", "chat", "sampling"} & set(questions) and end.chat_top is not None:
-            asking.chats()
-        if {"again", "company"} & set(questions):
-            asking.twice()
-        if "sampling" in questions and not end.gives_probabilities:
-            asking.drawn()
-        if long:
-            asking.long()
-    return asking.found

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from refimpl.lab.judge.ask import OTHERS, Answers, ask_all
+from refimpl.lab.judge.ask import OTHERS, PICTURE, Answers, Asking
 from refimpl.lab.judge.endpoint import Endpoint, explore
 from refimpl.lab.judge.http import Http
+from refimpl.lab.judge.pictures import ask_pictures, picture
 from refimpl.lab.judge.probability_verdicts import chat_probabilities, of_texts, probabilities, window
 from refimpl.lab.judge.repeat_verdicts import again, company
 from refimpl.lab.judge.sampling import sampling
@@ -17,9 +18,10 @@ from refimpl.lab.judge.vocabulary import Vocabulary
 from refimpl.lab.judge.work import Compute, here, measure
 from refimpl.lab.judge.yardstick import Yardstick
 from refimpl.loading.model import Model
+from refimpl.loading.projector import Projector
 from refimpl.progress import Progress, silent
 
-QUESTIONS = ("template", "ids", "probabilities", "chat", "window", "again", "company", "sampling")         # in the order of layers
+QUESTIONS = ("template", "ids", "probabilities", "chat", "window", "again", "company", "picture", "sampling")     # in order of layers
 ESSENTIAL = ("probabilities", "chat", "sampling")       # where they are asked, one of them has to be answered
 N_EXPLAINED = 10                                        # answers that other explanations are tried on
 ROUNDINGS = (("q8", "f16"), ("q8", "q8_0"), ("q8", "q4_0"), ("bfloat16", "f16"))      # what else may explain a departure
@@ -51,11 +53,36 @@ class Judgement:
 
 
 def collect(http: Http, model: Model, *, name: str | None = None, questions: Sequence[str] = QUESTIONS, long: bool = False,
-            progress: Progress = silent) -> tuple[Endpoint, Answers]:
-    """Asks an endpoint everything. `name`: what it calls the model. Raises EndpointError where it answers nothing."""
+            projector: Projector | None = None, progress: Progress = silent) -> tuple[Endpoint, Answers]:
+    """Asks an endpoint everything. `name`: what it calls the model; `projector`: exact, for pictures, which are not
+    sent without. Raises EndpointError where it answers nothing.
+    """
     probe = model.tokenizer.encode("x = 1")
     end = explore(http, name, probe, "x = 1")
-    return end, ask_all(end, model, long=long, questions=questions, progress=progress)
+    return end, ask_all(end, model, long=long, questions=questions, projector=projector, progress=progress)
+
+
+def ask_all(end: Endpoint, model: Model, *, long: bool = False, questions: Sequence[str], projector: Projector | None = None,
+            progress: Progress = silent) -> Answers:
+    """Asks everything that these questions need."""
+    asking = Asking(end, model, lambda n: None)
+    with progress("requests", asking.n_requests()) as advance:
+        asking.advance = advance
+        if {"probabilities", "window", "sampling"} & set(questions):
+            asking.texts()
+        if {"template", "ids"} & set(questions):
+            asking.tokenizer_and_template()
+        if {"template", "chat", "sampling"} & set(questions) and end.chat_top is not None:
+            asking.chats()
+        if {"again", "company"} & set(questions):
+            asking.twice()
+        if "sampling" in questions and not end.gives_probabilities:
+            asking.drawn()
+        if projector is not None and "picture" in questions and end.chat_top is not None:
+            ask_pictures(asking, projector)
+        if long:
+            asking.long()
+    return asking.found
 
 
 def arithmetic_of(end: Endpoint) -> str:
@@ -71,8 +98,8 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
     arithmetic = arithmetic or arithmetic_of(end)
     yardstick, vocabulary, tokenizer = Yardstick(model, arithmetic, kv_type), Vocabulary(model.tokenizer), model.tokenizer
     others = other_tokens(found.asked, vocabulary)
-    positions = measure([asked for asked in found.asked if asked.way != OTHERS], yardstick, vocabulary, compute,
-                        progress)
+    positions = measure([asked for asked in found.asked if asked.way not in (OTHERS, PICTURE)], yardstick, vocabulary, compute, progress)
+    positions += measure(found.of(PICTURE), yardstick, vocabulary, progress=progress)       # towers are not handed out
     windows = {layer.window for layer in model.config.layers if layer.window is not None}
     name = arithmetic + ("" if kv_type == "f16" else f" with keys and values in {kv_type}")
     made = {
@@ -83,9 +110,11 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
         "window": lambda: window(positions, windows),
         "again": lambda: again(end, found, positions),
         "company": lambda: company(end, found, positions),
+        "picture": lambda: picture(end, found, positions, name),
         "sampling": lambda: sampling(end, found, yardstick),
     }
-    asked = [question for question in QUESTIONS if question in questions and (question != "sampling" or not end.gives_probabilities)]
+    left_out = {"sampling" if end.gives_probabilities else None, None if found.of(PICTURE) else "picture"}
+    asked = [question for question in QUESTIONS if question in questions and question not in left_out]
     result = [_explained(made[question](), found, yardstick, vocabulary, compute) for question in asked]
     return Judgement(end.http.url, end.engine, end.model, arithmetic, kv_type, result,
                      [*(f"{name}: not asked, {why}" for name, why in found.not_rendered.items()), *found.failed,
@@ -102,7 +131,7 @@ def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabular
     """A departure of probabilities that resembles nothing else, and which other rounding would explain it."""
     if verdict.question != "probabilities" or verdict.figures.get("looks_like") != "":
         return verdict
-    few = [asked for asked in found.asked if not asked.chat and asked.answer.steps][:N_EXPLAINED]
+    few = [asked for asked in found.asked if not asked.chat and not asked.media and asked.answer.steps][:N_EXPLAINED]
     for arithmetic, kv_type in ROUNDINGS:
         if (arithmetic, kv_type) == (yardstick.arithmetic, yardstick.kv_type):
             continue

@@ -48,7 +48,7 @@ def together(asked: Sequence[Asked], vocabulary: Vocabulary) -> list[list[Read]]
     same = defaultdict(list)
     for each in asked:
         if (read := _read(each, vocabulary)) is not None:
-            same[read.ids].append(read)
+            same[read.ids, each.name if each.media else None].append(read)
     return list(same.values())
 
 
@@ -81,7 +81,8 @@ def _read(asked: Asked, vocabulary: Vocabulary) -> Read | None:
 def measured(reads: Sequence[Read], yardstick: Yardstick, vocabulary: Vocabulary) -> list[Position]:
     """The positions of answers that have the same tokens."""
     ids, at = reads[0].ids, sorted({read.at(n) for read in reads for n in read.steps})
-    exact_RV, rounded, found = yardstick.exact(ids, at), yardstick.rounded(ids, at), []
+    media, found = reads[0].asked.media, []
+    exact_RV, rounded = yardstick.exact(ids, at, media), yardstick.rounded(ids, at, media)
     row = {position: r for r, position in enumerate(at)}
     for read in reads:
         for n, step in read.steps.items():

@@ -41,7 +41,7 @@ def probabilities(end: Endpoint, found: Answers, positions: Sequence[Position], 
     """Of texts. `name`: of the arithmetic whose rounding is meant."""
     known = of_texts(positions)
     if len(known) >= LEAST:
-        return _judged("probabilities", known, name)
+        return judged("probabilities", known, name)
     why = "the endpoint gives no logprobs" if end.completes and not end.n_top else f"{len(known)} positions have probabilities"
     return Verdict("probabilities", UNKNOWN, reason(end, found, "completions", why))
 
@@ -52,7 +52,7 @@ def chat_probabilities(end: Endpoint, found: Answers, positions: Sequence[Positi
     """
     known = [p for p in positions if p.asked.chat and _stays_text(p.asked, tokenizer)]
     if len(known) >= LEAST:
-        return _judged("chat", known, name)
+        return judged("chat", known, name)
     why = "the endpoint gives no logprobs in chats" if end.chat_top == 0 else f"{len(known)} positions have probabilities"
     return Verdict("chat", UNKNOWN, reason(end, found, "chat", why))
 
@@ -91,7 +91,8 @@ def figures_of(positions: Sequence[Position]) -> dict[str, object]:
             "same_top": float(np.mean([p.same_top for p in positions]))}
 
 
-def _judged(question: str, known: Sequence[Position], name: str) -> Verdict:
+def judged(question: str, known: Sequence[Position], name: str) -> Verdict:
+    """By their level, and that of single prompts."""
     figures = figures_of(known)
     said = f"{figures['level']:.2g} of the rounding of {name} (limit {LIMIT:g}), KL {figures['kl_at_least']:.2g} nats or more"
     basis = f"{len(known)} positions, {figures['listed']} tokens each"

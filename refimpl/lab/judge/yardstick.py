@@ -11,11 +11,13 @@ What lies between such a run and exact arithmetic is measured as the endpoint is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from refimpl.formats.quants.codecs import dequantize, quantize
 from refimpl.lab.compare.tolerance import ROUNDOFF, in_q8, perturbing
+from refimpl.lab.compare.towers.inputs import TowerInput, with_soft_tokens
 from refimpl.loading.model import Model
 from refimpl.model.tap import Look, both, no_tap
 
@@ -48,16 +50,19 @@ class Yardstick:
         self.model, self.arithmetic, self.kv_type = model, arithmetic, kv_type
         self._rounding = in_q8(model) if arithmetic == "q8" else model
 
-    def exact(self, ids: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-        """Logits at `positions` of `ids`, float32 (R, V)."""
-        return _rows(self.model, ids, positions, no_tap)
+    def exact(self, ids: Sequence[int], positions: Sequence[int], media: Sequence[TowerInput] = ()) -> np.ndarray:
+        """Logits at `positions` of `ids`, float32 (R, V). `media`: pictures, whose tokens are -1, -2, ..."""
+        return _rows(self.model, ids, positions, media, no_tap, no_tap)
 
-    def rounded(self, ids: Sequence[int], positions: Sequence[int]) -> list[np.ndarray]:
+    def rounded(self, ids: Sequence[int], positions: Sequence[int], media: Sequence[TowerInput] = ()) -> list[np.ndarray]:
         """The same of every run that rounds."""
-        return [_rows(self._rounding, ids, positions, both(stored_as(self.kv_type), perturbing(ROUNDOFF[self.arithmetic], seed)))
-                for seed in SEEDS]
+        if self.arithmetic == "q8":
+            media = [replace(part, projector=in_q8(part.projector)) for part in media]
+        moving = [perturbing(ROUNDOFF[self.arithmetic], seed) for seed in SEEDS]
+        return [_rows(self._rounding, ids, positions, media, both(stored_as(self.kv_type), move), move) for move in moving]
 
 
-def _rows(model: Model, ids: Sequence[int], positions: Sequence[int], tap: Look) -> np.ndarray:
-    cache = model.new_cache(len(ids))
-    return model.head(model.prefill(ids, cache, tap)[list(positions)])
+def _rows(model: Model, ids: Sequence[int], positions: Sequence[int], media: Sequence[TowerInput], tap: Look,
+          of_towers: Look) -> np.ndarray:
+    numbers, soft = with_soft_tokens(ids, media, of_towers)
+    return model.head(model.prefill(numbers, model.new_cache(len(numbers)), tap, soft=soft)[list(positions)])
