@@ -12,6 +12,7 @@ from serving import on_a_port
 from refimpl.decode.prefixes import Prefixes
 from refimpl.lab.evaluate.divergence import keep
 from refimpl.lab.judge.http import EndpointError, Http
+from refimpl.model.tap import no_tap
 from refimpl.serve.engine import Engine
 from refimpl.serve.scheduler import Scheduler
 
@@ -107,22 +108,22 @@ class Between(Http):
 
 
 class Continuing(Http):
-    """An engine that continues ids with `model`, without a server."""
+    """An engine that continues ids with `model`, without a server. `tap` may change values on the way."""
 
-    def __init__(self, model):
+    def __init__(self, model, tap=no_tap):
         super().__init__("http://127.0.0.1:1")
-        self.model = model
+        self.model, self.tap = model, tap
 
     def continued(self, ids, n_new, n_top, seed):
         """Of every new token (id, its log-probability, [(id, log-probability) of the most probable])."""
         random, cache = np.random.default_rng(seed), self.model.new_cache(len(ids) + n_new)
-        state_TD = self.model.prefill(ids, cache)
+        state_TD = self.model.prefill(ids, cache, self.tap)
         for _ in range(n_new):
             top, logprob_V = self.most_probable(state_TD[-1:], n_top)
             p_V = np.exp(logprob_V)
             i = int(random.choice(len(p_V), p=p_V / p_V.sum()))
             yield i, float(logprob_V[i]), top
-            state_TD = self.model.prefill([i], cache)
+            state_TD = self.model.prefill([i], cache, self.tap)
 
     def most_probable(self, state_1D, n_top):
         logit_V = self.model.head(state_1D)[0]
@@ -180,8 +181,8 @@ class LlamaServer(Continuing):
     those of the next one. `native`: has it /completion, which tells all ids?
     """
 
-    def __init__(self, model, native):
-        super().__init__(model)
+    def __init__(self, model, native, tap=no_tap):
+        super().__init__(model, tap)
         self.native = native
 
     def get(self, path):

@@ -29,6 +29,7 @@ from refimpl.lab.judge.pictures import data_url
 from refimpl.lab.judge.probability_verdicts import window
 from refimpl.lab.judge.sampling import FALSE_ALARMS, stake_of
 from refimpl.lab.judge.verdict import DEPARTS, RIGHT, UNKNOWN, rises
+from refimpl.lab.judge.yardstick import stored_as
 from refimpl.text.templates import GEMMA4_TEMPLATE
 
 QUICK = ("template", "ids", "probabilities", "chat", "window")
@@ -313,6 +314,12 @@ def test_what_an_endpoint_does_to_our_answers_is_named(name, server, exact, few)
     found = judged(Between(server, **how), exact, tuple(expected))
     assert expected.items() <= answers(found).items(), [v.evidence for v in found.verdicts]
     assert said in evidence(found, question) and found.status == 1
+
+
+def test_what_rounding_would_be_as_large_as_a_departure_is_said(exact, few):
+    found = judged(LlamaServer(refimpl.load(threads=1), native=True, tap=stored_as("q4_0")), exact, ("probabilities",))
+    assert answers(found) == {"probabilities": DEPARTS}
+    assert "the rounding of --arithmetic q8 --kv q4_0 would be as large" in evidence(found, "probabilities")
 
 
 @pytest.mark.parametrize("n", [None, 33])

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from refimpl.lab.judge.ask import OTHERS, PICTURE, Answers, Asking
 from refimpl.lab.judge.endpoint import Endpoint, explore
 from refimpl.lab.judge.http import Http
+from refimpl.lab.judge.measure import Position
 from refimpl.lab.judge.pictures import ask_pictures, picture
-from refimpl.lab.judge.probability_verdicts import chat_probabilities, of_texts, probabilities, window
+from refimpl.lab.judge.probability_verdicts import by_prompt, chat_probabilities, of_texts, probabilities, window
 from refimpl.lab.judge.repeat_verdicts import again, company
 from refimpl.lab.judge.sampling import sampling
 from refimpl.lab.judge.text_verdicts import ids, other_tokens, template
-from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, Verdict, level
+from refimpl.lab.judge.verdict import DEPARTS, RIGHT, Verdict, distance, level, rounding
 from refimpl.lab.judge.vocabulary import Vocabulary
 from refimpl.lab.judge.work import Compute, here, measure
 from refimpl.lab.judge.yardstick import Yardstick
@@ -23,7 +24,8 @@ from refimpl.progress import Progress, silent
 
 QUESTIONS = ("template", "ids", "probabilities", "chat", "window", "again", "company", "picture", "sampling")     # in order of layers
 ESSENTIAL = ("probabilities", "chat", "sampling")       # where they are asked, one of them has to be answered
-N_EXPLAINED = 10                                        # answers that other explanations are tried on
+N_EXPLAINED = 10                                        # answers that other explanations are tried on, those that depart most
+AS_LARGE = 1.6                                          # the largest level of right engines so far
 ROUNDINGS = (("q8", "f16"), ("q8", "q8_0"), ("q8", "q4_0"), ("bfloat16", "f16"))      # what else may explain a departure
 
 
@@ -115,7 +117,7 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
     }
     left_out = {"sampling" if end.gives_probabilities else None, None if found.of(PICTURE) else "picture"}
     asked = [question for question in QUESTIONS if question in questions and question not in left_out]
-    result = [_explained(made[question](), found, yardstick, vocabulary, compute) for question in asked]
+    result = [_explained(made[question](), positions, yardstick, vocabulary, compute) for question in asked]
     return Judgement(end.http.url, end.engine, end.model, arithmetic, kv_type, result,
                      [*(f"{name}: not asked, {why}" for name, why in found.not_rendered.items()), *found.failed,
                       *_left_out(found, vocabulary)])
@@ -127,17 +129,18 @@ def _left_out(found: Answers, vocabulary: Vocabulary) -> list[str]:
     return [f"{n} of {len(found.asked)} answers leave out tokens that they count; what may follow one is not judged"] if n else []
 
 
-def _explained(verdict: Verdict, found: Answers, yardstick: Yardstick, vocabulary: Vocabulary, compute: Compute) -> Verdict:
-    """A departure of probabilities that resembles nothing else, and which other rounding would explain it."""
+def _explained(verdict: Verdict, positions: Sequence[Position], yardstick: Yardstick, vocabulary: Vocabulary,
+               compute: Compute) -> Verdict:
+    """A departure of probabilities that resembles nothing else, and which other rounding would be as large."""
     if verdict.question != "probabilities" or verdict.figures.get("looks_like") != "":
         return verdict
-    few = [asked for asked in found.asked if not asked.chat and not asked.media and asked.answer.steps][:N_EXPLAINED]
+    prompts = by_prompt(of_texts(positions)).values()
+    few = [own[0].asked for own in sorted(prompts, key=lambda own: -distance(own) / rounding(own))[:N_EXPLAINED]]
     for arithmetic, kv_type in ROUNDINGS:
         if (arithmetic, kv_type) == (yardstick.arithmetic, yardstick.kv_type):
             continue
-        positions = of_texts(measure(few, Yardstick(yardstick.model, arithmetic, kv_type), vocabulary, compute))
-        if level(positions) <= LIMIT:
+        if level(measure(few, Yardstick(yardstick.model, arithmetic, kv_type), vocabulary, compute)) <= AS_LARGE:
             how = f"--arithmetic {arithmetic}" if kv_type == "f16" else f"--arithmetic {arithmetic} --kv {kv_type}"
-            return replace(verdict, evidence=f"{verdict.evidence}; the rounding of {how} would explain it",
-                           figures=verdict.figures | {"explained_by": [arithmetic, kv_type]})
+            return replace(verdict, evidence=f"{verdict.evidence}; the rounding of {how} would be as large",
+                           figures=verdict.figures | {"as_large": [arithmetic, kv_type]})
     return verdict

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from refimpl.lab.compare.towers.inputs import TowerInput, traced_prompt
-from refimpl.lab.judge.ask import N_CHAT, PICTURE, Answers, Asked, Asking
+from refimpl.lab.judge.ask import N_NEW, PICTURE, Answers, Asked, Asking
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
 from refimpl.lab.judge.probability_verdicts import judged
@@ -62,18 +63,20 @@ def ask_pictures(asking: Asking, projector: Projector):
         content = [{"type": "image_url", "image_url": {"url": data_url(rgb_HWC)}}, {"type": "text", "text": TEXT}]
         if len(ids) <= asking.room:
             messages = [{"role": "user", "content": content}]
-            answer = asking.tried(f"picture {name}", lambda messages=messages: asking.end.chat(messages, N_CHAT))
+            answer = asking.tried(f"picture {name}", lambda messages=messages: asking.end.chat(messages, N_NEW))
             if answer is not None:
                 asking.found.asked.append(Asked(name, ids, answer, PICTURE, media=tuple(media)))
 
 
 def picture(end: Endpoint, found: Answers, positions: Sequence[Position], name: str) -> Verdict:
-    """Preprocessing, tower and forward pass together."""
-    asked, known = found.of(PICTURE), [p for p in positions if p.asked.way == PICTURE]
-    other = [each for each in asked if each.answer.n_prompt not in (None, len(each.ids))]
-    if other:
-        return Verdict("picture", UNKNOWN, f"{other[0].name!r} makes a prompt of {other[0].answer.n_prompt} tokens, here "
-                       f"{len(other[0].ids)}: another number of tokens for a picture", "counts")
-    if len(known) >= LEAST:
-        return judged("picture", known, name)
-    return Verdict("picture", UNKNOWN, reason(end, found, "chat", (found.failed or [f"{len(known)} positions have probabilities"])[-1]))
+    """Preprocessing, tower and forward pass together, by the pictures that have as many tokens as here. What an engine makes of a size is
+    its own affair, and often a setting.
+    """
+    others = {each.name: each for each in found.of(PICTURE) if each.answer.n_prompt not in (None, len(each.ids))}
+    known = [p for p in positions if p.asked.way == PICTURE and p.asked.name not in others]
+    said = "; ".join(f"the prompt with {name!r} has {each.answer.n_prompt} tokens, here {len(each.ids)}" for name, each in others.items())
+    if len(known) < LEAST:
+        why = (found.failed or [f"{len(known)} positions have probabilities"])[-1]
+        return Verdict("picture", UNKNOWN, said or reason(end, found, "chat", why))
+    result = judged("picture", known, name)
+    return replace(result, evidence=f"{result.evidence}; {said}") if said else result
