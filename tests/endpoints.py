@@ -215,6 +215,29 @@ class LlamaServer(Continuing):
         return {"id": i, "logprob": logprob, "token": spelled.decode(errors="replace"), "bytes": list(spelled)}
 
 
+class MlxServer(Continuing):
+    """mlx_lm.server 0.32 as far as it continues texts: probabilities are asked for as of a chat, at most 11, and what is listed as the
+    chosen token is the first of a list without order.
+    """
+
+    def get(self, path):
+        raise EndpointError("status 404: no", 404)
+
+    def post(self, path, fields):
+        if path != "/v1/completions" or not isinstance(fields["prompt"], str):
+            raise EndpointError("status 404: text input must be of type `str`", 404)
+        if fields.get("logprobs", True) is not True or fields.get("top_logprobs", 0) > 11:
+            raise EndpointError("status 400: logprobs must be of type bool", 400)
+        ids = self.model.tokenizer.encode(fields["prompt"])
+        steps, listed = list(self.continued(ids, fields["max_tokens"], fields.get("top_logprobs", 1), fields["seed"])), []
+        for _, _, top in steps:
+            rows = [{"id": i, "token": self.model.tokenizer.token(i), "logprob": logprob} for i, logprob in reversed(top)]
+            listed.append(rows[0] | {"top_logprobs": rows})
+        text = self.model.tokenizer.decode([i for i, _, _ in steps])
+        usage = {"completion_tokens": len(listed), "prompt_tokens": len(ids)}
+        return {"choices": [{"text": text, "logprobs": {"content": listed}, "finish_reason": "length"}], "usage": usage}
+
+
 def ends_inside(spelled):
     """Does a character begin at the end of these bytes that is not whole?"""
     def n_bytes(first):

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from cli import assert_one_line, run
-from endpoints import VLLM, Between, LlamaServer, playing, raw, served
+from endpoints import VLLM, Between, LlamaServer, MlxServer, playing, raw, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import random_model, reference, write_model
@@ -198,6 +198,16 @@ def test_tokens_that_are_not_listed_are_no_departure(native, tmp_path, few):
     assert answers(found) == {"probabilities": RIGHT, "again": RIGHT}, [v.evidence for v in found.verdicts]
     assert found.verdicts[0].figures["level"] < 0.1 and found.verdicts[0].figures["listed"] == (100 if native else 20)
     assert native != any("leave out tokens" in note for note in found.notes)
+
+
+def test_tokens_that_were_not_written_are_not_believed(exact, few):
+    """The first of each answer is judged all the same, after many beginnings of texts."""
+    end, found = collect(MlxServer(exact), exact, questions=("ids", "probabilities"))
+    assert (end.takes_ids, end.asks_as_chats, end.n_top) == (False, True, 10)
+    judgement = judge(end, found, exact, questions=("ids", "probabilities"), arithmetic="float32")
+    assert answers(judgement) == {"ids": DEPARTS, "probabilities": RIGHT}, [v.evidence for v in judgement.verdicts]
+    assert "list tokens that they did not write" in evidence(judgement, "ids") and any("not believed" in note for note in judgement.notes)
+    assert judgement.verdicts[1].figures["positions"] >= 24
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())

@@ -56,9 +56,22 @@ class Answer:
     prompt: tuple[Step, ...] = ()
 
     @property
+    def other(self) -> Listed | None:
+        """A token that is listed as chosen and does not stand in the text, which a thought's, a control token and parts of characters need
+        not; None where there is none.
+        """
+        return next((step.chosen for step in self.steps if self.text and (name := _visible(step.chosen)) and name not in self.text), None)
+
+    @property
     def n_top(self) -> int:
         """How many probabilities it has at every position that has any."""
         return min((len(step.top) for step in self.steps if step.top), default=0)
+
+
+def _visible(token: Listed) -> str:
+    """What a text has of a token for certain."""
+    name = token.bytes.decode(errors="replace").replace("\u2581", " ").strip()
+    return "" if "\ufffd" in name or re.fullmatch(r"<.*>|token_id:\d+", name) else name
 
 
 def answer_of(body: object, where: str, n_top: int) -> Answer:
@@ -68,8 +81,8 @@ def answer_of(body: object, where: str, n_top: int) -> Answer:
     choice = first_choice(mapping(body, where).get("choices"), where)
     message = choice.get("message")
     text = message.get("content") if isinstance(message, Mapping) else choice.get("text")
-    if text is None and isinstance(message, Mapping):
-        text = ""                           # of a tool call, or a thought
+    if isinstance(message, Mapping) and (text is None or message.get("reasoning_content") or message.get("tool_calls")):
+        text = ""                           # a part of what was written, or nothing of it
     if not isinstance(text, str):
         raise EndpointError(f"{where}: the answer has no text: {str(choice)[:80]!r}")
     usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}

@@ -23,6 +23,7 @@ from refimpl.text.prompt import encode_messages
 DATA = Path(__file__).with_name("prompts.json")
 N_NEW, N_CHAT = 12, 6               # tokens of an answer
 N_OWN = 48                          # of the prompt's own tokens that are judged, where their probabilities are given
+N_CUTS = 8                          # beginnings of each text, where only what follows a prompt is known
 N_TWICE = 6                         # prompts that are asked again, and beside others
 N_PROMPTS, N_DRAWS = 4, 64          # prompts whose first token is drawn, and how often
 LONG = 33_000                       # tokens of the long prompt (--long)
@@ -61,6 +62,11 @@ class Answers:
     failed: list[str] = field(default_factory=list)
     stopped: bool = False
 
+    def others(self) -> list[Asked]:
+        """Answers that list a token which they did not write; none where it is one alone, which a text's end may explain."""
+        found = [asked for asked in self.asked if asked.answer.other is not None]
+        return found if len(found) > 1 else []
+
     def of(self, *ways: str, chat: bool = False) -> list[Asked]:
         """Those of some ways."""
         return [asked for asked in self.asked if asked.way in ways and asked.chat == chat]
@@ -81,6 +87,14 @@ class Asking:
         for name, n in self.lengths().items():
             ids = self.long_ids(n, f"# {name}\n")
             self._complete(name, ids, None, FIRST)
+        if self.found.others():
+            self.beginnings()
+
+    def beginnings(self):
+        """More prompts, of which only the next token is asked for."""
+        for name, text in self.data["texts"].items():
+            for end in np.linspace(2, len(text), N_CUTS, endpoint=False).astype(int):
+                self._complete(f"{name} to {end}", self.tokenizer.encode(text[:end]), text[:end], FIRST, n_new=1)
 
     def lengths(self) -> dict[str, int]:
         """Names and tokens of the long texts: the answer to the first passes the window's length on its way."""
@@ -204,7 +218,7 @@ class Asking:
         draws = 0 if self.end.gives_probabilities else N_PROMPTS * N_DRAWS
         return 2 * len(self.data["texts"]) + 4 + 2 * len(self.data["conversations"]) + 5 * N_TWICE + draws
 
-    def _complete(self, name: str, ids: list[int], text: str | None, way: str, cold: bool = False):
+    def _complete(self, name: str, ids: list[int], text: str | None, way: str, cold: bool = False, n_new: int = N_NEW):
         """`text`: the same as the ids, where no ids are taken; None: their own text, if it has these ids again."""
         if not self.end.completes or not 1 <= len(ids) <= self.room:
             return
@@ -213,7 +227,7 @@ class Asking:
             prompt = self.tokenizer.decode(ids) if text is None else text
         temperature = 1.0 if self.end.n_top else 0.0            # without probabilities texts are compared, which are to be the same
         whole = way == FIRST and len(ids) < LONG
-        answer = self.tried(f"{name} ({way})", lambda: self.end.complete(prompt, N_NEW, seed=len(ids), temperature=temperature, cold=cold,
+        answer = self.tried(f"{name} ({way})", lambda: self.end.complete(prompt, n_new, seed=len(ids), temperature=temperature, cold=cold,
                                                                         whole=whole))
         if answer is not None:
             ids = ids if self.end.takes_ids else self._as_counted(prompt, answer.n_prompt)

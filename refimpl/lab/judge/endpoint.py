@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from refimpl.lab.judge.answers import Answer, answer_of, generated_of, native_of
 from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.lab.judge.prompt_answers import prompt_steps, without_echo
 
-TOPS = (20, 5)                  # how many probabilities a position are asked for; OpenAI's completions allow 5
+TOPS = (20, 10, 5)              # how many probabilities a position are asked for; mlx_lm allows 11, OpenAI's completions 5
 NATIVE_TOP = 100                # and in llama-server's own form, which allows any number
 COMPLETIONS, CHAT, GENERATE, NATIVE = "/v1/completions", "/v1/chat/completions", "/api/generate", "/completion"
 N_PROBE = 4                     # tokens of the answer that tells what is there
@@ -22,7 +23,8 @@ class Endpoint:
     """`engine`: what it says it is. `n_top`: probabilities a position in completions (0: none), `chat_top`: in chats (None: no chats),
     `prompt_top`: of the prompt's own tokens.
 
-    `form`: the path at which it continues a text, if `completes`. `takes_ids`: does it take token ids as a prompt? `more`: fields beyond
+    `form`: the path at which it continues a text, if `completes`. `takes_ids`: does it take token ids as a prompt? `asks_as_chats`: does it
+    want to be asked for probabilities of a text as of a chat, as mlx_lm does? `more`: fields beyond
     OpenAI's that it may be sent. `why`: what it says about "completions" or "chat" where it has none.
     """
 
@@ -32,6 +34,7 @@ class Endpoint:
     n_ctx: int | None = None
     form: str = COMPLETIONS
     takes_ids: bool = False
+    asks_as_chats: bool = False
     completes: bool = False
     n_top: int = 0
     chat_top: int | None = None
@@ -64,7 +67,7 @@ class Endpoint:
             return native_of(self.http.post(NATIVE, self._named(fields)), NATIVE)
         fields["max_tokens"] = n_new
         if self.n_top:
-            fields["logprobs"] = self.n_top
+            fields |= {"logprobs": True, "top_logprobs": self.n_top} if self.asks_as_chats else {"logprobs": self.n_top}
         whole = whole and self.prompt_top > 0
         if self.engine.startswith("vLLM"):
             fields |= {"return_tokens_as_token_ids": True} | ({"prompt_logprobs": self.prompt_top} if whole else {})
@@ -182,16 +185,17 @@ def _completions(end: Endpoint, probe: Sequence[int], text: str):
 
 def _choose(end: Endpoint, name: str, tops: Sequence[int], prompts: Sequence[str | list[int]], what: str):
     for n_top in tops:
-        for prompt in prompts:
+        for prompt, as_chats in product(prompts, (False, True) if n_top and end.form == COMPLETIONS else (False,)):
             setattr(end, name, n_top)
+            end.asks_as_chats = as_chats
             try:
                 answer = _with_tokens(lambda seed, prompt=prompt: end.complete(prompt, N_PROBE, seed=seed))
             except EndpointError as error:
                 end.why[what] = str(error)
                 if error.fatal:
                     raise
-                if not error.is_refusal or error.status in (404, 405):
-                    return
+                if not error.is_refusal or error.status in (404, 405) and isinstance(prompt, str):
+                    return                      # mlx_lm says 404 to ids
                 continue
             end.completes, end.takes_ids = True, not isinstance(prompt, str)
             end.n_top = min(n_top, answer.n_top)

@@ -98,7 +98,8 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
     for what `arithmetic_of` says; `kv_type`: of its keys and values; `compute`: who computes what they are compared with (`work.team`).
     """
     arithmetic = arithmetic or arithmetic_of(end)
-    yardstick, vocabulary, tokenizer = Yardstick(model, arithmetic, kv_type), Vocabulary(model.tokenizer), model.tokenizer
+    yardstick, tokenizer = Yardstick(model, arithmetic, kv_type), model.tokenizer
+    vocabulary = Vocabulary(tokenizer, bool(found.others()))
     others = other_tokens(found.asked, vocabulary)
     positions = measure([asked for asked in found.asked if asked.way not in (OTHERS, PICTURE)], yardstick, vocabulary, compute, progress)
     positions += measure(found.of(PICTURE), yardstick, vocabulary, progress=progress)       # towers are not handed out
@@ -125,6 +126,8 @@ def judge(end: Endpoint, found: Answers, model: Model, *, arithmetic: str | None
 
 def _left_out(found: Answers, vocabulary: Vocabulary) -> list[str]:
     """Answers that do not list all of their tokens, in words."""
+    if vocabulary.first_only:
+        return ["its lists of tokens are not believed: of an answer only its first token is judged"]
     n = sum(len(vocabulary.known(asked.answer)) < len(asked.answer.steps) for asked in found.asked)
     return [f"{n} of {len(found.asked)} answers leave out tokens that they count; what may follow one is not judged"] if n else []
 

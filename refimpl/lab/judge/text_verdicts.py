@@ -51,6 +51,10 @@ def ids(end: Endpoint, found: Answers, tokenizer: Tokenizer, others: Sequence[st
         name, ours, theirs = wrong[0]
         return Verdict("ids", DEPARTS, f"{len(wrong)} of {len(found.ids)} texts become other ids; {name}: "
                        f"{differ(tokenizer, ours, theirs)}", "ids compared", {"differ": [each[0] for each in wrong]})
+    if listed := found.others():
+        name, other = listed[0].name, listed[0].answer.other
+        return Verdict("ids", DEPARTS, f"{len(listed)} of {len(found.asked)} answers list tokens that they did not write; {name}: "
+                       f"{other.bytes.decode(errors='replace')!r} is not in {listed[0].answer.text!r:.60}", "texts of answers")
     if others:
         return Verdict("ids", DEPARTS, f"another vocabulary: {others[0]}" + (f", and {len(others) - 1} more" if len(others) > 1 else ""),
                        "tokens of answers")

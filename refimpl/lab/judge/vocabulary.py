@@ -14,10 +14,12 @@ SURE = 0.999        # of the probability of all tokens with a text, that one of 
 
 
 class Vocabulary:
-    """Bytes to ids. Several tokens may have the same: a letter, and the byte token of it."""
+    """Bytes to ids. Several tokens may have the same: a letter, and the byte token of it. `first_only`: of an answer nothing is known but
+    what its first token may be.
+    """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self._ids = tokenizer, defaultdict(list)
+    def __init__(self, tokenizer: Tokenizer, first_only: bool = False):
+        self.tokenizer, self.first_only, self._ids = tokenizer, first_only, defaultdict(list)
         for i in range(tokenizer.n_vocab):
             self._ids[tokenizer.bytes_of(i)].append(i)
 
@@ -33,10 +35,15 @@ class Vocabulary:
             return False
         if "\ufffd" in token.bytes.decode(errors="replace"):       # a part of a character, perhaps with others before it
             return False
-        return not 0 <= token.id < self.tokenizer.n_vocab or self.tokenizer.bytes_of(token.id) != token.bytes
+        if not 0 <= token.id < self.tokenizer.n_vocab:
+            return True
+        spelled = self.tokenizer.token(token.id).encode()           # as mlx_lm has it
+        return token.bytes not in (self.tokenizer.bytes_of(token.id), spelled)
 
     def known(self, answer: Answer) -> Sequence[Step]:
-        """The steps before which every token is known: all, unless the endpoint leaves tokens out of its list."""
+        """The steps before which every token is known: all, unless the endpoint leaves tokens out of its list, or lists others."""
+        if self.first_only:
+            return answer.steps[:1]
         if all(step.chosen.id is not None for step in answer.steps):
             gap = next((n for n, step in enumerate(answer.steps) if self._follows_others(step.chosen)), len(answer.steps))
             return answer.steps[:gap]
