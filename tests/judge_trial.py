@@ -23,7 +23,7 @@ from refimpl.lab.compare.tolerance import judge as exact_model
 from refimpl.lab.judge import ask
 from refimpl.lab.judge.http import Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
-from refimpl.lab.judge.verdict import DEPARTS
+from refimpl.lab.judge.verdicts.verdict import DEPARTS
 from refimpl.loading.model import BUILT_IN, load
 from refimpl.text.templates import GEMMA4_TEMPLATE
 

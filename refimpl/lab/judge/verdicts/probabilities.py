@@ -10,8 +10,8 @@ import numpy as np
 from refimpl.lab.judge.ask import FIRST, NEW, Answers, Asked
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
-from refimpl.lab.judge.text_verdicts import marked
-from refimpl.lab.judge.verdict import (
+from refimpl.lab.judge.verdicts.texts import marked
+from refimpl.lab.judge.verdicts.verdict import (
     DEPARTS,
     LEAST,
     LIMIT,
