@@ -120,11 +120,11 @@ def test_draws_of_the_right_distribution_alarm_nobody_and_others_do():
 
 
 def test_positions_of_few_prompts_that_happen_to_be_near_are_no_window():
-    """A right mixture of experts: by the rank-sum test, which takes positions for independent, its level rises by 6 deviations."""
+    """A right mixture of experts: by the rank-sum test, which takes positions for independent, its level rises by 5 deviations."""
     def at(place, ratios):
-        asked = Asked("text", [2], Answer("", (), 1, 0))
-        return [Position(asked, place, 0, ratio**2 / 2, math.inf, (0.5,), (1.0, 0.0, 0.0), 20, True) for ratio in ratios]
-    before, after = at(5, [0.3] * 15 + [1.05] * 7), at(50, [1.0] * 40 + [1.4] * 92)
+        return [Position(Asked(f"text {place} {n // 11}", [2], Answer("", (), 1, 0)), place, 0, ratio**2 / 2, math.inf, (0.5,),
+                         (1.0, 0.0, 0.0), 20, True) for n, ratio in enumerate(ratios)]
+    before, after = at(5, [0.3] * 11 + [1.05] * 11), at(50, [1.0] * 40 + [1.4] * 92)
     assert rises(before, after) and window(before + after, {32}).answer == RIGHT
     assert window(at(5, [0.3] * 22) + after, {32}).answer == DEPARTS
 
