@@ -228,17 +228,17 @@ def test_probabilities_of_a_prompts_own_tokens_are_judged(echo, tmp_path, few):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_pictures_are_sent_where_there_is_a_projector(right, exact):
-    """Wrong: red and blue are exchanged on the way."""
-    def bgr(path, fields):
+    """Wrong: another picture arrives, upside down and as its negative."""
+    def changed(path, fields):
         content = fields["messages"][0]["content"] if path == "/v1/chat/completions" else "text"
         if not right and isinstance(content, list):
             url = content[0]["image_url"]["url"].partition(",")[2]
             rgb_HWC = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(url))))
-            content[0]["image_url"]["url"] = data_url(rgb_HWC[:, :, ::-1])
+            content[0]["image_url"]["url"] = data_url(255 - rgb_HWC[::-1])
         return fields
     model = refimpl.load(threads=1)
     with served(model, projector=refimpl.load_projector(None, model)) as url:
-        end, found = collect(Between(url, ask=bgr), exact, questions=("picture",), projector=refimpl.load_projector(None, exact))
+        end, found = collect(Between(url, ask=changed), exact, questions=("picture",), projector=refimpl.load_projector(None, exact))
         judgement = judge(end, found, exact)
     assert answers(judgement)["picture"] == (RIGHT if right else DEPARTS), judgement.verdicts
 
