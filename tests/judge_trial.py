@@ -23,7 +23,7 @@ from refimpl.lab.compare.tolerance import judge as exact_model
 from refimpl.lab.judge import ask
 from refimpl.lab.judge.http import Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
-from refimpl.lab.judge.verdict import DEPARTS
+from refimpl.lab.judge.verdicts.verdict import DEPARTS
 from refimpl.loading.model import BUILT_IN, load
 from refimpl.text.templates import GEMMA4_TEMPLATE
 
@@ -64,7 +64,7 @@ def model_file(seed, folder, kind=None):
         return "built-in", str(BUILT_IN)
     shape = {None: list(SHAPES)[seed % 5], MOE: "26B-A4B", PLE: ("E2B", "E4B")[seed % 2], K_QUANTS: "26B-A4B"}[kind]
     wide = kind == K_QUANTS or kind is None and chance.random() < 0.4
-    block = "Q4_K" if kind == K_QUANTS else chance.choice(WIDE if wide else NARROW)
+    block = {K_QUANTS: "Q4_K", MOE: "Q4_0"}[kind] if kind in (K_QUANTS, MOE) else chance.choice(WIDE if wide else NARROW)
     sizes = {"hidden_size": 256, "intermediate_size": 256} if wide else {}
     if shape == "E4B":
         sizes["num_kv_shared_layers"] = 6           # llama.cpp takes the last two layers with keys for a sliding and a full one

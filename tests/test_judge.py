@@ -26,9 +26,9 @@ from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
 from refimpl.lab.judge.measure import Position
 from refimpl.lab.judge.pictures import data_url
-from refimpl.lab.judge.probability_verdicts import window
-from refimpl.lab.judge.sampling import FALSE_ALARMS, stake_of
-from refimpl.lab.judge.verdict import DEPARTS, RIGHT, UNKNOWN, rises
+from refimpl.lab.judge.verdicts.probabilities import window
+from refimpl.lab.judge.verdicts.sampling import FALSE_ALARMS, stake_of
+from refimpl.lab.judge.verdicts.verdict import DEPARTS, RIGHT, UNKNOWN, rises
 from refimpl.lab.judge.yardstick import stored_as
 from refimpl.text.templates import GEMMA4_TEMPLATE
 
@@ -120,11 +120,11 @@ def test_draws_of_the_right_distribution_alarm_nobody_and_others_do():
 
 
 def test_positions_of_few_prompts_that_happen_to_be_near_are_no_window():
-    """A right mixture of experts: by the rank-sum test, which takes positions for independent, its level rises by 6 deviations."""
+    """A right mixture of experts: by the rank-sum test, which takes positions for independent, its level rises by 5 deviations."""
     def at(place, ratios):
-        asked = Asked("text", [2], Answer("", (), 1, 0))
-        return [Position(asked, place, 0, ratio**2 / 2, math.inf, (0.5,), (1.0, 0.0, 0.0), 20, True) for ratio in ratios]
-    before, after = at(5, [0.3] * 15 + [1.05] * 7), at(50, [1.0] * 40 + [1.4] * 92)
+        return [Position(Asked(f"text {place} {n // 11}", [2], Answer("", (), 1, 0)), place, 0, ratio**2 / 2, math.inf, (0.5,),
+                         (1.0, 0.0, 0.0), 20, True) for n, ratio in enumerate(ratios)]
+    before, after = at(5, [0.3] * 11 + [1.05] * 11), at(50, [1.0] * 40 + [1.4] * 92)
     assert rises(before, after) and window(before + after, {32}).answer == RIGHT
     assert window(at(5, [0.3] * 22) + after, {32}).answer == DEPARTS
 
@@ -238,17 +238,17 @@ def test_probabilities_of_a_prompts_own_tokens_are_judged(echo, tmp_path, few):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_pictures_are_sent_where_there_is_a_projector(right, exact):
-    """Wrong: red and blue are exchanged on the way."""
-    def bgr(path, fields):
+    """Wrong: another picture arrives, upside down and as its negative."""
+    def changed(path, fields):
         content = fields["messages"][0]["content"] if path == "/v1/chat/completions" else "text"
         if not right and isinstance(content, list):
             url = content[0]["image_url"]["url"].partition(",")[2]
             rgb_HWC = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(url))))
-            content[0]["image_url"]["url"] = data_url(rgb_HWC[:, :, ::-1])
+            content[0]["image_url"]["url"] = data_url(255 - rgb_HWC[::-1])
         return fields
     model = refimpl.load(threads=1)
     with served(model, projector=refimpl.load_projector(None, model)) as url:
-        end, found = collect(Between(url, ask=bgr), exact, questions=("picture",), projector=refimpl.load_projector(None, exact))
+        end, found = collect(Between(url, ask=changed), exact, questions=("picture",), projector=refimpl.load_projector(None, exact))
         judgement = judge(end, found, exact)
     assert answers(judgement)["picture"] == (RIGHT if right else DEPARTS), judgement.verdicts
 

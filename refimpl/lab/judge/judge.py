@@ -10,11 +10,11 @@ from refimpl.lab.judge.endpoint import Endpoint, explore
 from refimpl.lab.judge.http import Http
 from refimpl.lab.judge.measure import Position
 from refimpl.lab.judge.pictures import ask_pictures, picture
-from refimpl.lab.judge.probability_verdicts import by_prompt, chat_probabilities, of_texts, probabilities, window
-from refimpl.lab.judge.repeat_verdicts import again, company
-from refimpl.lab.judge.sampling import sampling
-from refimpl.lab.judge.text_verdicts import ids, other_tokens, template
-from refimpl.lab.judge.verdict import DEPARTS, RIGHT, Verdict, distance, level, rounding
+from refimpl.lab.judge.verdicts.probabilities import by_prompt, chat_probabilities, of_texts, probabilities, window
+from refimpl.lab.judge.verdicts.repeats import again, company
+from refimpl.lab.judge.verdicts.sampling import sampling
+from refimpl.lab.judge.verdicts.texts import ids, other_tokens, template
+from refimpl.lab.judge.verdicts.verdict import DEPARTS, RIGHT, Verdict, distance, level, rounding
 from refimpl.lab.judge.vocabulary import Vocabulary
 from refimpl.lab.judge.work import Compute, here, measure
 from refimpl.lab.judge.yardstick import Yardstick

@@ -13,8 +13,8 @@ from refimpl.lab.compare.towers.inputs import TowerInput, traced_prompt
 from refimpl.lab.judge.ask import N_NEW, PICTURE, Answers, Asked, Asking
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
-from refimpl.lab.judge.probability_verdicts import judged
-from refimpl.lab.judge.verdict import LEAST, UNKNOWN, Verdict, reason
+from refimpl.lab.judge.verdicts.probabilities import judged
+from refimpl.lab.judge.verdicts.verdict import LEAST, UNKNOWN, Verdict, reason
 from refimpl.loading.model import Model
 from refimpl.loading.projector import Projector
 from refimpl.media.parts import Image

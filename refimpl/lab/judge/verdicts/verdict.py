@@ -67,17 +67,11 @@ def rises(before: Sequence[Position], after: Sequence[Position]) -> bool:
     """Is the level of `after` above that of `before`, whatever both are? By STEP at least, to RISEN at least, and by a rank-sum test."""
     if len(before) < LEAST or len(after) < LEAST:
         return False
-    return level(after) >= max(RISEN, STEP * level(before)) and _rank_sum(_ratios(before), _ratios(after)) > STEP_Z
+    return level(after) >= max(RISEN, STEP * level(before)) and _rank_sum(ratios(before), ratios(after)) > STEP_Z
 
 
-def apart(before: Sequence[Position], after: Sequence[Position]) -> bool:
-    """Do three quarters of `after` lie above three quarters of `before`, in their own rounding? The rank-sum test takes positions for
-    independent, but those of one prompt are not, and before the window's length there are few prompts.
-    """
-    return float(np.quantile(_ratios(after), 0.25)) > float(np.quantile(_ratios(before), 0.75))
-
-
-def _ratios(positions: Sequence[Position]) -> list[float]:
+def ratios(positions: Sequence[Position]) -> list[float]:
+    """Distance over rounding of each."""
     return [max(p.distance, FLOOR) / max(p.rounding, FLOOR) for p in positions]
 
 

@@ -10,17 +10,18 @@ import numpy as np
 from refimpl.lab.judge.ask import FIRST, NEW, Answers, Asked
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
-from refimpl.lab.judge.text_verdicts import marked
-from refimpl.lab.judge.verdict import (
+from refimpl.lab.judge.verdicts.texts import marked
+from refimpl.lab.judge.verdicts.verdict import (
     DEPARTS,
     LEAST,
     LIMIT,
     RIGHT,
+    STEP,
     UNKNOWN,
     Verdict,
-    apart,
     distance,
     level,
+    ratios,
     reason,
     rises,
     rounding,
@@ -71,7 +72,7 @@ def window(positions: Sequence[Position], windows: set[int]) -> Verdict:
     said = f"{levels[0]:.2g} of rounding before {length} tokens, {levels[1]:.2g} after"
     basis = f"{len(before)} positions before, {len(after)} after"
     figures = {"length": length, "before": levels[0], "after": levels[1]}
-    if rises(before, after) and apart(before, after):
+    if rises(before, after) and _apart(before, after):
         usual = max(rounding(known), 3 * float(np.quantile([p.distance for p in before], 0.9)))
         first = min((p.at for p in after if p.distance > usual), default=length - 1)
         return Verdict("window", DEPARTS, f"{said}: not the latest {length} keys are seen; first clearly at position {first}", basis,
@@ -79,6 +80,14 @@ def window(positions: Sequence[Position], windows: set[int]) -> Verdict:
     if levels[0] > LIMIT:
         return Verdict("window", UNKNOWN, f"{said}: they depart before it already", basis, figures)
     return Verdict("window", DEPARTS if surely_above(after) else RIGHT if levels[1] <= LIMIT else UNKNOWN, said, basis, figures)
+
+
+def _apart(before: Sequence[Position], after: Sequence[Position]) -> bool:
+    """Do three quarters of the prompts after lie above all before, by STEP? The rank-sum test takes positions for independent, but those of
+    one prompt are not, and before the window's length there are few prompts.
+    """
+    one, two = ([float(np.median(ratios(own))) for own in by_prompt(some).values()] for some in (before, after))
+    return bool(one) and bool(two) and float(np.quantile(two, 0.25)) >= STEP * max(one)
 
 
 def figures_of(positions: Sequence[Position]) -> dict[str, object]:

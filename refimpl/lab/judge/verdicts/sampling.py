@@ -22,7 +22,7 @@ import numpy as np
 from refimpl.lab.evaluate.divergence import divergence, log_sum_exp
 from refimpl.lab.judge.ask import Answers
 from refimpl.lab.judge.endpoint import Endpoint
-from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, reason
+from refimpl.lab.judge.verdicts.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, reason
 from refimpl.lab.judge.yardstick import Yardstick
 from refimpl.text.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from refimpl.lab.judge.ask import Answers, Asked
 from refimpl.lab.judge.endpoint import Endpoint
-from refimpl.lab.judge.verdict import DEPARTS, RIGHT, UNKNOWN, Verdict, reason
+from refimpl.lab.judge.verdicts.verdict import DEPARTS, RIGHT, UNKNOWN, Verdict, reason
 from refimpl.lab.judge.vocabulary import Vocabulary
 from refimpl.text.tokenizer import LOST_BOM, Tokenizer
 

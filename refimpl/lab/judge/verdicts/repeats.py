@@ -10,8 +10,8 @@ from refimpl.lab.judge.answers import Answer
 from refimpl.lab.judge.ask import AGAIN, NEW, SHARED, TOGETHER, Answers
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
-from refimpl.lab.judge.probability_verdicts import by_prompt, lower_quartile, of_texts
-from refimpl.lab.judge.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, level, reason, rises, rounding, surely_above
+from refimpl.lab.judge.verdicts.probabilities import by_prompt, lower_quartile, of_texts
+from refimpl.lab.judge.verdicts.verdict import DEPARTS, LIMIT, RIGHT, UNKNOWN, Verdict, level, reason, rises, rounding, surely_above
 
 WORSE = 2.0         # by how much a single prompt is farther away than it was, and than rounding moves the worst tenth of all positions
 
