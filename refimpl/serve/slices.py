@@ -14,6 +14,7 @@ from concurrent.futures import Future
 
 Compute = Callable[[Callable[[], None]], object]
 MOST_WAITING = 8
+N_STEPS = 32            # latest steps of a computation, of which the longest counts: several layers of a tower
 
 
 class Dropped(BaseException):
@@ -25,14 +26,19 @@ class Sliced:
 
     def __init__(self, compute: Compute):
         self._compute, self._error, self._until, self._dropped = compute, None, 0.0, False
+        self._paused = 0.0                                      # when it could have paused last
+        self._steps: deque[float] = deque(maxlen=N_STEPS)       # seconds from one such moment to the next
         self.result: object = None              # what it returned, once it has ended
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name="refimpl slices")
         self.ended = False
 
     def go_on(self, seconds: float) -> bool:
-        """Runs it for so long, to its next pause. Has it ended? Raises what it has raised."""
-        self._until = time.monotonic() + seconds
+        """Runs it for a step, and for as many as fit into so much time however long they are. Has it ended? Raises what it has
+        raised.
+        """
+        self._paused = time.monotonic()
+        self._until = self._paused + seconds
         if self._thread.ident is None:
             self._thread.start()
         if not self.ended:
@@ -50,7 +56,10 @@ class Sliced:
             self._thread.join()
 
     def _pause(self):
-        if time.monotonic() >= self._until:
+        now = time.monotonic()
+        self._steps.append(now - self._paused)
+        self._paused = now
+        if now + max(self._steps) >= self._until:
             self._mine.release()
             self._theirs.acquire()
             if self._dropped:
