@@ -199,7 +199,7 @@ class Scheduler:
             return
         if self._sliced is None:
             part = pending[0][1]
-            self._sliced = part, Sliced(lambda pause: part.compute(lambda name, value: pause()))
+            self._sliced = part, Sliced(lambda pause: part.compute(lambda name, value: pause(name)))
         part, sliced = self._sliced
         others = any(ticket.run.reading and self._next(ticket, 1)[0] for ticket in self.running)
         try:
