@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.snapshots import Snapshots
 from refimpl.model.cache import ContextFull
 from refimpl.serve.scheduler import FIRST, Busy, Costs, Scheduler
+from refimpl.serve.slices import Sliced
 
 ENOUGH = 1 << 30
 N_CTX = 420
@@ -217,6 +219,25 @@ def test_costs():
     for _ in range(3):
         costs.observe(2, 10, 0.2)               # some are ten times as dear: those count
     assert costs.n_rows(2, 0.0955) == 9
+
+def test_a_step_that_does_not_fit_waits(monkeypatch):
+    """What followed a name the last time says how long the next step takes, whatever the number of its layer."""
+    clock, log = [0.0], []
+    monkeypatch.setattr("refimpl.serve.slices.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def compute(pause):
+        for layer in range(4):
+            for name, seconds in ("norm", 0.01), ("ffn", 0.25), ("sum", 0.01):
+                clock[0] += seconds
+                log.append(name)
+                pause(f"{name}-{layer}")
+    sliced, slices = Sliced(compute), []
+    while not sliced.ended:
+        log.clear()
+        sliced.go_on(0.2)
+        slices.append(list(log))
+    # the first time nothing is known but what there has been; afterwards the long step stands alone
+    assert slices == [["norm", "ffn"], ["sum"], ["norm"], ["ffn"], ["sum", "norm"], ["ffn"], ["sum", "norm"], ["ffn"], ["sum"]]
 
 
 def test_the_same_prompt_is_read_once(models):
