@@ -308,6 +308,9 @@ def test_what_cannot_be_compared(right):
     found = compare(ours, dataclasses.replace(ours, ids=(*IDS[:4], 9, *IDS[5:])))
     assert found.first.name == "ids" and found.diagnosis.text == (
         f"the prompts differ at token 4: {IDS[4]} and 9; give it the ids of the trace (2, {IDS[1]}, {IDS[2]}, {IDS[3]}, ...)")
+    spelt = dataclasses.replace(ours, facts={"tokens": [f"t{i}" for i in IDS]})
+    text = compare(spelt, dataclasses.replace(ours, ids=(*IDS[:4], IDS[2], *IDS[5:]))).diagnosis.text
+    assert text.startswith(f"the prompts differ at token 4: {IDS[4]} 't{IDS[4]}' and {IDS[2]} 't{IDS[2]}'; give")
     assert compare(ours, dataclasses.replace(ours, ids=IDS[:9])).diagnosis.text.startswith("the prompts have 24 and 9 tokens")
 
 

@@ -120,6 +120,7 @@ def test_the_command_checks_and_tells_remedies(made, tmp_path):
     status, out, _ = run("compare", "--check", bad, "--json")
     assert status == 3 and not json.loads(out)["ok"] and json.loads(out)["wrong"][0].startswith("ids is missing")
     assert_one_line(run("compare", good, right), 3, f"the trace to judge by comes first, refimpl compare {right} {good}")
+    assert_one_line(run("compare", "missing.safetensors", right), 3, "missing.safetensors: no such file")
     assert_one_line(run("compare", right, tmp_path / "no.npz"), 3, "no.npz: No such file")
     for name, words in (("x.safetensors", "by its contents this is npz: name it so, x.npz"), ("x.dat", "name it so, x.npz; expected")):
         shutil.copy(good, tmp_path / name)

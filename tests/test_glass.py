@@ -222,7 +222,7 @@ def test_an_answer_says_its_ids_and_they_can_be_looked_at(engine, model):
 
 
 def test_whoever_no_longer_looks_is_forgotten_and_errors_reach_whoever_asked(engine, monkeypatch):
-    monkeypatch.setattr("refimpl.serve.engine.layer", lambda: "omp")          # where there are slices
+    monkeypatch.setattr("refimpl.serve.scheduler.layer", lambda: "omp")          # where there are slices
     engine.scheduler.latency = 0.01
 
     async def ask():

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl.decode import grammar
-from refimpl.decode.grammar import Grammar, gbnf, json_object, json_schema, lark, regex, tool_calls
+from refimpl.decode.constraint import FREE, Constraint, ThinkingBudget
+from refimpl.decode.grammar import gbnf, json_object, json_schema, lark, regex, tool_calls
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.text.tokenizer import Tokenizer
 
@@ -21,7 +22,7 @@ CLOSING = [i for i in range(TOKENIZER.n_vocab) if TOKENIZER.token(i) in ('"', "}
            or i in TOKENIZER.end_of_generation]
 
 
-def walk(rules: Grammar, seed: int, most: int = 600) -> list[int]:
+def walk(rules: Constraint, seed: int, most: int = 600) -> list[int]:
     """An answer by random logits that ask for its end more and more. Checks every mask and every draft."""
     random, ids, promised = np.random.default_rng(seed), [], []
     sampler = Sampler(Sampling(temperature=0), constraint=rules)
@@ -36,7 +37,7 @@ def walk(rules: Grammar, seed: int, most: int = 600) -> list[int]:
         assert allowed_V.any() and np.array_equal(masked_V[allowed_V], logits_V[allowed_V])
         assert np.array_equal(rules.mask(logits_V), masked_V)           # `forced` changes nothing
         assert forced[:len(promised)] == promised, "what was forced stays so"
-        if forced and forced[0] not in TOKENIZER.end_of_generation:
+        if forced and forced[0] not in TOKENIZER.end_of_generation and not isinstance(rules, ThinkingBudget):
             assert np.flatnonzero(allowed_V).tolist() == forced[:1], "a draft that is always accepted"
         promised = forced[1:]
         ids.append(sampler.pick(logits_V))
@@ -48,6 +49,26 @@ ALL = {"type": "object", "required": ["s", "n"], "additionalProperties": False, 
     "s": {"type": "string"}, "n": {"type": "integer", "minimum": 3, "maximum": 40}, "b": {"type": ["boolean", "null"]},
     "e": {"enum": ["x", 1, None]}, "l": {"type": "array", "items": {"type": "number"}, "maxItems": 3}, "o": {"$ref": "#/$defs/o"}},
     "$defs": {"o": {"type": "object", "properties": {"p": {"type": "string", "maxLength": 4}}, "additionalProperties": False}}}
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**32), st.integers(0, 40))
+def test_a_thought_ends_where_its_budget_does(seed, most):
+    """As soon as the grammar lets it, which wants "thought" and a line's end, and whole characters, of up to four byte tokens."""
+    begin, end = (TOKENIZER.id_of(marker) for marker in ("<|channel>", "<channel|>"))
+    ids = walk(ThinkingBudget(json_schema(TOKENIZER, ALL, thinking=True), most, begin, end), seed)
+    thought, text, _ = parts_of(pieces_of(ids))
+    assert {"s", "n"} <= set(json.loads(text))
+    if begin in ids:
+        assert ids.index(end) - ids.index(begin) - 1 <= max(most, len(TOKENIZER.encode("thought\n", bos=False))) + 3
+    free, logits_V = ThinkingBudget(FREE, 2, begin, end), np.random.default_rng(seed).normal(size=TOKENIZER.n_vocab).astype(np.float32)
+    other = TOKENIZER.encode("x", bos=False)[0]
+    for token in (other, other, other, begin, other, end, other, other, begin, other):          # two in two thoughts
+        assert free.mask(logits_V) is logits_V and free.forced() == []
+        free.accept(token)
+    assert np.flatnonzero(free.mask(logits_V) != -np.inf).tolist() == free.forced() == [end]
+    free.accept(end)
+    assert free.mask(logits_V) is logits_V
 
 
 @settings(deadline=None, max_examples=15)

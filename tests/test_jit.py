@@ -25,7 +25,7 @@ from refimpl.kernels.machine.jit import announce
 from refimpl.kernels import ops
 compiled = []
 announce(lambda kernel, weight_types: compiled.append(kernel))
-print(ops.softcap(np.linspace(-50, 50, 20, dtype=np.float32), 30.0).tobytes().hex(), *compiled)
+print(ops.limit(np.linspace(-50, 50, 20, dtype=np.float32), -7.3, 11.1).tobytes().hex(), *compiled)
 '''
 
 

@@ -175,7 +175,11 @@ def close(got, want, bound):
         assert (np.abs(a.astype(np.float64) - b) <= limit).all(), np.abs(a.astype(np.float64) - b).max()
 
 
-@pytest.mark.parametrize("case", TABLE)
+# a third pair of types in experts is compiled for nothing new: their products are those of `matmul`
+RARE = [case for case in TABLE if case.startswith("run_experts q8 Q2_K MXFP4")]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.exhaustive) if case in RARE else case for case in TABLE])
 def test_kernel_and_twin(case):
     make, *arguments = TABLE[case]
     ours, our_args, theirs, their_args, bound = make(*arguments)
@@ -296,13 +300,12 @@ def test_any_rows_and_threads_give_the_same_bits(name, block):
         numba.set_num_threads(before)
 
 
-@pytest.mark.parametrize("block", ["Q4_0", "Q6_K"])
-def test_experts_in_any_rows_and_threads(block):
+@pytest.mark.parametrize("block,back", [("Q4_0", "Q4_0"), ("Q4_K", "Q8_0")])          # compiled for the table too
+def test_experts_in_any_rows_and_threads(block, back):
     moe = next(twins("moe"))
     rng = np.random.default_rng(0)
-    n_hidden = 288 if block == "Q4_0" else 256
-    shapes = (n_hidden, 256), (n_hidden, 256), (256, n_hidden)
-    gate, up, down = (tiled(matrix(block, 12, *shape, seed=i), 2) for i, shape in enumerate(shapes))
+    gate, up, down = (tiled(matrix(name, 12, *shape, seed=i), 2)
+                      for i, (name, shape) in enumerate(((block, (288, 256)), (block, (288, 256)), (back, (256, 288)))))
     x, id_TX = rows(40, 256), np.stack([rng.permutation(12)[:4] for _ in range(40)])
     weight = rng.uniform(0.1, 1, (40, 4)).astype(np.float32)
     run = lambda part: moe.run_experts("q8", x[part], id_TX[part], weight[part], gate, up, down)        # noqa: E731
@@ -381,7 +384,7 @@ def test_arguments_are_checked_before_compiled_code_sees_them():
 
 
 @pytest.mark.parametrize("cases", [
-    "(matmul_q8 and Q4_0 and one and block) or odd or route or rms_norm or gated or rotate or softcap or half or norm or lu or band",
+    "(matmul_q8 and Q4_0 and one and block) or (F32 and odd) or route or gated or rotate or softcap or half or norm or lu or band",
     pytest.param("block or odd or tokens and Q4_0 and not Q4_K or attend or 5x40x512 and Q6_K", marks=pytest.mark.exhaustive)])
 def test_array_accesses_stay_in_bounds(cases):
     """Part of the table again in a process where Numba checks every index. (Addresses are checked in plain Python, above.)"""

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from refimpl.decode.run import Run, token_of
 from refimpl.decode.sampling import Sampler, Sampling
 from refimpl.decode.snapshots import Snapshots
 from refimpl.model.cache import ContextFull
-from refimpl.serve.scheduler import FEWEST, Busy, Costs, Scheduler
+from refimpl.serve.scheduler import FIRST, Busy, Costs, Scheduler
+from refimpl.serve.slices import Sliced
 
 ENOUGH = 1 << 30
 N_CTX = 420
@@ -198,18 +200,44 @@ def test_writers_wait_for_few_tokens_of_a_prompt(models):
     scheduler.submit(Request(prompt(400, seed=1), SAMPLINGS[0], 2), reader.append)
     for _ in range(10):
         scheduler.step()
-    read = [event.n_read for event in reader if isinstance(event, Reading)]
-    assert np.diff(read).tolist() == [FEWEST] * (len(read) - 1) and len(read) == 11
+    read = np.diff([event.n_read for event in reader if isinstance(event, Reading)])
+    assert len(read) == 10 and read[0] == FIRST and (1 <= read).all() and (read[1:] <= 2 * read[:-1].cumsum()).all()
     assert sum(isinstance(event, Token) for event in got) == 11
 
 
 def test_costs():
     costs = Costs()
-    assert costs.n_rows(0, 0.2) == 512 and costs.n_rows(3, 0.2) == FEWEST
+    costs.observe(0, 512, 1e-9)                 # read without anybody who writes: says nothing
+    assert costs.n_rows(0, 0.2) == 512 and costs.n_rows(3, 0.2) == FIRST and costs.spare(0, 0.2) == np.inf and costs.spare(3, 0.2) == 0.2
     for _ in range(3):
         costs.observe(2, 0, 0.1)
-        costs.observe(2, 50, 0.15)
-    assert costs.n_rows(2, 0.2) == 100 and costs.n_rows(2, 0.05) == FEWEST and costs.n_rows(2, 99) == 510
+        costs.observe(2, 50, 0.15)              # a thousandth of a second for each row
+    assert costs.spare(2, 0.2) == pytest.approx(0.1) and costs.spare(2, 0.11) == pytest.approx(0.05)     # half as long again, at least
+    assert costs.n_rows(2, 0.0955) == 95 and costs.n_rows(2, 0.0) == 1 and costs.n_rows(2, 99) == 100     # twice as many as were tried
+    costs.observe(2, 500, 0.6)
+    assert costs.n_rows(2, 99) == 510
+    for _ in range(3):
+        costs.observe(2, 10, 0.2)               # some are ten times as dear: those count
+    assert costs.n_rows(2, 0.0955) == 9
+
+def test_a_step_that_does_not_fit_waits(monkeypatch):
+    """What followed a name the last time says how long the next step takes, whatever the number of its layer."""
+    clock, log = [0.0], []
+    monkeypatch.setattr("refimpl.serve.slices.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def compute(pause):
+        for layer in range(4):
+            for name, seconds in ("norm", 0.01), ("ffn", 0.25), ("sum", 0.01):
+                clock[0] += seconds
+                log.append(name)
+                pause(f"{name}-{layer}")
+    sliced, slices = Sliced(compute), []
+    while not sliced.ended:
+        log.clear()
+        sliced.go_on(0.2)
+        slices.append(list(log))
+    # the first time nothing is known but what there has been; afterwards the long step stands alone
+    assert slices == [["norm", "ffn"], ["sum"], ["norm"], ["ffn"], ["sum", "norm"], ["ffn"], ["sum", "norm"], ["ffn"], ["sum"]]
 
 
 def test_the_same_prompt_is_read_once(models):

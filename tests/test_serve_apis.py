@@ -212,9 +212,12 @@ def test_a_response_continues_a_conversation():
 # ---- messages
 
 def test_messages_are_streamed_event_by_event():
-    response = post(FakeEngine(THOUGHT + "yes" + CALL, reused=3), MESSAGES, {
+    engine = FakeEngine(THOUGHT + "yes" + CALL, reused=3)
+    response = post(engine, MESSAGES, {
         "messages": USER, "max_tokens": 99, "stream": True, "thinking": {"type": "enabled", "budget_tokens": 1024},
         "tools": [{"name": "weather", "input_schema": SCHEMA}]})
+    budget = vars(engine.requests[0].constraint)                # a few of its tokens are written by now
+    assert 1000 < budget["_left"] < 1024 and type(budget["_inner"]).__name__ == "Grammar"
     events = chunks(response)
     assert [line[7:] for line in response.text.splitlines() if line.startswith("event: ")] == [each["type"] for each in events]
     types = [each["type"] for each in events]

@@ -11,12 +11,12 @@ import msgspec
 from anyio.to_thread import run_sync
 
 from refimpl.decode import grammar
-from refimpl.decode.constraint import FREE, Constraint
+from refimpl.decode.constraint import FREE, Constraint, ThinkingBudget
 from refimpl.decode.request import Request
 from refimpl.decode.sampling import Sampling
 from refimpl.serve.errors import bad
 from refimpl.serve.settings import MAX_CHOICES, Site
-from refimpl.text.chat import ChatError
+from refimpl.text.chat import CHANNEL_END, THOUGHT, ChatError
 from refimpl.text.prompt import Encoded, encode_messages
 from refimpl.text.stops import StopStrings
 
@@ -180,12 +180,12 @@ def _text_then_calls(message: dict) -> list[dict]:
 
 
 async def constraint_of(site: Site, *, thinking: bool, tools: list[dict], choice: str = "auto", parallel: bool = True,
-                        format_: Mapping | None = None, lark: str | None = None, regex: str | None = None,
+                        format_: Mapping | None = None, lark: str | None = None, regex: str | None = None, budget: int = -1,
                         ) -> tuple[Callable[[], Constraint], Sequence[str]]:
     """What makes the constraints of a request, and notes on what they do not enforce.
 
     `choice`: "auto", "required", "none" or a tool's name; `format_`: {"type": "text" | "json_object"} or {"type": "json_schema", "schema":
-    ...}. Raises ApiError: not a schema, not a grammar, two of them at once.
+    ...}; `budget`: tokens of thoughts at most, -1 for no limit. Raises ApiError: not a schema, not a grammar, two of them at once.
     """
     t = site.tokenizer
     kind = (format_ or {}).get("type", "text")
@@ -206,14 +206,19 @@ async def constraint_of(site: Site, *, thinking: bool, tools: list[dict], choice
     if len(asked) > 1:
         raise bad(list(asked)[1], f"{' and '.join(asked)} cannot be had together; leave one out")
     if not asked:
-        return (lambda: FREE), ()
+        return (lambda: _within(site, budget, FREE)), ()
     [(name, make)] = asked.items()
     try:
         first = await run_sync(make)
     except ValueError as error:
         raise bad(name, f"{name}: {' '.join(str(error).split())[:400]}") from None
     made = [first]
-    return (lambda: made.pop() if made else make()), first.notes
+    return (lambda: _within(site, budget, made.pop() if made else make())), first.notes
+
+
+def _within(site: Site, budget: int, constraint: Constraint) -> Constraint:
+    begin, end = (site.tokenizer.id_of(marker) for marker in (THOUGHT, CHANNEL_END))
+    return constraint if budget < 0 or None in (begin, end) else ThinkingBudget(constraint, budget, begin, end)
 
 
 class Tool(msgspec.Struct):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 
 from refimpl.decode.request import Done, Event, Failed, Request
-from refimpl.kernels.cores.threads import layer
 from refimpl.serve.scheduler import Scheduler, Ticket
 from refimpl.serve.slices import Aside, Compute
 from refimpl.text.prompt import Projector
@@ -99,9 +97,9 @@ class Engine:
                 self._aside.close()
                 self.scheduler.close()
                 return
-            worked = self.scheduler.step()
-            # Numba's layer "workqueue" computes one thing at a time, from its beginning to its end
-            if not (self._aside.go_on(math.inf if layer() == "workqueue" else self.scheduler.latency) or worked):
+            share = 0.5 if self._aside else 1.0             # of the time that answers can spare
+            worked = self.scheduler.step(share)
+            if not (self._aside.go_on(self.scheduler.spare() * share) or worked):
                 with self._changed:
                     if not self._calls and not self._closed and not self.scheduler.has_work:
                         self._changed.wait()

@@ -27,7 +27,8 @@ from refimpl.model.cache import cache_bytes
 from refimpl.model.soft import SoftTokens
 from refimpl.serve.slices import Sliced
 
-FEWEST = 8              # tokens of a prompt that are read beside answers, however slow the machine is
+FIRST = 4               # tokens of a prompt that are read beside answers before it is known what they cost
+LEAST_SPARE = 0.5       # of the time of a call with answers alone: so much is spared for others, however long that takes
 
 
 class Busy(Exception):
@@ -58,33 +59,45 @@ class Ticket:
         return "waiting" if run is None or self.paused else "reading" if run.reading else "writing"
 
 
+def _cautious(values: Sequence[float]) -> float:
+    """A value that few of these exceed."""
+    return sorted(values)[(3 * len(values)) // 4]
+
+
 class Costs:
-    """Seconds of calls, from the latest ones: with answers alone, by their number, and of a row of a prompt beside them."""
+    """Seconds of calls, from the latest ones: with answers alone, by their number, and of prompts beside them."""
 
     def __init__(self):
         self._alone: dict[int, deque[float]] = {}
-        self._a_row: deque[float] = deque(maxlen=N_TIMINGS)
+        self._read: deque[tuple[int, float]] = deque(maxlen=N_TIMINGS)      # rows of prompts and the seconds that they took, beside answers
 
     def alone(self, n_writing: int) -> float:
         """Seconds of a call for so many answers; of the nearest number that is known, 0 if none is."""
         known = min(self._alone, key=lambda n: abs(n - n_writing), default=None)
         return 0.0 if known is None else statistics.median(self._alone[known])
 
+    def spare(self, n_writing: int, latency: float) -> float:
+        """Seconds from one step of these answers to the next that others may have."""
+        return max(latency - self.alone(n_writing), LEAST_SPARE * self.alone(n_writing)) if n_writing else math.inf
+
     def observe(self, n_writing: int, n_read: int, seconds: float):
-        """Takes in a call."""
+        """Takes in a call. What prompts cost that are read alone says little about it."""
         if n_read == 0:
             self._alone.setdefault(n_writing, deque(maxlen=N_TIMINGS)).append(seconds)
-        else:
-            self._a_row.append(max(0.0, seconds - (self.alone(n_writing) if n_writing else 0.0)) / n_read)
+        elif n_writing:
+            self._read.append((n_read, max(0.0, seconds - self.alone(n_writing))))
 
     def n_rows(self, n_writing: int, seconds: float) -> int:
-        """How many tokens of prompts fit into a call that is to take `seconds`."""
+        """How many tokens of prompts can be read in so much time beside so many answers, at least one: as few rows may cost next to
+        nothing and more of them much, no more than twice as many as were tried lately.
+        """
         if not n_writing:
             return CHUNK
-        if not self._a_row:
-            return FEWEST
-        a_row = statistics.median(self._a_row)
-        return int(min(CHUNK - n_writing, max(FEWEST, (seconds - self.alone(n_writing)) / max(a_row, 1e-9))))
+        if not self._read:
+            return FIRST
+        a_row = _cautious([took / n for n, took in self._read])
+        most = min(CHUNK - n_writing, 2 * max(n for n, _ in self._read))
+        return int(min(most, max(1.0, seconds / max(a_row, 1e-9))))
 
 
 class Scheduler:
@@ -96,8 +109,8 @@ class Scheduler:
 
     def __init__(self, model: Model, prefixes: Prefixes, n_ctx: int, *, drafter: Drafter | None = None, draft_max: int | str = "auto",
                  most_running: int = 8, most_waiting: int = 64, latency: float = 0.2):
-        """`prefixes.budget` is for all that is running and remembered together. `latency`: seconds that a call should take at most while
-        answers are being written.
+        """`prefixes.budget` is for all that is running and remembered together. `latency`: seconds that answers should wait at most for
+        their next token.
         """
         self.model, self.prefixes, self.n_ctx, self.drafter, self.ram = model, prefixes, n_ctx, drafter, prefixes.budget
         self.most_running, self.most_waiting, self.latency = most_running, most_waiting, latency
@@ -130,16 +143,25 @@ class Scheduler:
         """Is there anything to do?"""
         return bool(self.running or self.waiting)
 
-    def step(self) -> bool:
-        """One call of the forward pass, after a slice of a picture where somebody has to read one. False where there is nothing to do."""
+    def spare(self) -> float:
+        """Seconds from one call to the next that those that write can spare for others. (Numba's layer "workqueue" computes one thing at a
+        time, from its beginning to its end.)
+        """
+        n_writing = sum(not ticket.run.reading for ticket in self.running)
+        return math.inf if layer() == "workqueue" else self.costs.spare(n_writing, self.latency)
+
+    def step(self, share: float = 1.0) -> bool:
+        """One call of the forward pass, after a slice of a picture where somebody has to read one. `share`: so much of `spare` may be used.
+        False where there is nothing to do.
+        """
         for ticket in [ticket for ticket in (*self.running, *self.waiting) if ticket.gone]:
             self._end(ticket)
         self._keep_within_memory()
         self._admit()
-        self._compute_soft_tokens()
+        self._compute_soft_tokens(share)
         if not self.running:
             return False
-        part = self._part()
+        part = self._part(share if self._sliced is None else share / 2)
         if not part:
             return True
         runs = [ticket.run for ticket, _ in part]
@@ -168,10 +190,8 @@ class Scheduler:
 
     # ---- what is computed
 
-    def _compute_soft_tokens(self):
-        """A slice of what the first one that reads has to read next, short enough for those that write. (Numba's layer "workqueue" computes
-        one thing at a time, from its beginning to its end.)
-        """
+    def _compute_soft_tokens(self, share: float):
+        """A slice of what the first one that reads has to read next, short enough for those that write and the prompts of others."""
         pending = [(ticket, part) for ticket in self.running if (part := self._next(ticket, CHUNK)[1]) is not None]
         if self._sliced is not None and all(part is not self._sliced[0] for _, part in pending):
             self._drop_slices()                 # nobody wants it any more
@@ -179,12 +199,11 @@ class Scheduler:
             return
         if self._sliced is None:
             part = pending[0][1]
-            self._sliced = part, Sliced(lambda pause: part.compute(lambda name, value: pause()))
-        n_writing = sum(not ticket.run.reading for ticket in self.running)
-        seconds = math.inf if layer() == "workqueue" else self.latency - (self.costs.alone(n_writing) if n_writing else 0)
+            self._sliced = part, Sliced(lambda pause: part.compute(lambda name, value: pause(name)))
         part, sliced = self._sliced
+        others = any(ticket.run.reading and self._next(ticket, 1)[0] for ticket in self.running)
         try:
-            ended = sliced.go_on(seconds)
+            ended = sliced.go_on(self.spare() * (share / 2 if others else share))
         except Exception as error:
             ended = True
             for ticket, its in pending:
@@ -204,10 +223,11 @@ class Scheduler:
         n = min(most, run.n_unread)
         return ticket.request.soft.unknown(run.ids[run.cache.length:run.cache.length + n])
 
-    def _part(self) -> list[tuple[Ticket, int]]:
+    def _part(self, share: float) -> list[tuple[Ticket, int]]:
         """Who takes part in the next call, and how many tokens of its prompt each reads: 0 for those that write."""
         writing = [ticket for ticket in self.running if not ticket.run.reading]
-        left, part = self.costs.n_rows(len(writing), self.latency), [(ticket, 0) for ticket in writing]
+        seconds = self.costs.spare(len(writing), self.latency) * share
+        left, part = self.costs.n_rows(len(writing), seconds), [(ticket, 0) for ticket in writing]
         for ticket in self.running:
             if ticket.run.reading and left > 0 and (n := self._next(ticket, left)[0]):
                 part.append((ticket, n))

@@ -1,19 +1,23 @@
 """A long computation in slices: it has a thread of its own, which runs only while somebody waits for it.
 
 So at any moment one thing is computed, and whoever asked for it decides when it goes on. The computation says where it may stop, by calling
-a function that it is given.
+a function that it is given, with a name of what comes to an end there: what followed it the last time says how long the next step takes.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
-Compute = Callable[[Callable[[], None]], object]
+Compute = Callable[[Callable[..., None]], object]
 MOST_WAITING = 8
+
+
+_NUMBER = re.compile(r"\d+")
 
 
 class Dropped(BaseException):
@@ -21,18 +25,21 @@ class Dropped(BaseException):
 
 
 class Sliced:
-    """`compute(pause)`, from one slice to the next; it calls `pause()` at its ends of steps."""
+    """`compute(pause)`, from one slice to the next; it calls `pause(name)`, or `pause()`, at its ends of steps."""
 
     def __init__(self, compute: Compute):
         self._compute, self._error, self._until, self._dropped = compute, None, 0.0, False
+        self._since, self._last = 0.0, ""               # the beginning of this step, and the name of the one before it
+        self._after: dict[str, float] = {}              # seconds of the step that followed a name
         self.result: object = None              # what it returned, once it has ended
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name="refimpl slices")
         self.ended = False
 
     def go_on(self, seconds: float) -> bool:
-        """Runs it for so long, to its next pause. Has it ended? Raises what it has raised."""
-        self._until = time.monotonic() + seconds
+        """Runs it for a step, and for as many more as fit into so much time. Has it ended? Raises what it has raised."""
+        self._since = time.monotonic()
+        self._until = self._since + seconds
         if self._thread.ident is None:
             self._thread.start()
         if not self.ended:
@@ -49,8 +56,10 @@ class Sliced:
             self._theirs.release()
             self._thread.join()
 
-    def _pause(self):
-        if time.monotonic() >= self._until:
+    def _pause(self, name: str = ""):
+        now, name = time.monotonic(), _NUMBER.sub("", name)
+        self._after[self._last], self._since, self._last = now - self._since, now, name
+        if now + self._after.get(name, max(self._after.values())) >= self._until:
             self._mine.release()
             self._theirs.acquire()
             if self._dropped:

@@ -235,7 +235,8 @@ def write_trace(path: str | os.PathLike, model: Model, ids: Sequence[int], *, po
     steps = model.config.n_layer + (drafting.get("drafter") is not None) * 4 * drafting.get("draft_max", 4) * (
         1 + drafting.get("rounds", 0)) + model.config.n_layer * drafting.get("rounds", 0) + sum(map(n_layers, media))
     header = {"format": FORMAT, "ids": [int(i) for i in ids], "positions": [int(p) for p in positions],
-              "arithmetic": model.backend.arithmetic} | facts_of(model, prompt, media, template)
+              "tokens": [model.tokenizer.token(i) if i >= 0 else "" for i in ids], "arithmetic": model.backend.arithmetic
+              } | facts_of(model, prompt, media, template)
     with TensorWriter(path, 10_000 + 16 * steps * 2**10 + 2 * len(json.dumps(header))) as out:
         writer, hashing = BackgroundWriter(out), ThreadPoolExecutor(1)
         try:

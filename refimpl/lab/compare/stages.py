@@ -69,13 +69,22 @@ def token_difference(a: Trace, b: Trace, where: int) -> str:
     for name, n in tokens[0].items():
         if n != tokens[1].get(name, n):
             return f"{name} is {n} and {tokens[1][name]} soft tokens"
-    return f"the prompts differ at token {where}: {in_words(a, where)} and {in_words(b, where)}"
+    known = spellings(a) | spellings(b)
+    return f"the prompts differ at token {where}: {in_words(a, where, known)} and {in_words(b, where, known)}"
 
 
-def in_words(trace: Trace, where: int) -> str:
-    """A token id, or of what a soft token is one."""
+def spellings(trace: Trace) -> dict[int, str]:
+    """How the vocabulary spells ids, as far as a trace says it: `tokens` among its facts has one text for each of its ids."""
+    tokens = trace.facts.get("tokens")
+    return dict(zip(trace.ids, tokens)) if isinstance(tokens, list) else {}
+
+
+def in_words(trace: Trace, where: int, known: Mapping[int, str]) -> str:
+    """A token id with its spelling where that is known, or of what a soft token is one."""
     i, media = trace.ids[where], trace.facts.get("media", ())
-    return str(i) if not 0 <= -1 - i < len(media) else f"a soft token of {media[-1 - i]['name']}"
+    if 0 <= -1 - i < len(media):
+        return f"a soft token of {media[-1 - i]['name']}"
+    return f"{i} {known[i]!r}" if i in known else str(i)
 
 
 def sampled(a: Trace, b: Trace, tolerance: Mapping[str, float]) -> tuple[list[Judgement], Diagnosis | None]:

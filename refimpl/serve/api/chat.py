@@ -52,6 +52,8 @@ class Fields(CompletionFields, kw_only=True):
     reasoning_effort: str | None = None
     reasoning: Effort | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    thinking_budget_tokens: int | None = None
+    thinking_token_budget: int | None = None
 
 
 async def endpoint(request: Request) -> Response:
@@ -87,12 +89,20 @@ async def _want(site: Site, fields: Fields) -> Want:
     common = shared(site, fields, fields.n)
     choice = chosen_tool(fields.tool_choice, tools)
     make, notes = await constraint_of(site, thinking=thinking, tools=tools, choice=choice, parallel=fields.parallel_tool_calls is not False,
-                                      format_=schema_of(fields.response_format), lark=fields.grammar, regex=fields.regex)
+                                      format_=schema_of(fields.response_format), lark=fields.grammar, regex=fields.regex,
+                                      budget=_budget(fields))
     limit = limit_of(fields.max_tokens, "max_tokens", site.default_limit) if fields.max_completion_tokens is None else \
         limit_of(fields.max_completion_tokens, "max_completion_tokens")
     prompt = await encoded(site, messages_of(fields.messages), tools, thinking)
     n_top = (fields.top_logprobs or 0) if fields.logprobs else -1
     return Want([prompt], max_new_tokens=limit, n_top=n_top, constraint=make, notes=notes, **common)
+
+
+def _budget(fields: Fields) -> int:
+    """Tokens of thoughts, -1 for no limit: as llama-server calls it, or vLLM."""
+    if fields.thinking_token_budget is not None:
+        return limit_of(fields.thinking_token_budget, "thinking_token_budget")
+    return limit_of(fields.thinking_budget_tokens, "thinking_budget_tokens")
 
 
 async def _whole(answers: Answers, fields: Fields, head: Head) -> dict[str, object]:

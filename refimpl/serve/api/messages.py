@@ -27,7 +27,7 @@ STOPS = {"stop": "end_turn", "stop_string": "stop_sequence", "length": "max_toke
 
 
 class Thinking(msgspec.Struct):
-    """`thinking`. A budget is not kept."""
+    """`thinking`."""
 
     type: str  # noqa: A003
     budget_tokens: int | None = None
@@ -103,7 +103,9 @@ async def _want(site: Site, fields: Fields) -> Want:
     if fields.max_tokens < 0:
         raise bad("max_tokens", "max_tokens must be at least 0")
     stops = checked_stops(tuple(fields.stop_sequences or ()), "stop_sequences")
-    make, notes = await constraint_of(site, thinking=thinking, tools=tools, choice=choice, parallel=parallel, format_=format_)
+    budget = limit_of(fields.thinking and fields.thinking.budget_tokens, "thinking.budget_tokens")
+    make, notes = await constraint_of(site, thinking=thinking, tools=tools, choice=choice, parallel=parallel, format_=format_,
+                                      budget=budget)
     return Want([await _prompt(site, fields)], sampling_of(site, fields), seed_of(fields.seed), stops=stops, constraint=make, notes=notes,
                 max_new_tokens=limit_of(fields.max_tokens, "max_tokens"))
 

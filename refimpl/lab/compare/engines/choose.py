@@ -48,7 +48,8 @@ def open_any(source: str, ids: Sequence[int] | None = None, dtype: str = "float3
 
 def open_first(path: str, other: str | None = None) -> Trace:
     """The trace to judge by. Raises TraceError, which says so where the two arguments are swapped, or CheckpointError."""
-    if other is not None and not is_ours(path) and is_ours(other):
+    there = parse(path, TRACED)[0] is not None or Path(path).exists()
+    if there and other is not None and not is_ours(path) and is_ours(other):
         raise TraceError(f"{path}: is no trace of refimpl, {other} is: the trace to judge by comes first, refimpl compare {other} {path}")
     kind = kind_of(path)
     if Path(path).is_file() and kind != "safetensors":
