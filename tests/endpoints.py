@@ -151,7 +151,8 @@ class VLLM(Continuing):
             raise EndpointError("status 400: no", 400)
         ids, n_top = fields["prompt"], fields["logprobs"]
         steps = list(self.continued(ids, fields["max_tokens"], n_top, fields["seed"]))
-        usage, choice = {"completion_tokens": len(steps), "prompt_tokens": len(ids)}, {"text": "?", "finish_reason": "length"}
+        usage = {"completion_tokens": len(steps), "prompt_tokens": len(ids)}
+        choice = {"text": self.model.tokenizer.decode([i for i, _, _ in steps], special=True), "finish_reason": "length"}
         if n_own := n_top if fields.get("echo") else fields.get("prompt_logprobs", 0):
             own = [(ids[0], None, None), *self.own(ids, n_own)]
             if self.echo:
