@@ -11,7 +11,7 @@ export function blockPanel(view) {
   const box = el("div", { class: "block" });
   const failed = el("p", { class: "failed", role: "alert", hidden: true });
   const samples = run.blocks || [];
-  const names = askBlock ? askBlock.tensors.map((tensor) => tensor.name) : samples.map((sample) => sample.tensor || sample.name);
+  const names = askBlock ? askBlock.tensors.map((tensor) => tensor.name) : samples.map((sample) => sample.name);
   const pick = el("select", { id: "tensor", on: { change: () => { Object.assign(spot, { tensor: pick.value, row: 0, block: 0 }); load(); } } },
     ...names.map((name) => el("option", { value: name }, name)));
   const row = number("Row", "row");
@@ -24,16 +24,20 @@ export function blockPanel(view) {
     return { input, box: el("label", { class: "choice" }, `${label} `, input) };
   }
 
+  let asked = 0;
   async function load() {
+    const now = ++asked;
     failed.hidden = true;
     try {
       const found = askBlock ? await askBlock(spot.tensor, spot.row, spot.block) : samples.find((sample) => sample.name === spot.tensor);
+      if (now !== asked) return;                 // something else was chosen meanwhile
       Object.assign(spot, { row: found.row, block: found.block });
       for (const [field, most] of [[row, found.rows], [block, found.blocks]]) field.input.max = String(most - 1);
       row.input.value = found.row;
       block.input.value = found.block;
       show(box, found);
     } catch (error) {
+      if (now !== asked) return;
       failed.textContent = error.message;
       failed.hidden = false;
     }
