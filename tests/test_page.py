@@ -5,6 +5,7 @@ Needs playwright and axe-playwright-python (the extra `page`) and a Chromium on 
 
 import base64
 import contextlib
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -14,10 +15,16 @@ import PIL.Image
 import pytest
 from answers import Eyes, with_markers
 from serving import FakeEngine, on_a_port, tokenizer_and_metadata
+from shapes import prompt, random_model, reference, write_model
+from views import CHAT, GLASS, NEW, PANELS, REPORT, VIEWS, wrong_with
 
 import refimpl
 from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.sampling import Sampling
+from refimpl.lab.compare.compare import compare
+from refimpl.lab.compare.known_bugs import BUGS, inject
+from refimpl.lab.compare.record import trace
+from refimpl.lab.compare.reports.page import as_html
 from refimpl.lab.glass.packing import packed
 from refimpl.lab.glass.record import record as looked_at
 from refimpl.lab.glass.written import write
@@ -30,7 +37,6 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed (pip install '.[page]')")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-PANELS = "likely", "drafting", "experts", "attention", "lens", "reading", "block"
 DESK, PHONE, SMALL = {"width": 1280, "height": 800}, {"width": 390, "height": 844}, {"width": 360, "height": 640}
 MARKDOWN = """<|channel>thought\nhow to greet<channel|># Title
 
@@ -274,7 +280,8 @@ def test_files_that_are_not_what_they_are_called(model, new_page, tmp_path):
     engine = seeing(model, "odd")
     with on_a_port(engine) as (url, _):
         page = new_page(url, SMALL)
-        page.locator("input[type=file]").set_input_files([tmp_path / name for name in ("letter.txt", "renamed.png", "wide.png", "high.png")])
+        names = "letter.txt", "renamed.png", "wide.png", "high.png"
+        page.locator("input[type=file]").set_input_files([tmp_path / name for name in names])
         page.locator(".shelf li").nth(1).wait_for()
         said = page.locator("#composer .failed").inner_text()
         assert "letter.txt: neither" in said and "renamed.png: cannot be read" in said
@@ -288,8 +295,9 @@ def test_files_that_are_not_what_they_are_called(model, new_page, tmp_path):
         tidy(page, "a high picture")
 
 
-HOSTILE = {"quotes": ">" * 5000 + " x", "lists": "- " * 3000 + "x", "emphasis": "*a **b _c " * 900, "brackets": "[" * 9000 + "](http://a.b)",
-           "blanks": "a | b\n" + " " * 60_000 + "x", "fences": "```" * 2000, "word": "x" * 20_000, "rtl": "שלום \u202eעולם"}
+HOSTILE = {"quotes": ">" * 5000 + " x", "lists": "- " * 3000 + "x", "emphasis": "*a **b _c " * 900,
+           "brackets": "[" * 9000 + "](http://a.b)", "blanks": "a | b\n" + " " * 60_000 + "x", "fences": "```" * 2000, "word": "x" * 20_000,
+           "rtl": "שלום \u202eעולם"}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -304,6 +312,8 @@ def test_no_text_hangs_the_page_or_breaks_it(model, new_page, name):
         answered(page)
         assert page.locator(".assistant .body *").count() < 6000
         assert page.locator(".assistant .body").inner_text().strip()
+        if name == "rtl":
+            assert page.locator(".assistant p").first.evaluate("e => getComputedStyle(e).direction") == "rtl"
         tidy(page, name)
 
 
@@ -321,8 +331,8 @@ GROWS = """async ([text, cuts]) => {
   }
   return [whole.innerHTML, grown.innerHTML, touched];
 }"""
-PIECES = ["# A", "### C\n", "\n", "\n\n", "- a", "* b\n", "1", ". c\n", "  text", "> q\n", "```", "```py\n", "code\n", "|a|b|\n", "|-|-|\n", "**bold** `x`", "_i",
-          " ", "---", "~~~\n", "[l](http://x)", "\\| "]
+PIECES = ["# A", "### C\n", "\n", "\n\n", "- a", "* b\n", "1", ". c\n", "  text", "> q\n", "```", "```py\n", "code\n", "|a|b|\n", "|-|-|\n",
+          "**bold** `x`", "_i", " ", "---", "~~~\n", "[l](http://x)", "\\| "]
 
 
 def test_a_text_that_grows_is_what_it_is_at_once(model, new_page):
@@ -419,9 +429,13 @@ def test_a_chat_is_deleted_while_it_is_written(model, new_page):
         assert page.locator("#side .chat").all_inner_texts() == ["New chat"]
 
 
-FORBIDDEN = "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, { get() { throw new DOMException('no', 'SecurityError'); } })"
-TIGHT = "{ const set = Storage.prototype.setItem; Storage.prototype.setItem = function (key, value) { if (value.length > 3000) throw new DOMException('full', " \
-    "'QuotaExceededError'); return set.call(this, key, value); } }"
+FORBIDDEN = """for (const name of ['localStorage', 'sessionStorage'])
+  Object.defineProperty(window, name, { get() { throw new DOMException('no', 'SecurityError'); } })"""
+TIGHT = """const set = Storage.prototype.setItem;
+Storage.prototype.setItem = function (key, value) {
+  if (value.length > 3000) throw new DOMException('full', 'QuotaExceededError');
+  return set.call(this, key, value);
+}"""
 
 
 @pytest.mark.parametrize(("script", "kept"), [(FORBIDDEN, []), (TIGHT, ["third"])], ids=["forbidden", "full"])
@@ -447,7 +461,8 @@ def test_a_server_that_goes_and_comes_back(model, new_page):
     engine = scripted(model, "one two three four five", stall_after=3)
     with on_a_port(engine) as (url, port):
         page = new_page(url)
-        page.route("**/v1/chat/completions", lambda route: route.fulfill(body='data: {"choices": [{"delta": {"content": "cut o"}}]}\n\n'), times=1)
+        cut = 'data: {"choices": [{"delta": {"content": "cut o"}}]}\n\n'
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=cut), times=1)
         send(page, "first")
         page.locator(".failed", has_text="broke off").wait_for()             # although it ended as if it were whole
         send(page, "second")
@@ -664,3 +679,103 @@ def test_two_thousand_tokens_cost_no_more_than_two(record, new_page, tmp_path):
         page.keyboard.press("ArrowLeft")
         assert 2 <= page.evaluate("window.changed") < 200, name
         assert page.locator("#panel *").count() < 1000, name
+
+
+# ---- reports
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Makes a page of a comparison that departs, with another engine's file of a name."""
+    small = reference(write_model(tmp_path_factory.mktemp("m") / "m.gguf", random_model("26B-A4B", seed=3)))
+    ids = prompt(10)
+    ours = trace(small, ids)
+    with inject(BUGS["values not normalised"]):
+        wrong = dict(trace(small, ids).arrays)
+    return lambda name: as_html(compare(ours, dataclasses.replace(ours, where=name, arithmetic="float32", arrays=wrong)))
+
+
+@pytest.mark.parametrize(("viewport", "scheme"), [(DESK, "dark"), (SMALL, "light")], ids=["dark", "phone"])
+def test_a_comparison_as_a_page(report, new_page, tmp_path, viewport, scheme):
+    file = tmp_path / "report.html"
+    file.write_text(report("<script>" + "long" * 40 + ".npz"), encoding="utf-8")
+    page = new_page("about:blank", viewport, scheme)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    page.locator("summary").click()
+    accessible(page, "report")
+    tidy(page, "report")
+    assert page.locator("figure img").is_visible() and page.locator("td.first").count() == 1
+    paper = "rgb(21, 24, 28)" if scheme == "dark" else "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
+    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+
+
+# ---- views: compared with stored pictures and geometry; UPDATE_SCREENSHOTS=1 writes them anew
+
+ANSWER = """Yes. **Each** token is drawn, as *probabilities* say; see [the paper](https://example.org/).
+
+## In code
+
+```python
+def draw(p):
+    return min(range(len(p)), key=lambda i: -p[i])
+```
+
+> A quote.
+
+| temperature | what comes |
+|---|---|
+| 0 | the likeliest |
+"""
+BREAKS = {"chat": [("#side { width: 10rem }", "#side"), (":root { --ink: #333 }", "h1"), (".code { border: 0 }", ".code")],
+          "glass-likely": [(".bars li { display: block }", ".bars"), ("#glass { width: 60% }", "#glass"),
+                           (".tok.s5 { background: none }", ".s5"), (".bars .came .filled { background: lime }", ".filled"),
+                           ("body { filter: invert(1) }", "blocks")]}
+
+
+@pytest.fixture
+def view(new_page, model, record, report, tmp_path):
+    """Opens one: (page, what is looked at)."""
+    with contextlib.ExitStack() as stack:
+        def opened(name):
+            kind, _, rest = name.partition("-")
+            viewport, scheme = SMALL if rest == "phone" else DESK, "dark" if rest == "dark" else "light"
+            if kind == "chat":
+                url, _ = stack.enter_context(on_a_port(scripted(model, ANSWER)))
+                page = new_page(url, viewport, scheme)
+                page.evaluate("localStorage.setItem('refimpl.settings', JSON.stringify({ seed: 7 }))")
+                page.reload()
+                send(page, "How does a model choose its next word?")
+                answered(page)
+                page.locator("h1").click()
+                page.locator("#main").evaluate("box => { box.scrollTop = 0; }")
+                return page, CHAT
+            file = tmp_path / "view.html"
+            steady = json.loads(json.dumps(record))
+            steady["read"] |= {"seconds": [0.001 * (1 + i) for i in range(len(steady["read"]["parts"]))], "bandwidth": 2e10}
+            for done in steady["written"]["rounds"]:
+                done |= {"draft_ms": 1.0, "verify_ms": 4.0}
+            file.write_text(in_one_file(steady, "a run") if kind == "glass" else report("theirs.npz"), encoding="utf-8")
+            page = new_page(file.as_uri(), viewport, scheme)
+            if kind == "glass":
+                page.locator(f"#tok-{record['n_prompt'] + 9}").click()
+                page.locator(f"#tab-{rest if rest in PANELS else 'attention'}").click()
+            return page, GLASS if kind == "glass" else REPORT
+        yield opened
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_is_the_stored_one(view, name):
+    page, selectors = view(name)
+    assert wrong_with(page, name, selectors) == []
+
+
+@pytest.mark.skipif(NEW, reason="views are being written")
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_style_is_seen(view, name):
+    page, selectors = view(name)
+    for rule, where in BREAKS[name]:
+        n = page.evaluate("rule => { const sheet = document.styleSheets[0]; return sheet.insertRule(rule, sheet.cssRules.length); }", rule)
+        assert any(where in each for each in wrong_with(page, name, selectors)), rule
+        page.evaluate("n => document.styleSheets[0].deleteRule(n)", n)

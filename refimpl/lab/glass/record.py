@@ -70,8 +70,8 @@ def record(model: Model, ids: Sequence[int], n_prompt: int, soft: Soft = NO_SOFT
             pause()
         cache.advance(len(part_T))
     found = {"likely": likely.as_json(), "lens": lens.as_json(pause)}
-    return {"format": FORMAT, "model": about(model), "n_prompt": n_prompt, **texts(model.tokenizer, ids), "soft": parts_of(ids, soft), **found,
-            "experts": routing.as_json(), "attention": attending.as_json(),
+    return {"format": FORMAT, "model": about(model), "n_prompt": n_prompt, **texts(model.tokenizer, ids), **found,
+            "soft": parts_of(ids, soft), "experts": routing.as_json(), "attention": attending.as_json(),
             "read": reading.as_json(model, cache, int(max(0, ids_T[-1])), pause),
             "pieces": pieces(model.tokenizer, [likely.shown, lens.shown, ids_T])}
 
