@@ -15,7 +15,6 @@ import PIL.Image
 import pytest
 from answers import Eyes, with_markers
 from serving import FakeEngine, on_a_port, tokenizer_and_metadata
-from shapes import prompt, random_model, reference, write_model
 from views import CHAT, GLASS, NEW, PANELS, REPORT, VIEWS, wrong_with
 
 import refimpl
@@ -78,7 +77,7 @@ def new_page(browser):
             page = context.new_page()
             page.set_default_timeout(60_000)
             page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.on("console", lambda line: wrong.append(line.text) if line.type == "error" and "status of" not in line.text else None)
+            page.on("console", lambda line: wrong.append(line.text) if line.type == "error" and "Failed to load" not in line.text else None)
             page.goto(url)
             return page
         yield opened
@@ -132,7 +131,7 @@ def answered(page):
 
 
 def accessible(page, where):
-    found = axe.Axe().run(page).response["violations"]
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
     assert not found, (where, [(each["id"], each["nodes"][0]["target"], each["nodes"][0]["failureSummary"]) for each in found])
 
 
@@ -300,21 +299,23 @@ HOSTILE = {"quotes": ">" * 5000 + " x", "lists": "- " * 3000 + "x", "emphasis": 
            "rtl": "שלום \u202eעולם"}
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_no_text_hangs_the_page_or_breaks_it(model, new_page, name):
-    text = HOSTILE[name]
+def test_no_text_hangs_the_page_or_breaks_it(model, new_page):
     with on_a_port(scripted(model, "x")) as (url, _):
         page = new_page(url, SMALL)
-        page.set_default_timeout(5_000)
-        body = json.dumps({"choices": [{"delta": {"content": text}, "token_ids": [5]}]})
-        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=f"data: {body}\n\ndata: [DONE]\n\n"))
-        send(page, text[:9000])
-        answered(page)
-        assert page.locator(".assistant .body *").count() < 6000
-        assert page.locator(".assistant .body").inner_text().strip()
-        if name == "rtl":
-            assert page.locator(".assistant p").first.evaluate("e => getComputedStyle(e).direction") == "rtl"
-        tidy(page, name)
+        page.set_default_timeout(10_000)
+        texts = iter(HOSTILE.values())
+
+        def answer(route):
+            body = json.dumps({"choices": [{"delta": {"content": next(texts)}, "token_ids": [5]}]})
+            route.fulfill(body=f"data: {body}\n\ndata: [DONE]\n\n")
+        page.route("**/v1/chat/completions", answer)
+        for n, (name, text) in enumerate(HOSTILE.items()):
+            send(page, text[:9000])
+            page.locator("article.assistant").nth(n).locator(".tools:not([hidden])").wait_for()
+            body = page.locator(".assistant .body").last
+            assert body.locator("*").count() < 6000 and body.inner_text().strip(), name
+            tidy(page, name)
+        assert body.locator("p").first.evaluate("e => getComputedStyle(e).direction") == "rtl"
 
 
 GROWS = """async ([text, cuts]) => {
@@ -406,6 +407,7 @@ def test_chats_of_two_tabs_and_of_one_that_was_closed(model, new_page):
         send(second, "and more")
         first.locator("article").nth(3).locator(".body", has_text="five").wait_for()
         engine.stall_after = 3
+        first.bring_to_front()                                  # what is hidden is drawn when it is looked at again
         send(first, "cut short")
         first.locator("article").nth(5).locator(".body", has_text="two").wait_for()
         first.reload()
@@ -508,8 +510,8 @@ def test_every_token_can_be_touched_while_the_model_is_there(live, new_page):
         page.locator(".tokens").focus()
         for key in ("Home", "End", "ArrowLeft", "ArrowUp"):
             page.keyboard.press(key)
-        accessible(page, name)
         tidy(page, name)
+    accessible(page, "weights that are asked for")
     assert page.locator("[aria-selected=true].tok").count() == 1
     page.locator("#panel .bytes button").nth(5).click()
     assert "low nibble" in page.locator("#panel p.now").inner_text()
@@ -598,7 +600,6 @@ def test_a_picture_is_looked_into(model, new_page, tmp_path):
         soft.nth(3).click()
         for name in PANELS:
             page.locator(f"#tab-{name}").click()
-            accessible(page, name)
             tidy(page, name)
         page.locator("#tab-reading").click()
         assert "came out of a tower" in page.locator("#panel .note").first.inner_text()
@@ -621,8 +622,7 @@ def test_a_recorded_run_needs_nothing_but_its_file(record, new_page, tmp_path, v
         page.locator(f"#tab-{name}").click()
         page.locator(".tokens").focus()
         page.keyboard.press("ArrowRight")
-        if scheme == "dark":
-            accessible(page, name)
+        accessible(page, name)
         tidy(page, name)
     assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
 
@@ -684,13 +684,13 @@ def test_two_thousand_tokens_cost_no_more_than_two(record, new_page, tmp_path):
 # ---- reports
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report():
     """Makes a page of a comparison that departs, with another engine's file of a name."""
-    small = reference(write_model(tmp_path_factory.mktemp("m") / "m.gguf", random_model("26B-A4B", seed=3)))
-    ids = prompt(10)
-    ours = trace(small, ids)
+    reference = refimpl.load(backend="reference")
+    ids = reference.tokenizer.encode("def main():\n    pass")
+    ours = trace(reference, ids)
     with inject(BUGS["values not normalised"]):
-        wrong = dict(trace(small, ids).arrays)
+        wrong = dict(trace(reference, ids).arrays)
     return lambda name: as_html(compare(ours, dataclasses.replace(ours, where=name, arithmetic="float32", arrays=wrong)))
 
 
@@ -702,7 +702,8 @@ def test_a_comparison_as_a_page(report, new_page, tmp_path, viewport, scheme):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(file.as_uri())
-    page.locator("summary").click()
+    if scheme == "dark":
+        page.locator("summary").click()
     accessible(page, "report")
     tidy(page, "report")
     assert page.locator("figure img").is_visible() and page.locator("td.first").count() == 1
@@ -760,22 +761,30 @@ def view(new_page, model, record, report, tmp_path):
             page = new_page(file.as_uri(), viewport, scheme)
             if kind == "glass":
                 page.locator(f"#tok-{record['n_prompt'] + 9}").click()
-                page.locator(f"#tab-{rest if rest in PANELS else 'attention'}").click()
+                page.locator("#tab-attention").click()
             return page, GLASS if kind == "glass" else REPORT
         yield opened
 
 
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", [name for name in VIEWS if name.removeprefix("glass-") not in PANELS])
 def test_a_view_is_the_stored_one(view, name):
-    page, selectors = view(name)
-    assert wrong_with(page, name, selectors) == []
+    assert wrong_with(*view(name), name) == []
+
+
+def test_panels_are_the_stored_ones(view):
+    page, selectors = view("glass")
+    for name in PANELS:
+        page.locator(f"#tab-{name}").click()
+        assert wrong_with(page, selectors, f"glass-{name}") == []
 
 
 @pytest.mark.skipif(NEW, reason="views are being written")
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_style_is_seen(view, name):
     page, selectors = view(name)
+    for tab in page.locator("#tab-likely").all():
+        tab.click()
     for rule, where in BREAKS[name]:
         n = page.evaluate("rule => { const sheet = document.styleSheets[0]; return sheet.insertRule(rule, sheet.cssRules.length); }", rule)
-        assert any(where in each for each in wrong_with(page, name, selectors)), rule
+        assert any(where in each for each in wrong_with(page, selectors, name)), rule
         page.evaluate("n => document.styleSheets[0].deleteRule(n)", n)

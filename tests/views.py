@@ -54,7 +54,7 @@ def picture(page) -> PIL.Image.Image:
     return image
 
 
-def wrong_with(page, name: str, selectors) -> list[str]:
+def wrong_with(page, selectors, name: str) -> list[str]:
     """What differs from the stored view."""
     found, image, file = geometry(page, selectors), picture(page), FOLDER / f"{name}.png"
     known = json.loads(GEOMETRY.read_text())

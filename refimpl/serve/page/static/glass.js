@@ -95,7 +95,7 @@ export class Glass {
     this.slider.setAttribute("aria-valuetext", `token ${this.t} of ${this.run.length - 1}`);
     const given = this.t < this.run.n_prompt;
     refill(this.heading, given ? "Given: " : "Written: ", tokenAt(this.run, this.t), ` at place ${this.t}, by the pass that read `,
-      tokenAt(this.run, this.t - 1), given ? " (which could have written something else)." : ".");
+      tokenAt(this.run, this.t - 1), given && !this.run.softAt(this.t) ? " (which could have written something else)." : ".");
     this.panel.update();
   }
 
