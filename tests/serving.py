@@ -140,10 +140,11 @@ def chunks(response):
 
 
 @contextlib.contextmanager
-def on_a_port(engine, **settings):
-    """(base URL, port) of a real server in a thread."""
+def on_a_port(engine, use=0, **settings):
+    """(base URL, port) of a real server in a thread; `use`: a port, 0 for any."""
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("127.0.0.1", use))
         port = s.getsockname()[1]
     settings = Settings(port=port, **settings)
     running = server(make_app(engine, settings), settings)

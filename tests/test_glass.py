@@ -6,11 +6,13 @@ import hashlib
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import views
 from cli import run
 from hypothesis import given, settings
 from serving import FakeEngine, chunks, client, get, post
@@ -22,15 +24,20 @@ from refimpl.decode.request import DRAFTER, REPEAT, Request
 from refimpl.decode.run import Run, step
 from refimpl.decode.sampling import Sampling
 from refimpl.formats.gguf import open_gguf
-from refimpl.formats.quants.codecs import dequantize
+from refimpl.formats.quants.blocks import BLOCKS, fields_of
+from refimpl.formats.quants.codecs import DEQUANTIZABLE, dequantize
 from refimpl.lab.bench.bandwidth import weight_bytes
 from refimpl.lab.explain.attention_maps import attention_maps
 from refimpl.lab.explain.experts import route
 from refimpl.lab.glass import reading, record, taken_apart
+from refimpl.lab.glass.anatomy import explained
 from refimpl.lab.glass.attending import FEWEST, MOST, places
 from refimpl.lab.glass.lens import chosen_layers
 from refimpl.lab.glass.packing import FRACTION, largest, packed
-from refimpl.loading.model import BUILT_IN
+from refimpl.loading.model import BUILT_IN, Model
+from refimpl.model.soft import Soft, SoftTokens
+from refimpl.model.tap import no_tap
+from refimpl.reference.ops import softmax
 from refimpl.serve.engine import Engine
 from refimpl.serve.page.files import FOLDER, in_one_file, one_script, read_file
 from refimpl.serve.scheduler import Scheduler
@@ -118,12 +125,34 @@ def test_experts_attention_and_layers_agree_with_what_notebooks_compute(model, w
         kept_TNT = np.zeros((len(ids), exact_NTT.shape[0], len(ids)))
         np.put_along_axis(kept_TNT, at, np.maximum(weight, np.take_along_axis(kept_TNT, at, -1)), -1)
         largest_TN = np.sort(exact_NTT.transpose(1, 0, 2), axis=-1)[..., ::-1][..., :at.shape[-1]].sum(-1)
-        assert np.abs(weight.sum(-1) - largest_TN).max() < 2e-2, f"layer {i}"             # keys are rounded to float16 in the cache
+        assert np.abs(weight.sum(-1) - largest_TN).max() < 2e-2, f"layer {i}"    # float16 keys in the cache
         seen = kept_TNT > 0
         assert np.abs(kept_TNT - exact_NTT.transpose(1, 0, 2))[seen].max() < 2e-2, f"layer {i}"
     lens, likely = made["lens"], unpacked(made["likely"]["ids"])
     assert np.array_equal(unpacked(lens["ids"])[-1], likely[lens["first"]:, :3]), "the last layer says what the model says"
     assert lens["layers"] == list(range(model.config.n_layer))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_of_a_picture_have_their_place_and_their_sight(model, together):
+    part = SoftTokens(b"a picture", 80, together, lambda look: np.random.default_rng(3).standard_normal((80, 128), np.float32))
+    soft, ids, window = Soft([part]), [2, 9, *part.ids, 11, *prompt(20)], model.config.layers[0].window
+    found = record.record(model, ids, 90, soft)
+    assert found["soft"] == [{"first": 2, "n": 80, "together": together}] and found["ids"][1:83] == [9, *[-1] * 80, 11]
+    logit_TV = model.head(model.prefill(ids, model.new_cache(), soft=soft))
+    assert np.array_equal(unpacked(found["likely"]["logits"]), np.sort(logit_TV)[:, ::-1][:, :10])
+    taken = {}
+    model.forward(model.checked(ids, soft), model.new_cache(), lambda name, value: taken.setdefault(name, value.copy()), soft)
+    q_TNH, k_TKH = taken["Qcur_pos-0"], taken["Kcur_pos-0"]
+    row_T = np.arange(len(ids))
+    picture_T = (row_T >= 2) & (row_T < 82) & together
+    ahead_TT = picture_T[:, None] & picture_T
+    seen_TT = (row_T > row_T[:, None] - window) & ((row_T <= row_T[:, None]) | ahead_TT)
+    score_NTT = np.einsum("TKGH,SKH->KGTS", q_TNH.reshape(len(ids), k_TKH.shape[1], -1, k_TKH.shape[2]), k_TKH).reshape(-1, *seen_TT.shape)
+    weight_TNT = softmax(np.where(seen_TT, score_NTT, -np.inf)).transpose(1, 0, 2)
+    at, weight = unpacked(found["attention"][0]["at"]).astype(int), unpacked(found["attention"][0]["weight"]) / FRACTION
+    assert np.abs(weight - np.take_along_axis(weight_TNT, at, -1))[weight > 0].max() < 2e-2    # float16 keys in the cache
+    assert (weight[at > row_T[:, None, None]] > 0).any() == together
 
 
 def test_layers_that_share_keys_and_a_model_without_experts(tmp_path):
@@ -155,12 +184,53 @@ def test_a_block_is_its_bytes(model):
         assert row[n * sample["block"]:][:n].tolist() == sample["bytes"]
         weights = dequantize(row, sample["type"])[32 * sample["block"]:][:32]
         assert np.allclose(sample["weights"], weights, rtol=1e-5)
-        [scale] = sample["fields"][0]["values"]
-        assert np.allclose(np.array(sample["codes"]) * scale, weights, rtol=1e-5)
+        [scale], [[end, step, added]] = sample["fields"][0]["values"], sample["parts"]
+        assert (end, added) == (32, 0) and np.array_equal((np.array(sample["codes"]) + sample["offset"]) * np.float32(step), weights)
+        assert step == pytest.approx(scale, rel=1e-6)
     for name, row, block, wrong in (("nothing", 0, 0, "no tensor"), ("token_embd.weight", 4096, 0, "row: 4096"),
                                     ("token_embd.weight", 0, -1, "block: -1"), ("output_norm.weight", 0, 0, "no tensor")):
         with pytest.raises(ValueError, match=wrong):
             taken_apart.taken_apart(model, name, row, block)
+
+
+SIMPLE = [name for name in sorted(DEQUANTIZABLE) if BLOCKS[name].elements > 1 and not name.startswith(("IQ1", "IQ2", "IQ3", "TQ1"))]
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_a_weight_is_its_bits_its_step_and_what_is_added(name):
+    """To the last bit, although nothing but flipped bits told which is which."""
+    kind, random = BLOCKS[name], np.random.default_rng(4)
+    for _ in range(10):
+        raw = random.integers(0, 256, kind.n_bytes, np.uint8)
+        for field in (field for field, dtype, _ in kind.fields if dtype.startswith("<f")):
+            fields_of(raw, kind)[field] = random.uniform(-0.1, 0.1)
+        if name == "MXFP4":                             # powers of two that a float32 has
+            raw[0] = random.integers(100, 150)
+        if name == "NVFP4":                             # not the one scale that is no number
+            raw[:4] &= 0x77
+        told = explained(name, raw)
+        lengths = np.diff([0, *(end for end, _, _ in told["parts"])])
+        step, added = (np.repeat(np.float32([part[i] for part in told["parts"]]), lengths) for i in (1, 2))
+        codes = np.array(told["codes"])
+        steps = np.float32(told["levels"])[codes] if told["levels"] else np.float32(codes + told["offset"])
+        assert np.array_equal(steps * step + added, dequantize(raw[None], name)[0])
+
+
+def test_bits_are_where_the_formats_say():
+    """Some of each type, read off the pictures in formats/quants."""
+    for name, byte, expected in (
+            ("Q4_0", 2 + 5, [[0, 4, "code", 5, 0, 4], [4, 4, "code", 21, 0, 4]]),
+            ("IQ4_NL", 17, [[0, 4, "code", 15, 0, 4], [4, 4, "code", 31, 0, 4]]),
+            ("Q8_0", 2 + 9, [[0, 8, "code", 9, 0, 8]]), ("Q5_0", 3, [[bit, 1, "code", 8 + bit, 4, 5] for bit in range(8)]),
+            ("Q4_K", 4 + 1, [[0, 6, "scale", 32, 64], [6, 2, "scale", 160, 192]]),
+            ("Q4_K", 4 + 9, [[0, 4, "scale", 160, 192], [4, 4, "minimum", 160, 192]]),
+            ("Q4_K", 16 + 33, [[0, 4, "code", 65, 0, 4], [4, 4, "code", 97, 0, 4]]), ("Q4_K", 2, [[0, 8, "field"]]),
+            ("Q6_K", 1, [[0, 4, "code", 1, 0, 6], [4, 4, "code", 65, 0, 6]]),
+            ("Q6_K", 128 + 2, [[2 * i, 2, "code", 2 + 32 * i, 4, 6] for i in range(4)]),
+            ("Q6_K", 192 + 3, [[0, 8, "scale", 48, 64]]), ("IQ3_S", 2, [[0, 8, "shared", [0, 1, 2, 3]]])):
+        found = explained(name, np.full(BLOCKS[name].n_bytes, 60, np.uint8))
+        assert found["bits"][byte] == expected, (name, byte)
+        assert ("codes" in found) == (name != "IQ3_S")
 
 
 def test_what_is_too_long_is_refused_and_large_models_show_less(model):
@@ -252,6 +322,28 @@ def test_whoever_no_longer_looks_is_forgotten_and_errors_reach_whoever_asked(eng
     asyncio.run(ask())
 
 
+def test_nothing_is_tapped_but_by_whoever_looks(engine, model, monkeypatch):
+    """Neither before the box is opened nor after it. Only experts are counted, where a call verifies drafts."""
+    taps, forward = [], Model.forward_together
+
+    def watched(self, ids_T, sequences, tap=no_tap, *rest):
+        taps.append(tap.__qualname__.partition(".")[0])
+        return forward(self, ids_T, sequences, tap, *rest)
+    monkeypatch.setattr(Model, "forward_together", watched)
+    asked = {"messages": [{"role": "user", "content": "def f(x):"}], "max_tokens": 20, "seed": 3, "return_token_ids": True}
+
+    def chat():
+        del taps[:]
+        ids = post(engine, "/v1/chat/completions", asked).json()["choices"][0]["token_ids"]
+        assert len(taps) > 10 and taps.count("no_tap") > len(taps) // 2 and set(taps) <= {"no_tap", "counting_experts"}
+        return ids
+    ids = chat()
+    n = len(taps)
+    looked = post(engine, "/glass/inspect", {"messages": asked["messages"], "token_ids": ids})
+    assert looked.status_code == 200 and taps[n:] == ["record"] + ["step_seconds"] * reading.STEPS
+    chat()
+
+
 @pytest.mark.parametrize(("path", "body", "wrong"), [
     ("/glass/inspect", {"messages": [{"role": "user", "content": "x"}], "token_ids": [4096]}, "token_ids: 4096"),
     ("/glass/inspect", {"messages": [{"role": "user", "content": "x"}]}, "token_ids"),
@@ -330,6 +422,20 @@ def test_modules_are_short_and_can_share_a_scope():
         assert b"innerHTML" not in content and b"eval(" not in content and b"insertAdjacentHTML" not in content
         if path.suffix == ".js":
             assert content.decode().splitlines()[0] in used, f"{path.name} is imported by nobody"
+
+
+def test_pictures_in_documents_are_drawn_by_a_test():
+    """test_page.py draws the views, where there is a browser; no document shows anything else."""
+    root = Path(__file__).parent.parent
+    assert sorted(path.stem for path in views.FOLDER.glob("*.png")) == sorted(views.VIEWS)
+    assert sum(path.stat().st_size for path in views.FOLDER.iterdir()) < 400_000
+    shown = [(path, link) for folder in ("refimpl", "tests", ".github") for path in (root / folder).rglob("*.md")
+             for link in re.findall(r"!\[[^\]]+\]\(([^)]+\.png)\)", path.read_text())]
+    shown += [(root / "README.md", link) for link in re.findall(r"!\[[^\]]+\]\(([^)]+\.png)\)", (root / "README.md").read_text())]
+    assert len(shown) >= 2
+    drawn = [views.FOLDER / f"{name}.png" for name in views.VIEWS]
+    for path, link in shown:
+        assert (path.parent / link).resolve() in drawn, f"{path} shows {link}, which no test draws"
 
 
 def test_the_command(tmp_path):

@@ -13,6 +13,7 @@ from refimpl.loading.projector import BUILT_IN_PROJECTOR, projectors_beside
 from refimpl.loading.towers.names import gguf_name
 from refimpl.media.parts import Image
 from refimpl.media.patches import patches, pixels
+from refimpl.media.source import MediaError
 from refimpl.text.prompt import encode_messages, encode_prompt
 from refimpl.tiny.evaluate_projector import read
 from refimpl.tiny.pictures import HEIGHT, TOKENS, WIDTH, WORDS, draw, held_out
@@ -103,6 +104,14 @@ def test_quick_training_exports_a_projector_that_loads(tmp_path, model):
     assert made.config == refimpl.load_projector(None, model).config and np.isfinite(made.image(CARD, TOKENS)).all()
     assert {name: (info.type, info.shape) for name, info in made.file.tensors.items()} == {
         name: (info.type, info.shape) for name, info in refimpl.load_projector(None, model).file.tensors.items()}
+
+
+def test_a_ribbon_is_refused_before_anything_is_computed(model):
+    eyes = refimpl.load_projector(None, model)
+    for shape, squares in (((10_000, 1, 3), "3 x 840"), ((1, 10_000, 3), "840 x 3")):
+        with pytest.raises(MediaError, match=f"becomes {squares} squares, and this projector has 256 positions"):
+            eyes.soft_tokens(Image(np.zeros(shape, np.uint8)))
+    assert eyes.soft_tokens(Image(np.zeros((500, 1, 3), np.uint8), 70)).n <= 70
 
 
 def test_markers_took_the_places_of_characters_that_are_written_in_bytes_since(model):

@@ -130,6 +130,7 @@ class Projector:
             [frames_TM] = self.given(part)
             n = -(-len(frames_TM) // self.frames_per_token)
             return SoftTokens(digest, n, False, lambda look: self._once(digest, lambda: self.audio_tokens(frames_TM, look)))
+        self._refuse_unless_it_fits(part)
         return SoftTokens(digest, part.n_tokens(*self.squares), self.target.config.looks_ahead_in_images,
                           lambda look: self._once(digest, lambda: self.image_tokens(*self.given(part), look)))
 
@@ -142,6 +143,13 @@ class Projector:
         tower, verb = (self.config.audio, "hear") if isinstance(part, Audio) else (self.config.vision, "see")
         if tower is None:
             raise MediaError(part.name, f"{self.file.path} does not {verb}")
+
+    def _refuse_unless_it_fits(self, image: Image):
+        """Now, and not when the model reads it: a ribbon has more squares along a side than a tower has positions."""
+        n_rows, n_columns = (side // self.config.vision.side for side in image.size(*self.squares))
+        if max(n_rows, n_columns) > (most := self.config.vision.n_positions):
+            raise MediaError(image.name, f"becomes {n_columns} x {n_rows} squares, and this projector has {most} positions in each "
+                             "direction; cut it into pieces")
 
     def _once(self, digest: bytes, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What was made last is kept."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from refimpl.media import video
 from refimpl.media.images import open_image
-from refimpl.media.patches import PATCH, POOL, TOKENS, check_budget, n_tokens, pixels
+from refimpl.media.patches import PATCH, POOL, TOKENS, check_budget, pixels, size_for
 from refimpl.media.sounds import open_sound
 from refimpl.media.source import Source, name_of
 
@@ -55,9 +55,14 @@ class Image:
         """The pixels in the size for its budget, for soft tokens of `pool` x `pool` patches of `patch` x `patch` pixels."""
         return pixels(self.rgb_HWC, self.tokens, patch, pool)
 
+    def size(self, patch: int = PATCH, pool: int = POOL) -> tuple[int, int]:
+        """(height, width) of `scaled`."""
+        return size_for(*self.rgb_HWC.shape[:2], self.tokens, patch, pool)
+
     def n_tokens(self, patch: int = PATCH, pool: int = POOL) -> int:
         """How many soft tokens it becomes."""
-        return n_tokens(*self.rgb_HWC.shape[:2], self.tokens, patch, pool)
+        height, width = self.size(patch, pool)
+        return height * width // (patch * pool) ** 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +81,10 @@ class Still(Image):
         """Its pixels as they are."""
         return self.rgb_HWC
 
-    def n_tokens(self, patch: int = PATCH, pool: int = POOL) -> int:
-        """How many soft tokens it becomes."""
+    def size(self, patch: int = PATCH, pool: int = POOL) -> tuple[int, int]:
+        """(height, width) of its pixels as they are."""
         height, width, _ = self.rgb_HWC.shape
-        return height * width // (patch * pool) ** 2
+        return height, width
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ def record(model: Model, ids: Sequence[int], n_prompt: int, soft: Soft = NO_SOFT
         cache.advance(len(part_T))
     found = {"likely": likely.as_json(), "lens": lens.as_json(pause)}
     return {"format": FORMAT, "model": about(model), "n_prompt": n_prompt, **texts(model.tokenizer, ids), **found,
-            "experts": routing.as_json(), "attention": attending.as_json(),
+            "soft": parts_of(ids, soft), "experts": routing.as_json(), "attention": attending.as_json(),
             "read": reading.as_json(model, cache, int(max(0, ids_T[-1])), pause),
             "pieces": pieces(model.tokenizer, [likely.shown, lens.shown, ids_T])}
 
@@ -91,6 +91,12 @@ def texts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, object]:
     found = ["" if i < 0 else stream.push(i) for i in ids]
     found[-1] += stream.finish()
     return {"ids": [max(-1, int(i)) for i in ids], "texts": found}
+
+
+def parts_of(ids: Sequence[int], soft: Soft) -> list[dict[str, object]]:
+    """Where pictures and sounds stand: the first place, how many rows, and whether these see each other in sliding layers."""
+    found = [(t, *soft.place[int(i)]) for t, i in enumerate(ids) if i < 0]
+    return [{"first": t, "n": part.n, "together": part.together} for t, part, row in found if row == 0]
 
 
 def piece(tokenizer: Tokenizer, i: int) -> str:

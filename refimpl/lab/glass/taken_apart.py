@@ -6,9 +6,8 @@ import numpy as np
 
 from refimpl.formats.quants.blocks import BLOCKS, fields_of
 from refimpl.formats.quants.codecs import DEQUANTIZABLE, dequantize
+from refimpl.lab.glass.anatomy import explained
 from refimpl.loading.model import Model
-
-CODES = ("Q4_0", "Q8_0")        # one scale times whole numbers: the page computes each weight before one's eyes
 
 
 def tensors(model: Model) -> list[dict[str, object]]:
@@ -18,8 +17,7 @@ def tensors(model: Model) -> list[dict[str, object]]:
 
 
 def taken_apart(model: Model, name: str, row: int, block: int) -> dict[str, object]:
-    """One block: `bytes`; `fields` with their name, first byte, length and values; `weights`; `codes`, whole numbers that the scale
-    multiplies, of types that are as simple as that.
+    """One block: `bytes`; `fields` with their name, first byte, length and values; `weights`; and what `explained` says of it.
 
     Raises ValueError for a tensor, row or block that is not there.
     """
@@ -40,15 +38,8 @@ def taken_apart(model: Model, name: str, row: int, block: int) -> dict[str, obje
                        "values": [float(f"{v:.7g}") for v in values.tolist()] if dtype[1] == "f" else values.tolist()})
         first += n_bytes
     weights = dequantize(raw[None], kind.name)[0]
-    whole = {"codes": _codes(record, kind.name)} if kind.name in CODES else {}
     return {**found, "row": row, "block": block, "bytes": raw.tolist(), "fields": fields,
-            "weights": [float(f"{w:.6g}") for w in weights.tolist()], **whole}
-
-
-def _codes(record: np.void, name: str) -> list[int]:
-    if name == "Q8_0":
-        return record["qs"].tolist()
-    return [*((record["qs"] & 15).astype(int) - 8).tolist(), *((record["qs"] >> 4).astype(int) - 8).tolist()]
+            "weights": [float(f"{w:.6g}") for w in weights.tolist()], **explained(kind.name, raw)}
 
 
 def samples(model: Model, n: int = 24) -> list[dict[str, object]]:

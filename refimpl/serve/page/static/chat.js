@@ -7,13 +7,16 @@ import { streamChat } from "./server.js";
 import { newChat, titleOf } from "./store.js";
 
 export class Chat {
-  // told: { changed(), busy(bool), forked(chat), look(message), token(message), ended(message), refused(error): a promise, true to ask again }.
+  // told: { changed(chat), busy(bool), forked(chat), look(message), token(message), ended(message), welcome(): an element,
+  // refused(error): a promise, true to ask again }.
   constructor(box, about, options, told) {
-    Object.assign(this, { box, about, options, told, views: new Map(), abort: null });
+    Object.assign(this, { box, about, options, told, views: new Map(), abort: null, running: null });
   }
 
   show(chat) {
     this.stop();
+    this.abort = null;                    // what still runs belongs to the chat that was shown before
+    this.told.busy(false);
     this.chat = chat;
     this.views.clear();
     this.box.replaceChildren();
@@ -24,18 +27,20 @@ export class Chat {
   send(text, parts) {
     if (!this.chat.messages.length) this.box.replaceChildren();
     this.#add({ role: "user", text, parts });
-    this.chat.title = titleOf(this.chat);
+    this.chat.title ||= titleOf(this.chat);
     return this.answer();
   }
 
+  // A promise: the answer that is being written has ended.
   stop() {
     this.abort?.abort();
+    return this.running;
   }
 
-  // What is asked of the server up to an answer; parts that were not kept are left out.
+  // What is asked of the server up to an answer. Parts that were not kept are left out, and answers that have no text: they failed.
   asked(answer) {
     const end = this.chat.messages.indexOf(answer);
-    const before = end < 0 ? this.chat.messages : this.chat.messages.slice(0, end);
+    const before = (end < 0 ? this.chat.messages : this.chat.messages.slice(0, end)).filter((message) => message.role === "user" || message.text);
     const messages = before.map((message) => {
       const parts = (message.parts || []).filter((part) => part.url).map(partAsked);
       return { role: message.role, content: parts.length ? [...parts, { type: "text", text: message.text }] : message.text };
@@ -45,35 +50,44 @@ export class Chat {
     return { messages, ...(this.about.thinks ? { reasoning_effort: think ? "high" : "none" } : {}) };
   }
 
-  async answer() {
+  answer() {
+    return this.running = this.#answer();
+  }
+
+  async #answer() {
+    const { chat } = this;
     const { system, think } = this.options.values;
-    const sampling = this.options.sampling();
-    const message = { role: "assistant", text: "", thought: "", ids: [], rounds: [], asked: { system, think }, sampling };
+    const message = { role: "assistant", text: "", thought: "", ids: [], rounds: [], asked: { system, think }, sampling: this.options.sampling() };
     const body = { ...this.asked(message), ...this.options.request(), stream: true, return_progress: true, return_token_ids: true, stream_options: { include_usage: true } };
     const view = this.#add(message);
-    this.abort = new AbortController();
+    const abort = this.abort = new AbortController();
     this.told.busy(true);
+    this.told.changed(chat);
     view.draw(true);
     let again = false;
     try {
-      message.seed = await streamChat(body, this.abort.signal, (chunk) => this.#take(message, view, chunk));
+      await streamChat(body, abort.signal, (seed) => { message.seed = seed; }, (chunk) => this.#take(message, view, chunk));
     } catch (error) {
       if (error.name === "AbortError") message.stats = { ...message.stats, n: message.ids.length, reused: message.reused || 0, n_prompt: message.n_prompt || 0, stop: "stopped" };
       else if (await this.told.refused(error)) again = true;
       else message.failed = `${error.message}`;
     }
-    this.abort = null;
     message.progress = "";
+    if (this.chat !== chat) {
+      this.told.changed(chat);            // another chat is shown by now
+      return undefined;
+    }
+    this.abort = null;
     this.told.busy(false);
     if (again) {
       this.#drop(message);
-      return this.answer();
+      return this.#answer();
     }
     view.draw();
-    for (const each of this.chat.messages) if (each !== message) this.views.get(each)?.draw();
     say(message.failed || (message.stats?.stop === "stopped" ? "Stopped." : "The answer is complete."));
-    this.told.changed();
+    this.told.changed(chat);
     this.told.ended(message);
+    return undefined;
   }
 
   #take(message, view, chunk) {
@@ -107,7 +121,9 @@ export class Chat {
   }
 
   #add(message) {
+    const last = this.views.get(this.chat.messages[this.chat.messages.length - 1]);
     this.chat.messages.push(message);
+    last?.drawTools();
     const view = this.#append(message);
     this.#toEnd();
     return view;
@@ -126,10 +142,14 @@ export class Chat {
     return view;
   }
 
-  #edit(message, text) {
-    if (this.abort) return;
-    const at = this.chat.messages.indexOf(message);
-    for (const each of this.chat.messages.slice(at)) this.#drop(each);
+  // Whoever changes a message does not wait for the answer to another one.
+  async #edit(message, text) {
+    const { chat } = this;
+    await this.stop();
+    const at = chat.messages.indexOf(message);
+    if (this.chat !== chat || at < 0) return;
+    for (const each of chat.messages.slice(at)) this.#drop(each);
+    if (at === 0) chat.title = "";
     this.send(text, (message.parts || []).filter((part) => part.url));
   }
 

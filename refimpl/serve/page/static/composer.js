@@ -10,9 +10,10 @@ export class Composer {
     this.form = form;
     this.about = about;
     this.parts = [];
+    this.reading = Promise.resolve();           // files that are being read
     this.busy = false;
     this.input = el("textarea", {
-      id: "message", rows: "1", placeholder: about.continues ? "Python code to continue" : "Message",
+      id: "message", rows: "1", dir: "auto", placeholder: about.continues ? "Python code to continue" : "Message",
       "aria-label": about.continues ? "Code to continue" : "Message", on: {
         input: () => this.#grow(), paste: (event) => this.#take(event.clipboardData?.files),
         keydown: (event) => {
@@ -54,7 +55,8 @@ export class Composer {
     this.input.focus();
   }
 
-  #submit(told) {
+  async #submit(told) {
+    await this.reading;                         // what was just dropped goes along
     const text = this.input.value;
     if (this.busy || (!text.trim() && !this.parts.length)) return;
     const parts = this.parts;
@@ -71,19 +73,33 @@ export class Composer {
     this.input.style.height = `${Math.min(this.input.scrollHeight + 2, 240)}px`;
   }
 
-  async #take(files) {
-    for (const file of [...(files || [])]) {          // a copy: the field is emptied meanwhile
+  #take(files) {
+    const all = [...(files || [])];                   // a copy: the field is emptied meanwhile
+    if (all.length) this.reading = this.reading.then(() => this.#read(all));
+  }
+
+  async #read(files) {
+    const wrong = [];
+    for (const file of files) {
       const format = SOUNDS[file.type];
       const kind = file.type.startsWith("image/") ? "image" : format ? "audio" : null;
       const able = kind === "image" ? this.about.sees : kind === "audio" && this.about.hears;
-      this.note.hidden = able;
-      if (!able) {
-        this.note.textContent = kind ? `This model takes no ${kind === "image" ? "pictures" : "sounds"}: refimpl serve --mmproj FILE lets it.`
-          : `${file.name}: neither a picture nor a sound (WAV, MP3, FLAC or OGG).`;
-        continue;
+      if (able) {
+        try {
+          const url = await dataUrl(file);
+          if (kind === "image") await decoded(url);
+          this.parts.push({ kind, name: file.name, url, format });
+        } catch {
+          wrong.push(`${file.name}: cannot be read as ${kind === "image" ? "a picture" : "a sound"}.`);
+        }
+      } else if (kind) {
+        wrong.push(`This model takes no ${kind === "image" ? "pictures" : "sounds"}: refimpl serve --mmproj FILE lets it.`);
+      } else {
+        wrong.push(`${file.name}: neither a picture nor a sound (WAV, MP3, FLAC or OGG).`);
       }
-      this.parts.push({ kind, name: file.name, url: await dataUrl(file), format });
     }
+    this.note.textContent = [...new Set(wrong)].join(" ");
+    this.note.hidden = !wrong.length;
     this.#shelve();
   }
 
@@ -102,6 +118,11 @@ export function partShown(part) {
 export function partAsked(part) {
   return part.kind === "image" ? { type: "image_url", image_url: { url: part.url } }
     : { type: "input_audio", input_audio: { data: part.url.slice(part.url.indexOf(",") + 1), format: part.format } };
+}
+
+// Fails where the browser finds no picture in it, whatever the file is called.
+function decoded(url) {
+  return el("img", { src: url }).decode();
 }
 
 function dataUrl(file) {

@@ -9,8 +9,12 @@ export function el(name, attributes = {}, ...children) {
     else if (key in PROPERTIES) made[key] = value;
     else made.setAttribute(key, value === true ? "" : value);
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(...present(children));
   return made;
+}
+
+function present(children) {
+  return children.filter((child) => child !== null && child !== undefined && child !== false);
 }
 
 const PROPERTIES = { value: 1, checked: 1, disabled: 1, hidden: 1, textContent: 1 };
@@ -20,7 +24,34 @@ export function button(label, handler, attributes = {}) {
 }
 
 export function refill(box, ...children) {
-  box.replaceChildren(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  box.replaceChildren(...present(children));
+}
+
+// Makes `text` the text of an element. Of a text that has grown only the new part is touched: what is selected stays so.
+export function grow(box, text) {
+  const shown = box.firstChild;
+  if (shown?.nodeType !== Node.TEXT_NODE || !text.startsWith(shown.data)) box.textContent = text;
+  else if (text.length > shown.length) shown.appendData(text.slice(shown.length));
+}
+
+// Copies what text() returns then. Without HTTPS a browser offers its clipboard to selections only.
+export function copyButton(text, attributes) {
+  const made = button("Copy", async () => {
+    let done = true;
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch {
+      const input = el("textarea", { value: text(), class: "unseen", "aria-hidden": "true" });
+      made.after(input);
+      input.select();
+      done = document.execCommand("copy");
+      input.remove();
+      made.focus();
+    }
+    made.textContent = done ? "Copied" : "Select it, and press Ctrl C";
+    setTimeout(() => { made.textContent = "Copy"; }, 2000);
+  }, attributes);
+  return made;
 }
 
 export function say(text) {
@@ -33,7 +64,7 @@ export function visible(text) {
 }
 
 export function token(text) {
-  return el("code", { class: "token" }, visible(text));
+  return el("code", { class: "token", dir: "auto" }, visible(text));
 }
 
 export function percent(share) {

@@ -8,12 +8,16 @@ const SHORT = { drafter: "drafter", repeat: "past", forced: "grammar" };
 const SHOWN = 40;        // rounds around the one that is looked at
 
 export function draftingPanel(view) {
-  const { run } = view;
-  const rounds = run.written.rounds;
   const film = el("ol", { class: "film" });
   const note = el("p", { class: "now" });
+  const sum = el("p", { class: "note" });
+  const filmBox = el("div", { class: "film-box" }, el("h3", {}, "Rounds"), film);
 
   function update() {
+    const { run } = view;
+    const { rounds } = run.written;
+    sum.textContent = totals(rounds);
+    filmBox.hidden = !rounds.length;
     const t = view.place();
     const [n, i] = run.roundOf.get(t) || [-1, 0];
     note.textContent = fate(run, t, n, i);
@@ -28,8 +32,7 @@ export function draftingPanel(view) {
     elements: [
       about("A drafter guesses the next tokens cheaply; the model reads all guesses in one pass and keeps those it would have written " +
         "itself (✓). The first wrong guess (✗) is replaced by its own word, which is framed. The text is the same with and without drafts.", "refimpl/decode/speculative.py"),
-      note, totals(rounds), rounds.length > 0 &&
-        el("div", { class: "film-box" }, el("h3", {}, "Rounds"), film),
+      note, sum, filmBox,
     ],
     update,
   };
@@ -47,11 +50,11 @@ function fate(run, t, n, i) {
 
 function totals(rounds) {
   const drafted = rounds.reduce((sum, round) => sum + round.drafted.length, 0);
-  if (!drafted) return el("p", { class: "note" }, rounds.length ? "Nothing was drafted in this run." : "No rounds were recorded with this text.");
+  if (!drafted) return rounds.length ? "Nothing was drafted in this run." : "No rounds were recorded with this text.";
   const accepted = rounds.reduce((sum, round) => sum + round.accepted, 0);
   const written = rounds.reduce((sum, round) => sum + round.emitted, 0);
-  return el("p", { class: "note" }, `${rounds.length} passes wrote ${written} tokens, ${(written / rounds.length).toFixed(2)} each; ` +
-    `${accepted} of ${drafted} guesses were right (${percent(accepted / drafted)}).`);
+  return `${rounds.length} passes wrote ${written} tokens, ${(written / rounds.length).toFixed(2)} each; ` +
+    `${accepted} of ${drafted} guesses were right (${percent(accepted / drafted)}).`;
 }
 
 function frame(run, round, n, now, i, select) {

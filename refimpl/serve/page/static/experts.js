@@ -7,7 +7,7 @@ const ROW = 14;
 const LEFT = 30;
 
 export function expertsPanel(view) {
-  const { run } = view;
+  const { run } = view;                        // the shape of all records of this model
   if (!run.experts.length) {
     return { elements: [about("This model has no experts: every token goes through all weights.", "refimpl/model/gemma4.py")], update() {} };
   }
@@ -23,44 +23,54 @@ export function expertsPanel(view) {
     const one = run.experts[Math.floor(event.offsetY / ROW)];
     const e = Math.floor((event.offsetX - LEFT) / cell);
     if (!one || e < 0 || e >= one.n_expert) return;
-    const row = view.place() - 1;
-    pointed.textContent = `Layer ${one.layer}, expert ${e}: has read ${counted(one, row)[e]} of the ${row + 1} tokens so far.`;
+    pointed.textContent = `Layer ${one.layer}, expert ${e}: has read ${counts[run.experts.indexOf(one)][e]} of the ${upTo} tokens so far.`;
   });
+  const counts = run.experts.map((one) => new Array(one.n_expert).fill(0));
+  let upTo = 0;                                // tokens that are counted
   const note = el("p", { class: "note" });
+
+  // From one place to another only what lies between them is counted.
+  function count(end) {
+    const [first, last, step] = end > upTo ? [upTo, end, 1] : [end, upTo, -1];
+    view.run.experts.forEach(({ ids }, i) => {
+      for (let at = first * ids.shape[1]; at < last * ids.shape[1]; at++) counts[i][ids.values[at]] += step;
+    });
+    upTo = end;
+  }
 
   function update() {
     const row = view.place() - 1;
-    const counts = run.experts.map((one) => counted(one, row));
-    draw(counts, row);
-    const never = counts.map((count) => count.filter((c) => c === 0).length);
+    count(row + 1);
+    draw(row);
+    const never = counts.map((each) => each.filter((c) => c === 0).length);
     const all = run.experts.reduce((sum, one) => sum + one.n_expert, 0);
     const idle = never.reduce((a, b) => a + b, 0);
     note.textContent = `After ${row + 1} tokens: ${idle} of ${all} experts have never been used (${percent(idle / all)}); ` +
       `fewest unused in a layer ${Math.min(...never)}, most ${Math.max(...never)}.`;
-    refill(list, ...run.experts.map((one) => layerItem(run, one, row)));
+    refill(list, ...view.run.experts.map((one) => layerItem(view.run, one, row)));
   }
 
-  function draw(counts, row) {
+  function draw(row) {
     context.clearRect(0, 0, map.width, map.height);
     const cold = colour("--cold-cell"), hot = colour("--hot-cell"), ink = colour("--ink"), mark = colour("--mark");
     context.font = "10px system-ui, sans-serif";
-    counts.forEach((count, i) => {
+    counts.forEach((each, i) => {
       const y = i * ROW;
       context.globalAlpha = 1;
       context.fillStyle = ink;
       context.fillText(String(run.experts[i].layer), 4, y + ROW - 4);
       context.fillStyle = cold;
       context.fillRect(LEFT, y, cell * run.experts[i].n_expert, ROW - 2);
-      const most = Math.max(1, ...count);
+      const most = Math.max(1, ...each);
       context.fillStyle = hot;
-      count.forEach((c, e) => {
+      each.forEach((c, e) => {
         if (!c) return;
         context.globalAlpha = 0.15 + 0.85 * Math.sqrt(c / most);
         context.fillRect(LEFT + e * cell, y, cell, ROW - 2);
       });
       context.globalAlpha = 1;
       context.fillStyle = mark;
-      for (const [e] of run.chosenExperts(run.experts[i], row)) context.fillRect(LEFT + e * cell, y + ROW - 5, Math.max(2, cell - 1), 3);
+      for (const [e] of view.run.chosenExperts(view.run.experts[i], row)) context.fillRect(LEFT + e * cell, y + ROW - 5, Math.max(2, cell - 1), 3);
     });
   }
   return {
@@ -74,13 +84,6 @@ export function expertsPanel(view) {
     ],
     update,
   };
-}
-
-function counted(one, row) {
-  const count = new Array(one.n_expert).fill(0);
-  const end = (row + 1) * one.ids.shape[1];
-  for (let i = 0; i < end; i++) count[one.ids.values[i]]++;
-  return count;
 }
 
 function layerItem(run, one, row) {

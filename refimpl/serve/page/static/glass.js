@@ -2,14 +2,15 @@
 
 import { attentionPanel } from "./attention.js";
 import { blockPanel } from "./block.js";
-import { button, el, refill, token } from "./dom.js";
+import { button, el, refill } from "./dom.js";
 import { draftingPanel } from "./drafting.js";
 import { expertsPanel } from "./experts.js";
 import { lensPanel } from "./lens.js";
 import { likelyPanel } from "./likely.js";
+import { COLOURS } from "./options.js";
 import { readingPanel } from "./reading.js";
 import { Run } from "./record.js";
-import { TokenText } from "./tokens.js";
+import { TokenText, tokenAt } from "./tokens.js";
 
 const PANELS = [
   ["likely", "Likely", likelyPanel], ["drafting", "Drafting", draftingPanel], ["experts", "Experts", expertsPanel],
@@ -17,6 +18,7 @@ const PANELS = [
   ["block", "Weights", blockPanel],
 ];
 const STEP_MS = 120;
+export const NOTHING = "Send a message: the answer can then be taken apart here, token by token.";
 
 export class Glass {
   // askBlock(tensor, row, block): a promise of a block; null where there is no server to ask.
@@ -26,11 +28,16 @@ export class Glass {
     this.open = "likely";
     this.t = -1;
     this.playing = null;
-    window.addEventListener("resize", () => {         // canvases have the width, and the colours, of their time
+    this.width = window.innerWidth;
+    window.addEventListener("resize", () => {         // a phone's keyboard changes the height only
       clearTimeout(this.resized);
-      this.resized = setTimeout(() => { if (this.run) this.#turn(this.open); }, 150);
+      this.resized = setTimeout(() => {
+        if (window.innerWidth !== this.width) this.#redraw();
+        this.width = window.innerWidth;
+      }, 150);
     });
-    this.wait("Send a message: the answer can then be taken apart here, token by token.");
+    document.addEventListener(COLOURS, () => this.#redraw());
+    this.wait(NOTHING);
   }
 
   // A line instead of panels.
@@ -43,9 +50,11 @@ export class Glass {
   // Shows a record. Returns the element with its tokens, for whoever shows the text.
   // growing: the text is still being written; the place follows it until somebody chooses one.
   show(record, keepPlace = false, growing = false) {
+    const before = this.run;
+    this.run = new Run(record);
+    if (keepPlace && before && this.run.continues(before)) return this.#grown(growing);
     this.#stop();
     this.touched &&= keepPlace;
-    this.run = new Run(record);
     this.text = new TokenText(this.run, (t) => this.#touch(t));
     this.heading = el("p", { class: "which" });
     this.#player();
@@ -65,6 +74,19 @@ export class Glass {
     return this.text.element;
   }
 
+  // The same text, and more of it: everything stays where it is, whatever has the focus.
+  #grown(growing) {
+    this.text.extend(this.run);
+    this.slider.max = String(this.run.length - 1);
+    this.select(growing && !this.touched ? this.run.length - 1 : this.t, false);
+    return this.text.element;
+  }
+
+  // Canvases have the width, and the colours, of their time.
+  #redraw() {
+    if (this.run) this.#turn(this.open);
+  }
+
   select(t, scroll = true) {
     if (!this.run || this.run.length < 2) return;
     this.t = Math.max(1, Math.min(this.run.length - 1, t));
@@ -72,8 +94,8 @@ export class Glass {
     this.slider.value = this.t;
     this.slider.setAttribute("aria-valuetext", `token ${this.t} of ${this.run.length - 1}`);
     const given = this.t < this.run.n_prompt;
-    refill(this.heading, given ? "Given: " : "Written: ", token(this.run.text(this.t)), ` at place ${this.t}, by the pass that read `,
-      token(this.run.text(this.t - 1)), given ? " (which could have written something else)." : ".");
+    refill(this.heading, given ? "Given: " : "Written: ", tokenAt(this.run, this.t), ` at place ${this.t}, by the pass that read `,
+      tokenAt(this.run, this.t - 1), given && !this.run.softAt(this.t) ? " (which could have written something else)." : ".");
     this.panel.update();
   }
 
@@ -116,8 +138,9 @@ export class Glass {
       this.tabs[i].tabIndex = each === name ? 0 : -1;
     });
     this.body.setAttribute("aria-labelledby", `tab-${name}`);
+    const glass = this;
     const view = {
-      run: this.run, askBlock: this.askBlock, select: (t) => this.#touch(t), shade: (weights) => this.text.shade(weights),
+      get run() { return glass.run; }, askBlock: this.askBlock, select: (t) => this.#touch(t), shade: (weights) => this.text.shade(weights),
       width: () => Math.max(240, this.body.clientWidth - 8), place: () => this.t,
     };
     this.panel = PANELS.find(([each]) => each === name)[2](view);

@@ -4,11 +4,11 @@ import { about } from "./about.js";
 import { el, percent, refill, token } from "./dom.js";
 
 export function lensPanel(view) {
-  const { run } = view;
   const body = el("tbody");
   const note = el("p", { class: "note" });
 
   function update() {
+    const { run } = view;
     const t = view.place();
     const said = run.said(t - 1);
     if (!said) {

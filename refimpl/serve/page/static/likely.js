@@ -6,8 +6,7 @@ import { bar, el, percent, refill, token } from "./dom.js";
 let heat = null;         // index into the temperatures, once the slider has been moved
 
 export function likelyPanel(view) {
-  const { run } = view;
-  const { temperatures } = run.likely;
+  const { temperatures } = view.run.likely;
   const one = temperatures.indexOf(1);
   const list = el("ol", { class: "bars" });
   const note = el("p", { class: "note" });
@@ -18,6 +17,7 @@ export function likelyPanel(view) {
   });
 
   function update() {
+    const { run } = view;
     const at = heat ?? one;
     label.textContent = String(temperatures[at]);
     slider.setAttribute("aria-valuetext", String(temperatures[at]));
@@ -34,7 +34,8 @@ export function likelyPanel(view) {
     const rest = Math.max(0, 1 - top.reduce((sum, { share }) => sum + share, 0));
     const came = !chosen ? "" : chosen.rank >= top.length
       ? ` What came was number ${chosen.rank + 1}, with ${percent(chosen.share)}.` : ` What came was number ${chosen.rank + 1}.`;
-    note.textContent = `All ${run.model.n_vocab - top.length} others together: ${percent(rest)}.${came}${settings(run)}`;
+    note.textContent = run.softAt(t) ? "A row of a picture or sound came, which is no token of the vocabulary: nothing was drawn at this place."
+      : `All ${run.model.n_vocab - top.length} others together: ${percent(rest)}.${came}${settings(run)}`;
   }
   return {
     elements: [

@@ -3,10 +3,10 @@
 import { Chat } from "./chat.js";
 import { Composer } from "./composer.js";
 import { button, el, refill, say } from "./dom.js";
-import { Glass } from "./glass.js";
+import { Glass, NOTHING } from "./glass.js";
 import { Options, askForKey, themeButton } from "./options.js";
 import { askAbout, askForBlock, inspectText, setKey } from "./server.js";
-import { loadChats, newChat, saveChats, titleOf } from "./store.js";
+import { forgetChat, keepChat, loadChats, newChat, sameChat, titleOf, watchChats } from "./store.js";
 
 const at = (id) => document.getElementById(id);
 const LIVE = 3;          // while an answer is written, it is looked at again after so many times what the last look took
@@ -39,7 +39,8 @@ async function live() {
       about = await askAbout();
     } catch (error) {
       if (error.status !== 401) {
-        refill(at("thread"), el("p", { class: "failed", role: "alert" }, error.message));
+        const again = button("Try again", () => { refill(at("thread")); live(); });
+        refill(at("thread"), el("p", { class: "failed", role: "alert" }, error.message), again);
         return;
       }
       setKey(await askForKey(wrong));
@@ -52,35 +53,41 @@ async function live() {
   const ask = Object.assign((tensor, row, block) => askForBlock(tensor, row, block), { tensors: about.tensors });
   const glass = new Glass(at("glass"), ask);
   let chats = loadChats();
-  const state = { looking: null, looked: null, took: 0, since: 0, n: 0, abort: null };
+  const state = { looked: null, took: 0, since: 0, n: 0, abort: null };
 
   async function look(message, keepPlace = false) {
     state.abort?.abort();
+    if (!chat.chat.messages.includes(message)) return;              // it is no longer shown
     if (chat.chat.messages.some((each) => each.parts?.some((part) => !part.url))) {
       putBack();
       glass.wait("A picture or a sound of this chat was not kept, so its text cannot be run again.");
       return;
     }
     const abort = state.abort = new AbortController();
-    state.looking = message;
     if (!keepPlace) glass.wait("Running the text once more, with the box open …");
     const started = performance.now();
     const ids = [...message.ids], seen = message.text.length;
     try {
       const record = await inspectText({ ...chat.asked(message), token_ids: ids }, abort.signal);
-      record.written = { sampling: message.sampling, rounds: message.rounds.slice(), reused: message.reused ?? message.stats?.reused ?? 0 };
-      record.written.rounds = record.written.rounds.map((round) => ({ ...round, at: round.at + record.n_prompt }));
-      if (abort.signal.aborted || !document.body.classList.contains("glass-open")) return;
-      putBack();
-      chat.views.get(message)?.swap(glass.show(record, keepPlace, Boolean(chat.abort)), seen);
+      if (state.abort !== abort || at("glass").hidden || !chat.views.has(message)) return;
+      record.written = { sampling: message.sampling, rounds: message.rounds.map((round) => ({ ...round, at: round.at + record.n_prompt })),
+        reused: message.reused ?? message.stats?.reused ?? 0 };
+      if (state.looked !== message) putBack();
+      chat.views.get(message).swap(glass.show(record, keepPlace, Boolean(chat.abort)), seen);
       state.looked = message;
       if (!keepPlace) glass.select(glass.t);              // now that it is on the page, it can be scrolled to
     } catch (error) {
-      if (error.name !== "AbortError") glass.wait(error.message, true);
+      if (state.abort === abort && error.name !== "AbortError") {
+        putBack();
+        glass.wait(error.message, true);
+      }
+    } finally {
+      if (state.abort === abort) {
+        state.took = state.n++ ? performance.now() - started : 0;       // the first one has more to do
+        state.since = performance.now();
+        state.abort = null;
+      }
     }
-    state.took = state.n++ ? performance.now() - started : 0;         // the first one has more to do
-    state.since = performance.now();
-    if (state.looking === message) state.looking = null;
   }
 
   function putBack() {
@@ -98,17 +105,18 @@ async function live() {
     if (!open) {
       state.abort?.abort();
       putBack();
+      glass.wait(NOTHING);
     } else if (latest() && !chat.abort) look(latest());
   });
 
   const chat = new Chat(at("thread"), about, options, {
     welcome: () => welcome(about, (text) => composer.fill(text)),
-    changed: () => keep(),
+    changed: (one) => keep(one),
     busy: (busy) => composer.setBusy(busy),
-    forked: (made) => { chats.unshift(made); open(made); keep(); say("Forked: this is a new chat."); },
+    forked: (made) => { keep(made); open(made); say("Forked: this is a new chat."); },
     look: (message) => { showGlass(true); look(message); },
     token: (message) => {                     // only while the box is open, and only as often as it costs little
-      if (at("glass").hidden || state.looking || message.ids.length < 2) return;
+      if (at("glass").hidden || state.abort || message.ids.length < 2) return;
       const wait = LIVE * state.took;
       if (wait < LIVE * AFFORDABLE && performance.now() - state.since > wait) look(message, state.looked === message);
     },
@@ -120,44 +128,74 @@ async function live() {
     },
   });
   const composer = new Composer(at("composer"), about, { send: (text, parts) => chat.send(text, parts), stop: () => chat.stop() });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && chat.abort) chat.stop(); });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+    if (document.body.classList.contains("side-open")) {
+      showSide(false);
+      at("menu").focus();
+    } else if (chat.abort) chat.stop();
+  });
 
   function open(one) {
     state.abort?.abort();
-    state.looked = null;
+    state.looked = state.abort = null;
     chat.show(one);
-    glass.wait("Send a message: the answer can then be taken apart here, token by token.");
+    glass.wait(NOTHING);
     if (!at("glass").hidden && latest()) look(latest());
     drawSide();
-    document.body.classList.remove("side-open");
-    at("menu").setAttribute("aria-expanded", "false");
+    showSide(false);
   }
 
-  function keep() {
-    if (!chats.includes(chat.chat)) chats.unshift(chat.chat);
-    saveChats(chats);
+  // The chat that was used last stands first.
+  function keep(one) {
+    if (!one.messages.length) return;
+    chats = [one, ...chats.filter((each) => each !== one)];
+    at("side").classList.toggle("unkept", !keepChat(one));
     drawSide();
   }
 
   function drawSide() {
+    const focused = [...at("side").querySelectorAll("button")].indexOf(document.activeElement);
     const shown = chats.includes(chat.chat) ? chats : [chat.chat, ...chats];
     refill(at("side"), button("New chat", () => { open(newChat()); composer.input.focus(); }, { class: "main" }),
       el("ul", {}, ...shown.map((one) => el("li", {},
-        button(one.title || titleOf(one), () => open(one), { class: "quiet chat", "aria-current": one === chat.chat ? "true" : undefined }),
-        chats.includes(one) && button("×", () => remove(one), { class: "quiet", "aria-label": `Delete ${titleOf(one)}` })))));
+        button(one.title || titleOf(one), () => open(one), { class: "quiet chat", dir: "auto", "aria-current": one === chat.chat ? "true" : undefined }),
+        chats.includes(one) && button("×", () => remove(one), { class: "quiet", "aria-label": `Delete ${titleOf(one)}` })))),
+      el("p", { class: "hint unkept-note" }, "This browser has no room for conversations: they end with this tab."));
+    const all = at("side").querySelectorAll("button");
+    if (focused >= 0) all[Math.min(focused, all.length - 1)].focus();
   }
 
   function remove(one) {
     chats = chats.filter((each) => each !== one);
-    saveChats(chats);
-    if (one === chat.chat) open(chats[0] || newChat());
-    else drawSide();
+    if (one === chat.chat) {
+      one.messages = [];                       // should its answer still be ending, it is not kept
+      open(chats[0] || newChat());
+    } else drawSide();
+    forgetChat(one);
   }
 
-  at("menu").addEventListener("click", () => {
-    const shown = document.body.classList.toggle("side-open");
-    at("menu").setAttribute("aria-expanded", String(shown));
+  // Another tab has kept or forgotten chats: what is the same stays the object that it is, with its pictures.
+  watchChats(() => {
+    const mine = new Map(chats.map((each) => [each.id, each]));
+    const writing = chat.abort ? chat.chat : null;
+    chats = loadChats().map((one) => {
+      const own = mine.get(one.id);
+      return own && (own === writing || sameChat(own, one)) ? own : one;
+    });
+    if (writing && !chats.includes(writing)) chats.unshift(writing);
+    const now = chats.find(({ id }) => id === chat.chat.id);
+    if (now && now !== chat.chat) open(now);
+    else drawSide();
   });
+
+  function showSide(shown) {
+    document.body.classList.toggle("side-open", shown);
+    at("menu").setAttribute("aria-expanded", String(shown));
+  }
+  at("menu").addEventListener("click", () => showSide(!document.body.classList.contains("side-open")));
+  at("main").addEventListener("click", () => showSide(false));
+  window.addEventListener("pagehide", () => { if (chat.abort) keepChat(chat.chat); });
   open(newChat());
   if (location.hash === "#glass") showGlass(true);
   composer.input.focus();

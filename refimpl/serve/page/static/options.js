@@ -18,11 +18,11 @@ export class Options {
     this.about = about;
     this.values = loadSettings();
     const own = { ...about.sampling, max_tokens: about.limit > 0 ? about.limit : "no limit", seed: "a new one each time" };
-    this.system = el("textarea", { id: "set-system", rows: "3", value: this.values.system || "", placeholder: "none" });
-    this.think = el("input", { id: "set-think", type: "checkbox", checked: Boolean(this.values.think), disabled: !about.thinks });
+    this.system = el("textarea", { id: "set-system", rows: "3", dir: "auto", placeholder: "none" });
+    this.think = el("input", { id: "set-think", type: "checkbox", disabled: !about.thinks });
     this.fields = NUMBERS.map(([name, label, hint, min, max, step]) => {
       const input = el("input", { id: `set-${name}`, type: "number", min: String(min), max: String(max), step: String(step),
-        placeholder: String(own[name]), value: this.values[name] ?? "", "aria-describedby": `hint-${name}` });
+        placeholder: String(own[name]), "aria-describedby": `hint-${name}` });
       return [name, input, el("div", { class: "field" }, el("label", { for: `set-${name}` }, label), input, el("span", { class: "hint", id: `hint-${name}` }, hint))];
     });
     this.dialog = el("dialog", { "aria-labelledby": "settings-title", class: "settings" },
@@ -38,7 +38,11 @@ export class Options {
           button("Back to the model's own", () => this.#clear(), { class: "quiet" }))));
   }
 
+  // What was typed and not taken, by Escape, is not shown again.
   show() {
+    for (const [name, input] of this.fields) input.value = this.values[name] ?? "";
+    this.system.value = this.values.system || "";
+    this.think.checked = Boolean(this.values.think);
     this.dialog.showModal();
   }
 
@@ -75,13 +79,14 @@ export function askForKey(wrong) {
       el("h2", { id: "key-title" }, "API key"),
       el("p", {}, wrong ? "The server does not know this key." : "This server asks for a key (--api-key). It is kept until this tab is closed."),
       el("div", { class: "field" }, el("label", { for: "key" }, "Key"), input), el("button", { type: "submit", class: "main" }, "Use it")));
-    dialog.addEventListener("cancel", (event) => event.preventDefault());
+    dialog.addEventListener("close", () => { if (dialog.isConnected) dialog.showModal(); });      // by Escape: without a key nothing works
     document.body.append(dialog);
     dialog.showModal();
   });
 }
 
 const THEMES = ["system", "light", "dark"];
+export const COLOURS = "refimpl-colours";        // the event after which what is drawn has other colours
 
 export function themeButton(made) {
   function apply(theme) {
@@ -91,10 +96,12 @@ export function themeButton(made) {
   }
   let theme = THEMES.includes(loadSettings().theme) ? loadSettings().theme : "system";
   apply(theme);
+  const changed = () => document.dispatchEvent(new Event(COLOURS));
   made.addEventListener("click", () => {
     theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
     apply(theme);
     saveSettings({ ...loadSettings(), theme });
-    window.dispatchEvent(new Event("resize"));
+    changed();
   });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", changed);
 }

@@ -4,32 +4,35 @@ import { about } from "./about.js";
 import { bar, el, refill, size } from "./dom.js";
 
 export function readingPanel(view) {
-  const { run } = view;
-  const { parts, weights, seconds, kv, bandwidth, file_bytes } = run.read;
   const bytes = el("tbody");
   const note = el("p", { class: "note" });
   const time = el("tbody");
-  const total = weights.reduce((a, b) => a + b, 0);
+  const timing = el("p", { class: "note" });
 
   function update() {
+    const { run } = view;
+    const { kv, bandwidth, file_bytes } = run.read;
+    const parts = run.read.parts.map((part, i) => [part, run.read.weights[i], run.read.seconds[i]]).filter(([, n]) => n > 0);
+    const total = parts.reduce((sum, [, n]) => sum + n, 0);
     const row = view.place() - 1;
-    const cache = run.model.layers.reduce((sum, layer, i) => sum + kv[i] * Math.min(row + 1, layer.window || row + 1), 0);
-    const all = [...parts.map((part, i) => [part, weights[i]]), ["keys and values", cache]];
+    const seen = run.model.layers.map((_, i) => run.sight(i, row));
+    const cache = seen.reduce((sum, [first, end], i) => sum + kv[i] * (end - first), 0);
+    const all = [...parts, ["keys and values", cache]];
     const most = Math.max(...all.map(([, n]) => n));
     refill(bytes, ...all.map(([part, n]) => line(part, n / most, size(n), "")));
-    const sum = seconds.reduce((a, b) => a + b, 0);
-    const longest = Math.max(...seconds);
-    refill(time, ...parts.map((part, i) => line(part, seconds[i] / longest, `${(seconds[i] * 1e3).toPrecision(3)} ms`,
-      bandwidth ? share(weights[i] / seconds[i] / bandwidth) : "")));
+    const sum = parts.reduce((seconds, [, , took]) => seconds + took, 0);
+    const longest = Math.max(...parts.map(([, , took]) => took));
+    refill(time, ...parts.map(([part, n, took]) => line(part, took / longest, `${(took * 1e3).toPrecision(3)} ms`,
+      bandwidth ? share(n / took / bandwidth) : "")));
     note.textContent = `${size(total + cache)} for this token: ${size(total)} of the file's ${size(file_bytes)}, and ${size(cache)} of keys and ` +
-      `values of ${row + 1} places. ${reused(run)} The rest is norms, routers and a row of the embedding.`;
+      `values of ${row + 1} places. ${reused(run)} The rest is norms, routers and ` +
+      `${run.softAt(row) ? "no row of the embedding: this row came out of a tower." : "a row of the embedding."}`;
     timing.textContent = bandwidth
       ? `${(sum * 1e3).toPrecision(3)} ms in all, measured with the taps open. Memory gives ${size(bandwidth)} a second here; the last column says how ` +
         "much of that each part's weights took. A model that fits into the processor's cache can take more than all of it, and a small " +
         "one waits for other things than memory."
       : `${(sum * 1e3).toPrecision(3)} ms in all, by the reference, which is bound by NumPy and not by memory.`;
   }
-  const timing = el("p", { class: "note" });
   return {
     elements: [
       about("To write a token, its weights have to come out of memory once: that, more than arithmetic, decides how fast it goes. Of the " +

@@ -3,11 +3,17 @@
 const ARRAYS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
 const FRACTION = 65535;
 
+// An array is decoded when it is first asked for: most of a record belongs to panels that nobody opens.
 function unpacked({ type, shape, data }) {
+  let values = null;
+  return { shape, get values() { return values ??= decodedArray(type, data); } };
+}
+
+function decodedArray(type, data) {
   const text = atob(data);
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  return { values: new ARRAYS[type](bytes.buffer), shape };
+  return new ARRAYS[type](bytes.buffer);
 }
 
 export class Run {
@@ -28,8 +34,25 @@ export class Run {
     });
   }
 
+  // Is this the record of a text that begins like `other`'s, with the same prompt?
+  continues(other) {
+    return this.n_prompt === other.n_prompt && this.length >= other.length && other.ids.every((id, t) => id === this.ids[t]);
+  }
+
   text(t) {
-    return this.ids[t] < 0 ? "[picture or sound]" : this.texts[t] || this.pieces[this.ids[t]] || "";
+    return this.texts[t] || this.pieces[this.ids[t]] || "";
+  }
+
+  // The picture or sound that a place is a row of: { first, n, together }; undefined where a token stands.
+  softAt(t) {
+    return this.ids[t] < 0 ? this.soft.find(({ first, n }) => t >= first && t < first + n) : undefined;
+  }
+
+  // [first, end) of what the row at a place sees in a layer. In sliding layers rows of a picture may see all of it.
+  sight(layer, row) {
+    const { window } = this.model.layers[layer];
+    const part = window ? this.softAt(row) : undefined;
+    return [window ? Math.max(0, row - window + 1) : 0, part?.together ? part.first + part.n : row + 1];
   }
 
   piece(id) {

@@ -12,18 +12,48 @@ function loaded(key, otherwise) {
   }
 }
 
+// The latest first. What does not look like a conversation is left out.
 export function loadChats() {
   const chats = loaded(CHATS, []);
-  return Array.isArray(chats) ? chats.filter((chat) => chat && Array.isArray(chat.messages)) : [];
+  const whole = (message) => ["user", "assistant"].includes(message?.role) && typeof message.text === "string";
+  return Array.isArray(chats) ? chats.filter((chat) => typeof chat?.id === "string" && Array.isArray(chat.messages) && chat.messages.every(whole)) : [];
 }
 
-export function saveChats(chats) {
-  let kept = chats.filter((chat) => chat.messages.length).slice(0, MOST).map(plain);
-  while (kept.length && JSON.stringify(kept).length > MOST_CHARS) kept.pop();
-  try {
-    localStorage.setItem(CHATS, JSON.stringify(kept));
-  } catch {
-    kept = [];           // a full or forbidden store: the page works without
+// Puts a chat in front of those that are kept, by other tabs too. False where there is no room for it.
+export function keepChat(chat) {
+  return save([plain(chat), ...others(chat)]);
+}
+
+export function forgetChat(chat) {
+  save(others(chat));
+}
+
+// Calls `changed` when another tab has kept or forgotten a chat.
+export function watchChats(changed) {
+  window.addEventListener("storage", (event) => { if (event.key === CHATS || event.key === null) changed(); });
+}
+
+export function sameChat(one, other) {
+  return JSON.stringify(plain(one)) === JSON.stringify(plain(other));
+}
+
+function others(chat) {
+  return loadChats().filter(({ id }) => id !== chat.id);
+}
+
+// The oldest give way: beyond the bounds, and where the browser has no room.
+function save(chats) {
+  const texts = chats.slice(0, MOST).map((chat) => JSON.stringify(chat));
+  let length = texts.reduce((sum, text) => sum + text.length, 0);
+  while (texts.length > 1 && length > MOST_CHARS) length -= texts.pop().length;
+  for (;;) {
+    try {
+      localStorage.setItem(CHATS, `[${texts.join(",")}]`);
+      return true;
+    } catch {
+      if (texts.length < 2) return false;
+      texts.pop();
+    }
   }
 }
 
@@ -34,13 +64,14 @@ function plain(chat) {
 }
 
 export function loadSettings() {
-  return loaded(SETTINGS, {});
+  const settings = loaded(SETTINGS, {});
+  return typeof settings === "object" ? settings : {};
 }
 
 export function saveSettings(settings) {
   try {
     localStorage.setItem(SETTINGS, JSON.stringify(settings));
-  } catch { /* as above */ }
+  } catch { /* a full or forbidden store: the page works without */ }
 }
 
 export function newChat() {

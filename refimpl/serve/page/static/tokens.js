@@ -1,8 +1,14 @@
 // The text, token by token: a list box whose tokens can be touched, walked over with the arrow keys, and shaded.
 
-import { el, percent } from "./dom.js";
+import { el, percent, token } from "./dom.js";
 
 const LEVELS = [0.9, 0.5, 0.2, 0.05];        // probabilities between the shades of surprise
+
+// What stands at a place, as a sign in a sentence.
+export function tokenAt(run, t) {
+  const part = run.softAt(t);
+  return part ? el("span", { class: "token" }, `row ${t - part.first + 1} of ${part.n} of a picture or sound`) : token(run.text(t));
+}
 
 export class TokenText {
   constructor(run, onSelect) {
@@ -19,16 +25,30 @@ export class TokenText {
     }, this.given, this.rest);
   }
 
+  // Goes over to the record of the same text when it is longer: only what is new is touched, and the last token, which may go on.
+  extend(run) {
+    const old = this.spans.length - 1;
+    this.run = run;
+    const added = run.ids.slice(old).map((id, i) => this.#span(old + i));
+    const box = old < run.n_prompt ? this.given : this.rest;
+    added[0].setAttribute("aria-selected", String(old === this.selected));
+    this.spans[old].replaceWith(added[0]);
+    box.append(...added.slice(1));
+    this.spans.splice(old, 1, ...added);
+  }
+
   #span(t) {
     const text = this.run.texts[t];
-    const shown = this.run.ids[t] < 0 ? "▦" : text;
+    const soft = this.run.softAt(t);
+    const shown = soft ? "▦" : text;
     const kind = ["tok", `s${this.#surprise(t)}`];
     if (!shown) kind.push("part");
     if (text.includes("\n")) kind.push("newline");
     const how = this.#drafted(t);
     if (how) kind.push(how);
     const made = el("span", { id: `tok-${t}`, class: kind.join(" "), role: "option", "aria-selected": "false" }, shown);
-    if (!shown.trim()) made.setAttribute("aria-label", shown.includes("\n") ? "line end" : shown ? "blank" : "part of a character");
+    if (soft) made.setAttribute("aria-label", `row ${t - soft.first + 1} of ${soft.n} of a picture or sound`);
+    else if (!shown.trim()) made.setAttribute("aria-label", shown.includes("\n") ? "line end" : shown ? "blank" : "part of a character");
     return made;
   }
 
@@ -72,8 +92,8 @@ export class TokenText {
   }
 
   #click(event) {
-    const t = this.spans.indexOf(event.target.closest(".tok"));
-    if (t >= 0) this.onSelect(Math.max(1, t));
+    const span = event.target.closest(".tok");
+    if (span) this.onSelect(Math.max(1, Number(span.id.slice("tok-".length))));
   }
 
   #key(event) {
