@@ -1,7 +1,6 @@
 """Rows without ids: where pictures and sounds enter the text model, what they see, and how they are cut, cached and kept."""
 
 import hashlib
-import math
 import threading
 
 import numpy as np
@@ -177,7 +176,7 @@ class Slow:
 def beside_a_writer(model, log: list, *requests: Request, latency: float = 0.0):
     """A scheduler with an answer that is being written, and these requests behind it; events of each."""
     scheduler, told = Scheduler(model, Prefixes(model, 1 << 30), 512, latency=latency), [[] for _ in range(1 + len(requests))]
-    scheduler.costs.spare = lambda n_writing, latency: latency if n_writing else math.inf       # whatever this machine takes for an answer
+    scheduler.costs.spare = lambda n_writing, latency: latency       # whatever this machine takes for an answer
 
     def tell(event):
         told[0].append(event)

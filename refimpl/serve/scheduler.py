@@ -77,8 +77,8 @@ class Costs:
         return 0.0 if known is None else statistics.median(self._alone[known])
 
     def spare(self, n_writing: int, latency: float) -> float:
-        """Seconds from one step of these answers to the next that others may have."""
-        return max(latency - self.alone(n_writing), LEAST_SPARE * self.alone(n_writing)) if n_writing else math.inf
+        """Seconds from one step of these answers to the next that others may have. Where there are none, somebody may come."""
+        return max(latency - self.alone(n_writing), LEAST_SPARE * self.alone(n_writing)) if n_writing else latency
 
     def observe(self, n_writing: int, n_read: int, seconds: float):
         """Takes in a call. What prompts cost that are read alone says little about it."""
