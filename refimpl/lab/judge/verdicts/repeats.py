@@ -53,7 +53,7 @@ def _same(question: str, end: Endpoint, found: Answers, positions: Sequence[Posi
         return Verdict(question, DEPARTS, f"{mistake}: {way} {name!r} is {worse[way][name]:.3g} times as far away as at first, and as "
                        f"rounding moves anything; {len(differ)} of {n} answers differ", basis, figures | {"worse": worse})
     if differ and by_probability:
-        size = "within rounding" if at_first <= LIMIT else "from probabilities that depart at first already"
+        size = "within rounding as a whole" if at_first <= LIMIT else "from probabilities that depart at first already"
         return Verdict(question, DEPARTS, f"{len(differ)} of {n} answers have other bits, {size}: log-probabilities differ by up to "
                        f"{apart:.2g}", basis, figures)
     if differ:
