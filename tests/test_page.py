@@ -126,6 +126,11 @@ def send(page, text):
     page.keyboard.press("Enter")
 
 
+def begun(page):
+    """An answer of scripted words has come to its second."""
+    page.locator(".assistant .body", has_text="two").wait_for()
+
+
 def answered(page):
     page.locator(".message.assistant .tools:not([hidden])").last.wait_for()
 
@@ -185,7 +190,7 @@ def test_stop_again_edit_fork_and_reload(model, new_page):
         page = new_page(url)
         send(page, "count")
         page.locator("#composer .stop").wait_for()
-        page.locator(".assistant .body", has_text="two").wait_for()
+        begun(page)
         page.keyboard.press("Escape")
         page.locator(".meta", has_text="stopped").wait_for()
         assert engine.cancelled and page.locator("#status").inner_text() == "Stopped."
@@ -358,7 +363,7 @@ def test_what_is_being_edited_outlives_an_answer_and_need_not_wait(model, new_pa
     with on_a_port(engine) as (url, _):
         page = new_page(url)
         send(page, "first")
-        page.locator(".assistant .body", has_text="two").wait_for()
+        begun(page)
         page.get_by_role("button", name="Edit").click()
         box = page.get_by_label("Change the message")
         box.fill("changed")
@@ -367,7 +372,7 @@ def test_what_is_being_edited_outlives_an_answer_and_need_not_wait(model, new_pa
         assert box.input_value() == "changed"
         page.get_by_role("button", name="Leave it").click()
         page.get_by_role("button", name="Regenerate").click()
-        page.locator(".assistant .body", has_text="two").wait_for()
+        begun(page)
         page.get_by_role("button", name="Edit").click()
         box.fill("changed while it writes")
         engine.stall_after = None
@@ -382,7 +387,7 @@ def test_dialogs_have_their_own_escape(model, new_page):
     with on_a_port(engine) as (url, _):
         page = new_page(url)
         send(page, "first")
-        page.locator(".assistant .body", has_text="two").wait_for()
+        begun(page)
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("Top-k").fill("7")
         page.keyboard.press("Escape")
@@ -422,12 +427,13 @@ def test_a_chat_is_deleted_while_it_is_written(model, new_page):
     with on_a_port(scripted(model, "one two three four five", stall_after=3)) as (url, _):
         page = new_page(url)
         send(page, "first")
-        page.locator(".assistant .body", has_text="two").wait_for()
+        begun(page)
         page.get_by_label("Delete first").focus()
         page.keyboard.press("Enter")
         assert page.locator("#side button").count() == 2 and page.locator("#composer .stop").is_hidden()
         assert page.evaluate("document.activeElement.closest('#side') !== null"), "a keyboard is still where it was"
         page.reload()
+        page.locator("#side .chat").first.wait_for()            # the list is drawn after the page is there
         assert page.locator("#side .chat").all_inner_texts() == ["New chat"]
 
 
@@ -468,7 +474,7 @@ def test_a_server_that_goes_and_comes_back(model, new_page):
         send(page, "first")
         page.locator(".failed", has_text="broke off").wait_for()             # although it ended as if it were whole
         send(page, "second")
-        page.locator(".assistant .body", has_text="two").wait_for()
+        begun(page)
     page.locator(".failed", has_text="broke off").nth(1).wait_for()
     send(page, "third")
     page.locator(".failed", has_text="does not answer").wait_for()

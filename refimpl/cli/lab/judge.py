@@ -23,7 +23,7 @@ def judge(
                                                    "files, else bfloat16)")] = None,
     kv: Annotated[str, typer.Option("--kv", help="what it keeps keys and values in: f16, q8_0, q4_0")] = "f16",
     ask: Annotated[str | None, typer.Option("--ask", show_default=False, help="only these questions, with commas between them (default: "
-                                            "template,ids,probabilities,chat,window,again,company,sampling)")] = None,
+                                            "template,ids,probabilities,chat,window,again,company,picture,sampling)")] = None,
     long: Annotated[bool, typer.Option("--long", help="also a text of 33,000 tokens, where model and endpoint have room for it")] = False,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, max=86400, help="seconds for one answer")] = 300,
     mmproj: Annotated[str | None, typer.Option("--mmproj", "-mm", metavar="FILE", show_default=False, help="send pictures too; the "

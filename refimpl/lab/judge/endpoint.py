@@ -24,8 +24,8 @@ class Endpoint:
     `prompt_top`: of the prompt's own tokens.
 
     `form`: the path at which it continues a text, if `completes`. `takes_ids`: does it take token ids as a prompt? `asks_as_chats`: does it
-    want to be asked for probabilities of a text as of a chat, as mlx_lm does? `more`: fields beyond
-    OpenAI's that it may be sent. `why`: what it says about "completions" or "chat" where it has none.
+    want to be asked for probabilities of a text as of a chat, as mlx_lm does? `more`: fields beyond OpenAI's that it may be sent. `why`:
+    what it says about "completions" or "chat" where it has none.
     """
 
     http: Http
@@ -129,7 +129,7 @@ def explore(http: Http, model: str | None, probe: Sequence[int], text: str) -> E
     _introduced(end)
     if end.engine.startswith("ollama"):
         end.form = GENERATE
-        _choose(end, "n_top", (20, 0), (text,), "completions")
+        _choose(end, (20, 0), (text,))
     else:
         _completions(end, probe, text)
     _chats(end)
@@ -167,11 +167,11 @@ def _completions(end: Endpoint, probe: Sequence[int], text: str):
     """
     if end.engine.startswith("llama-server"):
         end.form = NATIVE
-        _choose(end, "n_top", (NATIVE_TOP,), (list(probe),), "completions")
+        _choose(end, (NATIVE_TOP,), (list(probe),))
         if end.completes and end.n_top:
             return
         end.form, end.completes = COMPLETIONS, False
-    _choose(end, "n_top", (*TOPS, 0), (list(probe), text), "completions")
+    _choose(end, (*TOPS, 0), (list(probe), text))
     if end.takes_ids and end.n_top and not end.engine.startswith(("llama-server", "refimpl")):        # which have none of the prompt
         end.prompt_top = end.n_top
         try:
@@ -183,15 +183,14 @@ def _completions(end: Endpoint, probe: Sequence[int], text: str):
             end.prompt_top = 0
 
 
-def _choose(end: Endpoint, name: str, tops: Sequence[int], prompts: Sequence[str | list[int]], what: str):
+def _choose(end: Endpoint, tops: Sequence[int], prompts: Sequence[str | list[int]]):
     for n_top in tops:
         for prompt, as_chats in product(prompts, (False, True) if n_top and end.form == COMPLETIONS else (False,)):
-            setattr(end, name, n_top)
-            end.asks_as_chats = as_chats
+            end.n_top, end.asks_as_chats = n_top, as_chats
             try:
                 answer = _with_tokens(lambda seed, prompt=prompt: end.complete(prompt, N_PROBE, seed=seed))
             except EndpointError as error:
-                end.why[what] = str(error)
+                end.why["completions"] = str(error)
                 if error.fatal:
                     raise
                 if not error.is_refusal or error.status in (404, 405) and isinstance(prompt, str):
@@ -199,7 +198,7 @@ def _choose(end: Endpoint, name: str, tops: Sequence[int], prompts: Sequence[str
                 continue
             end.completes, end.takes_ids = True, not isinstance(prompt, str)
             end.n_top = min(n_top, answer.n_top)
-            end.why.pop(what, None)
+            end.why.pop("completions", None)
             return
 
 
