@@ -59,6 +59,12 @@ def test_files_that_do_not_go_together_get_one_line(files):
     assert_one_line(run("generate", "-p", "x", "--draft", drafter), 1, "embedding_length_out is 64, the target has 128")
 
 
+@pytest.mark.parametrize("more", [[], ["--draft", "built-in"], ["--draft", "built-in:e2b"]])
+def test_a_built_in_model_drafts_with_its_own_drafter(more):
+    code, out, err = run("generate", "-m", "built-in:e2b", "-p", "def ", "-n", 8, "-v", *more)
+    assert code == 0 and " draft tokens accepted" in err, err
+
+
 def test_a_drafter_beside_the_model_is_offered(tmp_path, files):
     model = tmp_path / "gemma-4-12B-it-qat-Q4_0.gguf"
     model.write_bytes(files[0].read_bytes())

@@ -89,9 +89,9 @@ def test_built_in_models_have_names():
     with pytest.raises(GGUFError, match="there is built-in and"):
         refimpl.load("built-in:e4b")
     second = reference(local("built-in:e2b"))
-    for load, says in ((refimpl.load_drafter, "has no drafter"), (refimpl.load_projector, "has no projector")):
-        with pytest.raises(GGUFError, match=says):         # and not the first model's
-            load(None, second)
+    assert refimpl.load_drafter(None, second).file.path == local("built-in:e2b", "drafter") != local("built-in", "drafter")
+    with pytest.raises(GGUFError, match="has no projector"):         # and not the first model's
+        refimpl.load_projector(None, second)
 
 
 def test_groups_of_the_vocabulary_are_of_one_size_and_near():
@@ -256,7 +256,8 @@ def test_training_runs_the_steps_that_drafting_takes(tmp_path, monkeypatch):
             assert worst(seen[j][p - 1], z) < 2e-3, (p, j)
 
 
-def test_the_drafter_that_ships_predicts_held_out_code(monkeypatch):
+@pytest.mark.parametrize("name", ["built-in", "built-in:e2b"])
+def test_a_drafter_that_ships_predicts_held_out_code(name, monkeypatch):
     """Three prompts, and bigrams of some files, are enough to see that it is the trained one; `python -m refimpl.tiny.evaluate_drafter`
     measures it.
     """
@@ -265,7 +266,7 @@ def test_the_drafter_that_ships_predicts_held_out_code(monkeypatch):
     text = corpus.read_corpus()
     some = dataclasses.replace(text, library=dict(list(text.library.items())[::8]), tests={})
     monkeypatch.setattr(evaluate_drafter, "read_corpus", lambda: some)
-    found = evaluate_drafter.evaluate(3, 4, 0.0)
+    found = evaluate_drafter.evaluate(name, 3, 4, 0.0)
     print(f"\n{found}")
     assert found["drafter"]["acceptance"][0] > 0.5 and found["drafter"]["tokens_per_round"] > 2
     assert found["drafter"]["accepted"] > found["bigram"]["accepted"]

@@ -236,11 +236,12 @@ def drafting_of(m, path: Path | None, draft: str | None, draft_max: str, draft_m
     """The drafting arguments of `stream`. Mentions a drafter that lies beside the model, but loads it only on request."""
     import refimpl
     from refimpl.loading.drafter import drafters_beside
+    from refimpl.loading.hub import is_built_in
 
     if draft is not None and draft.isdecimal():
         raise typer.BadParameter(f"--draft {draft}: expected the drafter; the number of draft tokens is --draft-max {draft}")
     options = {"draft_max": number_or_word(draft_max), "draft_min_p": draft_min_p}
-    if draft == "none" or draft is None and path is not None:
+    if draft == "none" or draft is None and not is_built_in(m.file.path):
         found = drafters_beside(path) if draft is None else []
         if found:
             errors.print(f"note: {found[0]} looks like this model's drafter; --draft {found[0]} makes the same text faster")

@@ -66,7 +66,7 @@ def _probability(logit_K: np.ndarray) -> float:
 def load_drafter(path: str | os.PathLike | None, target: Model, *, head: str | int | None = None,
                  progress: Progress = silent) -> Drafter:
     """Loads the drafter of `target` from a GGUF file (`gemma4-assistant`) or a Hugging Face directory, downloaded first if `path` is
-    `hf:owner/name` (loading/hub.py); without a path, that of the built-in model that `target` is.
+    `hf:owner/name` (loading/hub.py); without a path, or with "built-in", that of the built-in model that `target` is.
 
     `head`: "dense", logits of every token; "centroid", logits of the tokens in the best groups only, for files that have groups (E2B and
     E4B); a number, logits of that many tokens at the start of the vocabulary (the earliest merges, which tend to be the most frequent):

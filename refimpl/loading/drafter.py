@@ -26,7 +26,7 @@ def read_drafter(path: str | os.PathLike | None, target: Model, head: str | int 
     n_vocab = target.config.n_vocab
     if head is not None and head not in HEADS and (type(head) is not int or not 1 <= head <= n_vocab):
         raise ValueError(f"head={head!r}: expected {', '.join(map(repr, HEADS))} or a number of tokens from 1 to {n_vocab}")
-    file = open_drafter(local(built_in_with(target.file.path) if path is None else path, "drafter"))
+    file = open_drafter(local(built_in_with(target.file.path) if path in (None, "built-in") else path, "drafter"))
     config = drafter_config_from_gguf(file.metadata, vocabulary_size(file), target.config, file.path)
     _check_vocabulary(file, target)
     warn_of_unknown_keys(file.metadata, file.path)

@@ -106,6 +106,11 @@ def built_in_with(model: Path) -> str:
     return next((name for name, folder in BUILT_IN_FOLDERS.items() if folder == model.resolve().parent), "built-in")
 
 
+def is_built_in(model: Path) -> bool:
+    """Whether this is the file of a model that ships."""
+    return model.resolve().parent in BUILT_IN_FOLDERS.values()
+
+
 def projector_of(spec: str) -> Path:
     """The projector in the repository of a model `hf:...`, downloaded; the repository itself where it has no GGUF. Raises as `local`."""
     asked = SPEC.fullmatch(spec)

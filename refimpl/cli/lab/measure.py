@@ -89,7 +89,7 @@ def bench(
 
         lengths = [number_or_word(word) for word in draft_max.split(",")]
         result = draft_bench(
-            model, None if draft == "built-in" else draft, Plan(0, n_new, depth, repetitions), lengths, chances=chances_argument(accept),
+            model, draft, Plan(0, n_new, depth, repetitions), lengths, chances=chances_argument(accept),
             min_p=draft_min_p, head=number_or_word(draft_head), temperature=temp, prompt=prompt, threads=threads, backend=backend,
             arithmetic=arithmetic, progress=bar)
         write((json.dumps(result) if as_json else draft_text(result)) + "\n")

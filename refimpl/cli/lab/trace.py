@@ -98,7 +98,7 @@ def trace(
     else:
         ids = ids_argument(token_ids) if text is None else m.tokenizer.encode(text)
     if draft is not None:
-        drafter = refimpl.load_drafter(None if draft == "built-in" else draft, m, head=number_or_word(draft_head))
+        drafter = refimpl.load_drafter(draft, m, head=number_or_word(draft_head))
         drafting = {"drafter": drafter, "draft_max": draft_max, "rounds": rounds}
     with contextlib.ExitStack() as held:
         target = output or held.enter_context(scratch(npz.with_suffix(".safetensors")))

@@ -1,7 +1,7 @@
 """Notebook 8: what embeddings in every layer, shared keys and values and a centroid head do in a model like E2B; pictures."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -151,12 +151,17 @@ def shared_picture(maps: Sequence[np.ndarray], query: int, tokens: Sequence[str]
     return picture(fig, f"Where the token {tokens[query]!r} looks in the layers {', '.join(map(str, layers))}, which read the same keys.")
 
 
-def ranks_picture(rank_T: np.ndarray, n_group: int, n_top: int):
-    """How often the group with the right token has each rank among the centroids' scores."""
-    fig, axes = figure(7.5, 2.6)
-    share = np.bincount(rank_T, minlength=n_group)[:n_group] / len(rank_T)
-    axes.bar(np.arange(n_group) + 1, share, 0.9, color=[BLUE if i < n_top else RED for i in range(n_group)])
-    axes.axvline(n_top + 0.5, color="0.4", lw=1, ls="--")
-    axes.text(n_top + 0.9, axes.get_ylim()[1] * 0.9, f"the best {n_top} are looked into", fontsize=8)
-    axes.set(xlabel="rank of the group that has the whole head's token", ylabel="share of tokens", xlim=(0, n_group + 1), ylim=(0, None))
-    return picture(fig, f"Rank of the group with the whole head's token: {share[:n_top].sum():.0%} of them in the best {n_top}.")
+def ranks_picture(ranks: Mapping[str, np.ndarray], n_group: int, n_top: int):
+    """How often the group with the right token has each rank among the centroids' scores, a panel for each kind of centroid."""
+    fig, panels = figure(9, 2.6, 1, len(ranks), sharey=True, squeeze=False)
+    found = {}
+    for axes, (name, rank_T) in zip(panels[0], ranks.items()):
+        share = np.bincount(rank_T, minlength=n_group)[:n_group] / len(rank_T)
+        found[name] = share[:n_top].sum()
+        axes.bar(np.arange(n_group) + 1, share, 0.9, color=[BLUE if i < n_top else RED for i in range(n_group)])
+        axes.axvline(n_top + 0.5, color="0.4", lw=1, ls="--")
+        axes.set(title=f"{name}: {found[name]:.1%} in the best {n_top}", xlabel="rank of the group that has the whole head's token",
+                 xlim=(0, n_group + 1), ylim=(0, None))
+    panels[0, 0].set_ylabel("share of tokens")
+    return picture(fig, f"Rank of the group with the whole head's token, in the best {n_top}: "
+                   + "; ".join(f"{name} {share:.1%}" for name, share in found.items()) + ".")
