@@ -25,12 +25,12 @@ from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
 from refimpl.lab.judge.measure import Position
-from refimpl.lab.judge.pictures import data_url
 from refimpl.lab.judge.verdicts.probabilities import window
 from refimpl.lab.judge.verdicts.sampling import FALSE_ALARMS, stake_of
 from refimpl.lab.judge.verdicts.verdict import DEPARTS, RIGHT, UNKNOWN, rises
 from refimpl.lab.judge.yardstick import stored_as
 from refimpl.loading.hub import local
+from refimpl.media.images import data_url
 from refimpl.text.templates import GEMMA4_TEMPLATE
 
 QUICK = ("template", "ids", "probabilities", "chat", "window")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +15,7 @@ from refimpl.lab.judge.verdicts.probabilities import judged
 from refimpl.lab.judge.verdicts.verdict import LEAST, UNKNOWN, Verdict, reason
 from refimpl.loading.model import Model
 from refimpl.loading.projector import Projector
+from refimpl.media.images import data_url
 from refimpl.media.parts import Image
 from refimpl.text.chat import ChatError
 from refimpl.text.prompt import encode_messages
@@ -32,15 +31,6 @@ def drawn() -> dict[str, np.ndarray]:
     stripes = np.stack([np.where((x + y) % 24 < 12, 250, 20), np.where(y % 30 < 15, 200, 90), (x * 255) // 149], axis=2)
     noise = np.random.default_rng(7).integers(0, 256, (24, 60, 3)).repeat(10, axis=0).repeat(10, axis=1)
     return {"discs": discs.astype(np.uint8), "stripes": stripes.astype(np.uint8), "noise": noise.astype(np.uint8)}
-
-
-def data_url(rgb_HWC: np.ndarray) -> str:
-    """A picture as PNG, which loses nothing, in a URL."""
-    import PIL.Image
-
-    file = io.BytesIO()
-    PIL.Image.fromarray(rgb_HWC).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def with_picture(model: Model, projector: Projector, rgb_HWC: np.ndarray) -> tuple[list[int], list[TowerInput]]:

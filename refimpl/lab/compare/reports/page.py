@@ -3,8 +3,6 @@
 Names, texts and paths come from files of others: the template escapes all of them (jinja2's autoescape), and the page runs no script.
 """
 
-import base64
-import io
 from functools import cache
 from importlib.resources import files
 
@@ -15,6 +13,7 @@ from refimpl.lab.compare.mismatch import Mismatch
 from refimpl.lab.compare.reports.data import LEAST, MOST, excess, grid_of
 from refimpl.lab.compare.reports.junit_xml import numbers
 from refimpl.lab.compare.reports.likely import code_of, likely
+from refimpl.media.images import data_url
 
 PIXELS = 512            # of a picture, at most, each way: several elements share one where there are more
 BLUE, WHITE, RED = (np.array(rgb, float) for rgb in ((5, 48, 97), (247, 247, 247), (103, 0, 31)))
@@ -35,8 +34,6 @@ def picture_of(s: Mismatch) -> str | None:
     """Positions down and elements across, each as far as it is away, in units of the tolerance: a PNG as a data URL. None where the shapes
     differ.
     """
-    import PIL.Image
-
     if s.ours.shape != s.theirs.shape or s.ours.dtype.kind != "f":
         return None
     a, b = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (s.ours, s.theirs))
@@ -45,9 +42,7 @@ def picture_of(s: Mismatch) -> str | None:
     for axis in (0, 1):
         step = -(-apart.shape[axis] // PIXELS)
         apart = np.maximum.reduceat(apart, np.arange(0, apart.shape[axis], step), axis=axis)
-    image, out = PIL.Image.fromarray(colours(np.clip(np.log10(np.maximum(apart, 1e-9)), LEAST, MOST))), io.BytesIO()
-    image.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return data_url(colours(np.clip(np.log10(np.maximum(apart, 1e-9)), LEAST, MOST)))
 
 
 def colours(value: np.ndarray) -> np.ndarray:
