@@ -166,6 +166,15 @@ def test_links_of_the_pages_lead_somewhere(tmp_path):
             if there not in pages or place and place not in pages[there].ids:
                 wrong.append(f"{path.name}: {link}")
     assert not wrong and n_lines > 50
+    texts = {path.stem: path.read_text() for path in pages}
+    assert "weights               bits per byte" in texts["02_quantization_aware_training"], "lines of an output stay lines"
+    for name, text in texts.items():
+        assert not re.search(r"<script|src=.https?:", text), f"{name} needs more than itself"
+    for source in SOURCES:
+        formulas = len(re.findall(r"\$\$.+?\$\$|\$[^$]+\$", "".join(
+            re.sub(r"```.*?```|`[^`]+`", "", cell.source, flags=re.DOTALL) for cell in build.read(source).cells
+            if cell.cell_type == "markdown"), re.DOTALL))
+        assert texts[source.stem].count("<math ") == formulas, source.stem
     assert not [path.name for path, page in pages.items() if not all(alt and "No description" not in alt for alt in page.alts)]
     assert sum(len(page.alts) for page in pages.values()) > 30
 
