@@ -29,6 +29,7 @@ from refimpl.lab.judge.verdicts.verdict import (
 )
 from refimpl.text.tokenizer import Tokenizer
 
+PROMPTS = 4                 # prompts that a departure has to show in, at the least
 ALONE = 5                   # level of a single prompt that is far off where the others are not
 OTHER_MODEL = 0.5           # nats of KL, and share of same most probable tokens, beyond which it is hardly this model
 
@@ -108,6 +109,8 @@ def judged(question: str, known: Sequence[Position], name: str) -> Verdict:
     if figures["level"] > LIMIT:
         if not surely_above(known):
             return Verdict(question, UNKNOWN, f"{said}: too few positions to be sure", basis, figures)
+        if not _in_most_prompts(known):
+            return Verdict(question, UNKNOWN, f"{said}: but not in three quarters of at least {PROMPTS} prompts", basis, figures)
         kind, words = looks_like(known)
         return Verdict(question, DEPARTS, f"{said}; {words}", basis, figures | {"looks_like": kind})
     alone = _alone(known)
@@ -116,6 +119,14 @@ def judged(question: str, known: Sequence[Position], name: str) -> Verdict:
         more = f", and {len(alone) - 1} more prompts" if len(alone) > 1 else ""
         return Verdict(question, DEPARTS, f"{said}, but {worst!r} is at {alone[worst]:.3g}{more}", basis, figures | {"alone": alone})
     return Verdict(question, RIGHT, said, basis, figures)
+
+
+def _in_most_prompts(positions: Sequence[Position]) -> bool:
+    """Are three quarters of the prompts above LIMIT? Positions of one prompt are not independent: experts that changed places at its first
+    tokens, which a right engine may do, show at all that follow.
+    """
+    levels = [float(np.median(ratios(own))) for own in by_prompt(positions, 1).values()]
+    return len(levels) >= PROMPTS and float(np.quantile(levels, 0.25)) > LIMIT
 
 
 def _alone(positions: Sequence[Position]) -> dict[str, float]:
@@ -129,12 +140,12 @@ def _alone(positions: Sequence[Position]) -> dict[str, float]:
     return found
 
 
-def by_prompt(positions: Sequence[Position]) -> dict[str, list[Position]]:
-    """Those of each prompt that has enough of them to be judged by itself."""
+def by_prompt(positions: Sequence[Position], least: int = LEAST // 2) -> dict[str, list[Position]]:
+    """Those of each prompt that has `least` of them, by default enough to be judged by itself."""
     found = defaultdict(list)
     for p in positions:
         found[p.asked.name].append(p)
-    return {name: own for name, own in found.items() if len(own) >= LEAST // 2}
+    return {name: own for name, own in found.items() if len(own) >= least}
 
 
 def lower_quartile(positions: Sequence[Position]) -> float:
