@@ -38,7 +38,7 @@ def test_bits_per_byte():
     assert f"{first['files']} modules ({first['bytes']:,} bytes)" in CARD and f"Python {first['python']}" in CARD
 
 
-@pytest.mark.parametrize("place, name", enumerate(BUILT_IN_FOLDERS))
+@pytest.mark.parametrize("place, name", [*enumerate(BUILT_IN_FOLDERS)])
 @pytest.mark.parametrize("by", DRAFTED_BY)
 def test_drafting(place, name, by):
     runs = MEASURED["evaluate_drafter"][name]
@@ -64,7 +64,7 @@ def test_training_on_the_grid():
         assert cells[:3] == [*want, " ".join(f"{d:+.4f}".replace("0.", ".") for d in against[grid])]
 
 
-@pytest.mark.parametrize("place, name", enumerate(BUILT_IN_FOLDERS))
+@pytest.mark.parametrize("place, name", [*enumerate(BUILT_IN_FOLDERS)])
 def test_sizes(place, name):
     for column, role in enumerate(("model", "drafter")):
         path = local(name, role)
