@@ -617,6 +617,48 @@ def test_a_picture_is_looked_into(model, new_page, tmp_path):
     engine.close()
 
 
+def test_a_sound_is_heard_and_looked_into(model, new_page, tmp_path, monkeypatch):
+    """With a random tower for the built-in model: it can be played, its rows are no tokens, and it is heard from the left."""
+    import shapes
+    import soundfile
+    from tower_models import random_towers, save_towers
+
+    monkeypatch.setitem(shapes.COMMON, "hidden_size", model.config.n_embd)
+    ears = refimpl.load_projector(save_towers(tmp_path / "towers", random_towers("small")), model)
+    t = np.arange(16_000) / 16_000
+    soundfile.write(tmp_path / "tone.wav", 0.3 * np.sin(2000 * t), 16_000)
+    (tmp_path / "renamed.wav").write_text("only text")
+    engine = Engine(Scheduler(model, Prefixes(model, 1 << 28), 2048))
+    engine.projector = ears
+    with on_a_port(engine) as (url, _):
+        page = new_page(url)
+        page.locator("input[type=file]").set_input_files(tmp_path / "renamed.wav")
+        page.locator(".shelf audio").wait_for()
+        send(page, "# what is it?")
+        page.locator(".failed", has_text="no sound").wait_for()
+        page.get_by_role("button", name="New chat", exact=True).click()
+        page.locator("input[type=file]").set_input_files(tmp_path / "tone.wav")
+        page.locator(".shelf audio").wait_for()
+        send(page, "# what is it?")
+        answered(page)
+        heard = page.locator(".user audio")
+        assert heard.get_attribute("aria-label") == "tone.wav" and heard.evaluate("e => e.error") is None
+        assert abs(heard.evaluate("e => e.duration") - 1) < 0.05
+        page.get_by_role("button", name="Look inside").click()
+        soft = page.locator(".tok[aria-label*='of a picture or sound']")
+        soft.first.wait_for()
+        assert soft.count() == 25, "one a 40 ms"
+        soft.nth(2).click()
+        assert "row 3 of 25 of a picture or sound" in page.locator(".which").inner_text()
+        for name in PANELS:
+            page.locator(f"#tab-{name}").click()
+            tidy(page, name)
+        accessible(page, "a sound in the glass")
+        page.locator("#tab-attention").click()
+        assert not any("whose rows see each other" in said for said in page.locator(".side .note").all_inner_texts())
+    engine.close()
+
+
 @pytest.mark.parametrize(("viewport", "scheme"), [(DESK, "dark"), (PHONE, "light")], ids=["dark", "phone"])
 def test_a_recorded_run_needs_nothing_but_its_file(record, new_page, tmp_path, viewport, scheme):
     file = tmp_path / "page.html"
