@@ -112,15 +112,14 @@ table(["control to Q4_0", "bits per byte", "KL, nats", "same top-1"],
 # %% [markdown]
 # ## What the weights do meanwhile
 #
-# All weights in units of their block's scale, at five moments of the training to 2 bits, below the same of the float control. The dotted
-# lines are the borders between codes. (The spike of the largest weights at $-2$, which are there by definition, is cut off.)
+# All weights in units of their block's scale, after the last step of the training to 2 bits and to 4, and those of the float control. The
+# dotted lines are the borders between codes. (The spike of the largest weights at $-2$ and $-8$, there by definition, is cut off.)
 
 # %%
 history = found["history"]
-qat_figures.histogram_pictures({"float control": history["float"]["histograms"], "2 bits": history["2-bit"]["histograms"]}, "2-bit", 2)
-
-# %%
-qat_figures.histogram_pictures({"float control": history["float"]["histograms"], "4 bits": history["q4_0"]["histograms"]}, "q4_0", 8)
+grids = {"2 bits": (history["2-bit"]["histograms"], history["float"]["histograms"], "2-bit", 2),
+         "4 bits": (history["q4_0"]["histograms"], history["float"]["histograms"], "q4_0", 8)}
+qat_figures.histogram_picture(grids)
 
 # %% [markdown]
 # The weights do **not** gather on the grid points, although one might expect it. Nothing pulls a weight towards one: the loss depends on
@@ -129,8 +128,7 @@ qat_figures.histogram_pictures({"float control": history["float"]["histograms"],
 # the last step, divided by the float control's:
 
 # %%
-qat_figures.density_picture({"2 bits": (history["2-bit"]["histograms"], history["float"]["histograms"], "2-bit", 2),
-                           "4 bits": (history["q4_0"]["histograms"], history["float"]["histograms"], "q4_0", 8)})
+qat_figures.density_picture(grids)
 
 # %% [markdown]
 # Weights gather at the *borders*. One that would like to lie between two grid points is pushed up while it counts as the lower one, and

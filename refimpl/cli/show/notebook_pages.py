@@ -1,6 +1,6 @@
 """Notebooks as HTML pages, with the sources they link to as pages too, a mark at every line.
 
-A page needs no other: formulas are MathML, which browsers draw themselves, and nbconvert's scripts, which would fetch MathJax, are left out.
+A page needs no other: formulas are MathML, which browsers draw themselves; nbconvert's scripts, which would fetch MathJax, are left out.
 """
 
 import html
@@ -16,7 +16,7 @@ SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 CODE_STYLE = """<style>.jp-RenderedMarkdown pre, .jp-RenderedMarkdown code { font-family: monospace; font-size: 13px; }
 .jp-RenderedMarkdown pre { white-space: pre; overflow-x: auto; }</style>
 """                                     # nbconvert has none for code outside of cells
-FORMULA = re.compile(r"```.*?```|`[^`]+`|\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)          # or code, which stays as it is
+FORMULA = re.compile(r"```.*?```|`[^`]+`|\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)      # or code, which stays
 # from notebooks/ to a file of the package, and maybe a line of it
 SOURCE = re.compile(r"\]\(\.\./(refimpl/[\w/.-]+)((?:#L\d+)?)\)")
 
