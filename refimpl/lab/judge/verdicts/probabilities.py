@@ -29,7 +29,7 @@ from refimpl.lab.judge.verdicts.verdict import (
 )
 from refimpl.text.tokenizer import Tokenizer
 
-PROMPTS = 4                 # prompts that a departure has to show in, at the least
+PROMPTS = 3                 # prompts that a departure has to show in, at the least
 ALONE = 5                   # level of a single prompt that is far off where the others are not
 OTHER_MODEL = 0.5           # nats of KL, and share of same most probable tokens, beyond which it is hardly this model
 
@@ -125,8 +125,8 @@ def _in_most_prompts(positions: Sequence[Position]) -> bool:
     """Are three quarters of the prompts above LIMIT? Positions of one prompt are not independent: experts that changed places at its first
     tokens, which a right engine may do, show at all that follow.
     """
-    levels = [float(np.median(ratios(own))) for own in by_prompt(positions, 1).values()]
-    return len(levels) >= PROMPTS and float(np.quantile(levels, 0.25)) > LIMIT
+    above = [float(np.median(ratios(own))) > LIMIT for own in by_prompt(positions, 1).values()]
+    return len(above) >= PROMPTS and float(np.mean(above)) >= 0.75
 
 
 def _alone(positions: Sequence[Position]) -> dict[str, float]:
