@@ -25,6 +25,7 @@ from refimpl.lab.judge.bounds import as_line, listed_bounds
 from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
 from refimpl.lab.judge.measure import Position
+from refimpl.lab.judge.verdicts.probabilities import judged as judged_positions
 from refimpl.lab.judge.verdicts.probabilities import window
 from refimpl.lab.judge.verdicts.sampling import FALSE_ALARMS, stake_of
 from refimpl.lab.judge.verdicts.verdict import DEPARTS, RIGHT, UNKNOWN, rises
@@ -121,11 +122,22 @@ def test_draws_of_the_right_distribution_alarm_nobody_and_others_do():
     assert all(log > math.log(1 / FALSE_ALARMS) for log in (sum(stakes(cut_V / cut_V.sum(), 4)) for _ in range(20)))
 
 
+def at(place, distances, rounding=1.0):
+    """Positions of prompts of 11 with these distances."""
+    return [Position(Asked(f"text {place} {n // 11}", [2], Answer("", (), 1, 0)), place, 0, distance**2 / 2, math.inf, (rounding**2 / 2,),
+                     (1.0, 0.0, 0.0), 20, True) for n, distance in enumerate(distances)]
+
+
+@pytest.mark.parametrize("n_far, answer", [(2, UNKNOWN), (3, DEPARTS)])
+def test_experts_that_changed_places_at_the_first_tokens_of_some_prompts_are_no_departure(n_far, answer):
+    """A right mixture of experts: far off at all positions of two of four prompts, and rounding moves the experts of the others too."""
+    far, near = at(5, [0.2] * 11 * n_far, 0.01), at(6, [0.11] * 11 * (4 - n_far), 0.12)
+    found = judged_positions("chat", far + near[:9], "q8")
+    assert found.figures["level"] > 3 and found.answer == answer, found.evidence
+
+
 def test_positions_of_few_prompts_that_happen_to_be_near_are_no_window():
     """A right mixture of experts: by the rank-sum test, which takes positions for independent, its level rises by 5 deviations."""
-    def at(place, ratios):
-        return [Position(Asked(f"text {place} {n // 11}", [2], Answer("", (), 1, 0)), place, 0, ratio**2 / 2, math.inf, (0.5,),
-                         (1.0, 0.0, 0.0), 20, True) for n, ratio in enumerate(ratios)]
     before, after = at(5, [0.3] * 11 + [1.05] * 11), at(50, [1.0] * 40 + [1.4] * 92)
     assert rises(before, after) and window(before + after, {32}).answer == RIGHT
     assert window(at(5, [0.3] * 22) + after, {32}).answer == DEPARTS
