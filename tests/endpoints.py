@@ -15,6 +15,7 @@ from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.model.tap import no_tap
 from refimpl.serve.engine import Engine
 from refimpl.serve.scheduler import Scheduler
+from refimpl.text.prompt import encode_messages
 
 
 @contextlib.contextmanager
@@ -147,6 +148,8 @@ class VLLM(Continuing):
         return found[path]
 
     def post(self, path, fields):
+        if path == "/tokenize" and not self.echo:
+            return {"tokens": self.prompt(fields) if "messages" in fields else self.model.tokenizer.encode(fields["prompt"], special=True)}
         if path != "/v1/completions" or ("prompt_logprobs" if self.echo else "echo") in fields:
             raise EndpointError("status 400: no", 400)
         ids, n_top = fields["prompt"], fields["logprobs"]
@@ -162,6 +165,11 @@ class VLLM(Continuing):
         choice["logprobs"] = {"tokens": [self.name(i) for i, _, _ in steps], "token_logprobs": [logprob for _, logprob, _ in steps],
                               "top_logprobs": [top and {self.name(t): p for t, p in [(i, logprob), *top]} for i, logprob, top in steps]}
         return {"choices": [choice], "usage": usage}
+
+    def prompt(self, fields):
+        template = self.model.file.metadata["tokenizer.chat_template"]
+        return encode_messages(self.model.tokenizer, template, fields["messages"], tools=fields.get("tools"),
+                               thinking=fields["chat_template_kwargs"]["enable_thinking"]).ids
 
     def own(self, ids, n_top):
         state_TD = self.model.prefill(ids, self.model.new_cache(len(ids)))

@@ -250,6 +250,16 @@ def test_probabilities_of_a_prompts_own_tokens_are_judged(echo, tmp_path, few):
         assert echo or end.prompt_top == figures["listed"] == 20, "texts of tokens are the same for many, ids are not"
 
 
+@pytest.mark.parametrize("before, expected", [([], RIGHT), ([2], DEPARTS)])
+def test_an_engine_that_tells_the_ids_of_a_conversation(before, expected, exact):
+    """vLLM's /tokenize; a second <bos> is a bug that engines had."""
+    engine = VLLM(exact)
+    engine.prompt = lambda fields, right=engine.prompt: before + right(fields)
+    found = judged(engine, exact, ("template", "ids"))
+    assert answers(found) == {"template": expected, "ids": RIGHT} and found.verdicts[0].basis == "ids compared", found.verdicts
+    assert expected == RIGHT or "at token 1 '<bos>" in evidence(found, "template"), evidence(found, "template")
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_pictures_are_sent_where_there_is_a_projector(right, exact):
     """Wrong: another picture arrives, upside down and as its negative."""

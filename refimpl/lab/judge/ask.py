@@ -48,14 +48,14 @@ class Asked:
 
 @dataclass
 class Answers:
-    """All that was said. By name of a text or conversation: `ids`, ours and theirs; `rendered`, our ids and their text; `counts`, how many
-    tokens it may have and how many they say; `not_rendered`, why it is not asked. `draws`: a prompt, and texts of answers of one token.
-    `failed`: what was not answered, in lines; `stopped`: was it given up?
+    """All that was said. By name of a text or conversation: `ids`, ours and theirs; `rendered`, our ids and their text or ids; `counts`,
+    how many tokens it may have and how many they say; `not_rendered`, why it is not asked. `draws`: a prompt, and texts of answers of one
+    token. `failed`: what was not answered, in lines; `stopped`: was it given up?
     """
 
     asked: list[Asked] = field(default_factory=list)
     ids: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
-    rendered: dict[str, tuple[list[int], str]] = field(default_factory=dict)
+    rendered: dict[str, tuple[list[int], str | list[int]]] = field(default_factory=dict)
     not_rendered: dict[str, str] = field(default_factory=dict)
     draws: list[tuple[Asked, list[str]]] = field(default_factory=list)
     counts: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Asking:
         self._complete("past 32k", self.long_ids(LONG, "# long\n"), None, FIRST)
 
     def tokenizer_and_template(self):
-        """/tokenize and /apply-template, where they are."""
+        """/tokenize and /apply-template, where they are; vLLM's /tokenize is both."""
         for name, text in self.data["texts"].items():
             theirs = self.tried(f"/tokenize of {name}", lambda text=text: self.end.tokenize(text))
             if theirs is None:
@@ -120,7 +120,7 @@ class Asking:
         if not self.found.ids:
             self._count_tokens()
         for name, ids, conversation in self.conversations():
-            theirs = self.tried(f"/apply-template of {name}", lambda c=conversation: self.end.render(
+            theirs = self.tried(f"the prompt of {name}", lambda c=conversation: self.end.render(
                 c["messages"], tools=c.get("tools", ()), thinking=c.get("thinking", False)))
             if theirs is None:
                 break

@@ -99,17 +99,22 @@ class Endpoint:
         fields = {"content": text, "add_special": True, "parse_special": True}
         if self.engine.startswith("vLLM"):
             fields = {"prompt": text, "add_special_tokens": True}
+        return self._ids_of(fields)
+
+    def _ids_of(self, fields: Mapping[str, object]) -> list[int]:
         body = self.http.post("/tokenize", self._named(fields))
         ids = body.get("tokens") if isinstance(body, Mapping) else None
         if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
             raise EndpointError(f"/tokenize: no list of ids: {str(body)[:60]!r}")
         return ids
 
-    def render(self, messages: Sequence[Mapping[str, object]], *, tools: Sequence[Mapping] = (), thinking: bool = False) -> str:
-        """The text of a conversation by its template. Raises EndpointError."""
+    def render(self, messages: Sequence[Mapping[str, object]], *, tools: Sequence[Mapping] = (), thinking: bool = False) -> str | list[int]:
+        """The text of a conversation by its template, or its ids (vLLM's /tokenize takes conversations too). Raises EndpointError."""
         fields = {"messages": list(messages), "chat_template_kwargs": {"enable_thinking": thinking}}
         if tools:
             fields["tools"] = list(tools)
+        if self.engine.startswith("vLLM"):
+            return self._ids_of(fields)
         body = self.http.post("/apply-template", fields)
         text = body.get("prompt") if isinstance(body, Mapping) else None
         if not isinstance(text, str):

@@ -14,22 +14,25 @@ MARKED = "; control tokens that a user spells become such, as in transformers (h
 
 
 def template(end: Endpoint, found: Answers, tokenizer: Tokenizer) -> Verdict:
-    """Does a conversation become the same prompt? By its text where the endpoint shows it, else by how many tokens it counts."""
+    """Does a conversation become the same prompt? By its text or ids where the endpoint shows them, else by how many tokens it counts."""
     if not found.rendered:
         return _template_by_counts(end, found, tokenizer)
     wrong, note, n = [], "", len(found.rendered)
-    for name, (ours, text) in found.rendered.items():
-        theirs = tokenizer.encode(text, special=True)
-        theirs = theirs[1:] if theirs[1:2] == [tokenizer.bos] else theirs           # llama-server leaves <bos> to its tokenizer
+    shown = "text" if all(isinstance(theirs, str) for _, theirs in found.rendered.values()) else "ids"
+    for name, (ours, theirs) in found.rendered.items():
+        if isinstance(theirs, str):
+            theirs = tokenizer.encode(theirs, special=True)
+            theirs = theirs[1:] if theirs[1:2] == [tokenizer.bos] else theirs       # llama-server leaves <bos> to its tokenizer
         if theirs != ours and theirs == marked(tokenizer, ours):
             note = MARKED
         elif theirs != ours:
             wrong.append((name, ours, theirs))
     if not wrong:
-        return Verdict("template", RIGHT, f"{n} of {n} conversations become the same text{note}", "texts compared")
+        return Verdict("template", RIGHT, f"{n} of {n} conversations become the same {shown}{note}", f"{shown} compared")
     name, ours, theirs = wrong[0]
-    return Verdict("template", DEPARTS, f"{len(wrong)} of {n} conversations become another text; {name}: {differ(tokenizer, ours, theirs)}",
-                   "texts compared", {"differ": [each[0] for each in wrong]})
+    return Verdict("template", DEPARTS,
+                   f"{len(wrong)} of {n} conversations become other {shown}; {name}: {differ(tokenizer, ours, theirs)}",
+                   f"{shown} compared", {"differ": [each[0] for each in wrong]})
 
 
 def _template_by_counts(end: Endpoint, found: Answers, tokenizer: Tokenizer) -> Verdict:
