@@ -20,13 +20,15 @@ from refimpl.lab.compare.known_bugs import BUGS, MOE, PLE, inject
 from refimpl.lab.evaluate.divergence import divergence, log_sum_exp, most_probable
 from refimpl.lab.judge import ask
 from refimpl.lab.judge.answers import Answer, Listed, Step, in_place, steps_of
-from refimpl.lab.judge.ask import Asked, prompts
+from refimpl.lab.judge.ask import AGAIN, FIRST, NEW, Answers, Asked, prompts
 from refimpl.lab.judge.bounds import as_line, listed_bounds
+from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.http import EndpointError, Http
 from refimpl.lab.judge.judge import QUESTIONS, collect, judge
 from refimpl.lab.judge.measure import Position
 from refimpl.lab.judge.verdicts.probabilities import judged as judged_positions
 from refimpl.lab.judge.verdicts.probabilities import window
+from refimpl.lab.judge.verdicts.repeats import again
 from refimpl.lab.judge.verdicts.sampling import FALSE_ALARMS, stake_of
 from refimpl.lab.judge.verdicts.verdict import DEPARTS, RIGHT, UNKNOWN, rises
 from refimpl.lab.judge.yardstick import stored_as
@@ -122,10 +124,10 @@ def test_draws_of_the_right_distribution_alarm_nobody_and_others_do():
     assert all(log > math.log(1 / FALSE_ALARMS) for log in (sum(stakes(cut_V / cut_V.sum(), 4)) for _ in range(20)))
 
 
-def at(place, distances, rounding=1.0):
+def at(place, distances, rounding=1.0, way=FIRST):
     """Positions of prompts of 11 with these distances."""
-    return [Position(Asked(f"text {place} {n // 11}", [2], Answer("", (), 1, 0)), place, 0, distance**2 / 2, math.inf, (rounding**2 / 2,),
-                     (1.0, 0.0, 0.0), 20, True) for n, distance in enumerate(distances)]
+    return [Position(Asked(f"text {place} {n // 11}", [2], Answer("", (), 1, 0), way), place, 0, distance**2 / 2, math.inf,
+                     (rounding**2 / 2,), (1.0, 0.0, 0.0), 20, True) for n, distance in enumerate(distances)]
 
 
 @pytest.mark.parametrize("n_far, answer", [(2, UNKNOWN), (3, DEPARTS)])
@@ -141,6 +143,16 @@ def test_positions_of_few_prompts_that_happen_to_be_near_are_no_window():
     before, after = at(5, [0.3] * 11 + [1.05] * 11), at(50, [1.0] * 40 + [1.4] * 92)
     assert rises(before, after) and window(before + after, {32}).answer == RIGHT
     assert window(at(5, [0.3] * 22) + after, {32}).answer == DEPARTS
+
+
+def test_what_is_as_far_away_at_first_is_not_blamed_on_the_cache():
+    """A wrong window: prompts that are asked again are longer than the others, so that all of their positions are far off."""
+    far = [2.0] * 66
+    positions = at(5, [0.1] * 300) + at(90, far, way=NEW) + at(90, far, way=AGAIN)
+    found = Answers([Asked(f"text 90 {n}", [2], Answer("a", (), 1, 0), way) for n in range(6) for way in (NEW, AGAIN)])
+    assert again(Endpoint(None, "m"), found, positions).answer == RIGHT
+    later = at(5, [0.1] * 300) + at(90, [0.1] * 66, way=NEW) + at(90, far, way=AGAIN)
+    assert again(Endpoint(None, "m"), found, later).answer == DEPARTS
 
 
 # ---- engines that are right

@@ -37,16 +37,16 @@ def _same(question: str, end: Endpoint, found: Answers, positions: Sequence[Posi
     compared = {name: compared_steps(a, b) for name, (a, b) in pairs.items()}
     differ, apart = [name for name, (same, _, _) in compared.items() if not same], max(largest for _, largest, _ in compared.values())
     of_way = {way: [p for p in positions if p.asked.way == way] for way in ways}
-    at_first, levels = level(of_texts(positions)), {way: level(there) for way, there in of_way.items()}
+    once = [p for p in positions if p.asked.way == NEW]         # of the same prompts: others are shorter, and may see less of a mistake
+    at_first, levels = level(once), {way: level(there) for way, there in of_way.items()}
     known = {way: size for way, size in ({"at first": at_first} | levels).items() if size == size}          # not NaN
     figures = {"prompts": n, "differ": differ, "apart": apart, "levels": known}
-    once = of_texts(positions)
     far = {way: levels[way] for way, there in of_way.items() if rises(once, there) or surely_above(there) and at_first <= LIMIT}
     if far:
         way = max(far, key=far.get)
         return Verdict(question, DEPARTS, f"{mistake}: {way} {far[way]:.3g} of rounding, at first {at_first:.2g}; {len(differ)} of {n} "
                        "answers differ", basis, figures)
-    worse = {way: _worse(once, there) for way, there in of_way.items()}
+    worse = {way: _worse(of_texts(positions), there) for way, there in of_way.items()}
     if any(worse.values()):
         way = max(worse, key=lambda way: max(worse[way].values(), default=0.0))
         name = max(worse[way], key=worse[way].get)
