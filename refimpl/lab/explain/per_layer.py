@@ -161,7 +161,7 @@ def ranks_picture(ranks: Mapping[str, np.ndarray], n_group: int, n_top: int):
         axes.bar(np.arange(n_group) + 1, share, 0.9, color=[BLUE if i < n_top else RED for i in range(n_group)])
         axes.axvline(n_top + 0.5, color="0.4", lw=1, ls="--")
         axes.set(title=f"{name}: {found[name]:.1%} in the best {n_top}", xlabel="rank of the group that has the whole head's token",
-                 xlim=(0, n_group + 1), ylim=(0, None))
-    panels[0, 0].set_ylabel("share of tokens")
+                 xlim=(0, max(rank_T.max() for rank_T in ranks.values()) + 2))
+    panels[0, 0].set(ylabel="share of tokens", ylim=(0, None))
     return picture(fig, f"Rank of the group with the whole head's token, in the best {n_top}: "
                    + "; ".join(f"{name} {share:.1%}" for name, share in found.items()) + ".")
