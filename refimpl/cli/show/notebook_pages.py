@@ -5,7 +5,8 @@ A page needs no other: formulas are MathML, which browsers draw themselves; nbco
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from refimpl.extras import require
@@ -26,7 +27,7 @@ def pages(notebooks: Mapping[str, str], sources: Sequence[str], root: Path) -> d
 
     Links lead from page to page. Raises MissingExtra without nbconvert or latex2mathml.
     """
-    HTMLExporter = require("nbconvert", "notebooks").HTMLExporter
+    HTMLExporter, convert = require("nbconvert", "notebooks").HTMLExporter, require("latex2mathml.converter", "notebooks").convert
     import nbformat
 
     exporter, files, titles = HTMLExporter(), {}, {}
@@ -36,7 +37,7 @@ def pages(notebooks: Mapping[str, str], sources: Sequence[str], root: Path) -> d
         for cell in linked.cells:
             cell.source = _to_pages(cell.source)
             if cell.cell_type == "markdown":
-                cell.source = FORMULA.sub(_drawn, cell.source)
+                cell.source = FORMULA.sub(partial(_drawn, convert), cell.source)
             for output in cell.get("outputs", ()):
                 if "image/png" in output.get("data", {}):
                     words.append(output.metadata.get("image/png", {}).get("alt", ""))
@@ -51,12 +52,11 @@ def pages(notebooks: Mapping[str, str], sources: Sequence[str], root: Path) -> d
     return files | {f"source/{path}.html": _source_page(path, (root / path).read_text(encoding="utf-8")) for path in sources}
 
 
-def _drawn(found: re.Match) -> str:
-    """A formula as MathML, and code as it is."""
+def _drawn(convert: Callable[..., str], found: re.Match) -> str:
+    """A formula as MathML, which `convert` makes, and code as it is."""
     formula = found["display"] or found["inline"]
     if formula is None:
         return found[0]
-    convert = require("latex2mathml.converter", "notebooks").convert
     drawn = convert(" ".join(formula.split()), display="block" if found["display"] else "inline")
     return drawn.replace("*", "&#42;").replace("_", "&#95;")             # which are not Markdown's
 

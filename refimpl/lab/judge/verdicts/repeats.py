@@ -46,7 +46,8 @@ def _same(question: str, end: Endpoint, found: Answers, positions: Sequence[Posi
         way = max(far, key=far.get)
         return Verdict(question, DEPARTS, f"{mistake}: {way} {far[way]:.3g} of rounding, at first {at_first:.2g}; {len(differ)} of {n} "
                        "answers differ", basis, figures)
-    worse = {way: _worse(of_texts(positions), there) for way, there in of_way.items()}
+    texts = of_texts(positions)
+    worse = {way: _worse(texts, there) for way, there in of_way.items()}
     if any(worse.values()):
         way = max(worse, key=lambda way: max(worse[way].values(), default=0.0))
         name = max(worse[way], key=worse[way].get)
