@@ -15,7 +15,7 @@ import numpy as np
 import refimpl
 from refimpl.lab.explain import experts
 from refimpl.lab.explain.show import source, table
-from refimpl.lab.explain.weight_traffic import distinct_if_independent, read_bytes
+from refimpl.lab.explain.weight_traffic import distinct_if_independent, read_by_part, read_bytes
 from refimpl.model import gemma4
 from refimpl.reference import moe
 from refimpl.tiny.corpus import read_corpus
@@ -152,7 +152,7 @@ table(["experts", *counts], [["error of the output", *(f"{100 * e:.0f} %" for e 
 # Google's Q4_0 files:
 
 # %%
-source(read_bytes)
+source(read_by_part, read_bytes)
 
 # %%
 needed = {"26B-A4B, 8 of 128 experts": read_bytes("26B-A4B"),

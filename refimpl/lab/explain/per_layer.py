@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from refimpl.decode.drafter import Drafter
-from refimpl.files.synth import config_of, model_tensors, recipe_type
 from refimpl.formats.matrix import Matrix
-from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.lab.explain.show import BLUE, COLOURS, RED, figure, legend, picture
+from refimpl.lab.explain.weight_traffic import part_of, tensors_of
 from refimpl.loading.model import Model
 from refimpl.model.drafter import CentroidHead
 from refimpl.model.tap import Look, no_tap
@@ -21,15 +20,12 @@ PARTS = ("embedding and head", "per-layer table", "attention", "feed-forward", "
 
 def parts_of(name: str, recipe: str = "google-q4_0") -> dict[str, tuple[int, int, int]]:
     """(weights, bytes in the file, bytes that a token reads) of each part of a published model, from its shape (files/synth.py)."""
-    config, found = config_of(name, None), {part: (0, 0, 0) for part in PARTS}
-    for tensor, shape in model_tensors(config):
-        role = tensor.split(".")[2] if tensor.startswith("blk.") else tensor.removesuffix(".weight")
-        part = {"token_embd": PARTS[0], "per_layer_token_embd": PARTS[1], "attn_q": PARTS[2], "attn_k": PARTS[2], "attn_v": PARTS[2],
-                "attn_output": PARTS[2], "ffn_gate": PARTS[3], "ffn_up": PARTS[3], "ffn_down": PARTS[3]}.get(role, PARTS[4])
-        row_bytes = BLOCKS[recipe_type(recipe, tensor, shape, len(config["layer_types"]))].row_bytes(shape[-1])
-        n_bytes = math.prod(shape[:-1]) * row_bytes
-        read = row_bytes if part == PARTS[1] else n_bytes
-        found[part] = tuple(a + b for a, b in zip(found[part], (math.prod(shape), n_bytes, read)))
+    found = {part: (0, 0, 0) for part in PARTS}
+    for tensor, n_weights, n_bytes, row_bytes in tensors_of(name, recipe):
+        table = tensor == "per_layer_token_embd.weight"
+        labels = {"head": PARTS[0], "attention": PARTS[2], "dense feed-forward": PARTS[3]}
+        part = PARTS[1] if table else labels.get(part_of(tensor), PARTS[4])
+        found[part] = tuple(a + b for a, b in zip(found[part], (n_weights, n_bytes, row_bytes if table else n_bytes)))
     return found
 
 

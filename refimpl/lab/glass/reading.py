@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from refimpl.lab.explain.weight_traffic import PARTS, part_of
+from refimpl.lab.explain.weight_traffic import PARTS, read_by_part
 from refimpl.loading.model import Model
 from refimpl.model.cache import Cache
+from refimpl.model.config import MoeFfn
 
 STEPS = 5
 BANDWIDTH_BYTES, BANDWIDTH_PASSES = 256 << 20, 3
@@ -20,25 +21,10 @@ PART = {name: part for part, names in ENDS.items() for name in names}
 
 
 def weight_bytes(model: Model) -> dict[str, float]:
-    """Bytes of the file that one token reads, by part (weight_traffic.PARTS): of the experts the share that is chosen, of tables of
-    embeddings one row, the first of them once more as the head.
-    """
-    found, tied = dict.fromkeys(PARTS, 0.0), "output.weight" not in model.file.tensors
-    for name, info in model.file.tensors.items():
-        if name == "rope_freqs.weight":                 # read once, when the model is loaded
-            continue
-        n_bytes, part = float(info.n_bytes), part_of(name)
-        if part == "experts":
-            ffn = model.config.layers[int(name.split(".")[1])].ffn
-            n_bytes *= ffn.n_used / ffn.n_expert
-        elif name == "per_layer_token_embd.weight" or name == "token_embd.weight" and not tied:
-            n_bytes /= info.shape[0]
-        elif name == "token_embd.weight":
-            n_bytes += n_bytes / info.shape[0]
-        elif name == "output.weight":
-            part = "head"
-        found[part] += n_bytes
-    return found
+    """Bytes of the file that one token reads, by part (weight_traffic.PARTS)."""
+    routed = [spec.ffn for spec in model.config.layers if isinstance(spec.ffn, MoeFfn)]
+    chosen = routed[0].n_used / routed[0].n_expert if routed else 1.0
+    return read_by_part([(name, info.n_bytes, info.row_bytes) for name, info in model.file.tensors.items()], chosen)
 
 
 def step_seconds(model: Model, cache: Cache, last: int, pause: Callable[[], None]) -> dict[str, float]:
