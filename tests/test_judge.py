@@ -191,8 +191,10 @@ class Ollama(Between):
     def post(self, path, fields):
         if path in ("/tokenize", "/apply-template", "/v1/completions"):
             raise EndpointError("status 404: no", 404)
-        if path != "/api/generate":
-            return super().post(path, fields)
+        if path == "/v1/chat/completions":
+            assert fields["reasoning_effort"] in ("none", "high") and "chat_template_kwargs" not in fields, "its own way to be asked to think"
+            thinks = {"enable_thinking": fields.pop("reasoning_effort") == "high"}
+            return super().post(path, self.rendered(fields) | {"chat_template_kwargs": thinks})
         assert fields["raw"] and not fields["stream"] and fields["model"] == "gemma"
         options = fields["options"]
         body = super().post("/v1/completions", {"prompt": fields["prompt"], "max_tokens": options["num_predict"], "seed": options["seed"],
@@ -203,10 +205,24 @@ class Ollama(Between):
         return {"response": body["choices"][0]["text"], "logprobs": logprobs, "prompt_eval_count": body["usage"]["prompt_tokens"]}
 
 
+    def rendered(self, fields):
+        """What the template gets."""
+        return fields
+
+
 def test_ollama_is_asked_in_its_own_form(server, exact, few):
     found = judged(Ollama(server), exact, ("template", "ids", "probabilities"))
     assert set(answers(found).values()) == {RIGHT} and found.engine == "ollama 0.30", [v.evidence for v in found.verdicts]
-    assert found.verdicts[2].figures["listed"] == 20
+    assert found.verdicts[2].figures["listed"] == 20 and "thinking" not in " ".join(found.notes)
+
+
+def test_another_template_is_not_blamed_on_the_forward_pass(server, exact, few):
+    """ollama has its own, whatever the file says."""
+    engine = Ollama(server)
+    engine.rendered = lambda fields: other_template("", fields)
+    found = judged(engine, exact, ("template", "chat"))
+    assert answers(found) == {"template": DEPARTS, "chat": UNKNOWN} and found.status == 1, found.verdicts
+    assert "become other prompts: question" in evidence(found, "chat")
 
 
 def test_vllms_tokens_are_known_by_their_ids():

@@ -81,7 +81,7 @@ def answer_of(body: object, where: str, n_top: int) -> Answer:
     choice = first_choice(mapping(body, where).get("choices"), where)
     message = choice.get("message")
     text = message.get("content") if isinstance(message, Mapping) else choice.get("text")
-    if isinstance(message, Mapping) and (text is None or message.get("reasoning_content") or message.get("tool_calls")):
+    if isinstance(message, Mapping) and (text is None or any(map(message.get, ("reasoning_content", "reasoning", "tool_calls")))):
         text = ""                           # a part of what was written, or nothing of it
     if not isinstance(text, str):
         raise EndpointError(f"{where}: the answer has no text: {str(choice)[:80]!r}")

@@ -47,6 +47,11 @@ class Endpoint:
         """Anywhere?"""
         return bool(self.n_top or self.chat_top)
 
+    @property
+    def can_be_asked_to_think(self) -> bool:
+        """Does this say how, to an engine of this name?"""
+        return bool(self.more) or self.engine.startswith("ollama")
+
     def complete(self, prompt: str | Sequence[int], n_new: int, *, seed: int = 0, temperature: float = 1.0, cold: bool = False,
                  whole: bool = False) -> Answer:
         """Continues a text or ids by `n_new` tokens. `cold`: an engine that can be asked to forget, does; `whole`: one that gives
@@ -88,6 +93,8 @@ class Endpoint:
             fields["tools"] = list(tools)
         if self.more:
             fields["chat_template_kwargs"] = {"enable_thinking": thinking}
+        if self.engine.startswith("ollama"):            # where models that can think do, unless told
+            fields["reasoning_effort"] = "high" if thinking else "none"
         if self.chat_top:
             fields |= {"logprobs": True, "top_logprobs": self.chat_top}
         if self.engine.startswith("vLLM"):

@@ -10,7 +10,7 @@ import numpy as np
 from refimpl.lab.judge.ask import FIRST, NEW, Answers, Asked
 from refimpl.lab.judge.endpoint import Endpoint
 from refimpl.lab.judge.measure import Position
-from refimpl.lab.judge.verdicts.texts import marked
+from refimpl.lab.judge.verdicts.texts import marked, template
 from refimpl.lab.judge.verdicts.verdict import (
     DEPARTS,
     LEAST,
@@ -49,13 +49,15 @@ def probabilities(end: Endpoint, found: Answers, positions: Sequence[Position], 
 
 
 def chat_probabilities(end: Endpoint, found: Answers, positions: Sequence[Position], tokenizer: Tokenizer, name: str) -> Verdict:
-    """Of answers to conversations: template, tokens and forward pass together. A prompt in which control tokens are spelled is left out: it
-    is another one at most endpoints, which the template's verdict says.
+    """Of answers to conversations. Those are left out that become other prompts there, by the template's verdict, or may, as control tokens
+    are spelled in them.
     """
-    known = [p for p in positions if p.asked.chat and _stays_text(p.asked, tokenizer)]
+    other = template(end, found, tokenizer).figures.get("differ", ())
+    known = [p for p in positions if p.asked.chat and p.asked.name not in other and _stays_text(p.asked, tokenizer)]
     if len(known) >= LEAST:
         return judged("chat", known, name)
     why = "the endpoint gives no logprobs in chats" if end.chat_top == 0 else f"{len(known)} positions have probabilities"
+    why += f", without the conversations that become other prompts: {', '.join(other)}" if other else ""
     return Verdict("chat", UNKNOWN, reason(end, found, "chat", why))
 
 
