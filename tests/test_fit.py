@@ -2,6 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,12 +308,14 @@ def test_bench_prints_the_prediction_beside(monkeypatch):
 
 def test_a_check_tabulates_errors(monkeypatch):
     monkeypatch.setattr(fit_check, "check_memory", lambda path, threads: (103, 100))
+    monkeypatch.setattr(fit_check, "check_starts", lambda path, threads: {"cold": (3.0, 4.0)})
     engine = {"predicted_tokens_per_second": 9.0, "tokens_per_second": {"median": 10.0, "min": 8.0, "max": 11.0}}
     monkeypatch.setattr(fit_check, "bench", lambda path, plan, **_: {"machine": {"cpu": "C", "isa": "avx2", "threads": 2}, "tests": [
         {"test": "decode", "engines": {"refimpl": engine}}]})
     code, out, _ = run("fit", "--check", "a.gguf", "--json")
-    decode, memory = json.loads(out)["errors"]
+    decode, memory, start = json.loads(out)["errors"]
     assert code == 0 and decode["error"] == pytest.approx(-0.1) and (memory["error"], memory["bound"]) == (pytest.approx(0.03), 0.03)
+    assert (start["what"], start["error"]) == ("cold start", pytest.approx(-0.25))
     assert "-10.0 %" in run("fit", "--check", "a.gguf")[1]
 
 
@@ -317,3 +323,24 @@ def test_memory_of_a_process_is_what_was_predicted():
     """The built-in model, which is little beside the process itself."""
     predicted, measured = fit_check.check_memory(refimpl.loading.model.BUILT_IN)
     assert predicted == pytest.approx(measured, rel=0.2)
+
+
+def test_starts_are_timed_to_the_first_token(monkeypatch):
+    """Of the built-in model, by processes that wait in place of computing: in a folder that has the kernels, and keeps its files."""
+    asked = []
+
+    def waiting(path, threads, *options, cache, **streams):
+        asked.append(sorted(file.name.partition("-")[0] for file in Path(cache).iterdir()))
+        wait = f"import time; time.sleep(0.3); print('a', flush=True); time.sleep(0.5); open({cache + '/weights-0'!r}, 'w')"
+        return subprocess.Popen([sys.executable, "-c", wait if fails is None else fails], **streams)
+    fails = None
+    monkeypatch.setattr(fit_check, "_generating", waiting)
+    began = time.perf_counter()
+    found = fit_check.check_starts(refimpl.loading.model.BUILT_IN)
+    whole = time.perf_counter() - began
+    assert list(found) == ["first", "next", "cold"] and asked == [["kernels"], *2 * [["kernels", "weights"]]]
+    assert all(predicted > 2 and measured > 0.3 for predicted, measured in found.values()), found
+    assert sum(measured for _, measured in found.values()) < whole - 3 * 0.5, "the rest of a process does not count"
+    fails = "raise SystemExit(3)"
+    with pytest.raises(ValueError, match="could not be started to time it: status 3"):
+        fit_check.check_starts(refimpl.loading.model.BUILT_IN)

@@ -192,7 +192,7 @@ class Ollama(Between):
         if path in ("/tokenize", "/apply-template", "/v1/completions"):
             raise EndpointError("status 404: no", 404)
         if path == "/v1/chat/completions":
-            assert fields["reasoning_effort"] in ("none", "high") and "chat_template_kwargs" not in fields, "its own way to be asked to think"
+            assert fields["reasoning_effort"] in ("none", "high") and "chat_template_kwargs" not in fields, fields
             thinks = {"enable_thinking": fields.pop("reasoning_effort") == "high"}
             return super().post(path, self.rendered(fields) | {"chat_template_kwargs": thinks})
         assert fields["raw"] and not fields["stream"] and fields["model"] == "gemma"

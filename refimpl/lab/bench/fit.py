@@ -133,7 +133,7 @@ def predicted(candidate: Candidate, extras: Extras, asked: Asked, speed: Speed, 
     prompt, decode        tokens a second, of all users together, at the beginning; `decode_full`: when their contexts are full; `drafted`:
                           the number of draft tokens that is best, 0 without a drafter
     type                  the command that runs it
-    load                  seconds: `first` rearranges the weights, `next` maps them, `cold` has to read them from the disk
+    load                  seconds until the first token (`starts`)
     """
     model, n_ctx = candidate.model, min(asked.n_ctx, candidate.model.config.n_ctx)
     memory = memory_of(model, n_ctx, kv_type, asked.users)
@@ -148,10 +148,16 @@ def predicted(candidate: Candidate, extras: Extras, asked: Asked, speed: Speed, 
     waiting = missing_bytes(model, memory.weights, missing) * reading
     (decode, drafted), (decode_full, _) = (decode_seconds(model, extras, asked, speed, rest, depth) for depth in (0, n_ctx - 1))
     prompt = prompt_seconds(model, speed, rest, asked.n_prompt) + missing * reading * -(-asked.n_prompt // CHUNK)
-    read = memory.weights * reading
-    load = {"first": START_SECONDS + read + memory.weights / room.rearranging, "next": START_SECONDS, "cold": START_SECONDS + read}
     return row | {"type": command(candidate, asked, drafted), "prompt": asked.n_prompt / prompt, "decode": 1 / (decode + waiting),
-                  "decode_full": 1 / (decode_full + waiting), "drafted": drafted, "load": load}
+                  "decode_full": 1 / (decode_full + waiting), "drafted": drafted, "load": starts(memory.weights, room)}
+
+
+def starts(weight_bytes: int, room: Room) -> dict[str, float]:
+    """Seconds from the command to the first token: `first` rearranges the weights, `next` maps them, `cold` has to read them from the
+    disk.
+    """
+    reading = 0.0 if room.reading is None else weight_bytes / room.reading
+    return {"first": START_SECONDS + reading + weight_bytes / room.rearranging, "next": START_SECONDS, "cold": START_SECONDS + reading}
 
 
 def command(candidate: Candidate, asked: Asked, drafted: int) -> str:

@@ -1,7 +1,7 @@
 """What `fit` predicts, held against what happens: files are run, one after the other, and the errors tabulated.
 
 Speed: `bench`, which measures the parts before and after the whole, so that a machine whose speed drifts is the same one in both. Memory:
-`generate` in a process of its own, whose private memory is looked at until it ends.
+`generate` in a process of its own, whose private memory is looked at until it ends. Starts: the same, timed to its first token.
 """
 
 import json
@@ -17,12 +17,20 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from refimpl.kernels.cores.threads import prepare
+from refimpl.kernels.machine.cache_folder import cache_root
+from refimpl.kernels.machine.jit import FOLDER
 from refimpl.lab.bench.bench import Plan, bench
+from refimpl.lab.bench.disk import measure_room
+from refimpl.lab.bench.fit import starts
 from refimpl.lab.bench.predict import memory_of, outlined
 from refimpl.loading.open import open_model
+from refimpl.model.backend import kernel_backend
 from refimpl.progress import silent
 
-BOUNDS = {"prompt": 0.25, "decode": 0.15, "memory": 0.03}       # relative errors that predictions are meant to stay within
+START = "{} start"
+BOUNDS = {"prompt": 0.25, "decode": 0.15, "memory": 0.03, **{START.format(which): 0.5 for which in ("first", "next", "cold")}}
+"""Relative errors that predictions are meant to stay within."""
 PLAN = Plan(n_prompt=512, n_new=32, repetitions=5)
 N_WORDS, N_NEW = 900, 8
 EVERY = 0.02                        # seconds between two looks at a process
@@ -30,8 +38,8 @@ EVERY = 0.02                        # seconds between two looks at a process
 
 def check(paths: Sequence[Path], plan: Plan = PLAN, *, threads: int | None = None,
           progress: Callable[..., AbstractContextManager] = silent) -> dict[str, object]:
-    """{machine, errors}: for each file prompt and decode (tokens/s) and memory (MB): {file, what, predicted, measured, low, high, error,
-    bound}; `error` is predicted / measured - 1.
+    """{machine, errors}: for each file prompt and decode (tokens/s), memory (MB) and starts (seconds): {file, what, predicted, measured,
+    low, high, error, bound}; `error` is predicted / measured - 1.
 
     Raises what `bench` raises, and ValueError where memory cannot be looked at (outside of Linux).
     """
@@ -45,6 +53,8 @@ def check(paths: Sequence[Path], plan: Plan = PLAN, *, threads: int | None = Non
             errors.append(_entry(path, test["test"], run["predicted_tokens_per_second"], speed["median"], speed["min"], speed["max"], 2))
         predicted, measured = check_memory(path, threads)
         errors.append(_entry(path, "memory", predicted / 1e6, measured / 1e6, measured / 1e6, measured / 1e6, 0))
+        for which, (predicted, seconds) in check_starts(path, threads).items():
+            errors.append(_entry(path, START.format(which), predicted, seconds, seconds, seconds, 1))
     return {"machine": machine, "errors": errors}
 
 
@@ -61,10 +71,8 @@ def check_memory(path: Path, threads: int | None = None) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         prompt = Path(folder) / "prompt.txt"
         prompt.write_text(words, encoding="utf-8")
-        command = [sys.executable, "-m", "refimpl", "generate", "-m", str(path), "-f", str(prompt), "-n", str(N_NEW), "--temp", "0",
-                   "--json", "--cache-disk", "0", *(["-t", str(threads)] if threads else [])]
         with open(Path(folder) / "said", "w+b") as said:
-            running = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONSAFEPATH": "1"})
+            running = _generating(path, threads, "-f", str(prompt), "--json", "--cache-disk", "0", stdout=said, stderr=subprocess.STDOUT)
             try:
                 most = _most_private(running)
             finally:
@@ -76,6 +84,49 @@ def check_memory(path: Path, threads: int | None = None) -> tuple[int, int]:
     done = json.loads(lines[-1])
     n_tokens = done["n_prompt"] + done["n_generated"]
     return memory_of(outlined(open_model(path)), n_tokens, np.dtype(np.float16), rows=min(512, done["n_prompt"])).total, most
+
+
+def check_starts(path: Path, threads: int | None = None) -> dict[str, tuple[float, float]]:
+    """(predicted, measured) seconds from the command to the first token, for each kind of start (`fit.starts`), with kernels compiled, and
+    rearranged weights in a folder of their own. Raises ValueError where the process says nothing.
+    """
+    source = open_model(path)
+    predicted = starts(memory_of(outlined(source), 512, np.dtype(np.float16)).weights, measure_room(kernel_backend("q8", prepare(threads))))
+    measured = {}
+    with tempfile.TemporaryDirectory(dir=cache_root()) as root:                 # on the same disk
+        if FOLDER is not None:
+            (Path(root) / FOLDER.name).symlink_to(FOLDER)
+        for which in predicted:
+            if which != "next":
+                _let_go([*source.files(), *Path(root).glob("weights-*/*")])
+            measured[which] = _seconds_to_a_token(path, threads, root)
+    return {which: (predicted[which], seconds) for which, seconds in measured.items()}
+
+
+def _seconds_to_a_token(path: Path, threads: int | None, cache: str) -> float:
+    began = time.perf_counter()
+    with _generating(path, threads, "-p", "x", cache=cache, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        said, seconds = running.stdout.read(1), time.perf_counter() - began
+        running.stdout.read()
+    if running.returncode or not said:
+        raise ValueError(f"{path}: could not be started to time it: status {running.returncode}")
+    return seconds
+
+
+def _let_go(files: Sequence[Path]):
+    """Asks the system not to keep them in memory, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        for path in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())                 # what is not written yet stays
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _generating(path: Path, threads: int | None, *options: str, cache: str | None = None, **streams) -> subprocess.Popen:
+    command = [sys.executable, "-m", "refimpl", "generate", "-m", str(path), "-n", str(N_NEW), "--temp", "0", *options,
+               *(["-t", str(threads)] if threads else [])]
+    env = os.environ | {"PYTHONSAFEPATH": "1"} | ({"REFIMPL_CACHE_DIR": cache} if cache else {})
+    return subprocess.Popen(command, env=env, **streams)
 
 
 def _most_private(running: subprocess.Popen) -> int:
