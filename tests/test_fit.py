@@ -193,8 +193,8 @@ CONFIGS = {name: outlined(model_outline(name, "google-q4_0")).config for name in
 def test_what_fits_and_what_comes_from_the_disk():
     need = Memory(weights=14 * GB, cache=2 * GB, buffers=GB // 2, process=GB // 2)
     for memory, disk, verdict in ((17, 0, YES), (16.9, 20, FROM_DISK), (16.9, 13, NO), (3, 20, FROM_DISK), (2.9, 20, NO)):
-        assert fits(need, 0, Room(int(memory * GB), disk * GB, 1.0, 1.0))[0] == verdict
-    assert fits(need, GB, Room(17 * GB, 20 * GB, 1.0, 1.0)) == (FROM_DISK, GB)
+        assert fits(need, 0, Room(int(memory * GB), disk * GB, 1.0, 1.0, 0.1))[0] == verdict
+    assert fits(need, GB, Room(17 * GB, 20 * GB, 1.0, 1.0, 0.1)) == (FROM_DISK, GB)
 
 
 def test_missing_experts_are_read_when_they_are_chosen_and_other_weights_always(moe, ple):
@@ -207,7 +207,7 @@ def test_missing_experts_are_read_when_they_are_chosen_and_other_weights_always(
 
 # ---- the table
 
-FAST = Room(100 * GB, 100 * GB, GB, GB)
+FAST = Room(100 * GB, 100 * GB, GB, GB, 0.1)
 
 
 def a_machine(types, heads, backend, progress):
@@ -243,7 +243,7 @@ def test_the_common_files_of_all_five(here):
 
 
 def test_a_small_machine_reads_from_the_disk_or_says_no(here):
-    here[0] = Room(10 * GB, 15 * GB, GB, GB)
+    here[0] = Room(10 * GB, 15 * GB, GB, GB, 0.1)
     rows = {(row["model"], row["file"]): row for row in json.loads(run("fit", "--json", "--users", 2)[1])["rows"]}
     fast, slow = rows["12B", "Q4_K_M"], rows["26B-A4B", "Google's QAT, Q4_0"]
     assert fast["fits"] == YES and slow["fits"] == FROM_DISK and rows["31B", "Q4_K_M"]["fits"] == NO
@@ -251,7 +251,7 @@ def test_a_small_machine_reads_from_the_disk_or_says_no(here):
     assert fast["type"] == "refimpl serve -m hf:unsloth/gemma-4-12B-it-GGUF:Q4_K_M -np 2 -c 8192"
     text = run("fit")[1]
     assert "from the disk: memory cannot hold all" in text and "best here: 12B" in text
-    here[0] = Room(GB // 10, 0, None, GB)
+    here[0] = Room(GB // 10, 0, None, GB, 0.1)
     assert "none fits" in run("fit")[1]
 
 
@@ -335,6 +335,7 @@ def test_starts_are_timed_to_the_first_token(monkeypatch):
         return subprocess.Popen([sys.executable, "-c", wait if fails is None else fails], **streams)
     fails = None
     monkeypatch.setattr(fit_check, "_generating", waiting)
+    monkeypatch.setattr(fit_check, "_keep", lambda path, threads, cache: None)
     began = time.perf_counter()
     found = fit_check.check_starts(refimpl.loading.model.BUILT_IN)
     whole = time.perf_counter() - began

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from refimpl.loading.tile_folders import FREE_BYTES
 from refimpl.model.backend import Backend
 
 READ_BYTES, PIECE = 128 << 20, 4 << 20
-TILE_ROWS, WIDTH = 1 << 14, 4096
+TILE_ROWS, WIDTH, MATRICES = 1 << 14, 4096, 3
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Room:
     memory      bytes that are free
     disk        bytes that rearranged weights may take where the cache folder is
     reading     bytes a second from the disk; None where the system does not let go of what was just written
-    rearranging bytes of weights a second into tiles
+    rearranging bytes of weights a second into tiles, and those into a file
+    python      seconds that `python_seconds` takes
     """
 
     memory: int
     disk: int
     reading: float | None
     rearranging: float
+    python: float
 
 
 def measure_room(backend: Backend) -> Room:
@@ -43,10 +46,24 @@ def measure_room(backend: Backend) -> Room:
     raw = np.zeros((TILE_ROWS, BLOCKS["Q4_0"].row_bytes(WIDTH)), np.uint8)
     with backend.running():
         backend.prepare(Matrix(raw[:16], "Q4_0"))
-        began = time.perf_counter()
-        backend.prepare(Matrix(raw, "Q4_0"))
-        rearranging = raw.nbytes / (time.perf_counter() - began)
-    return Room(available(), max(0, shutil.disk_usage(root).free - FREE_BYTES), read_speed(root), rearranging)
+        began, kept = time.perf_counter(), []           # as a model's are: in fresh memory
+        with tempfile.TemporaryFile(dir=root, buffering=0) as file:
+            for _ in range(MATRICES):
+                kept.append(backend.prepare(Matrix(raw, "Q4_0")))
+                file.write(kept[-1].raw)
+        rearranging = MATRICES * raw.nbytes / (time.perf_counter() - began)
+    return Room(available(), max(0, shutil.disk_usage(root).free - FREE_BYTES), read_speed(root), rearranging, python_seconds())
+
+
+def python_seconds() -> float:
+    """Seconds of some work in plain Python, which a start mostly is: the median of five times."""
+    took = []
+    for _ in range(5):
+        began, seen = time.perf_counter(), {}
+        for i in range(300_000):
+            seen[i & 1023] = (i, str(i))
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
 
 
 def read_speed(folder: Path, n_bytes: int = READ_BYTES) -> float | None:

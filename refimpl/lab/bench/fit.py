@@ -32,7 +32,7 @@ RECIPES = {     # of files/synth.py -> (whose files these are, where; FILE where
 DRAFTER = "hf:google/gemma-4-{}-it-qat-q4_0-unquantized-assistant"
 BEST_FIRST = ("31B", "26B-A4B", "12B", "E4B", "E2B")
 FLUENT = 5.0                        # new tokens a second: about as fast as people read
-START_SECONDS = 2.5                 # imports, kernels from the disk, a tokenizer of 262,144 tokens
+START = 35                          # times `python_seconds`: imports, kernels from the disk, a tokenizer of 262,144 tokens
 YES, FROM_DISK, NO = "yes", "from the disk", "no"
 
 
@@ -156,8 +156,8 @@ def starts(weight_bytes: int, room: Room) -> dict[str, float]:
     """Seconds from the command to the first token: `first` rearranges the weights, `next` maps them, `cold` has to read them from the
     disk.
     """
-    reading = 0.0 if room.reading is None else weight_bytes / room.reading
-    return {"first": START_SECONDS + reading + weight_bytes / room.rearranging, "next": START_SECONDS, "cold": START_SECONDS + reading}
+    start, reading = START * room.python, 0.0 if room.reading is None else weight_bytes / room.reading
+    return {"first": start + reading + weight_bytes / room.rearranging, "next": start, "cold": start + reading}
 
 
 def command(candidate: Candidate, asked: Asked, drafted: int) -> str:

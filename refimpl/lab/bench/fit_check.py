@@ -72,7 +72,8 @@ def check_memory(path: Path, threads: int | None = None) -> tuple[int, int]:
         prompt = Path(folder) / "prompt.txt"
         prompt.write_text(words, encoding="utf-8")
         with open(Path(folder) / "said", "w+b") as said:
-            running = _generating(path, threads, "-f", str(prompt), "--json", "--cache-disk", "0", stdout=said, stderr=subprocess.STDOUT)
+            running = _generating(path, threads, "-f", str(prompt), "-n", str(N_NEW), "--json", "--cache-disk", "0",
+                                  stdout=said, stderr=subprocess.STDOUT)
             try:
                 most = _most_private(running)
             finally:
@@ -97,15 +98,16 @@ def check_starts(path: Path, threads: int | None = None) -> dict[str, tuple[floa
         if FOLDER is not None:
             (Path(root) / FOLDER.name).symlink_to(FOLDER)
         for which in predicted:
-            if which != "next":
-                _let_go([*source.files(), *Path(root).glob("weights-*/*")])
+            _settle([*source.files(), *Path(root).glob("weights-*/*")], let_go=which != "next")
             measured[which] = _seconds_to_a_token(path, threads, root)
+            if which == "first":
+                _keep(path, threads, root)
     return {which: (predicted[which], seconds) for which, seconds in measured.items()}
 
 
 def _seconds_to_a_token(path: Path, threads: int | None, cache: str) -> float:
     began = time.perf_counter()
-    with _generating(path, threads, "-p", "x", cache=cache, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+    with _generating(path, threads, "-p", "x", "-n", "1", cache=cache, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
         said, seconds = running.stdout.read(1), time.perf_counter() - began
         running.stdout.read()
     if running.returncode or not said:
@@ -113,17 +115,24 @@ def _seconds_to_a_token(path: Path, threads: int | None, cache: str) -> float:
     return seconds
 
 
-def _let_go(files: Sequence[Path]):
-    """Asks the system not to keep them in memory, where it can be asked."""
-    if hasattr(os, "posix_fadvise"):
-        for path in files:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())                 # what is not written yet stays
+def _keep(path: Path, threads: int | None, cache: str):
+    """Lets a process stay until all weights are rearranged and kept, which a short answer does not wait for."""
+    code = f"import refimpl; refimpl.load({str(path)!r}, threads={threads}).wait_until_kept()"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONSAFEPATH": "1", "REFIMPL_CACHE_DIR": cache}, check=False,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _settle(files: Sequence[Path], let_go: bool):
+    """Waits until they are on the disk. With `let_go` the system is asked not to keep them in memory, where it can be asked."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            if let_go and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _generating(path: Path, threads: int | None, *options: str, cache: str | None = None, **streams) -> subprocess.Popen:
-    command = [sys.executable, "-m", "refimpl", "generate", "-m", str(path), "-n", str(N_NEW), "--temp", "0", *options,
+    command = [sys.executable, "-m", "refimpl", "generate", "-m", str(path), "--temp", "0", *options,
                *(["-t", str(threads)] if threads else [])]
     env = os.environ | {"PYTHONSAFEPATH": "1"} | ({"REFIMPL_CACHE_DIR": cache} if cache else {})
     return subprocess.Popen(command, env=env, **streams)
