@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -166,6 +167,12 @@ def test_the_disk_is_read(tmp_path, monkeypatch):
     assert read_speed(tmp_path, 8 << 20) > 0 and not list(tmp_path.iterdir())
     monkeypatch.delattr("os.posix_fadvise")
     assert read_speed(tmp_path) is None
+
+
+def test_a_full_disk_is_named_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFIMPL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("refimpl.lab.bench.disk.read_speed", lambda folder: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    assert_one_line(run("fit"), 1, str(tmp_path), "No space left on device", "REFIMPL_CACHE_DIR names another folder")
 
 
 # ---- memory
@@ -340,8 +347,8 @@ def test_starts_are_timed_to_the_first_token(monkeypatch):
     found = fit_check.check_starts(refimpl.loading.model.BUILT_IN)
     whole = time.perf_counter() - began
     assert list(found) == ["first", "next", "cold"] and asked == [["kernels"], *2 * [["kernels", "weights"]]]
-    assert all(predicted > 2 and measured > 0.3 for predicted, measured in found.values()), found
+    assert found["first"][0] > found["cold"][0] >= found["next"][0] > 0 and min(measured for _, measured in found.values()) > 0.3, found
     assert sum(measured for _, measured in found.values()) < whole - 3 * 0.5, "the rest of a process does not count"
     fails = "raise SystemExit(3)"
-    with pytest.raises(ValueError, match="could not be started to time it: status 3"):
+    with pytest.raises(ValueError, match="could not be started to time it: status 3: it said nothing"):
         fit_check.check_starts(refimpl.loading.model.BUILT_IN)

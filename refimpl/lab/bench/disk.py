@@ -42,17 +42,25 @@ class Room:
 def measure_room(backend: Backend) -> Room:
     """Looks, and measures for a second. Raises OSError where the cache folder cannot be written to."""
     root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        rearranging, reading = _rearranging_speed(backend, root), read_speed(root)
+    except OSError as error:
+        what = f"{error.strerror}: measuring writes {READ_BYTES / 1e6:.0f} MB there for a moment (REFIMPL_CACHE_DIR names another folder)"
+        raise OSError(error.errno, what, str(root)) from None
+    return Room(available(), max(0, shutil.disk_usage(root).free - FREE_BYTES), reading, rearranging, python_seconds())
+
+
+def _rearranging_speed(backend: Backend, folder: Path) -> float:
     raw = np.zeros((TILE_ROWS, BLOCKS["Q4_0"].row_bytes(WIDTH)), np.uint8)
     with backend.running():
         backend.prepare(Matrix(raw[:16], "Q4_0"))
         began, kept = time.perf_counter(), []           # as a model's are: in fresh memory
-        with tempfile.TemporaryFile(dir=root, buffering=0) as file:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             for _ in range(MATRICES):
                 kept.append(backend.prepare(Matrix(raw, "Q4_0")))
                 file.write(kept[-1].raw)
-        rearranging = MATRICES * raw.nbytes / (time.perf_counter() - began)
-    return Room(available(), max(0, shutil.disk_usage(root).free - FREE_BYTES), read_speed(root), rearranging, python_seconds())
+        return MATRICES * raw.nbytes / (time.perf_counter() - began)
 
 
 def python_seconds() -> float:

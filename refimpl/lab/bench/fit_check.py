@@ -33,6 +33,7 @@ BOUNDS = {"prompt": 0.25, "decode": 0.15, "memory": 0.03, **{START.format(which)
 """Relative errors that predictions are meant to stay within."""
 PLAN = Plan(n_prompt=512, n_new=32, repetitions=5)
 N_WORDS, N_NEW = 900, 8
+NOTHING = "it said nothing"
 EVERY = 0.02                        # seconds between two looks at a process
 
 
@@ -79,10 +80,10 @@ def check_memory(path: Path, threads: int | None = None) -> tuple[int, int]:
             finally:
                 running.kill()
             said.seek(0)
-            lines = said.read().decode(errors="replace").strip().splitlines()
-    if running.returncode or not lines:
-        raise ValueError(f"{path}: could not be run to look at its memory: {lines[-1] if lines else 'it said nothing'}")
-    done = json.loads(lines[-1])
+            line = _last_line(said.read())
+    if running.returncode or line == NOTHING:
+        raise ValueError(f"{path}: could not be run to look at its memory: {line}")
+    done = json.loads(line)
     n_tokens = done["n_prompt"] + done["n_generated"]
     return memory_of(outlined(open_model(path)), n_tokens, np.dtype(np.float16), rows=min(512, done["n_prompt"])).total, most
 
@@ -106,20 +107,29 @@ def check_starts(path: Path, threads: int | None = None) -> dict[str, tuple[floa
 
 
 def _seconds_to_a_token(path: Path, threads: int | None, cache: str) -> float:
-    began = time.perf_counter()
-    with _generating(path, threads, "-p", "x", "-n", "1", cache=cache, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
-        said, seconds = running.stdout.read(1), time.perf_counter() - began
-        running.stdout.read()
+    with tempfile.TemporaryFile() as errors:
+        began = time.perf_counter()
+        with _generating(path, threads, "-p", "x", "-n", "1", cache=cache, stdout=subprocess.PIPE, stderr=errors) as running:
+            said, seconds = running.stdout.read(1), time.perf_counter() - began
+            running.stdout.read()
+        errors.seek(0)
+        why = _last_line(errors.read())
     if running.returncode or not said:
-        raise ValueError(f"{path}: could not be started to time it: status {running.returncode}")
+        raise ValueError(f"{path}: could not be started to time it: status {running.returncode}: {why}")
     return seconds
 
 
 def _keep(path: Path, threads: int | None, cache: str):
-    """Lets a process stay until all weights are rearranged and kept, which a short answer does not wait for."""
+    """Lets a process stay until all weights are rearranged and kept, which a short answer does not wait for. Raises ValueError."""
     code = f"import refimpl; refimpl.load({str(path)!r}, threads={threads}).wait_until_kept()"
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONSAFEPATH": "1", "REFIMPL_CACHE_DIR": cache}, check=False,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", code], env=_environment(cache), capture_output=True)
+    if done.returncode:
+        raise ValueError(f"{path}: its weights could not be rearranged: {_last_line(done.stderr)}")
+
+
+def _last_line(said: bytes) -> str:
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else NOTHING
 
 
 def _settle(files: Sequence[Path], let_go: bool):
@@ -134,8 +144,11 @@ def _settle(files: Sequence[Path], let_go: bool):
 def _generating(path: Path, threads: int | None, *options: str, cache: str | None = None, **streams) -> subprocess.Popen:
     command = [sys.executable, "-m", "refimpl", "generate", "-m", str(path), "--temp", "0", *options,
                *(["-t", str(threads)] if threads else [])]
-    env = os.environ | {"PYTHONSAFEPATH": "1"} | ({"REFIMPL_CACHE_DIR": cache} if cache else {})
-    return subprocess.Popen(command, env=env, **streams)
+    return subprocess.Popen(command, env=_environment(cache), **streams)
+
+
+def _environment(cache: str | None) -> dict[str, str]:
+    return os.environ | {"PYTHONSAFEPATH": "1"} | ({"REFIMPL_CACHE_DIR": cache} if cache else {})
 
 
 def _most_private(running: subprocess.Popen) -> int:

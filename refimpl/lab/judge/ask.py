@@ -141,7 +141,7 @@ class Asking:
             if "tools" in conversation and "tools" not in (template or ""):
                 self.found.not_rendered[name] = "the file's template has no tools"
                 continue
-            if conversation.get("thinking") and not self.end.can_be_asked_to_think:
+            if conversation.get("thinking") and not self.end.thinking_fields(True):
                 self.found.not_rendered[name] = "this engine may not know how to be asked for it"
                 continue
             try:

@@ -47,10 +47,11 @@ class Endpoint:
         """Anywhere?"""
         return bool(self.n_top or self.chat_top)
 
-    @property
-    def can_be_asked_to_think(self) -> bool:
-        """Does this say how, to an engine of this name?"""
-        return bool(self.more) or self.engine.startswith("ollama")
+    def thinking_fields(self, thinking: bool) -> dict[str, object]:
+        """What asks this engine to think before it answers, or not to; nothing where it may not know how to be asked."""
+        if self.engine.startswith("ollama"):            # where models that can think do, unless told
+            return {"reasoning_effort": "high" if thinking else "none"}
+        return {"chat_template_kwargs": {"enable_thinking": thinking}} if self.more else {}
 
     def complete(self, prompt: str | Sequence[int], n_new: int, *, seed: int = 0, temperature: float = 1.0, cold: bool = False,
                  whole: bool = False) -> Answer:
@@ -88,13 +89,10 @@ class Endpoint:
     def chat(self, messages: Sequence[Mapping[str, object]], n_new: int, *, tools: Sequence[Mapping] = (), thinking: bool = False,
              seed: int = 0) -> Answer:
         """Answers a conversation with at most `n_new` tokens. Raises EndpointError."""
-        fields = {"messages": list(messages), "max_tokens": n_new, "temperature": 1.0, "seed": seed, **RAW, **self.more}
+        fields = {"messages": list(messages), "max_tokens": n_new, "temperature": 1.0, "seed": seed, **RAW, **self.more,
+                  **self.thinking_fields(thinking)}
         if tools:
             fields["tools"] = list(tools)
-        if self.more:
-            fields["chat_template_kwargs"] = {"enable_thinking": thinking}
-        if self.engine.startswith("ollama"):            # where models that can think do, unless told
-            fields["reasoning_effort"] = "high" if thinking else "none"
         if self.chat_top:
             fields |= {"logprobs": True, "top_logprobs": self.chat_top}
         if self.engine.startswith("vLLM"):
