@@ -158,7 +158,7 @@ def changed(seeds):
 
 @pytest.mark.parametrize("part", [0.2, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("target, n, always_the_same, shares", [
-    ("model", 5000, True, {"container": 0.2, "load": 0.05, "logits": 0.1}), ("model", 2000, False, {}),
+    ("model", 2500, True, {"container": 0.2, "load": 0.05, "logits": 0.1}), ("model", 1000, False, {}),
     ("projector", 1200, True, {"container": 0.1, "load": 0.05, "tokens": 0.1}), ("projector", 500, False, {}),
     ("directory", 1200, True, {"container": 0.1, "load": 0.1, "logits": 0.1}), ("directory", 500, False, {}),
     ("container", 400, True, {"container": 0.1, "read": 0.05}), ("header", 200, True, {"container": 0.1}),
@@ -194,7 +194,7 @@ def test_an_array_in_the_place_of_any_other_value(tmp_path, count):
         assert run_gguf(written(tmp_path, raw)) in ("load", "logits"), name
 
 
-@pytest.mark.parametrize(("decisions", "n"), [(gguf_decisions, 300), (projector_decisions, 100)])
+@pytest.mark.parametrize(("decisions", "n"), [(gguf_decisions, 150), (projector_decisions, 60)])
 def test_no_index_of_a_file_reaches_a_kernel_unchecked(tmp_path, decisions, n):
     """The same through the compiled kernels, which check nothing themselves."""
     run, came = decisions(tmp_path, "kernels"), Counter()

@@ -153,7 +153,7 @@ def test_the_needle(models):
     model, drafter = models["built-in"]
     rng = np.random.default_rng(4)
     needle = tuple(prompt(90, seed=8))
-    for turn in range(6):
+    for turn in range(4):
         scheduler = Scheduler(model, Prefixes(model, ENOUGH), N_CTX, drafter=drafter if turn % 2 else None, latency=0.001)
         others = [scheduler.submit(request(model, prompt(int(rng.integers(1, 200)), seed=turn * 9 + i), 12, SAMPLINGS[i % 3]), [].append)
                   for i in range(rng.integers(1, 6))]

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from numba import typeof
 from numba.core import types
 from numba.core.datamodel.models import OpaqueModel
-from numba.extending import NativeValue, overload_attribute, register_model, typeof_impl, unbox
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import NativeValue, infer_getattr, lower_getattr_generic, register_model, typeof_impl, unbox
 
 from refimpl.formats.quants.basic import mxfp4
 from refimpl.formats.quants.blocks import BLOCKS
@@ -197,17 +199,22 @@ def _unbox(fmt, obj, c):
     return NativeValue(c.context.get_dummy_value())
 
 
-def _constant(name: str):
-    @overload_attribute(FormatType, name)
-    def attribute(fmt):
-        value = getattr(fmt.format, name)
-        return lambda fmt: value
+CONSTANTS = {"elements", "n_sub", "per_sub", "n_bytes", "zero_point", "max_code", "scale", "has_minimum", "minimum", "scattered",
+             "dequantized", "integer", "signed", "run", "zero_in_pairs", "paired_sums", "widened", "unpacked"}
 
 
-for _name in ("elements", "n_sub", "per_sub", "n_bytes", "zero_point", "max_code", "scale", "has_minimum", "minimum", "scattered",
-              "dequantized", "integer", "signed", "run", "zero_in_pairs", "paired_sums", "widened",
-              "unpacked"):
-    _constant(_name)
+@infer_getattr
+class _ConstantTypes(AttributeTemplate):
+    key = FormatType
+
+    def generic_resolve(self, fmt, name):
+        return typeof(getattr(fmt.format, name)) if name in CONSTANTS else None
+
+
+@lower_getattr_generic(FormatType)
+def _constant(context, builder, fmt, value, name):
+    value = getattr(fmt.format, name)
+    return context.get_constant(typeof(value), value)
 
 
 # ---- fields of all rows or of half of them, from where the field of the first row begins
