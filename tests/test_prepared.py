@@ -308,6 +308,20 @@ def test_the_command_lists_and_clears(source, expected, tmp_path):
         tile_folders.remove([tmp_path])
 
 
+def test_what_a_killed_measurement_left_is_removed_and_a_running_ones_is_not(source, tmp_path):
+    """`fit --check` makes such folders."""
+    for name in ("trial-killed", "trial-at_work"):
+        inside = tmp_path / "cache" / name / "weights-0123456789abcdef"
+        inside.mkdir(parents=True)
+        (inside / "tiles").write_bytes(bytes(50_000))
+    with FileLock(tmp_path / "cache" / "trial-at_work" / "lock"):
+        code, out, _ = run("cache", "--json")
+        assert sorted((Path(entry["path"]).name, entry["current"]) for entry in json.loads(out)["weights"]) == [
+            ("trial-at_work", True), ("trial-killed", False)] and all(entry["bytes"] >= 50_000 for entry in json.loads(out)["weights"])
+        assert run("cache", "--clear", "old")[0] == 0
+    assert [path.name for path in (tmp_path / "cache").glob("trial-*")] == ["trial-at_work"]
+
+
 @pytest.mark.parametrize("size", ["x", "-1", "3 parsecs", ""])
 def test_a_size_that_is_none(size):
     assert_one_line(run("generate", "-p", "x", "--cache-disk", size), 2, "is no size")

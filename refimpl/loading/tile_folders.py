@@ -14,13 +14,14 @@ from refimpl.formats.hashing import stamp
 from refimpl.kernels.machine.cache_folder import cache_root
 
 NAME = re.compile(r"weights-[0-9a-f]{16}")
+TRIAL = re.compile(r"trial-\w+")    # a folder of such folders, of a measurement, which was killed if nobody holds its lock
 FREE_BYTES = 5 * 10**9              # of the disk stay free
 
 
 class TileFolder(NamedTuple):
-    """A folder with the tiles of a model. `name`, `files`: of the model, "" and () where the index cannot be read.
+    """A folder with the tiles of a model. `name`, `files`: of the model, "" and () where the index cannot be read, and for a trial's.
 
-    `current`: all of its files exist, and none has changed since the tiles were made.
+    `current`: all of its files exist, and none has changed since the tiles were made; the trial is under way.
     """
 
     path: Path
@@ -75,7 +76,19 @@ def _described(path: Path) -> TileFolder:
         index = json.loads((path / "index.json").read_bytes())
         name, files = str(index["name"]), tuple(str(file[0]) for file in index["files"])
         current = [stamp(file) for file in files] == index["files"]
+    if TRIAL.fullmatch(path.name):
+        name, current = "a measurement", _held(path / "lock")
     return TileFolder(path, name, files, _disk_bytes(path), _used(path), current)
+
+
+def _held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
 
 
 def _used(path: Path) -> float:
@@ -88,7 +101,7 @@ def _used(path: Path) -> float:
 def _disk_bytes(folder: Path) -> int:
     """What the folder's files take on the disk: a copy that is not complete has holes."""
     total = 0
-    for path in folder.glob("*"):
+    for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
             status = path.stat()
             total += status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
@@ -97,7 +110,8 @@ def _disk_bytes(folder: Path) -> int:
 
 def _folders() -> list[Path]:
     try:
-        return sorted(path for path in cache_root().iterdir() if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
+        return sorted(path for path in cache_root().iterdir()
+                      if (NAME.fullmatch(path.name) or TRIAL.fullmatch(path.name)) and path.is_dir() and not path.is_symlink())
     except OSError:
         return []
 

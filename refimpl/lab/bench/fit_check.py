@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from filelock import FileLock
 
 from refimpl.kernels.cores.threads import prepare
 from refimpl.kernels.machine.cache_folder import cache_root
@@ -95,7 +96,7 @@ def check_starts(path: Path, threads: int | None = None) -> dict[str, tuple[floa
     source = open_model(path)
     predicted = starts(memory_of(outlined(source), 512, np.dtype(np.float16)).weights, measure_room(kernel_backend("q8", prepare(threads))))
     measured = {}
-    with tempfile.TemporaryDirectory(dir=cache_root()) as root:                 # on the same disk
+    with tempfile.TemporaryDirectory(dir=cache_root(), prefix="trial-") as root, FileLock(Path(root) / "lock"):       # on the same disk
         if FOLDER is not None:
             (Path(root) / FOLDER.name).symlink_to(FOLDER)
         for which in predicted:
