@@ -145,7 +145,7 @@ def _called_in_kernels(function: Callable, parameters: inspect.Signature, part_f
     """Makes a kernel that calls `function` call what `part_for(types of the arguments)` compiles; with `may_differ`, for each row.
 
     Numba's own way to do so (`overload`) compiles a part once more for every kind of caller, and per_row would be one more function around
-    it; this halves the time.
+    it. This way a start that compiles takes a fifth less.
     """
     def resolve(context, args):
         differ = [may and isinstance(a, types.UniTuple) for may, a in zip(may_differ, args)] or [False] * len(args)
