@@ -4,7 +4,8 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from refimpl.formats.hashing import stamp
 from refimpl.kernels.machine.cache_folder import cache_root
 
 NAME = re.compile(r"weights-[0-9a-f]{16}")
-TRIAL = re.compile(r"trial-\w+")    # a folder of such folders, of a measurement, which was killed if nobody holds its lock
+TRIAL = re.compile(r"trial-\w+")    # see `trial`: killed, if nobody holds its lock
 FREE_BYTES = 5 * 10**9              # of the disk stay free
 
 
@@ -50,6 +51,13 @@ def remove(paths: Iterable[Path]):
         shutil.rmtree(path)
 
 
+@contextlib.contextmanager
+def trial() -> Iterator[Path]:
+    """A cache folder for a measurement, on the same disk, which is gone afterwards; what is left of one that is killed counts as old."""
+    with tempfile.TemporaryDirectory(dir=cache_root(), prefix="trial-") as root, FileLock(Path(root) / "lock"):
+        yield Path(root)
+
+
 def make_room(own: Path, n_bytes: int, total: int, limit: int) -> str | None:
     """Makes room for `n_bytes` more in the folder `own`, of `total` when it is complete: removes others, the least recently used first,
     until all of them together take at most `limit` bytes and the disk has FREE_BYTES left. None, or why there is no room; what cannot help
@@ -72,12 +80,12 @@ def make_room(own: Path, n_bytes: int, total: int, limit: int) -> str | None:
 
 def _described(path: Path) -> TileFolder:
     name, files, current = "", (), False
+    if TRIAL.fullmatch(path.name):
+        return TileFolder(path, "a measurement", (), _disk_bytes(path), _used(path), _held(path / "lock"))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         index = json.loads((path / "index.json").read_bytes())
         name, files = str(index["name"]), tuple(str(file[0]) for file in index["files"])
         current = [stamp(file) for file in files] == index["files"]
-    if TRIAL.fullmatch(path.name):
-        name, current = "a measurement", _held(path / "lock")
     return TileFolder(path, name, files, _disk_bytes(path), _used(path), current)
 
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import numba
@@ -88,14 +89,14 @@ class _Cache(FunctionCache):
 
 def inline(function) -> Callable:
     """Makes a function part of every kernel that uses it. Called from Python it stays plain Python."""
-    part = _compiled_part(function)
-    return _called_in_kernels(function, inspect.signature(function), lambda args: part)
+    part = numba.njit(function, **INLINE)
+    return _called_in_kernels(function, lambda args: part)
 
 
 def out_of_line(function) -> Callable:
     """As `inline`, for a part that is large: it stays a function that is called."""
     part = numba.njit(function, **CALLED)
-    return _called_in_kernels(function, inspect.signature(function), lambda args: part)
+    return _called_in_kernels(function, lambda args: part)
 
 
 def by_format(bodies: dict[str, Callable] | Callable) -> Callable:
@@ -112,8 +113,8 @@ def by_format(bodies: dict[str, Callable] | Callable) -> Callable:
 
         @functools.cache
         def part_of(fmt):
-            return _compiled_part(body_of(fmt))
-        return _called_in_kernels(chosen, inspect.signature(declared), lambda args: part_of(args[0].format))
+            return numba.njit(body_of(fmt), **INLINE)
+        return _called_in_kernels(chosen, lambda args: part_of(args[0].format))
     return define
 
 
@@ -124,31 +125,25 @@ def per_row(function: Callable | None = None, *, shared: tuple[str, ...] = ()) -
     """
     if function is None:
         return functools.partial(per_row, shared=shared)
-    signature, part = inspect.signature(function), _compiled_part(function)
-    may_differ = [name not in shared for name in signature.parameters]
+    part, may_differ = numba.njit(function, **INLINE), [name not in shared for name in inspect.signature(function).parameters]
 
+    @functools.wraps(function)
     def several(*args):
         differ = [may and type(a) is tuple for may, a in zip(may_differ, args)]
         n = len(args[differ.index(True)])
         return tuple(function(*(a[i] if own else a for own, a in zip(differ, args))) for i in range(n))
-
-    several.__name__, several.__doc__ = function.__name__, function.__doc__
-    return _called_in_kernels(several, signature, lambda args: part, may_differ)
+    return _called_in_kernels(several, lambda args: part, may_differ)
 
 
-@functools.cache
-def _compiled_part(function: Callable) -> Callable:
-    return numba.njit(function, **INLINE)
-
-
-def _called_in_kernels(function: Callable, parameters: inspect.Signature, part_for: Callable, may_differ: Sequence[bool] = ()) -> Callable:
-    """Makes a kernel that calls `function` call what `part_for(types of the arguments)` compiles; with `may_differ`, for each row.
+def _called_in_kernels(function: Callable, part_for: Callable, may_differ: Sequence[bool] = ()) -> Callable:
+    """Makes a kernel that calls `function` call `part_for(types of the arguments)`, compiled for these. Where arguments that
+    `may_differ` are tuples, it is called for each row.
 
     Numba's own way to do so (`overload`) compiles a part once more for every kind of caller, and per_row would be one more function around
     it. This way a start that compiles takes a fifth less.
     """
     def resolve(context, args):
-        differ = [may and isinstance(a, types.UniTuple) for may, a in zip(may_differ, args)] or [False] * len(args)
+        differ = [may and isinstance(a, types.UniTuple) for may, a in zip(may_differ or repeat(False), args)]
         part = types.Dispatcher(part_for(args))
         return differ, part, part.get_call_type(context, [a.dtype if own else a for own, a in zip(differ, args)], {})
 
@@ -157,7 +152,7 @@ def _called_in_kernels(function: Callable, parameters: inspect.Signature, part_f
         def returned(*args):
             differ, _, one = resolve(context, args)
             return types.UniTuple(one.return_type, args[differ.index(True)].count) if True in differ else one.return_type
-        returned.__signature__ = parameters
+        returned.__signature__ = inspect.signature(function)
         return returned
 
     @lower_builtin(function, types.VarArg(types.Any))

@@ -16,16 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from filelock import FileLock
 
 from refimpl.kernels.cores.threads import prepare
-from refimpl.kernels.machine.cache_folder import cache_root
 from refimpl.kernels.machine.jit import FOLDER
 from refimpl.lab.bench.bench import Plan, bench
 from refimpl.lab.bench.disk import measure_room
 from refimpl.lab.bench.fit import starts
 from refimpl.lab.bench.predict import memory_of, outlined
 from refimpl.loading.open import open_model
+from refimpl.loading.tile_folders import trial
 from refimpl.model.backend import kernel_backend
 from refimpl.progress import silent
 
@@ -96,14 +95,14 @@ def check_starts(path: Path, threads: int | None = None) -> dict[str, tuple[floa
     source = open_model(path)
     predicted = starts(memory_of(outlined(source), 512, np.dtype(np.float16)).weights, measure_room(kernel_backend("q8", prepare(threads))))
     measured = {}
-    with tempfile.TemporaryDirectory(dir=cache_root(), prefix="trial-") as root, FileLock(Path(root) / "lock"):       # on the same disk
+    with trial() as root:
         if FOLDER is not None:
-            (Path(root) / FOLDER.name).symlink_to(FOLDER)
+            (root / FOLDER.name).symlink_to(FOLDER)
         for which in predicted:
-            _settle([*source.files(), *Path(root).glob("weights-*/*")], let_go=which != "next")
-            measured[which] = _seconds_to_a_token(path, threads, root)
+            _settle([*source.files(), *root.glob("weights-*/*")], let_go=which != "next")
+            measured[which] = _seconds_to_a_token(path, threads, str(root))
             if which == "first":
-                _keep(path, threads, root)
+                _keep(path, threads, str(root))
     return {which: (predicted[which], seconds) for which, seconds in measured.items()}
 
 
