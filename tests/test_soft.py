@@ -89,7 +89,7 @@ def model(tmp_path_factory):
     return refimpl.load(write_model(tmp_path_factory.mktemp("soft") / "model.gguf", random_model("26B-A4B"), "Q8_0"), threads=1)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_the_bits_do_not_depend_on_how_a_prompt_is_read(model, data):
     """In any cut, beside another sequence, after what was read before."""

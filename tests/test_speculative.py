@@ -124,9 +124,9 @@ def test_other_arithmetic(tmp_path, picked, backend):
     model = refimpl.load(write_model(tmp_path / "m.gguf", random_model("26B-A4B")), **backend)
     drafter = refimpl.load_drafter(write_drafter(tmp_path / "d.gguf", random_drafter("26B-A4B")), model)
     for sampling in SAMPLINGS[:2]:
-        want = run(picked, model, prompt(9), 16, **sampling)
+        want = run(picked, model, prompt(9), 30, **sampling)
         for made in (drafter, Scripted(model, prompt(9) + want[0], lambda: 2)):
-            assert_same(picked, model, made, prompt(9), 16, want, draft_max=4, **sampling)
+            assert_same(picked, model, made, prompt(9), 30, want, draft_max=4, **sampling)
 
 
 def test_rings_that_wrap(pairs, picked, monkeypatch):

@@ -125,7 +125,7 @@ def test_text_is_not_stuck(built_in):
 def test_quick_attention_experts_and_loss_equal_transformers():
     torch.manual_seed(0)
     model = network.build_model(0)
-    ids = torch.randint(0, 4096, (1, 257))
+    ids = torch.randint(0, 4096, (2, 257))
     x, y = ids[:, :-1], ids[:, 1:]
 
     def gradients(attention, experts, masks):
@@ -264,7 +264,7 @@ def test_a_drafter_that_ships_predicts_held_out_code(name, monkeypatch):
     from refimpl.tiny import evaluate_drafter
 
     text = corpus.read_corpus()
-    some = dataclasses.replace(text, library=dict(list(text.library.items())[::24]), tests={})
+    some = dataclasses.replace(text, library=dict(list(text.library.items())[::8]), tests={})
     monkeypatch.setattr(evaluate_drafter, "read_corpus", lambda: some)
     found = evaluate_drafter.evaluate(name, 3, 4, 0.0)
     print(f"\n{found}")
