@@ -1,6 +1,11 @@
 """Models and folders that several test modules share."""
 
+import gc
 import os
+
+# read when torch or Numba load their OpenMP: two workers and their processes share the cores, and an idle thread that spins takes one
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import signal
 from types import SimpleNamespace
 
@@ -33,6 +38,11 @@ def shared_folder(tmp_path_factory):
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()             # what was imported stays: no later collection looks through it again
 
 
 # ---- the order of files, and what was left out, which pytest-xdist does not say

@@ -26,10 +26,11 @@ from refimpl.kernels.machine.tiles import tiled
 HERE = Path(__file__).parent
 AVAILABLE = ORDER[:ORDER.index(BEST) + 1][::-1]         # the best set first
 ALL_SETS_ALL_TYPES = "REFIMPL_TESTS_ALL_TYPES"          # an environment variable
-# one type for each way through the kernels: what differs between sets are intrinsics, and test_simd.py compares all of those. avxvnni has
-# the intrinsics of avx2 but for dot products of 8-bit integers
+# one type for each way through the kernels: what differs between sets are intrinsics, and test_simd.py compares all of those. The slowest
+# to compile has those of its models only; avxvnni has the intrinsics of avx2 but for dot products of 8-bit integers
+ALL_TYPES = dict.fromkeys(("matmul_q8", "matmul"), TYPES)
 SOME_TYPES = {"matmul_q8": ("Q4_0", "Q8_0", "Q4_K", "Q6_K"), "matmul": ("Q4_0", "F32")}
-DOT_PRODUCTS = {"matmul_q8": ("Q4_0", "Q8_0"), "matmul": ()}
+FEW_TYPES = {"portable": {"matmul_q8": ("Q4_0",), "matmul": ("F32",)}, "avxvnni": {"matmul_q8": ("Q4_0", "Q8_0"), "matmul": ()}}
 
 
 def digest(array: np.ndarray) -> str:
@@ -60,13 +61,14 @@ def digests(threads: int, types: dict[str, tuple[str, ...]], paths: list[str], c
     for name, blocks in types.items():
         for block in reversed(blocks):           # another process, of test_kernels.py, begins with the first: each compiles for both
             found[f"{name} {block}"] = digest(getattr(matmul, name)(rows(11, 512), tiled(matrix(block, 75, 512), threads)))
-    if types != DOT_PRODUCTS:
-        for name in ATTENTION:
-            found[f"attend, {name}"] = digest(attend(*attention_case(name)))
-        for name, function, arguments in (*ops_cases(), *tower_cases()):
-            found[name] = digest(function(*arguments))
-    for path in [None, *(paths if types != DOT_PRODUCTS else ())]:
-        for arithmetic in ("q8", "exact") if path is None and types["matmul"] == TYPES else ("q8",):
+    if types == FEW_TYPES["avxvnni"]:
+        return found
+    for name in ATTENTION:
+        found[f"attend, {name}"] = digest(attend(*attention_case(name)))
+    for name, function, arguments in (*ops_cases(), *tower_cases()):
+        found[name] = digest(function(*arguments))
+    for path in [None, *paths]:
+        for arithmetic in ("q8", "exact") if path is None and types == ALL_TYPES else ("q8",):
             name, model = f"{Path(path or 'built-in').stem} {arithmetic}", refimpl.load(path, arithmetic=arithmetic, threads=threads)
             ids = np.random.default_rng(0).integers(5, model.config.n_vocab, 530 if path is None else 70)
             found[name] = digest(model.logits(ids))
@@ -81,8 +83,7 @@ def main(out: str, *paths: str):
     """The process: writes {"isa", "intrinsics": what pytest said, "digests": {threads: hashes}} into the file `out`."""
     import pytest
 
-    every = ISA == BEST or os.environ.get(ALL_SETS_ALL_TYPES)
-    types = dict.fromkeys(SOME_TYPES, TYPES) if every else DOT_PRODUCTS if ISA == "avxvnni" else SOME_TYPES
+    types = ALL_TYPES if os.environ.get(ALL_SETS_ALL_TYPES) else SOME_TYPES if ISA == BEST else FEW_TYPES.get(ISA, SOME_TYPES)
     found = {str(threads): digests(threads, types, list(paths), cut=threads == 2 and ISA == BEST)
              for threads in ((2, 1, 3) if ISA == BEST else (2,))}
     # minutes of compiling, and the hashes say the same of all intrinsics together: only where everything is asked for

@@ -1,6 +1,7 @@
 """What the tests of kernels compute: random weights and rows, the shapes of attention, the cases of the small kernels."""
 
 import numpy as np
+import pytest
 
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.codecs import quantize
@@ -9,7 +10,18 @@ from refimpl.model.blocks import layer_of
 
 INTEGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 TYPES = (*INTEGER, "F16", "BF16", "F32")
+# compiled in every run: one type for each way through a product. In plain Python the others are beside their twins too
+OFTEN = {"matmul_q8": ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16", "F32"), "matmul": ("Q4_0", "F16", "BF16", "F32")}
 WIDTHS = (1, 5, 15, 16, 17, 64, 100, 2816)          # of rows that the small kernels are given
+
+
+def often(cases):
+    """Parameters of a test that compiles kernels: cases as text, such as "matmul_q8 Q4_0 7 rows". Types that are rare are exhaustive."""
+    def is_often(case):
+        name, *words = case.split()
+        chosen = OFTEN[name] if name in OFTEN else ("Q4_0", "Q6_K", "F32") if name == "matmul_chosen" else ("Q4_0",)
+        return all(word in chosen for word in words if word in TYPES)
+    return [pytest.param(case, marks=() if is_often(case) else pytest.mark.exhaustive, id=case) for case in cases]
 
 
 def matrix(block: str, *shape: int, seed: int = 0) -> Matrix:

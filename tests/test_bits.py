@@ -36,16 +36,16 @@ def test_every_intrinsic_has_the_bits_of_its_meaning(isa, found):
 @pytest.mark.parametrize("isa", OTHERS)
 def test_every_instruction_set_gives_the_same_bits(isa, found):
     """One type for each way through the kernels, attention, the small kernels, the five shapes and the model that ships in q8; avxvnni,
-    which is avx2 but for dot products, with two types and the model that ships.
+    which is avx2 but for dot products, with two types alone.
     """
     digests = found(isa)["digests"]["2"]        # before the best set's: test_kernels.py compiles for that one meanwhile
-    assert len(digests) > 50 or isa == "avxvnni" and len(digests) == 3
+    assert len(digests) > 50 or isa == "avxvnni" and len(digests) == 2
     assert_same(digests, found(BEST)["digests"]["2"])
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "3"])
 def test_any_number_of_threads_gives_the_same_bits(threads, found):
-    """All types one by one, attention, the small kernels, the five shapes, the model that ships; with 2 threads also prompts in parts."""
+    """Some types one by one, attention, the small kernels, the five shapes, the model that ships; with 2 threads also prompts in parts."""
     digests = found(BEST)["digests"]
     assert len(digests[threads]) == len(digests["1"]) > 60
     assert_same(digests[threads], digests["1"])
@@ -55,6 +55,6 @@ def test_any_number_of_threads_gives_the_same_bits(threads, found):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("isa", OTHERS)
 def test_every_instruction_set_gives_the_same_bits_for_every_type(isa, found):
-    digests, best = found(isa, every_type=True)["digests"]["2"], found(BEST)["digests"]["2"]
+    digests, best = (found(each, every_type=True)["digests"]["2"] for each in (isa, BEST))
     assert digests.keys() == best.keys()
     assert_same(digests, best)

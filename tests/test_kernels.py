@@ -12,7 +12,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from kernel_cases import INTEGER, TYPES, causal, in_blocks, matrix, rows, same
+from kernel_cases import INTEGER, TYPES, causal, in_blocks, matrix, often, rows, same
 
 from refimpl.formats.matrix import Matrix
 from refimpl.formats.quants.blocks import BLOCKS
@@ -175,17 +175,21 @@ def close(got, want, bound):
         assert (np.abs(a.astype(np.float64) - b) <= limit).all(), np.abs(a.astype(np.float64) - b).max()
 
 
-# a third pair of types in experts is compiled for nothing new: their products are those of `matmul`
-RARE = [case for case in TABLE if case.startswith("run_experts q8 Q2_K MXFP4")]
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.exhaustive) if case in RARE else case for case in TABLE])
+@pytest.mark.parametrize("case", often(TABLE))
 def test_kernel_and_twin(case):
     make, *arguments = TABLE[case]
     ours, our_args, theirs, their_args, bound = make(*arguments)
     close(ours(*our_args), theirs(*their_args), bound)
 
 
+@pytest.fixture(params=["plain Python", pytest.param("compiled", marks=pytest.mark.exhaustive)])
+def of_rare_types(request):
+    """Kernels for types that are not compiled in every run."""
+    with as_plain_python(set()) if request.param == "plain Python" else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("of_rare_types")
 @pytest.mark.parametrize("block", ["Q2_K", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"])
 def test_random_bytes_are_the_weights_that_the_reference_sees(block):
     """Scales, minimums and codes that no quantizer writes. Exact arithmetic on unit vectors gives the weights themselves, bit for bit."""
@@ -198,9 +202,9 @@ def test_random_bytes_are_the_weights_that_the_reference_sees(block):
     if block == "MXFP4":
         records["e"] = np.concatenate([[0, 1, 2, 254, 255], rng.integers(0, 256, records.size - 5)]).reshape(records.shape)
     w, kernels = Matrix(raw, block), next(twins("matmul"))
-    columns = rng.permutation(w.shape[1])[:64]
-    x = np.zeros((64, w.shape[1]), np.float32)
-    x[np.arange(64), columns] = 1
+    columns = rng.permutation(w.shape[1])[:24]
+    x = np.zeros((24, w.shape[1]), np.float32)
+    x[np.arange(24), columns] = 1
     want = w.float32()[:, columns].T
     finite = np.isfinite(w.float32()).all(axis=1)                  # infinity times the zeros beside it is NaN
     got = kernels.matmul(x, tiled(w, 1))
@@ -226,6 +230,7 @@ def test_no_code_is_larger_than_the_format_says(block):
         assert (total.view(np.int16) == start + fmt.run * 2 * value * (code - 128 * (fmt.max_code > 128))).all()
 
 
+@pytest.mark.usefixtures("of_rare_types")
 def test_every_exponent_in_8_bits():
     """MXFP4, all 256 exponents, with activations that neither vanish nor overflow."""
     records = np.random.default_rng(0).integers(0, 256, (256, 17), dtype=np.uint8)
@@ -239,32 +244,41 @@ def test_every_exponent_in_8_bits():
         assert same(got, want) and np.isfinite(got).all() and (got != 0).all()
 
 
-SMALL = ("matmul_q8 Q4_0 one block", "matmul_q8 Q4_1 1x1x256", "matmul_q8 Q5_0 1x1x256", "matmul_q8 Q5_1 1x1x256", "matmul_q8 Q8_0 1x1x256",
-         "matmul_q8 Q2_K 6x16x256", "matmul_q8 Q3_K 1x1x256", "matmul_q8 IQ4_NL 1x1x256", "matmul_q8 IQ4_XS 6x16x256",
-         "matmul_q8 MXFP4 1x1x256", "matmul MXFP4 1x1x256", "matmul IQ4_XS 1x1x256", "matmul Q3_K 1x1x256", "matmul Q2_K 1x1x256",
-         "matmul_q8 Q8_0 9 rows", "matmul_q8 Q4_K 6x16x256", "matmul_q8 Q5_K 1x1x256", "matmul_q8 Q6_K 6x16x256", "matmul Q4_0 1x1x256",
-         "matmul Q6_K 1x1x256",
-         "matmul Q5_K 1x1x256", "matmul BF16 6x16x256", "matmul_q8 F16 odd width", "matmul F32 odd width",
-         "run_experts q8 Q4_0 Q4_0 1 tokens", "matmul_chosen q8 Q4_0 1 rows", "matmul_chosen exact Q6_K 1 rows",
+SMALL = (*(f"{name} {block} {size}" for name in ("matmul", "matmul_q8") for block in TYPES for size in ("1x1x256", "6x16x256")),
+         "matmul_q8 Q4_0 one block", "matmul_q8 Q8_0 9 rows", "matmul_q8 IQ4_NL 9 rows", "matmul_q8 F16 odd width", "matmul F32 odd width",
+         "run_experts q8 Q4_0 Q4_0 1 tokens", "run_experts q8 Q4_K Q8_0 1 tokens", "run_experts q8 Q2_K MXFP4 1 tokens",
+         "run_experts exact Q4_0 Q4_0 1 tokens", "matmul_chosen q8 Q4_0 1 rows", "matmul_chosen exact Q6_K 1 rows",
          "route", "route more than 16", "attend window", "attend half", "attend full", "rms_norm", "rms_norm of one",
          "rms_normalise", "gated", "rotate", "softcap",
          "layer_norm", "silu", "glu", "limit", "attend_all one", "attend_band", "attend_band one")
 
 
-def test_compiled_and_as_plain_python():
-    """The same bits; and no kernel is left out. Plain Python checks every access against the array that it points into."""
+def test_as_plain_python_beside_its_twin():
+    """All types, and no kernel is left out. Plain Python checks every access against the array that it points into."""
     called = set()
-    for case in SMALL:
-        make, *arguments = TABLE[case]
-        ours, our_args, *_ = make(*arguments)
-        compiled = ours(*our_args)
-        with as_plain_python(called):
-            ours, our_args, *_ = make(*arguments)
-            plain = ours(*our_args)
-        for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (compiled, plain))):
-            assert same(a, b), case
+    with as_plain_python(called):
+        for case in SMALL:
+            make, *arguments = TABLE[case]
+            ours, our_args, theirs, their_args, bound = make(*arguments)
+            try:
+                close(ours(*our_args), theirs(*their_args), bound)
+            except Exception as e:
+                e.add_note(case)
+                raise
     missing = {name for name, kernel in jit.KERNELS.items() if kernel.py_func.__module__.startswith("refimpl.kernels.")} - called
     assert not missing, f"no case of the table reaches {missing}"
+
+
+@pytest.mark.parametrize("case", often(SMALL))
+def test_compiled_and_as_plain_python(case):
+    make, *arguments = TABLE[case]
+    ours, our_args, *_ = make(*arguments)
+    compiled = ours(*our_args)
+    with as_plain_python(set()):
+        ours, our_args, *_ = make(*arguments)
+        plain = ours(*our_args)
+    for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (compiled, plain))):
+        assert same(a, b)
 
 
 def test_every_kernel_has_its_twin():
@@ -284,9 +298,9 @@ def test_every_kernel_has_its_twin():
 
 # ---- the same bits however the work is cut up
 
-@pytest.mark.parametrize("block", TYPES)
-@pytest.mark.parametrize("name", ["matmul", "matmul_q8"])
-def test_any_rows_and_threads_give_the_same_bits(name, block):
+@pytest.mark.parametrize("case", often(f"{name} {block}" for name in ("matmul", "matmul_q8") for block in TYPES))
+def test_any_rows_and_threads_give_the_same_bits(case):
+    name, block = case.split()
     function = getattr(next(twins("matmul")), name)
     w, x = tiled(matrix(block, 75, 512), 2), rows(70, 512)
     whole = function(x, w)
@@ -300,8 +314,9 @@ def test_any_rows_and_threads_give_the_same_bits(name, block):
         numba.set_num_threads(before)
 
 
-@pytest.mark.parametrize("block,back", [("Q4_0", "Q4_0"), ("Q4_K", "Q8_0")])          # compiled for the table too
-def test_experts_in_any_rows_and_threads(block, back):
+@pytest.mark.parametrize("case", often(["run_experts Q4_0 Q4_0", "run_experts Q4_K Q8_0"]))
+def test_experts_in_any_rows_and_threads(case):
+    _, block, back = case.split()
     moe = next(twins("moe"))
     rng = np.random.default_rng(0)
     gate, up, down = (tiled(matrix(name, 12, *shape, seed=i), 2)
@@ -383,12 +398,14 @@ def test_arguments_are_checked_before_compiled_code_sees_them():
         moe.route(rows(1, 4), 5, np.ones(4, np.float32))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("cases", [
     "(matmul_q8 and Q4_0 and one and block) or (F32 and odd) or route or gated or rotate or softcap or half or norm or lu or band",
-    pytest.param("block or odd or tokens and Q4_0 and not Q4_K or attend or 5x40x512 and Q6_K", marks=pytest.mark.exhaustive)])
+    "block or odd or tokens and Q4_0 and not Q4_K or attend or 5x40x512 and Q6_K"])
 def test_array_accesses_stay_in_bounds(cases):
-    """Part of the table again in a process where Numba checks every index. (Addresses are checked in plain Python, above.)"""
-    command = [sys.executable, "-m", "pytest", __file__, *"-q -n 0 -p no:cacheprovider -k".split(), f"test_kernel_and_twin and ({cases})"]
+    """Part of the table again in a process where Numba checks every index. (In every run plain Python does, above, and addresses too.)"""
+    command = [sys.executable, "-m", "pytest", __file__, *"-q -n 0 -p no:cacheprovider".split(),
+               "-m", "", "-k", f"test_kernel_and_twin and ({cases})"]
     checked = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_OPT": "0"}        # not optimized: a third less time, the same accesses
     done = subprocess.run(command, env=checked, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout[-3000:]
