@@ -102,10 +102,10 @@ class Between(Http):
         return self.change(path, None, super().get(path))
 
     def post(self, path, fields):
-        asked = self.ask(path, dict(fields))
-        return self.change(path, fields, super().post(path, asked))
+        return self.change(path, fields, self.sent(path, self.ask(path, dict(fields))))
 
-
+    def sent(self, path, fields):
+        return super().post(path, fields)
 
 
 class Continuing(Http):

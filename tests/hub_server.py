@@ -1,11 +1,18 @@
-"""A hub on this machine: the part of the Hugging Face protocol that downloads use, with faults to order."""
+"""A hub on this machine: the part of the Hugging Face protocol that downloads use, with faults to order, and processes that ask it."""
 
 import hashlib
 import json
+import multiprocessing
+import os
+import tempfile
 import threading
+import time
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -107,3 +114,65 @@ def is_large(name):
 
 def git_id(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+# ---- processes that ask: huggingface_hub reads the environment when it is imported, so every one imports it anew, and nothing else
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["refimpl.cli", "refimpl.loading.hub", "httpx", "httpx2", "requests", "tqdm", "yaml"])
+
+
+def elsewhere(environment, function, *args, largest_file=None):
+    """(what `function(*args)` gives, what is said) in a process of its own with this environment. `largest_file`: its bytes."""
+    here, there = FORKS.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as said:
+        process = FORKS.Process(target=_called, args=(there, said.name, environment, largest_file, function, args))
+        process.start()
+        there.close()
+        try:
+            result = here.recv() if here.poll(120) else None
+        except EOFError:                # it ended before
+            result = None
+        finally:
+            process.join(5)
+            process.kill()
+        assert process.exitcode == 0, (process.exitcode, said.read().decode())
+        return result, said.read().decode()
+
+
+def _called(there, said, environment, largest_file, function, args):
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    file = os.open(said, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    if largest_file is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    time.sleep = lambda seconds: None               # huggingface_hub waits a second between two tries
+    there.send(function(*args))
+
+
+def answers(specs, role):
+    """What `local` answers for each, errors in words, and all warnings."""
+    from refimpl import HubError
+    from refimpl.loading.hub import local
+
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for spec in specs:
+            try:
+                found.append(str(local(spec, role)))
+            except HubError as error:
+                found.append(error.__class__.__name__ + " " + str(error))
+    return found, [str(w.message) for w in caught]
+
+
+def commands(lines):
+    """What `cli.run` gives for each line of arguments."""
+    import cli
+
+    return [cli.run(*line, stdin="hello\n") for line in lines]

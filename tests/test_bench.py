@@ -227,7 +227,7 @@ def test_one_test_alone(quick):
         bench(None, Plan(0, 0))
 
 
-def test_on_the_command_line():
+def test_on_the_command_line(quick):
     code, out, err = run("bench", "-p", 8, "-n", 3, "-r", 2, "-d", 2, "--backend", "reference", "--json")
     result = json.loads(out)
     assert code == 0 and err == "" and result["plan"]["depth"] == 2 and result["plan"]["backend"] == "reference"

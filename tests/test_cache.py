@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from few_layers import few_layers
 from shapes import SHAPES, prompt, random_model, reference, write_model
 
 from refimpl.model.cache import Cache, ContextFull, cache_bytes
@@ -11,7 +12,7 @@ from refimpl.model.config import LayerSpec
 
 
 def model_of(shape, tmp_path):
-    return reference(write_model(tmp_path / "m.gguf", random_model(shape)))
+    return reference(write_model(tmp_path / "m.gguf", random_model(shape, **few_layers(shape))))
 
 
 def positions(layer, first, end):

@@ -6,7 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 from cli import ROOT, assert_one_line, process, run
@@ -246,28 +245,28 @@ def test_a_pipe_gets_the_answer_without_thoughts(model, monkeypatch, tmp_path):
 # ---- a real model
 
 def test_what_was_read_is_not_read_again_and_a_full_context_goes_on(model, tmp_path):
-    chat = Chat(model, "-n", 40, "-c", 256, "--temp", 0, "-v", data=tmp_path, env={"NO_COLOR": "1"})
+    chat = Chat(model, "-n", 24, "-c", 128, "--temp", 0, "-v", data=tmp_path, env={"NO_COLOR": "1"})
     first = chat.say("def first(x):")
     assert "reused 0 tokens, read" in first and "begins like it" in first
     second = chat.say("def second(x):")
     empty_thought = 6           # tokens that the template puts before an answer, but not before earlier ones
     known = int(second.split("reused ")[1].split()[0])          # more where there was time to read ahead
     assert known >= int(first.split(", read ")[1].split()[0]) - empty_thought
-    said = [second, *(chat.say(f"def f{i}(x): return x + {i}") for i in range(6))]
-    assert any("tokens of context are left; /drop" in text and "-c 512" in text for text in said)
-    assert any("256 tokens is full; /drop" in text or "the context holds 256; /drop" in text for text in said)
+    said = [second, *(chat.say(f"def f{i}(x): return x + {i}") for i in range(3))]
+    assert any("tokens of context are left; /drop" in text and "-c 256" in text for text in said)
+    assert any("128 tokens is full; /drop" in text or "the context holds 128; /drop" in text for text in said)
     chat.keys(CTRL_C)
     chat.ready()
-    for _ in range(8):
+    for _ in range(5):
         chat.say("/drop")
     assert "reused" in chat.say("\x15def again(x):")
     assert chat.end(CTRL_D) == 0
 
 
 def test_without_a_limit_an_answer_is_stopped_and_the_conversation_goes_on(model, tmp_path):
-    chat = Chat(model, "--temp", "1.5", "--session", "s", data=tmp_path)
+    chat = Chat(model, *REFERENCE, "--temp", "1.5", "--session", "s", data=tmp_path)
     chat.keys("class A:\r")
-    time.sleep(1)
+    chat.terminal.expect(r"\x1b\[1A\x1b\[2K[^\x1b]{20}")          # behind the bar of the prompt: words of the answer
     chat.keys(CTRL_C)
     chat.ready()
     assert spoken(tmp_path)[0] == "class A:" and "tokens" in chat.say("/stats")
@@ -342,8 +341,9 @@ def test_a_full_disk_leaves_the_old_transcript(tmp_path):
 
 # ---- pipes
 
-def test_standard_input_is_one_message(model):
-    code, out, err = process("chat", model, "-n", 5, "--temp", 0, *REFERENCE, stdin="def a(x):\n\n/exit\n")
+@pytest.mark.parametrize("called", [run, pytest.param(process, marks=pytest.mark.exhaustive)])
+def test_standard_input_is_one_message(model, called):
+    code, out, err = called("chat", model, "-n", 5, "--temp", 0, *REFERENCE, stdin="def a(x):\n\n/exit\n")
     assert code == 0 and out.strip() and err == "stopped at 5 tokens (-n)\n"
     assert run("chat", model, *REFERENCE, stdin="\n") == (0, "", "note: standard input is empty, there is nothing to answer\n")
     assert_one_line(run("chat", model, *REFERENCE, stdin=b"caf\xe9"), 1, "not UTF-8")

@@ -1,8 +1,11 @@
 """The command line as a user meets it: its output, its complaints, its exit status."""
 
+import contextlib
 import errno
+import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -114,21 +117,31 @@ def test_empty_prompt_is_a_prompt():
 
 
 def test_closed_pipe_ends_quietly():
-    command = f"{sys.executable} -m refimpl generate -p 'def ' -n 200 --temp 0 | head -c 1"
+    command = f"{sys.executable} -m refimpl generate -p 'def ' -n 200 --temp 0 --backend reference | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=120)
     assert done.stdout == b"d" and done.stderr == b""
 
 
+def on_a_full_disk(*args) -> tuple[int, str]:
+    """(exit status, standard error) of `refimpl ARGS` in this process, where nothing can be written to standard output."""
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full), contextlib.redirect_stderr(io.StringIO()) as err:
+        return refimpl.cli.status(list(args)), err.getvalue()
+
+
 def test_a_full_disk_gets_one_line_and_leaves_nothing(tmp_path):
-    for command in ("generate -p 'def ' -n 3", "generate -p 'def ' -n 3 --json", "inspect"):
-        line = f"{sys.executable} -m refimpl {command} > /dev/full"
-        done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=ROOT, timeout=120)
-        assert done.returncode == 1 and done.stderr == b"refimpl: standard output: No space left on device\n", (command, done.stderr)
+    line = f"{sys.executable} -m refimpl generate -p 'def ' -n 3 --backend reference > /dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and done.stderr == b"refimpl: standard output: No space left on device\n", done.stderr
+    for command in (["generate", "-p", "def ", "-n", "3"], ["generate", "-p", "def ", "-n", "3", "--json"], ["inspect"]):
+        assert on_a_full_disk(*command) == (1, done.stderr.decode()), command
     target = tmp_path / "nowhere" / "x.gguf"
     assert_one_line(run("synth", "E2B-assistant", "-o", target), 1, f"{target}: No such file")
-    limited = f"ulimit -f 20000; {sys.executable} -m refimpl synth E2B-assistant -o {tmp_path / 'x.gguf'}"      # in blocks of 1 kB
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 1 and done.stderr.decode().startswith(f"refimpl: {tmp_path / 'x.gguf'}: ") and done.stderr.count(b"\n") == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, before[1]))
+    try:
+        assert_one_line(run("synth", "E2B-assistant", "-o", tmp_path / "x.gguf"), 1, f"refimpl: {tmp_path / 'x.gguf'}: ")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 
@@ -142,7 +155,7 @@ def test_what_cannot_be_written_is_called_by_the_name_that_was_asked_for(tmp_pat
 
 
 def test_ctrl_c_keeps_what_was_said():
-    command = [sys.executable, "-m", "refimpl", "generate", "-p", "def ", "-n", "100000", "--temp", "1"]
+    command = [sys.executable, "-m", "refimpl", "generate", "-p", "def ", "-n", "100000", "--temp", "1", "--backend", "reference"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         said = b""
         while len(said) < 40 and (more := process.stdout.read1()):

@@ -2,8 +2,9 @@
 
 import json
 import os
+import pickle
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -69,7 +70,25 @@ def test_three_processes_one_of_them_killed_give_the_same_bits(ple, text, tmp_pa
     assert len(tokens) == one["tokens"] and tokens.nll.mean() == pytest.approx(one["nll"])
 
 
-def test_a_judgement_is_the_same_by_three_processes(tmp_path, address):
+class Backwards:
+    """A cluster in this process: what it is given and gives travels as bytes, the last task first."""
+
+    def each(self, function, tasks):
+        for n, task in reversed(list(tasks)):
+            yield n, pickle.loads(pickle.dumps(function(pickle.loads(pickle.dumps(task)), 1)))
+
+    def on_all(self, function):
+        function()
+
+
+@pytest.mark.parametrize("many", ["in another order", pytest.param("by three processes", marks=pytest.mark.exhaustive)])
+def test_a_judgement_is_the_same(many, tmp_path, request, monkeypatch):
+    """In another order: as three processes would be asked, which take a second each to load the kernels."""
+    if many == "in another order":
+        address = "tcp://a:1"
+        monkeypatch.setattr(module, "connected", lambda *how: nullcontext(Backwards()))
+    else:
+        address = request.getfixturevalue("address")
     path = write_model(tmp_path / "m.gguf", random_model("12B", seed=2), "Q4_0")
     model = tolerance.judge(path)
     end, found = collect(LlamaServer(model, native=True), model, questions=("probabilities", "window"))

@@ -192,7 +192,7 @@ def test_strings_of_any_length_are_found(tmp_path_factory, texts, cut):
     """Short ones at once, others one after the other: what looks like a length within a text is none."""
     raw = [text.encode() if isinstance(text, str) else text for text in texts]
     whole = gguf([ARCH, array_key("t", STRING, raw)])
-    path = write(tmp_path_factory.mktemp("strings"), whole[:-1] if cut else whole)
+    path = write(tmp_path_factory.getbasetemp(), whole[:-1] if cut else whole, "strings.gguf")
     if cut:
         with pytest.raises(GGUFError, match="before the end of the file"):
             open_gguf(path)

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cli import COMMAND, run
+from cli import run
 from directories import save, save_w4a16, write_vocabulary
+from few_layers import few_layers
 from shapes import COMMON, SHAPES, V, prompt, random_drafter, random_model, reference, write_model
 
 import refimpl
@@ -49,26 +50,32 @@ def test_equal_to_llama_cpps_converter(tmp_path, case):
 @pytest.fixture(scope="module")
 def packed_moe(tmp_path_factory):
     """A W4A16 directory with experts one by one."""
-    return save_w4a16(tmp_path_factory.mktemp("packed") / "moe", random_model("26B-A4B"))
+    return save_w4a16(tmp_path_factory.mktemp("packed") / "moe", random_model("26B-A4B", **few_layers("26B-A4B")))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("packed", [False, True])
-def test_directory_and_file_give_the_same_bits(tmp_path, shape, packed):
-    hf = random_model(shape, seed=6)
+REFERENCE, KERNELS = ({"backend": "reference"},), ({"arithmetic": "exact"}, {"arithmetic": "q8"})
+
+
+@pytest.mark.parametrize("packed, shape, engines", [
+    pytest.param(packed, shape, (*REFERENCE, *KERNELS) if packed or shape != "26B-A4B" else REFERENCE, id=f"{packed}-{shape}")
+    for packed in (False, True) for shape in SHAPES
+] + [pytest.param(False, "26B-A4B", KERNELS, marks=pytest.mark.exhaustive, id="experts of BF16")])
+def test_directory_and_file_give_the_same_bits(tmp_path, packed, shape, engines):
+    hf = random_model(shape, seed=6, **few_layers(shape))
     folder = save_w4a16(tmp_path / "m", hf) if packed else save(tmp_path / "m", hf, torch.bfloat16, "100KB")
     done = convert(folder, tmp_path / "m.gguf")
     assert done["types"].keys() == ({"F32", "BF16", "Q4_0"} if packed else {"F32", "BF16"})
     assert done["tensors"] == sum(done["types"].values())
     ids = prompt(20)
-    for options in ({"backend": "reference"}, {"arithmetic": "exact"}, {"arithmetic": "q8"}):
+    for options in engines:
         a, b = (refimpl.load(path, **options) for path in (folder, tmp_path / "m.gguf"))
         assert np.array_equal(a.logits(ids), b.logits(ids)), options
         assert a.config == b.config and a.tokenizer.end_of_generation == b.tokenizer.end_of_generation
 
 
 def test_a_drafter_converted(tmp_path):
-    drafter, target = random_drafter("E4B", n_centroid=20), reference(write_model(tmp_path / "m.gguf", random_model("E4B")))
+    drafter = random_drafter("E4B", n_centroid=20)
+    target = reference(write_model(tmp_path / "m.gguf", random_model("E4B", **few_layers("E4B"))))
     drafter.save_pretrained(tmp_path / "d")
     with pytest.raises(CheckpointError, match="tokenizer.json is missing, and no engine loads a file without it"):
         convert(tmp_path / "d", tmp_path / "d.gguf")
@@ -84,7 +91,7 @@ def types_of(path) -> dict[str, str]:
 
 def test_types(tmp_path):
     """Rows of 256 where K types fit, 96 in ffn_down where they do not."""
-    folder = save(tmp_path / "m", random_model("E2B", hidden_size=256, hidden_size_per_layer_input=32), torch.bfloat16)
+    folder = save(tmp_path / "m", random_model("E2B", hidden_size=256, **few_layers("E2B")), torch.bfloat16)
     for kind, matrix, down, embedding in (("Q4_K", "Q4_K", "Q5_0", "Q6_K"), ("Q6_K", "Q6_K", "Q8_0", "Q6_K"),
                                           ("Q8_0", "Q8_0", "Q8_0", "Q8_0"), ("Q4_0", "Q4_0", "Q4_0", "Q6_K"), ("F16",) * 4, ("F32",) * 4):
         path = tmp_path / f"{kind}.gguf"
@@ -95,15 +102,15 @@ def test_types(tmp_path):
         assert {types[name] for name in ("output_norm.weight", "blk.0.layer_output_scale.weight", "rope_freqs.weight")} == {"F32"}
         assert open_gguf(path).metadata["general.file_type"] == {"Q4_K": 14, "Q6_K": 18, "Q8_0": 7, "Q4_0": 2, "F16": 1, "F32": 0}[kind]
         assert len(reference(path).logits(prompt(5))) == 5 and done["bytes"] == path.stat().st_size
-    assert types_of(tmp_path / "Q4_K.gguf")["per_layer_token_embd.weight"] == "Q8_0"        # rows of 320
+    assert types_of(tmp_path / "Q4_K.gguf")["per_layer_token_embd.weight"] == "Q8_0"        # rows of 192
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
 def test_float32_is_rounded_as_torch_rounds(tmp_path, kind, dtype):
-    hf = random_model("12B")
+    hf = random_model("12B", **few_layers("12B"))
     convert(save(tmp_path / "m", hf), tmp_path / "m.gguf", kind)
     file = open_gguf(tmp_path / "m.gguf")
-    for theirs, ours in (("model.embed_tokens", "token_embd"), ("model.layers.3.mlp.up_proj", "blk.3.ffn_up")):
+    for theirs, ours in (("model.embed_tokens", "token_embd"), ("model.layers.1.mlp.up_proj", "blk.1.ffn_up")):
         want = hf.state_dict()[f"{theirs}.weight"].to(dtype).view(torch.int16).numpy()
         assert np.array_equal(file.raw(f"{ours}.weight").view(np.int16), want)
 
@@ -116,7 +123,7 @@ def test_router_and_experts(tmp_path, packed_moe):
 
 def test_a_gguf_file_converted(tmp_path):
     """The same as from the directory; in one step or two where nothing is lost on the way; keys are kept."""
-    folder = save(tmp_path / "m", random_model("26B-A4B", hidden_size=256), torch.bfloat16)
+    folder = save(tmp_path / "m", random_model("26B-A4B", hidden_size=256, **few_layers("26B-A4B")), torch.bfloat16)
     convert(folder, tmp_path / "auto.gguf")
     for kind in ("Q4_K", "Q4_0", "auto"):
         convert(folder, tmp_path / "one.gguf", kind)
@@ -142,12 +149,12 @@ def write_split(folder, path):
 
 def test_q4_0_finds_the_grid_of_the_training(tmp_path, packed_moe):
     """Unpacked to bfloat16, as in the `-unquantized` releases, and converted: the packed weights, but for the rounding."""
-    hf = random_model("26B-A4B")
+    hf = random_model("26B-A4B", **few_layers("26B-A4B"))
     save_w4a16(tmp_path / "packed", hf)                 # gives hf the packed weights
     convert(tmp_path / "packed", tmp_path / "packed.gguf")
     convert(save(tmp_path / "plain", hf, torch.bfloat16), tmp_path / "plain.gguf", "Q4_0")
     a, b = (open_gguf(tmp_path / name) for name in ("packed.gguf", "plain.gguf"))
-    for name in ("blk.0.ffn_down.weight", "blk.3.attn_q.weight", "blk.5.ffn_down_exps.weight"):
+    for name in ("blk.0.ffn_down.weight", "blk.1.attn_q.weight", "blk.1.ffn_down_exps.weight"):
         assert a.tensors[name].type == b.tensors[name].type == "Q4_0"
         want, got = (dequantize(file.raw(name), "Q4_0") for file in (a, b))
         assert np.abs(got - want).max() <= 2.0**-8 * np.abs(want).max(), name
@@ -156,7 +163,7 @@ def test_q4_0_finds_the_grid_of_the_training(tmp_path, packed_moe):
 
 # ---- memory, and what goes wrong on the way
 
-def write_large(folder, n_layer: int = 8, d: int = 1024, n_ff: int = 8192, n_vocab: int = V) -> int:
+def write_large(folder, d: int, n_ff: int, n_layer: int = 8, n_vocab: int = V) -> int:
     """A dense bfloat16 directory of large layers, without torch; returns its size in bytes."""
     folder.mkdir()
     sizes = {"self_attn.q_proj": (4 * 64, d), "self_attn.k_proj": (64, d), "self_attn.v_proj": (64, d), "self_attn.o_proj": (d, 4 * 64),
@@ -186,7 +193,8 @@ def write_large(folder, n_layer: int = 8, d: int = 1024, n_ff: int = 8192, n_voc
 
 PEAK = """
 import sys, threading
-from refimpl.files.convert import convert
+from refimpl.files import convert as converter
+converter.CHUNK //= int(sys.argv[4])
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 start, peak, done = anonymous(), 0, False
@@ -198,7 +206,7 @@ def watch():
 stop = threading.Event()
 thread = threading.Thread(target=watch)
 thread.start()
-convert(sys.argv[1], sys.argv[2], sys.argv[3])
+converter.convert(sys.argv[1], sys.argv[2], sys.argv[3])
 done = True
 thread.join()
 print(peak - start)
@@ -207,17 +215,20 @@ print(peak - start)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """(directory, its size): 427 MB."""
+    """(directory, its size): 107 MB."""
     folder = tmp_path_factory.mktemp("large") / "model"
-    return folder, write_large(folder)
+    return folder, write_large(folder, 512, 4096)
 
 
 @pytest.mark.parametrize("kind", ["auto", "Q8_0"])
-def test_memory_stays_far_below_the_size(tmp_path, large, kind):
-    folder, n_bytes = large
-    done = subprocess.run([sys.executable, "-c", PEAK, folder, tmp_path / "m.gguf", kind], capture_output=True, text=True)
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_memory_stays_far_below_the_size(tmp_path, large, kind, times):
+    """Of 107 MB converted in chunks of a quarter, and of four times as much in whole chunks."""
+    folder, n_bytes = large if times == 1 else (tmp_path / "large", write_large(tmp_path / "large", 1024, 8192))
+    done = subprocess.run([sys.executable, "-c", PEAK, folder, tmp_path / "m.gguf", kind, str(4 // times**2)],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert n_bytes > 400e6 and (tmp_path / "m.gguf").stat().st_size > n_bytes * (0.5 if kind == "Q8_0" else 0.99)
+    assert n_bytes > times**2 * 100e6 and (tmp_path / "m.gguf").stat().st_size > n_bytes * (0.5 if kind == "Q8_0" else 0.99)
     assert int(done.stdout) < 0.25 * n_bytes, f"{int(done.stdout) / 1e6:.0f} MB of {n_bytes / 1e6:.0f}"
 
 
@@ -225,15 +236,16 @@ def test_the_command(tmp_path, packed_moe):
     status, out, err = run("convert", packed_moe, "-o", tmp_path / "m.gguf", "--type", "q8_0")
     assert status == 0 and out.startswith(f"{tmp_path}/m.gguf: ") and "Q8_0" in out and err == ""
     status, out, err = run("convert", packed_moe, "-o", tmp_path / "n.gguf", "--json")
-    assert json.loads(out)["types"] == {"F32": 80, "BF16": 1, "Q4_0": 59}
+    assert json.loads(out)["types"] == {"F32": 28, "BF16": 1, "Q4_0": 19}
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interruption_leaves_nothing_behind(tmp_path, large, name, status):
+    """Stopped after the first matrices. Q4_K takes so long to make that the signal comes before the end on any machine."""
     (tmp_path / "m.gguf").write_text("what was there before")
-    run = subprocess.Popen([sys.executable, "-m", "refimpl", "convert", str(large[0]), "-o", str(tmp_path / "m.gguf"), "--type", "Q8_0",
+    run = subprocess.Popen([sys.executable, "-m", "refimpl", "convert", str(large[0]), "-o", str(tmp_path / "m.gguf"), "--type", "Q4_K",
                             "--force"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while run.poll() is None and not any(path.stat().st_size > 1_000_000 for path in tmp_path.glob(".m.gguf.*.tmp")):
+    while run.poll() is None and not any(path.stat().st_size > 150_000 for path in tmp_path.glob(".m.gguf.*.tmp")):
         time.sleep(0.05)
     run.send_signal(getattr(signal, name))
     out, err = run.communicate()
@@ -242,10 +254,14 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, large, name, status):
 
 
 def test_a_full_disk(tmp_path, packed_moe):
-    done = subprocess.run([*COMMAND, "convert", packed_moe, "-o", tmp_path / "m.gguf"], capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
-    assert done.returncode == 1 and not list(tmp_path.iterdir())
-    assert done.stderr.startswith(f"refimpl: {tmp_path}/m.gguf: cannot be written, the disk is full (") and done.stderr.count("\n") == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        status, _, err = run("convert", packed_moe, "-o", tmp_path / "m.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1 and not list(tmp_path.iterdir())
+    assert err.startswith(f"refimpl: {tmp_path}/m.gguf: cannot be written, the disk is full (") and err.count("\n") == 1
 
 
 def test_a_disk_known_to_be_too_small(tmp_path, packed_moe, monkeypatch):
@@ -254,7 +270,7 @@ def test_a_disk_known_to_be_too_small(tmp_path, packed_moe, monkeypatch):
         convert(packed_moe, tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize("at", [0, 30, 133])
+@pytest.mark.parametrize("at", [0, 15, 43])
 def test_a_fault_in_the_middle_leaves_nothing_behind(tmp_path, packed_moe, monkeypatch, at):
     raw, calls = RenamedCheckpoint.raw, []
 

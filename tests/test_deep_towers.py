@@ -23,7 +23,7 @@ def in_float64(patch, model, oracle, *given) -> np.ndarray:
     return oracle(model.double(), *(x.astype(np.float64) if x.dtype == np.float32 else x for x in given))
 
 
-@pytest.fixture(scope="module", params=DEPTHS)
+@pytest.fixture(scope="module", params=["small", pytest.param("large", marks=pytest.mark.exhaustive)])
 def deep(request, tmp_path_factory):
     """(kind, transformers' model, our projectors)."""
     kind, (seeing, hearing) = request.param, DEPTHS[request.param]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from cli import run
 from directories import QUANTIZATION, change_json, multimodal, pack, save, save_w4a16, scales_of, unpack, write_vocabulary
+from few_layers import few_layers
 from safetensors.torch import load_file, save_file
-from shapes import SHAPES, oracle, prompt, random_drafter, random_model, reference, worst
+from shapes import SHAPES, oracle, pattern, prompt, random_drafter, random_model, reference, worst
 
 import refimpl
 from refimpl.cli.show.inspect import as_text
@@ -40,17 +41,18 @@ def error_of(folder, hf, n: int = 24, **options) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "shard", "old_form"), [(torch.float32, "1GB", False), (torch.bfloat16, "40KB", True)])
 def test_logits_equal_transformers(tmp_path, shape, dtype, shard, old_form):
-    hf = rounded(random_model(shape), dtype)
+    hf = rounded(random_model(shape, **few_layers(shape)), dtype)
     folder = save(tmp_path / shape, hf, dtype, shard, old_form)
     assert (folder / "model.safetensors.index.json").exists() == (shard == "40KB")
     assert ("per_layer_config" in json.loads((folder / "config.json").read_text())) != old_form
     assert error_of(folder, hf, backend="reference") < TOLERANCE
 
 
-@pytest.mark.parametrize("shape", ["E2B", "26B-A4B"])
+@pytest.mark.parametrize("shape", ["E2B", pytest.param("26B-A4B", marks=pytest.mark.exhaustive)])
 def test_kernels(tmp_path, shape):
+    """Experts in every run: `test_w4a16_with_kernels`."""
     for dtype in (torch.bfloat16, torch.float16):
-        hf = rounded(random_model(shape), dtype)
+        hf = rounded(random_model(shape, **few_layers(shape)), dtype)
         assert error_of(save(tmp_path / f"{shape}-{dtype}", hf, dtype), hf, arithmetic="exact") < TOLERANCE
 
 
@@ -58,7 +60,7 @@ def test_kernels(tmp_path, shape):
 
 def test_per_layer_config_counts_where_both_forms_are_there(tmp_path):
     """As in transformers, which does not look at the other then."""
-    hf = random_model("31B")
+    hf = random_model("31B", **few_layers("31B"))
     folder = save(tmp_path / "m", hf)
     change_json(folder / "config.json", global_head_dim=999, num_global_key_value_heads=4)
     assert type(hf.config).from_pretrained(folder).to_dict()["per_layer_config"] == hf.config.to_dict()["per_layer_config"]
@@ -66,7 +68,7 @@ def test_per_layer_config_counts_where_both_forms_are_there(tmp_path):
 
 
 def test_global_key_value_heads_count_only_where_keys_are_values(tmp_path):
-    hf = random_model("E4B")
+    hf = random_model("E4B", **few_layers("E4B"))
     folder = save(tmp_path / "m", hf, old_form=True)
     change_json(folder / "config.json", num_global_key_value_heads=1)
     assert error_of(folder, hf, backend="reference") < TOLERANCE
@@ -100,7 +102,7 @@ def test_untied_head(tmp_path):
 def test_drafters_with_targets_from_directories(tmp_path, shape):
     drafter = random_drafter(shape, n_centroid=20 if shape == "E4B" else 0)
     drafter.save_pretrained(tmp_path / "d")
-    target = save(tmp_path / "m", random_model(shape))
+    target = save(tmp_path / "m", random_model(shape, **few_layers(shape)))
     ids = prompt(12)
     for options in ({"backend": "reference"}, {"arithmetic": "exact"}):
         model = refimpl.load(target, **options)
@@ -114,7 +116,7 @@ def test_drafters_with_targets_from_directories(tmp_path, shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_w4a16_logits_equal_transformers(tmp_path, shape):
-    hf = random_model(shape, seed=2)
+    hf = random_model(shape, seed=2, **few_layers(shape))
     folder = save_w4a16(tmp_path / shape, hf)
     assert error_of(folder, hf, backend="reference") < TOLERANCE
     assert {info.type for info in open_directory(folder).tensors.values()} == {"F32", "BF16", "Q4_0"}
@@ -122,7 +124,7 @@ def test_w4a16_logits_equal_transformers(tmp_path, shape):
 
 @pytest.mark.parametrize("shape", ["26B-A4B", "E2B"])
 def test_w4a16_with_kernels(tmp_path, shape):
-    hf = random_model(shape, seed=2)
+    hf = random_model(shape, seed=2, **few_layers(shape))
     assert error_of(save_w4a16(tmp_path / shape, hf), hf, arithmetic="exact") < TOLERANCE
 
 
@@ -180,7 +182,7 @@ def test_a_scale_that_is_no_half_keeps_the_matrix_exact(tmp_path, shape):
             hit.append(name)
         return scale
 
-    hf = random_model(shape, seed=2)
+    hf = random_model(shape, seed=2, layer_types=pattern(2, 1), num_hidden_layers=3)
     folder = save_w4a16(tmp_path / "m", hf, scale_of)
     file = open_directory(folder)
     ours = "blk.2.ffn_up.weight" if shape == "12B" else "blk.2.ffn_up_exps.weight"
@@ -397,7 +399,7 @@ def test_odd_directories_get_one_line(tmp_path, plain, packed_folder, kind, chan
 @pytest.mark.parametrize("change", [lambda members: members.pop(3), lambda members: members.update({99: members.pop(3)}),
                                     lambda members: members.update({3: torch.zeros(32, 32)})])
 def test_experts_that_do_not_stack(tmp_path, change):
-    folder = save(tmp_path / "m", random_model("26B-A4B"))
+    folder = save(tmp_path / "m", random_model("26B-A4B", **few_layers("26B-A4B")))
 
     def split(tensors):
         down = dict(enumerate(tensors.pop("model.layers.0.experts.down_proj")))

@@ -239,9 +239,9 @@ def test_a_killed_run_goes_on_where_it_was(text, tmp_path):
     done = sorted(parts.glob("[0-9]*.parquet"))
     assert 3 <= len(done) < whole["windows"]
     done[1].write_bytes(done[1].read_bytes()[:-40])                     # a damaged part is made again
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert f"{len(done) - 1} of {whole['windows']} windows were done" in again.stderr
-    result = json.loads(again.stdout)
+    status, out, err = cli.run(*COMMAND.split(), text, "-o", output)
+    assert status == 0 and f"{len(done) - 1} of {whole['windows']} windows were done" in err
+    result = json.loads(out)
     assert result["nll"] == whole["nll"] and result["tokens"] == whole["tokens"]
     assert_same_run(output, tmp_path / "whole.parquet")
     assert not parts.exists()

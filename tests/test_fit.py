@@ -1,5 +1,6 @@
 """Predicting speed and memory: work counted by hand, the formula with made-up machines, what fits, and the command."""
 
+import functools
 import json
 import math
 import os
@@ -172,7 +173,8 @@ def test_the_disk_is_read(tmp_path, monkeypatch):
 def test_a_full_disk_is_named_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("REFIMPL_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("refimpl.lab.bench.disk.read_speed", lambda folder: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
-    assert_one_line(run("fit"), 1, str(tmp_path), "No space left on device", "REFIMPL_CACHE_DIR names another folder")
+    fitted = run("fit", "hf:google/gemma-4-E2B-it-qat-q4_0-gguf")
+    assert_one_line(fitted, 1, str(tmp_path), "No space left on device", "REFIMPL_CACHE_DIR names another folder")
 
 
 # ---- memory
@@ -223,9 +225,13 @@ def a_machine(types, heads, backend, progress):
                  {each: {1: Line(0, 1e-12)} for each in heads}, 30 * GB)
 
 
+common_files = functools.cache(module.common_files)         # their outlines take as long as all that is predicted of them
+
+
 @pytest.fixture
 def here(monkeypatch):
     """A made-up machine, to be changed."""
+    monkeypatch.setattr(module, "common_files", common_files)
     monkeypatch.setattr(module, "measure_speed", a_machine)
     monkeypatch.setattr(module, "measure_rest", lambda *_: Rest(Line(1e-3, 1e-4), 1e-4))
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
@@ -338,17 +344,19 @@ def test_starts_are_timed_to_the_first_token(monkeypatch):
 
     def waiting(path, threads, *options, cache, **streams):
         asked.append(sorted(file.name.partition("-")[0] for file in Path(cache).iterdir()))
-        wait = f"import time; time.sleep(0.3); print('a', flush=True); time.sleep(0.5); open({cache + '/weights-0'!r}, 'w')"
+        wait = f"import time; time.sleep(0.1); print('a', flush=True); time.sleep(0.2); open({cache + '/weights-0'!r}, 'w')"
         return subprocess.Popen([sys.executable, "-c", wait if fails is None else fails], **streams)
     fails = None
     monkeypatch.setattr(fit_check, "_generating", waiting)
     monkeypatch.setattr(fit_check, "_keep", lambda path, threads, cache: None)
+    measure, rooms = fit_check.measure_room, []
+    monkeypatch.setattr(fit_check, "measure_room", lambda backend: rooms[0] if rooms else rooms.append(measure(backend)) or rooms[0])
     began = time.perf_counter()
     found = fit_check.check_starts(refimpl.loading.model.BUILT_IN)
     whole = time.perf_counter() - began
     assert list(found) == ["first", "next", "cold"] and asked == [["kernels", "lock"], *2 * [["kernels", "lock", "weights"]]]
-    assert found["first"][0] > found["cold"][0] >= found["next"][0] > 0 and min(measured for _, measured in found.values()) > 0.3, found
-    assert sum(measured for _, measured in found.values()) < whole - 3 * 0.5, "the rest of a process does not count"
+    assert found["first"][0] > found["cold"][0] >= found["next"][0] > 0 and min(measured for _, measured in found.values()) > 0.1, found
+    assert sum(measured for _, measured in found.values()) < whole - 3 * 0.2, "the rest of a process does not count"
     fails = "raise SystemExit(3)"
     with pytest.raises(ValueError, match="could not be started to time it: status 3: it said nothing"):
         fit_check.check_starts(refimpl.loading.model.BUILT_IN)

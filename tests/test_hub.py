@@ -7,29 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, Hub
+from hub_server import COMMIT, ROOT, Hub, answers, commands, elsewhere
 from shapes import random_model, write_model
 
 from refimpl.loading.hub import SPEC, is_remote, local
 from refimpl.loading.hub_files import HubError, chosen
 from refimpl.loading.model import BUILT_IN
 from refimpl.loading.projector import BUILT_IN_PROJECTOR
-
-ROOT = Path(__file__).parent.parent
-ASK = """
-import json, sys, warnings
-from refimpl import HubError
-from refimpl.loading.hub import local
-answers = []
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for spec, role in json.loads(sys.argv[1]):
-        try:
-            answers.append(str(local(spec, role)))
-        except HubError as error:
-            answers.append(error.__class__.__name__ + " " + str(error))
-print(json.dumps([answers, [str(w.message) for w in caught]]))
-"""
 
 
 @pytest.fixture
@@ -47,15 +31,10 @@ def hub():
 @pytest.fixture
 def ask(tmp_path):
     """ask(hub, spec, ...) -> the answer for each in a process of its own, with a cache that stays; none may say anything else."""
-    def run(server, *specs, warned=0, role="model", before="", **env):
-        url = server.url if isinstance(server, Hub) else server
-        done = subprocess.run(["bash", "-c", before + 'exec "$@"', "-", sys.executable, "-c", ASK,
-                               json.dumps([[spec, role] for spec in specs])],
-                              capture_output=True, cwd=ROOT, timeout=120, env=environment(tmp_path, url, **env))
-        assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
-        answers, warnings = json.loads(done.stdout)
-        assert len(warnings) == warned and not any("\n" in line for line in answers + warnings), (answers, warnings)
-        return answers[0] if len(answers) == 1 else answers
+    def run(server, *specs, warned=0, role="model", largest_file=None, **env):
+        (found, warnings), said = elsewhere(environment(tmp_path, server.url, **env), answers, specs, role, largest_file=largest_file)
+        assert said == "" and len(warnings) == warned and not any("\n" in line for line in found + warnings), (said, found, warnings)
+        return found[0] if len(found) == 1 else found
     return run
 
 
@@ -239,7 +218,7 @@ def test_no_room_on_the_disk(hub, ask, tmp_path):
             return 10**17
     assert "100000000.00 GB" in ask(hub({"u/m": {"m.gguf": Huge(b"x")}}), "hf:u/m")
     assert not (tmp_path / "hf" / "hub" / "models--u--m" / "snapshots").exists()
-    answer = ask(hub({"u/m": dict(SMALL)}), "hf:u/m", before="trap '' XFSZ; ulimit -f 200; ")
+    answer = ask(hub({"u/m": dict(SMALL)}), "hf:u/m", largest_file=200 << 10)
     assert answer.startswith("HubError hf:u/m: m-Q4_K_M.gguf: ") and not list(tmp_path.rglob("*.gguf"))
     (tmp_path / "hf").chmod(0o500)
     if os.access(tmp_path / "hf", os.W_OK):                     # root may do anything
@@ -264,26 +243,27 @@ def test_split_files_and_folders_come_whole(hub, ask):
 def test_every_command_takes_it(hub, tmp_path):
     model = write_model(tmp_path / "small.gguf", random_model("12B")).read_bytes()
     server = hub({"u/m": {"small-Q4_0.gguf": model, "other-Q8_0.gguf": b"GGUF?"}})
-    env = environment(tmp_path, server.url)
-
-    def run(*args, stdin=None):
-        done = subprocess.run([sys.executable, "-m", "refimpl", *args], input=stdin, capture_output=True, cwd=ROOT, timeout=120, env=env)
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
-    code, out, err = run("inspect", "-m", "hf:u/m:Q4_0", "--json")
-    assert code == 0 and json.loads(out)["model"]["n_vocab"] == 300 and err == ""
     model = ("-m", "hf:u/m:Q4_0", "--backend", "reference")
-    code, out, err = run("generate", *model, "-p", "ab", "-n", "3", "--json")
+    results, said = elsewhere(environment(tmp_path, server.url), commands, [
+        ("inspect", "-m", "hf:u/m:Q4_0", "--json"), ("generate", *model, "-p", "ab", "-n", "3", "--json"),
+        ("bench", *model, "-p", "4", "-n", "2", "-r", "1", "--json"), ("chat", *model),
+        ("generate", "-p", "x", "-m", "hf:u/m:Q9"), ("inspect", "-m", "hf:u/m:Q9"),
+        ("generate", "-p", "x", *model, "--draft", "hf:u/none"), ("inspect", "-m", "hf:u/m:Q8_0")])
+    inspected, generated, measured, chatted, *refused, without_drafter, broken = results
+    assert said == "" and len(refused) == 2
+    code, out, err = inspected
+    assert code == 0 and json.loads(out)["model"]["n_vocab"] == 300 and err == ""
+    code, out, err = generated
     assert code == 0 and len(json.loads(out)["ids"]) == 3 and err == ""
-    assert run("bench", *model, "-p", "4", "-n", "2", "-r", "1", "--json")[0] == 0
-    code, out, err = run("chat", *model, stdin=b"hello\n")
+    assert measured[0] == 0
+    code, out, err = chatted
     assert code == 1 and "no chat template" in err
-    for args in (("generate", "-p", "x"), ("inspect",)):
-        code, out, err = run(*args, "-m", "hf:u/m:Q9")
+    for code, out, err in refused:
         assert (code, out) == (1, "") and err == ("refimpl: hf:u/m:Q9: no GGUF file of type Q9 in the repository; there are "
                                                   "other-Q8_0.gguf, small-Q4_0.gguf\n"), err
-    code, out, err = run("generate", "-p", "x", *model, "--draft", "hf:u/none")
+    code, out, err = without_drafter
     assert code == 1 and "no such repository" in err and err.count("\n") == 1
-    code, out, err = run("inspect", "-m", "hf:u/m:Q8_0")
+    code, out, err = broken
     assert code == 1 and "other-Q8_0.gguf: byte 4: expected" in err and err.count("\n") == 1
 
 
@@ -294,14 +274,12 @@ def test_a_picture_finds_the_projector_in_the_repository_of_the_model(hub, tmp_p
     model = BUILT_IN.read_bytes()
     server = hub({"u/m": {"m-Q4_0.gguf": model, "mmproj-m-F16.gguf": BUILT_IN_PROJECTOR.read_bytes()}, "u/blind": {"m.gguf": model}})
 
-    def run(name):
-        done = subprocess.run([sys.executable, "-m", "refimpl", "generate", "-m", name, "--backend", "reference", "--image",
-                               str(tmp_path / "red.png"), "--image-tokens", "70", "-p", "x", "-n", "2", "--json"], capture_output=True,
-                              cwd=ROOT, timeout=120, env=environment(tmp_path, server.url), encoding="utf-8")
-        return done.returncode, done.stdout, done.stderr
-    code, out, err = run("hf:u/m:Q4_0")
+    (seen, unseen), _ = elsewhere(environment(tmp_path, server.url), commands, [
+        ("generate", "-m", name, "--backend", "reference", "--image", tmp_path / "red.png", "--image-tokens", "70", "-p", "x", "-n", "2",
+         "--json") for name in ("hf:u/m:Q4_0", "hf:u/blind")])
+    code, out, err = seen
     assert code == 0 and len(json.loads(out)["ids"]) == 2 and "mmproj-m-F16.gguf" in err, err
-    code, out, err = run("hf:u/blind")
+    code, out, err = unseen
     assert code == 1 and json.loads(out)["error"] == "hf:u/blind: no projector (mmproj) in the repository; there are m.gguf"
 
 

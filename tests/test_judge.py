@@ -1,6 +1,7 @@
 """`refimpl judge`: bounds, the test of draws, what is said of engines that are right, wrong, or no engines at all."""
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -34,15 +35,26 @@ from refimpl.lab.judge.verdicts.verdict import DEPARTS, RIGHT, UNKNOWN, rises
 from refimpl.lab.judge.yardstick import stored_as
 from refimpl.loading.hub import local
 from refimpl.media.images import data_url
+from refimpl.text import chat as rendering
 from refimpl.text.templates import GEMMA4_TEMPLATE
 
 QUICK = ("template", "ids", "probabilities", "chat", "window")
+LENGTHS = ask.Asking.lengths
 
 
 @pytest.fixture(scope="module")
 def exact():
     """What judges: the built-in model in exact arithmetic."""
     return refimpl.load(arithmetic="exact", threads=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rendered_here(exact):
+    """The built-in model's template counts as a known one: every conversation would start a process to render it."""
+    sha256 = hashlib.sha256(exact.file.metadata["tokenizer.chat_template"].encode()).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendering, "TRUSTED_SHA256", rendering.TRUSTED_SHA256 | {sha256})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +65,30 @@ def server():
 
 @pytest.fixture
 def few(monkeypatch):
-    """A third of the prompts, the same ones in every run: how far a small departure shows depends on the text."""
+    """A third of the prompts, none longer than three windows, the same ones in every run: how far a small departure shows depends on the
+    text.
+    """
     data = prompts()
     texts = {name: data["texts"][name] for name in ("code", "blanks", "special tokens")}
     conversations = {name: data["conversations"][name] for name in ("question", "turns", "special tokens")}
     monkeypatch.setattr(ask, "prompts", lambda: data | {"texts": texts, "conversations": conversations})
+    monkeypatch.setattr(ask.Asking, "lengths", lambda asking: {name: n for name, n in LENGTHS(asking).items() if name != "some hundred"})
     monkeypatch.setattr(ask, "N_TWICE", 3)
+    monkeypatch.setattr(ask, "N_PROMPTS", 2)
     monkeypatch.setattr(ask.secrets, "token_hex", lambda n: "5eed")
     monkeypatch.setattr(ask, "N_DRAWS", 32)
+
+
+class Known(Between):
+    """A Between that asks nothing twice: our server's answers depend on what it is asked alone, which other tests show."""
+
+    answered: dict[tuple[str, str, str], str] = {}
+
+    def sent(self, path, fields):
+        key = self.url, path, json.dumps(fields)
+        if key not in self.answered:
+            self.answered[key] = json.dumps(super().sent(path, fields))
+        return json.loads(self.answered[key])
 
 
 def answers(judgement):
@@ -177,12 +205,12 @@ def nameless(path, fields, body):
 
 
 def test_an_endpoint_with_less_is_judged_by_what_it_has(server, exact, few):
-    found = judged(Between(server, nameless, five_of_a_text), exact)
+    found = judged(Known(server, nameless, five_of_a_text), exact)
     assert set(answers(found).values()) == {RIGHT} and found.arithmetic == "bfloat16", [v.evidence for v in found.verdicts]
     assert {v.basis for v in found.verdicts[:2]} == {"counts only"} and found.verdicts[2].figures["listed"] == 5
 
 
-class Ollama(Between):
+class Ollama(Known):
     """Our server in ollama's clothes: /api/generate, with a text and its own names."""
 
     def get(self, path):
@@ -265,8 +293,9 @@ def test_listed_tokens_are_put_where_they_must_stand(ids, data):
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_probabilities_of_a_prompts_own_tokens_are_judged(echo, tmp_path, few):
+def test_probabilities_of_a_prompts_own_tokens_are_judged(echo, tmp_path, few, monkeypatch):
     """Many positions for a request; the same engine with a longer window departs by them."""
+    monkeypatch.setattr(ask.Asking, "lengths", LENGTHS)             # 48 positions of each long text, of which windows of 7 make two
     made = random_model("12B", seed=3)
     paths = [write_model(tmp_path / f"{n}.gguf", made, extra={"gemma4.attention.sliding_window": n}) for n in (7, 9)]
     model = refimpl.load(paths[0], arithmetic="exact", threads=1)
@@ -373,7 +402,7 @@ LIES = {
 @pytest.mark.parametrize("name", LIES)
 def test_what_an_endpoint_does_to_our_answers_is_named(name, server, exact, few):
     how, expected, question, said = LIES[name]
-    found = judged(Between(server, **how), exact, tuple(expected))
+    found = judged(Known(server, **how), exact, tuple(expected))
     assert expected.items() <= answers(found).items(), [v.evidence for v in found.verdicts]
     assert said in evidence(found, question) and found.status == 1
 
@@ -385,8 +414,9 @@ def test_what_rounding_would_be_as_large_as_a_departure_is_said(exact, few):
 
 
 @pytest.mark.parametrize("n", [None, 33])
-def test_a_cache_that_gives_back_other_tokens_shows_the_second_time(n, server, exact, few):
-    found = judged(Between(server, ask=second_time(n)), exact, ("probabilities", "again"))
+def test_a_cache_that_gives_back_other_tokens_shows_the_second_time(n, server, exact, few, monkeypatch):
+    monkeypatch.setattr(ask, "N_TWICE", 2)                          # prompts of 12 tokens and of 33
+    found = judged(Known(server, ask=second_time(n)), exact, ("probabilities", "again"))
     assert answers(found) == {"probabilities": RIGHT, "again": DEPARTS}
     assert "what it kept is not what it computed" in evidence(found, "again")
 
@@ -395,7 +425,7 @@ def test_a_cache_that_gives_back_other_tokens_shows_the_second_time(n, server, e
 def test_an_endpoint_without_logprobs_is_judged_by_its_draws(right, server, exact, few):
     def colder(path, fields):
         return fields if right or "temperature" not in fields else fields | {"temperature": 0.4}
-    found = judged(Between(server, change=no_logprobs, ask=colder), exact, ("template", "probabilities", "sampling"))
+    found = judged(Known(server, change=no_logprobs, ask=colder), exact, ("template", "probabilities", "sampling"))
     assert answers(found) == {"template": RIGHT, "probabilities": UNKNOWN, "sampling": RIGHT if right else DEPARTS}
     assert evidence(found, "probabilities") == "the endpoint gives no logprobs" and found.status == (0 if right else 1)
 
@@ -411,7 +441,9 @@ def behind_our_server(bug, path, model, arithmetics):
     return [judge(end, found, model, questions=questions, arithmetic=arithmetic) for arithmetic in arithmetics]
 
 
-def test_a_window_of_another_length_behind_our_server_is_found(exact, few):
+def test_a_window_of_another_length_behind_our_server_is_found(exact, few, monkeypatch):
+    data = ask.prompts()
+    monkeypatch.setattr(ask, "prompts", lambda: data | {"texts": {"code": data["texts"]["code"]}})      # the long ones show it
     (found,) = behind_our_server(BUGS["window one too long"], None, exact, ["q8"])
     assert answers(found) == {"probabilities": RIGHT, "window": DEPARTS}, [v.evidence for v in found.verdicts]
     assert found.verdicts[1].figures["length"] == 64 and 62 <= found.verdicts[1].figures["first"] <= 80
@@ -512,7 +544,7 @@ def test_what_was_answered_before_it_hangs_is_judged(server, exact, few):
         if len(asked) > 10:
             raise EndpointError("no whole answer within 300 s", fatal=True)
         return fields
-    found = judged(Between(server, ask=hanging), exact, ("probabilities", "again"))
+    found = judged(Known(server, ask=hanging), exact, ("probabilities", "again"))
     assert answers(found) == {"probabilities": RIGHT, "again": UNKNOWN} and len(asked) == 11
     assert any("no whole answer" in note for note in found.notes)
 

@@ -15,13 +15,15 @@ from refimpl.lab.bench import peak as peak_module
 from refimpl.lab.bench.kernels_bench import errors, measure_kernels
 from refimpl.lab.bench.peak import EACH, N_CODES, peak
 
-SMALL = {"memory_bytes": 1 << 20, "cached_rows": 32, "repetitions": 2}
+SMALL = {"memory_bytes": 1 << 16, "cached_rows": 32, "repetitions": 2}
+WIDTH = 256             # of rows, where it does not matter
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Products are only noted, with the threads that Numba has; one takes a second, and the peak is 10^9 (floats: 10^8) a thread."""
     made, ticks = [], iter(range(10**6))
+    monkeypatch.setattr(module, "WIDTH", WIDTH)
     monkeypatch.setattr(module, "matmul_q8", lambda x, w: made.append((w.type, len(x), w.shape[0], numba.get_num_threads())))
     monkeypatch.setattr(module, "sum_parts", lambda data, out: None)
     monkeypatch.setattr(module, "peak", lambda floats, n: n * (10**8 if floats else 10**9))
@@ -39,14 +41,14 @@ def test_products_hold_speeds_and_shares(clock):
         assert ("error_normal" in entry) == (entry["type"] in QUANTIZABLE)
     order = [(name, n, rows) for name in LAYOUTS for n in (1, 2) for rows in (1, 32)]
     assert [(entry["type"], entry["threads"], entry["rows"]) for entry in result["products"]] == order
-    n = 1 << 20
+    n = 1 << 16
     for entry in result["products"]:                            # a second each
-        name, tile = entry["type"], 16 * 4096 * bits[entry["type"]] / 8
-        weights = n // tile * 16 * 4096 if entry["rows"] == 1 else 32 * 4096
+        name, tile = entry["type"], 16 * WIDTH * bits[entry["type"]] / 8
+        weights = n // tile * 16 * WIDTH if entry["rows"] == 1 else 32 * WIDTH
         assert entry["multiply_adds_per_second"] == entry["rows"] * weights and entry["weight_bytes_per_second"] == weights * bits[name] / 8
         most = entry["threads"] * (10**8 if name in ("F32", "F16", "BF16") else 10**9)
         assert entry["share_of_peak"] == pytest.approx(entry["rows"] * weights / most)
-        assert entry["ratio"] == pytest.approx(weights / (n // 36864 * 16 * 4096) if entry["rows"] == 1 else 1)
+        assert entry["ratio"] == pytest.approx(weights / (n // (16 * WIDTH * 4.5 / 8) * 16 * WIDTH) if entry["rows"] == 1 else 1)
         assert ("share_of_bandwidth" in entry) == (entry["rows"] == 1)
         assert entry.get("share_of_bandwidth", 1) == pytest.approx(weights * bits[name] / 8 / n if entry["rows"] == 1 else 1)
     text = kernels_text(result)
@@ -96,7 +98,8 @@ def test_senseless_wishes_are_refused(status, says, options):
     assert_one_line(run("bench", *options), status, says)
 
 
-def test_errors_are_relative():
+def test_errors_are_relative(monkeypatch):
+    monkeypatch.setattr(module, "WIDTH", 1024)
     found = {name: errors(name) for name in ("F32", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K")}
     for kind in ("error_normal", "error_laplace"):
         values = [entry[kind] for entry in found.values()]

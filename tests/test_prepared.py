@@ -40,7 +40,7 @@ def source(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def expected():
-    return refimpl.load(cache_disk=0).logits(IDS).tobytes()
+    return refimpl.load(cache_disk=0, threads=1).logits(IDS).tobytes()
 
 
 def started(path, expected, **options):
@@ -71,7 +71,7 @@ def test_the_second_start_maps_everything(source, expected, tmp_path):
     second, notes = started(source, expected)
     index = json.loads((folder_of(tmp_path) / "index.json").read_bytes())
     assert not notes and set(index["done"]) == second and len(second) == ALL
-    model = refimpl.load(source)
+    model = refimpl.load(source, threads=1)
     tiles = model.weights.head_VD.raw
     assert tiles.flags.writeable, "else every kernel is compiled twice"
     while isinstance(tiles.base, np.ndarray):
@@ -174,7 +174,7 @@ def test_a_changed_weight_under_the_same_time_and_size(source, tmp_path, expecte
 
 
 def arguments(path, cache_disk=prepared.CACHE_DISK):
-    model = refimpl.load(path, cache_disk=0)
+    model = refimpl.load(path, threads=1, cache_disk=0)
     return (model.file, products_of(stored(model)), model.backend.prepare, model.backend.held, cache_disk)
 
 
@@ -188,16 +188,16 @@ def test_another_process_writes(source, expected, tmp_path):
 
 
 def test_where_memory_is_short_tiles_are_written_before_they_are_used(source, expected, monkeypatch, tmp_path):
-    model = refimpl.load(source, cache_disk=0, n_ctx=64)
+    model = refimpl.load(source, threads=1, cache_disk=0, n_ctx=64)
     need = loading.needed(stored(model), model.config, 64, loading.CHUNK, model.backend.kv_type, model.backend.held)
     monkeypatch.setattr(loading, "available", lambda: need.total - 1)
     with pytest.raises(refimpl.MemoryRefusal):
-        refimpl.load(source, cache_disk=0, n_ctx=64)
+        refimpl.load(source, threads=1, cache_disk=0, n_ctx=64)
     before, _ = started(source, expected, n_ctx=64)
     assert len(before) == ALL and len(started(source, expected, n_ctx=64)[0]) == ALL
     monkeypatch.setattr(loading, "available", lambda: need.total - need.weights)
     with pytest.raises(refimpl.MemoryRefusal):              # vectors, keys and values still need memory
-        refimpl.load(source, n_ctx=64)
+        refimpl.load(source, threads=1, n_ctx=64)
 
 
 def stored(model):
@@ -287,7 +287,7 @@ def test_verify_compares_all_of_it(source, expected, tmp_path):
     with open(folder_of(tmp_path) / "tiles", "r+b") as file:
         file.seek(9000)                                 # between the samples
         file.write(b"\x01\x02\x03\x04")
-    assert len(refimpl.load(source).weights.layers) == 6
+    assert len(refimpl.load(source, threads=1).weights.layers) == 6
     check = copy_check()
     assert check["state"] == "FAILED" and len(check["findings"]) == 1 and "--clear weights" in check["findings"][0]
 
@@ -328,10 +328,10 @@ def test_a_size_that_is_none(size):
 
 
 def test_a_file_that_changes_while_it_is_mapped(source):
-    model = refimpl.load(source, cache_disk=0)
+    model = refimpl.load(source, threads=1, cache_disk=0)
     os.replace(shutil.copy(source, f"{source}.new"), source)
     model.logits(IDS)                                   # moved into its place: the old one is still ours
-    model = refimpl.load(source, cache_disk=0)
+    model = refimpl.load(source, threads=1, cache_disk=0)
     time.sleep(0.01)
     with open(source, "r+b") as file:
         file.write(b"GGUF")
@@ -340,11 +340,11 @@ def test_a_file_that_changes_while_it_is_mapped(source):
 
 
 def test_locking_says_what_it_locked(source, monkeypatch):
-    (note,) = refimpl.load(source, cache_disk=0, lock=True).notes
+    (note,) = refimpl.load(source, threads=1, cache_disk=0, lock=True).notes
     assert "locked in memory" in note
 
     class Refusing:
         def mlock(self, *args):
             return -1
     monkeypatch.setattr(residency.ctypes, "CDLL", lambda *args, **options: Refusing())
-    assert "only 0.00 GB" in refimpl.load(source, cache_disk=0, lock=True).notes[0]
+    assert "only 0.00 GB" in refimpl.load(source, threads=1, cache_disk=0, lock=True).notes[0]

@@ -21,13 +21,21 @@ def anthropic():
     return importlib.import_module("anthropic")
 
 
+@pytest.fixture(scope="module")
+def served():
+    """(engine, URL) of a server: it takes longer to stop one than to ask it."""
+    engine = FakeEngine()
+    with on_a_port(engine, api_key="key") as (url, _):
+        yield engine, url
+
+
 @pytest.fixture
-def ask():
+def ask(served):
     """A function from a client's class and scripts to a client of a server that plays them, and the server's engine."""
+    engine, url = served
     with ExitStack() as stack:
-        def start(kind, *scripts, **engine):
-            engine = FakeEngine(*scripts, **engine)
-            url, _ = stack.enter_context(on_a_port(engine, api_key="key"))
+        def start(kind, *scripts, **settings):
+            engine.__init__(*scripts, **settings)
             path = "/v1" if kind.__name__ == "OpenAI" else ""
             return stack.enter_context(kind(base_url=url + path, api_key="key", max_retries=0)), engine
         yield start

@@ -22,6 +22,7 @@ from refimpl.decode.prefixes import Prefixes
 from refimpl.decode.request import SOURCES, Done, Request
 from refimpl.decode.run import Run
 from refimpl.decode.sampling import Sampler, Sampling
+from refimpl.decode.snapshots import Snapshots
 from refimpl.serve.check import Server, check_server
 from refimpl.serve.engine import Engine
 from refimpl.serve.scheduler import Scheduler
@@ -45,15 +46,17 @@ def engine(pair):
     made.close()
 
 
-def ask(url, path="/v1/completions", **fields):
-    request = urllib.request.Request(url + path, json.dumps(fields).encode(), {"Content-Type": "application/json"})
+def ask(url, path="/v1/completions", key="", **fields):
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url + path, json.dumps(fields).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)
 
 
-def test_answers_are_the_same_alone_and_beside_others(engine):
+@pytest.mark.parametrize("n", [4, pytest.param(6, marks=pytest.mark.exhaustive)])
+def test_answers_are_the_same_alone_and_beside_others(n, engine):
     with on_a_port(engine) as (url, _):
-        result = check_server(url, n=6)
+        result = check_server(url, n=n)
         assert result["ok"] and result["differ"] == {"alone again": [], "beside others": []}, result["first"]
         until(lambda: not engine.n_running and not engine.n_waiting)
 
@@ -155,26 +158,29 @@ def test_what_waits_when_it_is_stopped_is_told(pair):
     assert [type(event) for event in events] == [Done] * 3 and {event.stats.stop for event in events} <= {"gone", "context"}
 
 
-def test_the_command_stops_saves_and_goes_on(tmp_path):
-    """SIGTERM: what has been read is on the disk, and the next start knows it. A port that is taken is one line."""
-    environment = os.environ | {"REFIMPL_API_KEY": "k"}
-    arguments = [sys.executable, "-m", "refimpl", "serve", "--port", "0", "--cache-dir", str(tmp_path)]
-    known = []
-    for _ in range(2):
-        server = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
-        line = next(line for line in server.stderr if "http://" in line)
-        url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
-        request = urllib.request.Request(url + "/v1/completions", json.dumps({"prompt": "def f():\n" * 40, "max_tokens": 3}).encode(),
-                                         {"Content-Type": "application/json", "Authorization": "Bearer k"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            known.append(json.load(response)["usage"]["prompt_tokens_details"]["cached_tokens"])
-        taken = subprocess.run([*arguments[:4], "--port", url.rpartition(":")[2], "--cache-dir", "none"], capture_output=True, text=True,
-                               env=environment) if not known[:-1] else None
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0 and "stopped" in server.stderr.read()
-        if taken is not None:
-            assert taken.returncode == 1 and re.search("^refimpl: cannot listen on 127.0.0.1:.*another --port", taken.stderr, re.MULTILINE)
-    assert known[0] == 0 and known[1] > 100
+def test_the_command_stops_saves_and_goes_on(pair, tmp_path):
+    """SIGTERM: what has been read is on the disk, and who starts next knows it. A port that is taken is one line."""
+    model, prompts = pair[0], ["def f():\n" * 40, "class A:\n" * 40]
+
+    def known():
+        """What another process would know that starts now."""
+        return Prefixes(model, 1 << 28, Snapshots(tmp_path, model, 1 << 30))
+    engine = Engine(Scheduler(model, known(), 2048))
+    with on_a_port(engine) as (url, _):
+        ask(url, prompt=prompts[0], max_tokens=3)
+    engine.close()
+    arguments = ["serve", "--port", "0", "--cache-dir", str(tmp_path)]
+    server = subprocess.Popen([sys.executable, "-m", "refimpl", *arguments], stderr=subprocess.PIPE, text=True,
+                              env=os.environ | {"REFIMPL_API_KEY": "k"})
+    line = next(line for line in server.stderr if "http://" in line)
+    url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+    n_known = [ask(url, key="k", prompt=prompt, max_tokens=3)["usage"]["prompt_tokens_details"]["cached_tokens"] for prompt in prompts]
+    taken = run("serve", "--port", url.rpartition(":")[2], "--cache-dir", "none")
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(20) == 0 and "stopped" in server.stderr.read()
+    assert taken[0] == 1 and re.search("^refimpl: cannot listen on 127.0.0.1:.*another --port", taken[2], re.MULTILINE)
+    assert n_known[0] > 100 and n_known[1] <= 1          # <bos>
+    assert known().find(model.tokenizer.encode(prompts[1]), 2048).cache.length > 100
 
 
 def test_a_model_without_turns_ends_and_has_no_tools(engine):

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import msgspec
@@ -15,14 +16,23 @@ CHAT = "/v1/chat/completions"
 
 # ---- clients that leave
 
+@pytest.fixture(scope="module")
+def stalling():
+    """(engine, port) of a server: it takes longer to stop one than to leave it."""
+    engine = FakeEngine()
+    with on_a_port(engine) as (_, port):
+        yield engine, port
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path, body", [
     (CHAT, {"messages": USER, "n": 2}), ("/v1/completions", {"prompt": "a"}), ("/v1/responses", {"input": "a"}),
     ("/v1/messages", {"messages": USER, "max_tokens": 9})], ids=lambda value: value if isinstance(value, str) else "")
-def test_who_leaves_ends_the_work(path, body, stream):
-    engine = FakeEngine("a b c d", stall_after=2)
+def test_who_leaves_ends_the_work(path, body, stream, stalling):
+    engine, port = stalling
+    engine.__init__("a b c d", stall_after=2)
     raw = msgspec.json.encode({**body, "stream": stream})
-    with on_a_port(engine) as (_, port), socket.create_connection(("127.0.0.1", port)) as s:
+    with socket.create_connection(("127.0.0.1", port)) as s:
         s.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
                   % (path.encode(), len(raw), raw))
         if stream:
@@ -68,15 +78,18 @@ def last_words(port, sent, seconds=3, slowly=b""):
 def test_half_a_request_and_silence():
     with on_a_port(FakeEngine(), body_seconds=0.2, header_seconds=0.3) as (url, port):
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        for length, body in ((b"Content-Length: 100\r\n\r\n", b'{"mess'), (b"Transfer-Encoding: chunked\r\n\r\n", b'6\r\n{"mess\r\n')):
-            said, seconds = last_words(port, head + length + body)
+        evil = head.replace(b"localhost", b"evil.example")
+        cases = [
+            (head + b'Content-Length: 100\r\n\r\n{"mess', b""), (head + b'Transfer-Encoding: chunked\r\n\r\n6\r\n{"mess\r\n', b""),
+            (b"", b""), (b"GET /hea", b""), (head, b"X-Slow: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"),
+            (evil + b"Content-Length: 100\r\n\r\n", b"a" * 99)]       # the body of a request that was refused is not waited for either
+        with ThreadPoolExecutor(len(cases)) as pool:
+            *bodies, nothing, half, slow, refused = pool.map(lambda case: last_words(port, case[0], slowly=case[1]), cases)
+        for said, seconds in bodies:
             assert said.startswith(b"HTTP/1.1 408 ") and b"0.2 s" in said and seconds < 1
-        for sent, slowly in ((b"", b""), (b"GET /hea", b""), (head, b"X-Slow: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa")):
-            said, seconds = last_words(port, sent, slowly=slowly)
+        for said, seconds in (nothing, half, slow):
             assert said == b"" and 0.2 < seconds < 1
-        # the body of a request that was refused is not waited for either
-        said, seconds = last_words(port, head.replace(b"localhost", b"evil.example") + b"Content-Length: 100\r\n\r\n", slowly=b"a" * 99)
-        assert said.startswith(b"HTTP/1.1 403 ") and seconds < 1
+        assert refused[0].startswith(b"HTTP/1.1 403 ") and refused[1] < 1
         assert httpx.get(url + "/health").status_code == 200
 
 

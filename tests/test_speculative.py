@@ -6,9 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from few_layers import few_layers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shapes import SHAPES, V, prompt, random_drafter, random_model, write_drafter, write_model
+from shapes import SHAPES, V, pattern, prompt, random_drafter, random_model, write_drafter, write_model
 
 import refimpl
 from refimpl.decode.draft_length import MAX_DRAFT, AutoDraftLength, FixedDraftLength
@@ -54,11 +55,19 @@ def pairs(tmp_path_factory):
     """Targets and drafters of all shapes, on one and on two threads."""
     folder, made = tmp_path_factory.mktemp("pairs"), {}
     for shape in SHAPES:
-        path = write_model(folder / f"{shape}.gguf", random_model(shape, seed=5), "Q4_0")
+        overrides = few_layers(shape) if shape in ("E2B", "E4B") else dict(layer_types=pattern(5, 1), num_hidden_layers=6)
+        path = write_model(folder / f"{shape}.gguf", random_model(shape, seed=5, **overrides), "Q4_0")
         drafter = write_drafter(folder / f"{shape}-mtp.gguf", random_drafter(shape, n_centroid=20 if shape == "E2B" else 0), "Q8_0")
         models = [refimpl.load(path, threads=threads) for threads in (1, 2)]
         made[shape] = [(model, refimpl.load_drafter(drafter, model)) for model in models]
     return made
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A target of two layers, for what any target shows."""
+    path = tmp_path_factory.mktemp("small") / "m.gguf"
+    return refimpl.load(write_model(path, random_model("12B", seed=5, **few_layers("12B")), "Q4_0"), threads=1)
 
 
 def run(picked, model, ids, n, **options):
@@ -83,14 +92,14 @@ def some_or(n_some: int, n_all: int):
     return pytest.mark.parametrize("n_cases", [n_some, pytest.param(n_all, marks=pytest.mark.exhaustive)])
 
 
-@some_or(6, 48)
+@some_or(3, 48)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_text_is_the_same(pairs, picked, shape, n_cases):
-    """Prompts of 2 to 49 tokens (the window is 7), 30 or 240 in all, each with every kind of drafter; drafts of 1 to 8."""
+    """Prompts of 2 to 49 tokens (the window is 7), 15 or 240 in all, each with every kind of drafter; drafts of 1 to 8."""
     rng = np.random.default_rng(0)
     kinds = {"random": 0, "wrong": 0, "right": 0, "now and then": 0}
-    for i in range(0, 48, 48 // n_cases):
-        ids, n, sampling = prompt(2 + i, seed=i), 24 + i % 7, SAMPLINGS[i % len(SAMPLINGS)]
+    for i in range(0, 48, 48 // n_cases | 1):           # odd, so that the few have different samplings and numbers of threads
+        ids, n, sampling = prompt(2 + i, seed=i), 18 + i % 7, SAMPLINGS[i % len(SAMPLINGS)]
         model, drafter = pairs[shape][i % 2]
         want = run(picked, model, ids, n, **sampling)
         truth = ids + want[0]
@@ -107,42 +116,44 @@ def test_the_text_is_the_same(pairs, picked, shape, n_cases):
 @some_or(1, 3)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_the_built_in_model(picked, sampling, n_cases):
-    for threads in (1, 2):
+    for threads in (1, 2) if n_cases > 1 else (1 + SAMPLINGS.index(sampling) % 2,):
         model = refimpl.load(threads=threads)
         texts = "def ", "import os\n\nclass Reader:\n", "    def __init__(self, x):\n        "
         for k, text in enumerate(texts[:n_cases]):
             ids = model.tokenizer.encode(text)
-            want = run(picked, model, ids, 80, **sampling)
+            n = 80 if n_cases > 1 else 30
+            want = run(picked, model, ids, n, **sampling)
             truth, rng = ids + want[0], np.random.default_rng(k)
             for made in (Scripted(model, truth, lambda: 99), Scripted(model, truth, lambda: int(rng.integers(0, 7)))):     # noqa: B023
-                assert_same(picked, model, made, ids, 80, want, draft_max=2 + 2 * k, **sampling)
-                assert_same(picked, model, made, ids, 80, want, **sampling)                                               # auto
+                assert_same(picked, model, made, ids, n, want, draft_max=2 + 2 * k, **sampling)
+                assert_same(picked, model, made, ids, n, want, **sampling)                                                # auto
 
 
 @pytest.mark.parametrize("backend", [dict(backend="reference"), dict(arithmetic="exact")])
 def test_other_arithmetic(tmp_path, picked, backend):
-    model = refimpl.load(write_model(tmp_path / "m.gguf", random_model("26B-A4B")), **backend)
+    model = refimpl.load(write_model(tmp_path / "m.gguf", random_model("26B-A4B", **few_layers("26B-A4B")), "Q4_0"), **backend)
     drafter = refimpl.load_drafter(write_drafter(tmp_path / "d.gguf", random_drafter("26B-A4B")), model)
     for sampling in SAMPLINGS[:2]:
-        want = run(picked, model, prompt(9), 30, **sampling)
+        want = run(picked, model, prompt(9), 16, **sampling)
         for made in (drafter, Scripted(model, prompt(9) + want[0], lambda: 2)):
-            assert_same(picked, model, made, prompt(9), 30, want, draft_max=4, **sampling)
+            assert_same(picked, model, made, prompt(9), 16, want, draft_max=4, **sampling)
 
 
-def test_rings_that_wrap(pairs, picked, monkeypatch):
-    """With 10 rows in a call the rings have 17 slots: 150 tokens go round them nine times."""
+@pytest.mark.parametrize("shape, n", [("26B-A4B", 110), *(pytest.param(shape, 150, marks=pytest.mark.exhaustive) for shape in (
+    "26B-A4B", "E4B"))])
+def test_rings_that_wrap(pairs, picked, monkeypatch, shape, n):
+    """With 10 rows in a call the rings have 17 slots: 140 tokens go round them eight times, and end in the third block of 64."""
     monkeypatch.setattr(model_module, "CHUNK", 10)
-    for shape in ("26B-A4B", "E4B"):
-        model, drafter = pairs[shape][0]
-        want, rng = run(picked, model, prompt(30), 150, temperature=1.0, seed=4), np.random.default_rng(1)
-        for made in (drafter, Scripted(model, prompt(30) + want[0], lambda: int(rng.integers(0, 9)))):                    # noqa: B023
-            assert_same(picked, model, made, prompt(30), 150, want, draft_max=8, temperature=1.0, seed=4)
+    model, drafter = pairs[shape][0]
+    want, rng = run(picked, model, prompt(30), n, temperature=1.0, seed=4), np.random.default_rng(1)
+    for made in (drafter, Scripted(model, prompt(30) + want[0], lambda: int(rng.integers(0, 9)))):
+        assert_same(picked, model, made, prompt(30), n, want, draft_max=8, temperature=1.0, seed=4)
 
 
 # ---- where it ends
 
-def test_token_limit_and_context_end_inside_of_a_draft(pairs, picked):
-    model, _ = pairs["12B"][0]
+def test_token_limit_and_context_end_inside_of_a_draft(small, picked):
+    model = small
     truth = prompt(9) + run(picked, model, prompt(9), 60)[0]
     for n in range(12):
         want = run(picked, model, prompt(9), n)
@@ -154,8 +165,8 @@ def test_token_limit_and_context_end_inside_of_a_draft(pairs, picked):
         assert want[3] == "context" and len(want[0]) == room - 9 + 1
 
 
-def test_end_of_generation_inside_of_a_draft(pairs, picked, monkeypatch):
-    model, _ = pairs["12B"][0]
+def test_end_of_generation_inside_of_a_draft(small, picked, monkeypatch):
+    model = small
     truth = prompt(9) + run(picked, model, prompt(9), 60, temperature=1.0, seed=8)[0]
     for at in range(0, 14):
         monkeypatch.setattr(model.tokenizer, "end_of_generation", frozenset({truth[9 + at]}))
@@ -174,7 +185,7 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
     """Stopped at the n-th call of anything that a round is made of, the cache holds committed tokens of the true text and nothing else."""
     model, _ = pairs["26B-A4B"][0]
     ids = prompt(9)
-    truth = ids + refimpl.generate(model, ids, max_new_tokens=40, temperature=0).ids
+    truth = ids + refimpl.generate(model, ids, max_new_tokens=18, temperature=0).ids
     clean = model.prefill(truth, model.new_cache())
     drafter, calls = Scripted(model, truth, lambda: 2), itertools.count()
 
@@ -198,18 +209,22 @@ def test_an_interruption_between_any_two_steps_leaves_a_cache_that_can_go_on(pai
                 greedy = Sampler(Sampling(temperature=0))
                 token = greedy.pick(model.head(state[None])[0])
                 got.append(token)
-                for done in speculative(model, drafter.draft, cache, greedy, token, state, 39, FixedDraftLength(4)):
+                for done in speculative(model, drafter.draft, cache, greedy, token, state, 17, FixedDraftLength(4)):
                     got += done.emitted
+                interrupted = False
             except Interrupted:
-                pass
+                interrupted = True
         assert ids + got == truth[:9 + len(got)] and 0 <= cache.length - (9 + len(got)) + 1 <= 5
         rest = truth[cache.length:]
         assert not rest or np.array_equal(model.prefill(rest, cache), clean[len(truth) - len(rest):])
+        if not interrupted:
+            break
+    assert not interrupted and at > 20, "not every step was the last one once"
 
 
 # ---- the cache
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(counts=st.lists(st.integers(0, 8), min_size=60, max_size=120), depth=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_any_accept_counts_leave_the_cache_of_the_committed_tokens(pairs, counts, depth, seed):
     """Hundreds of rounds in all, a window of 7 positions: after every example each visible key and value has the bits of a fresh cache."""
@@ -269,11 +284,12 @@ def as_from_a_clean_start(model, drafter, rounds) -> bool:
     return all(refimpl.propose(model, drafter, committed, len(drafted)) == drafted for committed, drafted in rounds if drafted)
 
 
-def test_drafts_do_not_depend_on_what_was_rejected_before(pairs):
-    for shape in SHAPES:
-        model, drafter = pairs[shape][0]
-        same_text, rounds = rounds_of(model, drafter, prompt(11), 40)
-        assert same_text and as_from_a_clean_start(model, drafter, rounds), shape
+@pytest.mark.parametrize("shape", ["E2B", "26B-A4B", *(
+    pytest.param(shape, marks=pytest.mark.exhaustive) for shape in ("E4B", "12B", "31B"))])
+def test_drafts_do_not_depend_on_what_was_rejected_before(pairs, shape):
+    model, drafter = pairs[shape][0]
+    same_text, rounds = rounds_of(model, drafter, prompt(11), 40)
+    assert same_text and as_from_a_clean_start(model, drafter, rounds)
 
 
 OF_A_ROUND = {      # what only shows after a partial acceptance, and where: in the text or in the drafts
@@ -309,12 +325,20 @@ OF_A_STEP = {
 }
 
 
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory):
+    """By shape, files of a target and a drafter. Two of the target's layers are of one kind, and have other keys."""
+    folder, made = tmp_path_factory.mktemp("unlike"), {}
+    for shape, n_centroid, overrides in (("E2B", 20, few_layers("E2B")), ("12B", 0, dict(layer_types=pattern(2, 1), num_hidden_layers=3))):
+        made[shape] = (write_model(folder / f"{shape}.gguf", random_model(shape, **overrides)),
+                       write_drafter(folder / f"{shape}-mtp.gguf", random_drafter(shape, n_centroid=n_centroid)))
+    return made
+
+
 @pytest.mark.parametrize("what", OF_A_STEP)
-def test_a_bug_in_the_step_is_caught(tmp_path, what):
+def test_a_bug_in_the_step_is_caught(unlike, what):
     """What transformers proposes (test_drafter.py compares it) is what a clean version proposes; one with a bug must propose other ids."""
-    shape = "E2B" if what == "worst group" else "12B"
-    paths = write_model(tmp_path / "m.gguf", random_model(shape)), write_drafter(
-        tmp_path / "d.gguf", random_drafter(shape, n_centroid=20 if shape == "E2B" else 0))
+    paths = unlike["E2B" if what == "worst group" else "12B"]
 
     def proposals():
         model = refimpl.load(paths[0], backend="reference")
@@ -329,11 +353,11 @@ def test_a_bug_in_the_step_is_caught(tmp_path, what):
 # ---- sampling
 
 @some_or(500, 3000)
-def test_sampled_text_has_the_targets_distribution(pairs, monkeypatch, n_cases):
+def test_sampled_text_has_the_targets_distribution(small, monkeypatch, n_cases):
     """A chi-square test of the first two tokens of 500 or 3,000 short texts against the model's own probabilities; the second token is
     drafted.
     """
-    model, _ = pairs["E4B"][0]
+    model = small
     monkeypatch.setattr(model.tokenizer, "end_of_generation", frozenset())
     ids, n, count, expected, most_probable = prompt(6), n_cases, Counter(), Counter(), {}
     sampling = Sampling(temperature=1.0, top_k=4, top_p=1.0)
@@ -354,7 +378,7 @@ def test_sampled_text_has_the_targets_distribution(pairs, monkeypatch, n_cases):
             return [most_probable[token], 7][:k] if cache.length == 6 else [7] * k
     accepted = 0
     for seed in range(n):
-        out = refimpl.generate(model, ids, max_new_tokens=4, temperature=1.0, top_k=4, top_p=1.0, seed=seed, drafter=Likely(), draft_max=2)
+        out = refimpl.generate(model, ids, max_new_tokens=3, temperature=1.0, top_k=4, top_p=1.0, seed=seed, drafter=Likely(), draft_max=2)
         count[tuple(out.ids[:2])] += 1
         accepted += out.stats.draft.accepted[0]
     assert set(count) <= set(expected) and len(expected) == 16 and accepted > n // 4
@@ -402,9 +426,9 @@ def test_statistics(pairs):
     assert refimpl.generate(model, prompt(9), max_new_tokens=3).stats.draft is None
 
 
-def test_auto_leaves_a_useless_drafter_alone(pairs, picked):
+def test_auto_leaves_a_useless_drafter_alone(small, picked):
     """No time is measured here: the costs are given."""
-    model, _ = pairs["12B"][0]
+    model = small
 
     class Clocked(AutoDraftLength):
         def observe(self, drafted, accepted, draft_seconds, verify_seconds):

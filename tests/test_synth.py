@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+import refimpl
+from refimpl.files import synth
 from refimpl.files.synth import (
     RECIPES,
     SHAPES,
@@ -25,6 +27,7 @@ from refimpl.formats.gguf import open_gguf
 from refimpl.formats.quants.blocks import BLOCKS
 from refimpl.formats.quants.codecs import QUANTIZABLE
 from refimpl.loading.hf_names import fitting_type, gguf_metadata
+from refimpl.loading.model import BUILT_IN
 from refimpl.loading.projector import load_projector
 from refimpl.model.config import config_from_gguf
 from refimpl.text.chat import encode_chat
@@ -137,6 +140,22 @@ def test_a_drafter_is_written_whole(tmp_path):
         assert sum(math.prod(shape) for name, shape in drafter_tensors("E4B") if name != "masked_embd_ordering") == 78_518_020  # published
 
 
+def test_two_narrow_layers_of_the_26b_run(tmp_path, monkeypatch):
+    """With the vocabulary of the built-in model."""
+    settings, *rest = SHAPES["26B-A4B"]
+    narrow = dict(vocab_size=4096, hidden_size=256, intermediate_size=256, num_experts=16, moe_intermediate_size=64)
+    monkeypatch.setitem(SHAPES, "26B-A4B", (settings | narrow, *rest))
+    with open_gguf(BUILT_IN) as file:
+        vocabulary = {key: getattr(value, "tolist", lambda value=value: value)() for key, value in file.metadata.items()
+                      if key.startswith("tokenizer.ggml.")}
+    monkeypatch.setattr(synth, "vocabulary_metadata", lambda: vocabulary)
+    synthesise("26B-A4B", tmp_path / "x.gguf", n_layer=2)
+    model = refimpl.load(tmp_path / "x.gguf", backend="reference")
+    out = refimpl.generate(model, model.tokenizer.encode("hello there"), max_new_tokens=2, temperature=0)
+    assert out.stats.n_generated == 2 and model.file.tensors["token_embd.weight"].type == "Q6_K"
+    assert model.file.metadata["tokenizer.chat_template"] == GEMMA4_TEMPLATE
+
+
 CHILD = """
 import json, re, sys, time
 import refimpl
@@ -152,6 +171,7 @@ print(json.dumps({"load_seconds": loaded, "seconds": time.perf_counter() - began
 """
 
 
+@pytest.mark.exhaustive
 def test_two_layers_of_the_26b_run_within_4_gb(tmp_path):
     path = tmp_path / "26b.gguf"
     synthesise("26B-A4B", path, n_layer=2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 
@@ -33,8 +34,19 @@ def built_in():
 
 
 @pytest.fixture(scope="module")
+def quick():
+    """The same with kernels."""
+    return refimpl.load(threads=1)
+
+
+@pytest.fixture(scope="module")
 def as_transformers():
     return transformers_of(BUILT_IN, network.SHAPE)
+
+
+@functools.cache
+def text_files():
+    return corpus.read_corpus()
 
 
 def transformers_of(path, shape):
@@ -101,31 +113,31 @@ def test_groups_of_the_vocabulary_are_of_one_size_and_near():
     assert np.mean([len(set(group_V[i::8])) == 1 for i in range(8)]) >= 0.5
 
 
-def test_all_experts_are_in_use(built_in):
+def test_all_experts_are_in_use(quick):
     """Over some library code, every expert of every layer is chosen by some token."""
-    text = "".join(list(corpus.read_corpus().validation.values())[:3])
-    ids, seen = built_in.tokenizer.encode(text)[:3000], {}
-    built_in.prefill(ids, built_in.new_cache(), tap=lambda name, value: seen.setdefault(name, []).append(value))
+    text = "".join(list(text_files().validation.values())[:3])
+    ids, seen = quick.tokenizer.encode(text)[:3000], {}
+    quick.prefill(ids, quick.new_cache(), tap=lambda name, value: seen.setdefault(name, []).append(value.copy()))
     for i in range(6):
         used = np.unique(np.concatenate([chosen.ravel() for chosen in seen[f"ffn_moe_topk-{i}"]]))
         assert len(used) > 110, f"layer {i} uses {len(used)} of 128 experts"
 
 
-def test_text_is_not_stuck(built_in):
+def test_text_is_not_stuck(quick):
     """At temperature 0.7, as the file asks for, the commonest 4-gram of a continuation is no large part of it."""
-    sampling = Sampling.from_metadata(built_in.file.metadata)
+    sampling = Sampling.from_metadata(quick.file.metadata)
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 0, 1.0)
     for start in ("def ", "class "):
-        ids = refimpl.generate(built_in, built_in.tokenizer.encode(start), max_new_tokens=150, temperature=0.7, top_k=0, top_p=1.0,
+        ids = refimpl.generate(quick, quick.tokenizer.encode(start), max_new_tokens=150, temperature=0.7, top_k=0, top_p=1.0,
                                seed=1).ids
         grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
-        assert not grams or max(map(grams.count, grams)) <= 0.25 * len(grams), built_in.tokenizer.decode(ids)
+        assert not grams or max(map(grams.count, grams)) <= 0.25 * len(grams), quick.tokenizer.decode(ids)
 
 
 def test_quick_attention_experts_and_loss_equal_transformers():
     torch.manual_seed(0)
     model = network.build_model(0)
-    ids = torch.randint(0, 4096, (2, 257))
+    ids = torch.randint(0, 4096, (2, 193))              # three windows
     x, y = ids[:, :-1], ids[:, 1:]
 
     def gradients(attention, experts, masks):
@@ -188,14 +200,14 @@ def test_quick_training_run_exports_a_model_that_loads(tmp_path):
 
 
 def test_split_keeps_files_and_their_tests_apart():
-    text = corpus.read_corpus()
+    text = text_files()
     parts = [set(part) for part in (text.library, text.tests, text.validation, text.heldout)]
     assert sum(map(len, parts)) == len(set.union(*parts)) and all(parts)
     stems = {name.split("/")[-1].removesuffix(".py").lstrip("_") for name in text.heldout} - {"init", "main", "util"}
     assert not [name for name in text.tests if name.split("/")[-1].removesuffix(".py") in {f"test_{stem}" for stem in stems}]
 
 
-def test_bits_of_a_text_are_the_model_s_own(built_in):
+def test_bits_of_a_text_are_the_model_s_own(built_in, quick):
     """A short text in one window: minus the logarithm of the probabilities. A long one: every token counted once."""
     from refimpl.tiny.evaluate import model_bits
 
@@ -205,7 +217,7 @@ def test_bits_of_a_text_are_the_model_s_own(built_in):
     assert abs(model_bits(built_in, ids) - want) < 1e-3
     counted = []
     long = [ids[0], *(ids[1:] * 7)]
-    model_bits(built_in, long, counted.append)
+    model_bits(quick, long, counted.append)
     assert sum(counted) == len(long) - 1 and len(counted) > 2
 
 
@@ -214,7 +226,8 @@ def test_ngram_probabilities_sum_to_one_and_learn():
     files = [rng.integers(0, 5, 300) for _ in range(4)] + [np.tile([1, 2, 3], 50)]
     model = NgramModel(files)
     history = [1, 2, 3, 1]
-    total = sum(2.0 ** -(model.bits(np.array([*history, w])) - model.bits(np.array(history))) for w in range(4096))
+    before = model.bits(np.array(history))
+    total = sum(2.0 ** -(model.bits(np.array([*history, w])) - before) for w in range(4096))
     assert abs(total - 1) < 1e-6
     assert model.bits(np.tile([1, 2, 3], 20)) < 0.2 * model.bits(rng.integers(0, 5, 60))
 
@@ -233,7 +246,7 @@ def test_training_runs_the_steps_that_drafting_takes(tmp_path, monkeypatch):
             torch.nn.init.uniform_(p, 0.3, 0.8)
     model = reference()
     ours = refimpl.load_drafter(write_drafter(tmp_path / "d.gguf", made, metadata=model.file.metadata), model)
-    ids = model.tokenizer.encode("".join(corpus.read_corpus().validation.values())[:2000])[:192]
+    ids = model.tokenizer.encode("".join(text_files().validation.values())[:2000])[:192]
     seen = []
 
     def look(z_TD, w_VD, p_TV):
@@ -258,15 +271,16 @@ def test_training_runs_the_steps_that_drafting_takes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["built-in", "built-in:e2b"])
 def test_a_drafter_that_ships_predicts_held_out_code(name, monkeypatch):
-    """Three prompts, and bigrams of some files, are enough to see that it is the trained one; `python -m refimpl.tiny.evaluate_drafter`
+    """Two short texts, and bigrams of some files, are enough to see that it is the trained one; `python -m refimpl.tiny.evaluate_drafter`
     measures it.
     """
     from refimpl.tiny import evaluate_drafter
 
-    text = corpus.read_corpus()
-    some = dataclasses.replace(text, library=dict(list(text.library.items())[::8]), tests={})
+    text = text_files()
+    some = dataclasses.replace(text, library=dict(list(text.library.items())[::32]), tests={}, heldout=dict(list(text.heldout.items())[:6]))
     monkeypatch.setattr(evaluate_drafter, "read_corpus", lambda: some)
-    found = evaluate_drafter.evaluate(name, 3, 4, 0.0)
+    monkeypatch.setattr(evaluate_drafter, "NEW", 48)
+    found = evaluate_drafter.evaluate(name, 2, 4, 0.0)
     print(f"\n{found}")
     assert found["drafter"]["acceptance"][0] > 0.5 and found["drafter"]["tokens_per_round"] > 2
     assert found["drafter"]["accepted"] > found["bigram"]["accepted"]
