@@ -1,4 +1,4 @@
-"""Models and folders that several test modules share."""
+"""Models and folders that several test modules share. Imports torch in fixtures only: the process that starts the workers needs none."""
 
 import gc
 import os
@@ -10,7 +10,6 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from shapes import opened, random_model, write_model
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:          # a shell's background jobs ignore Ctrl-C, and so would processes of tests
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,12 +21,16 @@ FIRST = ("test_kernels", "test_bits", "test_speculative", "test_notebooks", "tes
 @pytest.fixture(scope="session")
 def moe(tmp_path_factory):
     """(file, configuration) of a small 26B-A4B."""
+    from shapes import opened, random_model, write_model
+
     return opened(write_model(tmp_path_factory.mktemp("models") / "moe.gguf", random_model("26B-A4B"), "Q4_0"))
 
 
 @pytest.fixture(scope="session")
 def ple(tmp_path_factory):
     """(file, configuration) of a small E2B."""
+    from shapes import opened, random_model, write_model
+
     return opened(write_model(tmp_path_factory.mktemp("models") / "ple.gguf", random_model("E2B"), "Q4_0"))
 
 

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 AVAILABLE = ORDER[:ORDER.index(BEST) + 1][::-1]         # the best set first
 ALL_SETS_ALL_TYPES = "REFIMPL_TESTS_ALL_TYPES"          # an environment variable
 # one type for each way through the kernels: what differs between sets are intrinsics, and test_simd.py compares all of those. The slowest
-# to compile has those of its models only; avxvnni has the intrinsics of avx2 but for dot products of 8-bit integers
+# to compile has those of its models only, and no towers; avxvnni has the intrinsics of avx2 but for dot products of 8-bit integers
 ALL_TYPES = dict.fromkeys(("matmul_q8", "matmul"), TYPES)
 SOME_TYPES = {"matmul_q8": ("Q4_0", "Q8_0", "Q4_K", "Q6_K"), "matmul": ("Q4_0", "F32")}
 FEW_TYPES = {"portable": {"matmul_q8": ("Q4_0",), "matmul": ("F32",)}, "avxvnni": {"matmul_q8": ("Q4_0", "Q8_0"), "matmul": ()}}
@@ -65,7 +65,7 @@ def digests(threads: int, types: dict[str, tuple[str, ...]], paths: list[str], c
         return found
     for name in ATTENTION:
         found[f"attend, {name}"] = digest(attend(*attention_case(name)))
-    for name, function, arguments in (*ops_cases(), *tower_cases()):
+    for name, function, arguments in (*ops_cases(), *(tower_cases() if types != FEW_TYPES["portable"] else ())):
         found[name] = digest(function(*arguments))
     for path in [None, *paths]:
         for arithmetic in ("q8", "exact") if path is None and types == ALL_TYPES else ("q8",):
