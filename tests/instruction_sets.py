@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 AVAILABLE = ORDER[:ORDER.index(BEST) + 1][::-1]         # the best set first
 ALL_SETS_ALL_TYPES = "REFIMPL_TESTS_ALL_TYPES"          # an environment variable
 # one type for each way through the kernels: what differs between sets are intrinsics, and test_simd.py compares all of those. The slowest
-# to compile has those of its models only, and no towers; avxvnni has the intrinsics of avx2 but for dot products of 8-bit integers
+# to compile has those of its models only; avxvnni has the intrinsics of avx2 but for dot products of 8-bit integers
 ALL_TYPES = dict.fromkeys(("matmul_q8", "matmul"), TYPES)
 SOME_TYPES = {"matmul_q8": ("Q4_0", "Q8_0", "Q4_K", "Q6_K"), "matmul": ("Q4_0", "F32")}
 FEW_TYPES = {"portable": {"matmul_q8": ("Q4_0",), "matmul": ("F32",)}, "avxvnni": {"matmul_q8": ("Q4_0", "Q8_0"), "matmul": ()}}
@@ -65,7 +65,7 @@ def digests(threads: int, types: dict[str, tuple[str, ...]], paths: list[str], c
         return found
     for name in ATTENTION:
         found[f"attend, {name}"] = digest(attend(*attention_case(name)))
-    for name, function, arguments in (*ops_cases(), *(tower_cases() if types != FEW_TYPES["portable"] else ())):
+    for name, function, arguments in (*ops_cases(), *tower_cases()):
         found[name] = digest(function(*arguments))
     for path in [None, *paths]:
         for arithmetic in ("q8", "exact") if path is None and types == ALL_TYPES else ("q8",):
@@ -102,6 +102,8 @@ def results(isa: str, folder: Path, paths: tuple[str, ...], every_type: bool = F
         if not said.exists():
             env = os.environ | {"REFIMPL_ISA": isa, "NUMBA_NUM_THREADS": "3" if isa == BEST else "2", "OMP_WAIT_POLICY": "passive",
                                 ALL_SETS_ALL_TYPES: "1" * every_type,
+                                # half of the time; that optimizing changes no bit is seen where everything is asked for
+                                **({"NUMBA_OPT": "0"} if isa == "portable" and not every_type else {}),
                                 "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")]))}
             env = {name: value for name, value in env.items() if not name.startswith("PYTEST")}
             done = subprocess.run([sys.executable, __file__, str(out), *paths], env=env, capture_output=True, text=True, cwd=HERE.parent)

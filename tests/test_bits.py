@@ -36,7 +36,7 @@ def test_every_intrinsic_has_the_bits_of_its_meaning(isa, found):
 @pytest.mark.parametrize("isa", OTHERS)
 def test_every_instruction_set_gives_the_same_bits(isa, found):
     """One type for each way through the kernels, attention, the small kernels, the five shapes and the model that ships in q8; portable
-    without the types that these models do not have, and without towers; avxvnni, which is avx2 but for dot products, with two types alone.
+    without the types that these models do not have, and not optimized; avxvnni, which is avx2 but for dot products, with two types alone.
     """
     digests = found(isa)["digests"]["2"]
     assert len(digests) > 50 or isa == "avxvnni" and len(digests) == 2
