@@ -259,7 +259,8 @@ BOMBS = {
 
 
 # these burn all the time that they may have, or grow slowly; others of each kind are stopped in every run
-SLOW = ("macros that call each other twice", "a recursive loop", "big number", "indented", "a list of a range", "joined")
+SLOW = ("powers of powers", "macros that call each other twice", "a recursive loop", "big number", "indented", "a list of a range",
+        "joined")
 
 
 @pytest.mark.parametrize("bomb", [pytest.param(bomb, marks=pytest.mark.exhaustive if bomb in SLOW else ()) for bomb in BOMBS])

@@ -185,7 +185,7 @@ def test_string_array_is_lazy_and_a_sequence(tmp_path):
         none[0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(texts=st.lists(st.text(max_size=4) | st.sampled_from([b"", b"\0" * 9, b"a\0\0\0\0\0\0\0b", b"x" * 255, b"x" * 256, b"x" * 300]),
                       min_size=1, max_size=40), cut=st.booleans())
 def test_strings_of_any_length_are_found(tmp_path_factory, texts, cut):
