@@ -15,7 +15,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:          # a shell's backg
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # long files first, so that no worker is left alone with one of them at the end; the first two compile kernels of different instruction sets
-FIRST = ("test_kernels", "test_bits", "test_speculative", "test_notebooks", "test_parity", "test_drafter", "test_convert", "test_compare")
+FIRST = ("test_kernels", "test_other_sets", "test_speculative", "test_notebooks", "test_parity", "test_drafter", "test_convert",
+         "test_compare")
 
 
 @pytest.fixture(scope="session")

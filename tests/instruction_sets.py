@@ -1,6 +1,6 @@
 """What is computed under every instruction set: hashes of products, attention, small kernels and models, in one process for each set.
 
-An instruction set is chosen at import, so a set needs a process. `results(isa, folder)` starts it once for all tests and all workers of
+An instruction set is chosen at import, so a set needs a process. `computed(isa, folder)` starts it once for all tests and all workers of
 pytest-xdist: what it found lies in `folder`. The best set of the machine computes everything with 1, 2 and 3 threads, the others with 2.
 """
 
@@ -24,7 +24,7 @@ from refimpl.kernels.machine.isa import BEST, ISA, ORDER
 from refimpl.kernels.machine.tiles import tiled
 
 HERE = Path(__file__).parent
-AVAILABLE = ORDER[:ORDER.index(BEST) + 1][::-1]         # the best set first
+OTHERS = ORDER[:ORDER.index(BEST)]          # the sets of this machine but for the best, the plainest first
 ALL_SETS_ALL_TYPES = "REFIMPL_TESTS_ALL_TYPES"          # an environment variable
 # one type for each way through the kernels: what differs between sets are intrinsics, and test_simd.py compares all of those. The slowest
 # to compile has those of its models only; avxvnni has the intrinsics of avx2 but for dot products of 8-bit integers
@@ -95,8 +95,9 @@ def main(out: str, *paths: str):
 # ---- in the tests
 
 @cache
-def results(isa: str, folder: Path, paths: tuple[str, ...], every_type: bool = False) -> dict[str, object]:
+def computed(isa: str, folder: Path, every_type: bool = False) -> dict[str, object]:
     """What the process of `isa` found. `folder` is shared by all workers."""
+    paths = [str(path) for path in _models(folder)]
     out, said = (folder / f"{isa}{'-every-type' * every_type}.{ending}" for ending in ("json", "log"))
     with FileLock(out.with_suffix(".lock")):
         if not said.exists():
@@ -112,6 +113,18 @@ def results(isa: str, folder: Path, paths: tuple[str, ...], every_type: bool = F
     found = json.loads(out.read_text())
     assert found["isa"] == isa
     return found | {"said": said.read_text()}
+
+
+def _models(folder: Path) -> list[Path]:
+    """Files of the five shapes, for all processes. (Those need no torch, so it is imported here.)"""
+    from shapes import SHAPES, random_model, write_model
+
+    paths = [folder / f"{shape}.gguf" for shape in SHAPES]
+    with FileLock(folder / "models.lock"):
+        for shape, path in zip(SHAPES, paths):
+            if not path.exists():
+                write_model(path, random_model(shape, seed=8), "Q4_0")
+    return paths
 
 
 if __name__ == "__main__":

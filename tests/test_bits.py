@@ -1,23 +1,19 @@
 """The kernels' results have the same bits on every instruction set, with any number of threads, in any chunking: equal, not close."""
 
+from functools import partial
+
 import pytest
-from instruction_sets import AVAILABLE, results
-from shapes import SHAPES, random_model, write_model
+from instruction_sets import OTHERS, computed
 
 from refimpl.kernels.machine.isa import BEST, ISA
 
-OTHERS = [isa for isa in AVAILABLE if isa != BEST][::-1]       # the slowest first: test_kernels.py compiles for the best one meanwhile
 pytestmark = pytest.mark.skipif(ISA != BEST, reason="REFIMPL_ISA is set: the sets are compared from the best one on")
 
 
 @pytest.fixture(scope="session")
 def found(shared_folder):
     """What the process of an instruction set found, by its name."""
-    paths = [shared_folder / f"{shape}.gguf" for shape in SHAPES]
-    for shape, path in zip(SHAPES, paths):
-        if not path.exists():
-            write_model(path.with_suffix(".part"), random_model(shape, seed=8), "Q4_0").rename(path)
-    return lambda isa, **options: results(isa, shared_folder, tuple(map(str, paths)), **options)
+    return partial(computed, folder=shared_folder)
 
 
 def assert_same(digests: dict[str, str], best: dict[str, str]):

@@ -139,6 +139,13 @@ def test_folders_are_listed_and_removed(tmp_path, monkeypatch):
     assert not old.exists() and cache_folder.kernel_folders() == [(ours, 0, True)]
 
 
+@pytest.mark.parametrize("name", ["NUMBA_BOUNDSCHECK", "NUMBA_OPT"])
+def test_what_is_compiled_otherwise_is_kept_apart(name, monkeypatch):
+    usual = cache_folder.source_hash.__wrapped__()
+    monkeypatch.setenv(name, "1")
+    assert cache_folder.source_hash.__wrapped__() != usual
+
+
 def test_folders_are_listed_without_numba():
     code = "import sys; from refimpl.kernels.machine import cache_folder; cache_folder.kernel_folders(); print('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout == "False\n"

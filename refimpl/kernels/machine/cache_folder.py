@@ -43,14 +43,14 @@ def cache_root() -> Path:
 @functools.cache
 def source_hash() -> str:
     """16 hex digits that change with the source of the kernels and of the block types (whose tables are compiled in), with Numba's and
-    llvmlite's version, and with bounds checking.
+    llvmlite's version, and with how they are compiled: with bounds checking, with less optimizing.
     """
     package, digest = Path(__file__).parents[2], hashlib.sha256()
     for room in ("kernels", "formats/quants"):
         for source in sorted((package / room).rglob("*.py")):
             digest.update(source.read_bytes())
     versions = (importlib.metadata.version(name) for name in ("numba", "llvmlite"))
-    digest.update(f"{' '.join(versions)} {os.environ.get('NUMBA_BOUNDSCHECK')}".encode())
+    digest.update(f"{' '.join(versions)} {os.environ.get('NUMBA_BOUNDSCHECK')} {os.environ.get('NUMBA_OPT')}".encode())
     return digest.hexdigest()[:16]
 
 
