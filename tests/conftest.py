@@ -14,9 +14,10 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:          # a shell's background jobs ignore Ctrl-C, and so would processes of tests
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# long files first, so that no worker is left alone with one of them at the end; the first two compile kernels of different instruction sets
-FIRST = ("test_kernels", "test_other_sets", "test_speculative", "test_notebooks", "test_parity", "test_drafter", "test_convert",
-         "test_compare")
+# the first two compile for minutes, for different instruction sets; then those that compile nothing, so that no kernel is compiled twice
+# at a time; then long ones, so that no worker is left alone with one of them at the end
+FIRST = ("test_kernels", "test_other_sets", "test_parity", "test_known_bugs", "test_blocks", "test_chat", "test_container", "test_layout",
+         "test_speculative", "test_notebooks", "test_judge", "test_fuzz", "test_convert", "test_compare")
 
 
 @pytest.fixture(scope="session")
