@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,17 @@ def process(*args, stdin: str | bytes | None = None, env=None, cwd=ROOT) -> tupl
     done = subprocess.run([*COMMAND, *map(str, args)], input=stdin, capture_output=True, cwd=cwd, timeout=120,
                           env={**os.environ, "NO_COLOR": "1", **(env or {})})
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@contextlib.contextmanager
+def files_of_at_most(n_bytes: int):
+    """Here a file that grows beyond this is a disk that is full, for this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def assert_one_line(result: tuple[int, str, str], status: int, *says: str):

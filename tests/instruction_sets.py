@@ -101,7 +101,7 @@ def computed(isa: str, folder: Path, every_type: bool = False) -> dict[str, obje
     out, said = (folder / f"{isa}{'-every-type' * every_type}.{ending}" for ending in ("json", "log"))
     with FileLock(out.with_suffix(".lock")):
         if not said.exists():
-            env = os.environ | {"REFIMPL_ISA": isa, "NUMBA_NUM_THREADS": "3" if isa == BEST else "2", "OMP_WAIT_POLICY": "passive",
+            env = os.environ | {"REFIMPL_ISA": isa, "NUMBA_NUM_THREADS": "3" if isa == BEST else "2",
                                 ALL_SETS_ALL_TYPES: "1" * every_type,
                                 # half of the time; that optimizing changes no bit is seen where everything is asked for
                                 **({"NUMBA_OPT": "0"} if isa == "portable" and not every_type else {}),

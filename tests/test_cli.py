@@ -5,14 +5,13 @@ import errno
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from cli import ROOT, assert_one_line, process, run
+from cli import ROOT, assert_one_line, files_of_at_most, process, run
 from shapes import random_model, write_model
 
 import refimpl
@@ -136,12 +135,8 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(tmp_path):
         assert on_a_full_disk(*command) == (1, done.stderr.decode()), command
     target = tmp_path / "nowhere" / "x.gguf"
     assert_one_line(run("synth", "E2B-assistant", "-o", target), 1, f"{target}: No such file")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, before[1]))
-    try:
+    with files_of_at_most(20 << 20):
         assert_one_line(run("synth", "E2B-assistant", "-o", tmp_path / "x.gguf"), 1, f"refimpl: {tmp_path / 'x.gguf'}: ")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,6 @@
 """`refimpl convert`: the files equal those of llama.cpp's converter, run with the bits of their directories, come whole or not at all."""
 
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cli import run
+from cli import files_of_at_most, run
 from directories import save, save_w4a16, write_vocabulary
 from few_layers import few_layers
 from shapes import COMMON, SHAPES, V, prompt, random_drafter, random_model, reference, write_model
@@ -254,12 +253,8 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, large, name, status):
 
 
 def test_a_full_disk(tmp_path, packed_moe):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
+    with files_of_at_most(100_000):
         status, _, err = run("convert", packed_moe, "-o", tmp_path / "m.gguf")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1 and not list(tmp_path.iterdir())
     assert err.startswith(f"refimpl: {tmp_path}/m.gguf: cannot be written, the disk is full (") and err.count("\n") == 1
 

@@ -12,5 +12,4 @@ pytestmark = pytest.mark.skipif(ISA != BEST, reason="REFIMPL_ISA is set: the set
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_an_instruction_set_computes_everything(isa, shared_folder):
-    found = computed(isa, folder=shared_folder)
-    assert found["isa"] == isa and all(len(text) == 64 for text in found["digests"]["2"].values())
+    assert all(len(text) == 64 for text in computed(isa, folder=shared_folder)["digests"]["2"].values())

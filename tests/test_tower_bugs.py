@@ -1,9 +1,8 @@
 """Every known bug of pictures and sounds: compare names the tensor that departs first, and where it can what kind of mistake it is."""
 
 import pytest
-import tower_traces
 from planted_bugs import assert_named, assert_nothing_departs
-from tower_traces import opened, parts, tower_folder
+from tower_traces import opened, parts, small_budget, tower_folder  # noqa: F401  (a fixture)
 
 from refimpl.lab.compare.compare import deviations
 from refimpl.lab.compare.known_bugs import inject
@@ -11,22 +10,12 @@ from refimpl.lab.compare.record import trace
 from refimpl.lab.compare.tolerance import measured
 from refimpl.lab.compare.towers.inputs import traced_prompt
 from refimpl.lab.compare.towers.known_bugs import LARGE, SMALL, TOWER_BUGS, UNIFIED
-from refimpl.media import patches
 
 # compare names the tensor and not the mistake; all others are recognised
 NOT_RECOGNISED = {
     "GELU by the sigmoid of 1.702 x", "Hann's window half a sample on", "bounds of clipped matrices ignored",
     "conv_norm and norm_conv crossed", "power instead of magnitude", "tables of x and y exchanged",
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def smaller_budget():
-    """Pictures have 9 tokens, half as many as in other tests of traces: each bug takes a run of the towers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "BUDGETS", (*patches.BUDGETS, 9))
-        patch.setattr(tower_traces, "BUDGET", 9)
-        yield
 
 
 class Subject:

@@ -6,8 +6,7 @@ import json
 
 import numpy as np
 import pytest
-import tower_traces
-from tower_traces import RATE, opened, parts, picture, sound, tower_folder
+from tower_traces import BUDGET, RATE, opened, parts, picture, small_budget, sound, tower_folder  # noqa: F401  (a fixture)
 from typer.testing import CliRunner
 
 import refimpl
@@ -24,19 +23,8 @@ from refimpl.lab.compare.tolerance import in_q8
 from refimpl.lab.compare.towers.inputs import given_of, traced_prompt, with_soft_tokens
 from refimpl.lab.compare.towers.known_bugs import TOWER_BUGS
 from refimpl.lab.compare.trace import TraceError, open_trace
-from refimpl.media import patches
 
 KINDS = ["small", "large", "unified"]
-BUDGET = 9              # tokens of a picture, half as many as in other tests of traces: tolerances take many runs of the towers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def smaller_budget():
-    """Pictures may have BUDGET tokens too, and those of `parts` have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "BUDGETS", (*patches.BUDGETS, BUDGET))
-        patch.setattr(tower_traces, "BUDGET", BUDGET)
-        yield
 
 
 class Made:
